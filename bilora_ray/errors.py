@@ -1,0 +1,38 @@
+"""The errors that a user can cause, and how a wrong name finds its nearest right one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input. Its text is one line: what is wrong, where, and what is allowed.
+
+    The command line prints the line and exits with code 2; a library caller catches it.
+    """
+
+
+class TrialFailure(Exception):
+    """A trial that cannot go on although its input is right: the search records it and goes on."""
+
+
+class NonFiniteLoss(TrialFailure):
+    """The loss became NaN or infinite."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        super().__init__(f"loss is {loss} at step {step}")
+        self.step = step
+        self.loss = loss
+
+    def __reduce__(self) -> tuple[type[NonFiniteLoss], tuple[int, float]]:
+        return type(self), (self.step, self.loss)
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """A hint for a misspelt `name`: the nearest of `allowed`, or the whole list when nothing is near."""
+    names = sorted(allowed)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return f"allowed: {', '.join(names)}"
