@@ -10,9 +10,18 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from bilora_ray.errors import UserError, nearest
 
@@ -140,7 +149,9 @@ class TrialConfig(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> TrialConfig:
         if self.metric not in self.available_metrics:
-            raise ValueError(f"metric: '{self.metric}' is not measured here; {nearest(self.metric, self.available_metrics)}")
+            raise ValueError(
+                f"metric: '{self.metric}' is not measured here; {nearest(self.metric, self.available_metrics)}"
+            )
         if self.task == "sequence-classification" and self.predict_with_generate:
             raise ValueError("predict_with_generate: sequence-classification generates no text")
         if self.label_names is not None and len(set(self.label_names)) < max(2, len(self.label_names)):
@@ -187,6 +198,23 @@ def template_columns(template: str) -> tuple[str, ...]:
     return tuple(columns)
 
 
+def is_integer(setting: str) -> bool:
+    """Whether `setting` takes whole numbers only."""
+    annotation = TrialConfig.model_fields[setting].annotation
+    kinds = {getattr(kind, "__origin__", kind) for kind in (annotation, *get_args(annotation))}
+    return int in kinds
+
+
+def coerce(setting: str, value: Any, where: str) -> Any:
+    """`value` as the type of `setting`: YAML 1.1 reads `3e-4` as text. UserError if it can't be."""
+    field = TrialConfig.model_fields[setting]
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_first_problem(TrialConfig, error)}") from None
+
+
 def applies(setting: str, method: str) -> bool:
     """Whether `method` reads `setting`."""
     return setting not in METHOD_SETTINGS or method in METHOD_SETTINGS[setting]
@@ -209,10 +237,10 @@ def _first_problem(kind: type[Settings], error: ValidationError) -> str:
         return f"unknown key '{key}'; {nearest(key, kind.model_fields)}"
     if problem["type"] == "missing":
         return f"'{key}' is missing"
-    if not key:
+    if problem["type"] == "value_error" and not key:
         return message
-    message = message.removeprefix("Input ")
-    return f"{key}: {message}, got {problem['input']!r}"
+    message = f"{message.removeprefix('Input ')}, got {problem['input']!r}"
+    return f"{key}: {message}" if key else message
 
 
 def _is_union_branch(part: int | str) -> bool:

@@ -1,0 +1,240 @@
+"""The space file: one YAML file is one study.
+
+    study:      how to search                      (StudyConfig)
+    trial:      settings of every trial; any of them may be a distribution
+    resources:  what one trial gets                (ResourceConfig)
+
+A distribution is `{choice: [a, b]}` or `{low: x, high: y}` with `log: true` or `step: s` if wanted. Nothing here
+imports torch, Ray or Optuna, so that a space file is checked in a moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from bilora_ray.config import Float, Int, Settings, TrialConfig, applies, build, coerce
+from bilora_ray.errors import UserError, nearest
+from bilora_ray.paths import absolute_sources
+
+Value = bool | int | float | str | None
+SECTIONS = ("study", "trial", "resources")
+
+
+class StudyConfig(Settings):
+    """How a study searches."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="letters, digits, '.', '_' and '-'")
+    project: str = Field("bilora-ray", min_length=1, description="MLflow experiment that the study belongs to")
+    num_trials: Int = Field(20, ge=1, description="trials to finish")
+    sampler: Literal["tpe", "random"] = Field("tpe", description="how settings are proposed")
+    scheduler: Literal["asha", "none"] = Field("asha", description="whether weak trials are stopped early")
+    grace_period: Int | None = Field(
+        None, ge=1, description="steps before the first stop; a ninth of a trial if absent"
+    )
+    reduction_factor: Int = Field(3, ge=2, description="at each rung one of so many trials goes on")
+    seed: Int = Field(0, ge=0, lt=2**32, description="of the proposals")
+    max_concurrent: Int | None = Field(None, ge=1, description="trials at one time; what the cluster holds if absent")
+    points_to_evaluate: tuple[dict[str, Value], ...] = Field((), description="settings to try first")
+
+
+class ResourceConfig(Settings):
+    """What one trial gets of the cluster."""
+
+    cpus_per_worker: Float = Field(1, gt=0, description="CPU cores")
+    gpus_per_worker: Float = Field(0, ge=0, description="GPUs; a fraction shares one")
+
+
+class Choice(Settings):
+    """One of several values."""
+
+    choice: tuple[Value, ...] = Field(min_length=1)
+
+    def ends(self) -> Sequence[Value]:
+        """The values that must be allowed for the setting if every value is to be."""
+        return self.choice
+
+
+class Range(Settings):
+    """Numbers from `low` to `high`, both included; on a log scale or in steps if asked."""
+
+    low: Float
+    high: Float
+    log: bool = False
+    step: Float | None = Field(None, gt=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if self.low >= self.high:
+            raise ValueError(f"low must be below high, got low {self.low:g} and high {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a log range must start above 0, got low {self.low:g}")
+        if self.log and self.step is not None:
+            raise ValueError("log and step exclude each other")
+        return self
+
+    def ends(self) -> Sequence[Value]:
+        """The values that must be allowed for the setting if every value is to be."""
+        return (self.low, self.high)
+
+
+Distribution = Choice | Range
+
+
+@dataclass(frozen=True)
+class Space:
+    """A checked space file.
+
+    Attributes:
+        path: the file.
+        study: how to search.
+        resources: what one trial gets.
+        fixed: settings that all trials share.
+        distributions: setting -> Choice or Range, in the file's order, `method` first.
+        points_to_evaluate: settings to try first, each inside its distribution.
+    """
+
+    path: Path
+    study: StudyConfig
+    resources: ResourceConfig
+    fixed: dict[str, Any]
+    distributions: dict[str, Distribution]
+    points_to_evaluate: tuple[dict[str, Value], ...]
+
+    def trial_config(self, sampled: Mapping[str, Value]) -> TrialConfig:
+        """The settings of the trial that got `sampled`; UserError if they do not go together."""
+        return build(TrialConfig, {**self.fixed, **sampled}, f"{self.path}: trial")
+
+    def asked(self, setting: str, sampled: Mapping[str, Value]) -> bool:
+        """Whether `setting` matters once `sampled` holds the method."""
+        method = sampled.get("method", self.fixed.get("method", TrialConfig.model_fields["method"].default))
+        return applies(setting, str(method))
+
+
+def load_space(path: Path, overrides: Sequence[str] = ()) -> Space:
+    """Read and check a space file.
+
+    Args:
+        path: the YAML file. Relative paths in it start at its folder.
+        overrides: `key=value` texts; a bare key is a trial's setting, `study.key` and `resources.key` the others'.
+            The value is YAML; relative paths in it start at the current folder.
+
+    Raises:
+        UserError: one line that names the file, the key and what is allowed.
+    """
+    sections = _read_sections(path)
+    overridden: dict[str, Any] = {}
+    for override in overrides:
+        section, key, value = _parse_override(override)
+        if section == "trial":
+            overridden.update(absolute_sources({key: value}, Path.cwd(), "--set"))
+        else:
+            sections[section][key] = value
+    kept = {key: value for key, value in sections["trial"].items() if key not in overridden}
+    trial = {**absolute_sources(kept, path.resolve().parent, f"{path}: trial"), **overridden}
+    study = build(StudyConfig, sections["study"], f"{path}: study")
+    resources = build(ResourceConfig, sections["resources"], f"{path}: resources")
+    distributions = {key: _distribution(path, key, value) for key, value in trial.items() if isinstance(value, dict)}
+    distributions = dict(sorted(distributions.items(), key=lambda item: item[0] != "method"))
+    fixed = {key: value for key, value in trial.items() if key not in distributions}
+    points = tuple(
+        _point(f"{path}: study.points_to_evaluate[{index}]", point, distributions)
+        for index, point in enumerate(study.points_to_evaluate)
+    )
+    space = Space(path, study, resources, fixed, distributions, points)
+    _check_settings(space)
+    return space
+
+
+def _read_sections(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({_reason(error)})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+    if content is None:
+        raise UserError(f"{path}: is empty; a space file has the sections {', '.join(SECTIONS)}")
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold the sections {', '.join(SECTIONS)}, not a {type(content).__name__}")
+    for name, section in content.items():
+        if name not in SECTIONS:
+            raise UserError(f"{path}: unknown section '{name}'; {_section_hint(str(name))}")
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: section '{name}' must hold `key: value` lines, got {section!r}")
+    for name in ("study", "trial"):
+        if name not in content:
+            raise UserError(f"{path}: section '{name}' is missing")
+    return {name: {str(key): value for key, value in content.get(name, {}).items()} for name in SECTIONS}
+
+
+def _section_hint(name: str) -> str:
+    if name in TrialConfig.model_fields:
+        return f"'{name}' belongs under 'trial:'"
+    return nearest(name, SECTIONS)
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else "not UTF-8 text"
+
+
+def _parse_override(text: str) -> tuple[str, str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {text}: must be key=value")
+    section, dot, name = key.partition(".")
+    if not dot:
+        section, name = "trial", key
+    if section not in SECTIONS:
+        raise UserError(f"--set {text}: unknown section '{section}'; {nearest(section, SECTIONS)}")
+    try:
+        return section, name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"--set {text}: the value is not valid YAML") from None
+
+
+def _distribution(path: Path, key: str, value: dict[str, Any]) -> Distribution:
+    where = f"{path}: trial.{key}"
+    if key not in TrialConfig.model_fields:
+        raise UserError(f"{path}: trial: unknown key '{key}'; {nearest(key, TrialConfig.model_fields)}")
+    if "choice" in value:
+        choice = build(Choice, value, where).choice
+        return Choice(choice=tuple(coerce(key, item, where) for item in choice))
+    if "low" in value or "high" in value:
+        return build(Range, value, where)
+    raise UserError(f"{where}: a distribution is {{choice: [...]}} or {{low: ..., high: ...}}, got {value}")
+
+
+def _check_settings(space: Space) -> None:
+    """Refuse a space of which any trial could be refused: both ends of every range, every choice."""
+    sampled = {key: distribution.ends()[0] for key, distribution in space.distributions.items()}
+    space.trial_config(sampled)
+    for key, distribution in space.distributions.items():
+        for value in distribution.ends():
+            space.trial_config({**sampled, key: value})
+
+
+def _point(where: str, point: Mapping[str, Value], distributions: Mapping[str, Distribution]) -> dict[str, Value]:
+    for key in point:
+        if key not in distributions:
+            raise UserError(f"{where}: '{key}' has no distribution; {nearest(key, distributions)}")
+    values = {key: coerce(key, value, f"{where}.{key}") for key, value in point.items()}
+    for key, value in values.items():
+        if not _contains(distributions[key], value):
+            raise UserError(f"{where}.{key}: {value!r} is outside its distribution")
+    return values
+
+
+def _contains(distribution: Distribution, value: Value) -> bool:
+    if isinstance(distribution, Choice):
+        return value in distribution.choice
+    return isinstance(value, int | float) and distribution.low <= value <= distribution.high

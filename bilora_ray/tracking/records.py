@@ -1,0 +1,56 @@
+"""What there is to track of a trial, and who may watch a search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Status(Enum):
+    """Where a trial stands. The words are the same on the terminal, in JSON and in MLflow's tags."""
+
+    RUNNING = "running"
+    COMPLETE = "complete"
+    PRUNED = "pruned"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial as the study database and the trial's folder know it.
+
+    Attributes:
+        number: of the trial in its study, from 0.
+        status: where it stands.
+        settings: all of its settings that its method reads.
+        sampled: those that the search chose.
+        history: the metrics of each evaluation, in order; each has `step`.
+        value: of the study's metric at the kept checkpoint; None until complete.
+        adapter: folder of the best adapter so far.
+        error: why it failed, one line.
+    """
+
+    number: int
+    status: Status
+    settings: Mapping[str, Any]
+    sampled: Mapping[str, Any]
+    history: Sequence[Mapping[str, float]] = field(default_factory=tuple)
+    value: float | None = None
+    adapter: Path | None = None
+    error: str | None = None
+
+
+class Observer(Protocol):
+    """Watches a search. The search goes on whatever an observer does; it never waits long for one."""
+
+    def trial_started(self, trial: TrialRecord) -> None:
+        """A trial begins, or goes on after an interruption."""
+
+    def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
+        """An evaluation is done."""
+
+    def trial_ended(self, trial: TrialRecord) -> None:
+        """A trial is complete, pruned or failed."""
