@@ -116,18 +116,19 @@ class Space:
         return applies(setting, str(method))
 
 
-def load_space(path: Path, overrides: Sequence[str] = ()) -> Space:
+def load_space(path: Path | None, overrides: Sequence[str] = ()) -> Space:
     """Read and check a space file.
 
     Args:
-        path: the YAML file. Relative paths in it start at its folder.
+        path: the YAML file. Relative paths in it start at its folder. None: `overrides` say all.
         overrides: `key=value` texts; a bare key is a trial's setting, `study.key` and `resources.key` the others'.
             The value is YAML; relative paths in it start at the current folder.
 
     Raises:
         UserError: one line that names the file, the key and what is allowed.
     """
-    sections = _read_sections(path)
+    sections = {name: {} for name in SECTIONS} if path is None else _read_sections(path)
+    path = path or Path("--set")
     overridden: dict[str, Any] = {}
     for override in overrides:
         section, key, value = _parse_override(override)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +119,16 @@ def _modules(model: nn.Module, missing: Sequence[str]) -> list[str]:
     return sorted(owner for owner in owners if owner.split(".")[0] not in ("classifier", "score"))
 
 
-class _naming_the_model:  # noqa: N801 - reads as a statement
+@contextmanager
+def _naming_the_model(config: TrialConfig) -> Iterator[None]:
     """Turns what transformers raises for a wrong model into one line that names the setting."""
-
-    def __init__(self, config: TrialConfig) -> None:
-        self.name = config.model_name_or_path
-
-    def __enter__(self) -> None:
-        if self.name.startswith(("/", "~", ".")) and not Path(self.name).is_dir():
-            raise UserError(f"model_name_or_path: no such folder: {self.name}")
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, OSError | ValueError | KeyError):
-            raise UserError(f"model_name_or_path: cannot load '{self.name}' ({_first_line(error)})") from error
+    name = config.model_name_or_path
+    if name.startswith(("/", "~", ".")) and not Path(name).is_dir():
+        raise UserError(f"model_name_or_path: no such folder: {name}")
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"model_name_or_path: cannot load '{name}' ({_first_line(error)})") from error
 
 
 def _first_line(error: BaseException) -> str:

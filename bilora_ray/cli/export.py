@@ -1,0 +1,50 @@
+"""`bilora-ray export`: a trial's adapter as PEFT, vLLM and the Hub take it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from bilora_ray.cli.options import absolute, json_option, print_json, storage_option, study_argument, trial_option
+from bilora_ray.errors import UserError
+
+EPILOG = """\b
+Examples:
+  bilora-ray export quickstart --output my-adapter
+  bilora-ray export quickstart --trial 3 --output merged-model --merge
+"""
+
+
+@click.command(epilog=EPILOG)
+@study_argument
+@trial_option
+@click.option("--output", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="A new folder.")
+@click.option("--merge", is_flag=True, help="Write the base model with the adapter merged in, and its tokenizer.")
+@storage_option
+@json_option
+def command(study: str, number: int | None, output: Path, merge: bool, storage_path: Path, as_json: bool) -> None:
+    """Copy out the adapter of the best trial, or of any: an ordinary PEFT LoRA adapter."""
+    from bilora_ray.search.study import Layout, load_study
+
+    found = load_study(Layout(absolute(storage_path)), study)
+    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
+        raise UserError(f"--output {output}: exists already")
+    best = found.best()
+    if number is None and best is None:
+        raise UserError(f"study '{study}': no trial is complete yet; name one with --trial")
+    record = found.find(number) if number is not None else best
+    assert record is not None
+    if record.adapter is None:
+        raise UserError(f"study '{study}': trial {record.number} has no adapter; it ended before its first evaluation")
+
+    from bilora_ray.training.export import export_adapter, export_merged
+    from bilora_ray.training.quiet import quiet
+
+    quiet()
+    origin = {"study": study, "trial": record.number, found.metric: record.value}
+    (export_merged if merge else export_adapter)(record.adapter, absolute(output), origin)
+    if as_json:
+        print_json({"output": str(absolute(output)), "merged": merge, **origin})
+    else:
+        click.echo(f"{'Merged model' if merge else 'Adapter'} of trial {record.number} is in {output}")

@@ -1,0 +1,101 @@
+"""A study in a table: the best trials first, with what the search chose for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bilora_ray.cli.progress import in_short
+from bilora_ray.tracking.records import Status, TrialRecord
+
+if TYPE_CHECKING:
+    from bilora_ray.search.study import SearchStudy
+
+STATUS_STYLE = {Status.COMPLETE: "green", Status.PRUNED: "default", Status.FAILED: "red", Status.RUNNING: "yellow"}
+STATUS_WORDS = {
+    Status.COMPLETE: "complete",
+    Status.PRUNED: "stopped early",
+    Status.FAILED: "failed",
+    Status.RUNNING: "running",
+}
+
+
+def ranked(records: Sequence[TrialRecord], metric: str, greater_is_better: bool) -> list[TrialRecord]:
+    """Complete trials by value, then the others by their last evaluation, those without one at the end."""
+    sign = -1 if greater_is_better else 1
+
+    def key(record: TrialRecord) -> tuple[int, float, int]:
+        value = shown_value(record, metric)
+        order = 0 if record.status is Status.COMPLETE else 1 if value is not None else 2
+        return order, sign * (value if value is not None else 0.0), record.number
+
+    return sorted(records, key=key)
+
+
+def shown_value(record: TrialRecord, metric: str) -> float | None:
+    """The value of a complete trial; of another one its last evaluation's."""
+    if record.value is not None:
+        return record.value
+    return record.history[-1][metric] if record.history else None
+
+
+def print_leaderboard(
+    console: Console, records: Sequence[TrialRecord], metric: str, greater_is_better: bool, most: int | None = None
+) -> None:
+    """Print the best `most` trials, or all."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    keys = list(dict.fromkeys(key for record in records for key in record.sampled))
+    for column in ("trial", "status", metric, "step", *keys):
+        table.add_column(column, justify="left" if column == "status" else "right", no_wrap=True)
+    rows = ranked(records, metric, greater_is_better)
+    for record in rows[:most]:
+        value = shown_value(record, metric)
+        step = f"{record.history[-1]['step']:.0f}/{record.history[-1]['max_steps']:.0f}" if record.history else ""
+        status = f"[{STATUS_STYLE[record.status]}]{STATUS_WORDS[record.status]}[/]"
+        shown = "" if value is None else f"{value:.4g}"
+        settings = [in_short(record.sampled[key]) if key in record.sampled else "" for key in keys]
+        table.add_row(str(record.number), status, shown, step, *settings)
+    console.print(table)
+    if most is not None and len(rows) > most:
+        console.print(f"[dim]and {len(rows) - most} more[/]")
+    for record in rows:
+        if record.error:
+            console.print(f"trial {record.number} failed: {record.error}", style="red", markup=False, highlight=False)
+
+
+def print_settings(console: Console, settings: Mapping[str, Any]) -> None:
+    """Print settings, one a line, in full precision."""
+    width = max((len(key) for key in settings), default=0)
+    for key, value in settings.items():
+        console.print(f"  {key:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def study_as_json(study: SearchStudy) -> dict[str, Any]:
+    """A study as JSON: what `tune --json` and `show --json` print."""
+    best = study.best()
+    return {
+        "study": study.space.study.name,
+        "metric": study.metric,
+        "greater_is_better": study.greater_is_better,
+        "num_trials": study.space.study.num_trials,
+        "best": None if best is None else as_json(best, study.metric),
+        "importances": study.importances(),
+        "trials": [as_json(record, study.metric) for record in study.records()],
+    }
+
+
+def as_json(record: TrialRecord, metric: str) -> dict[str, Any]:
+    """A trial as JSON."""
+    return {
+        "number": record.number,
+        "status": record.status.value,
+        metric: shown_value(record, metric),
+        "sampled": dict(record.sampled),
+        "evaluations": [dict(metrics) for metrics in record.history],
+        "adapter": str(record.adapter) if record.adapter else None,
+        "error": record.error,
+    }

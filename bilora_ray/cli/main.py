@@ -1,0 +1,64 @@
+"""`bilora-ray`: finds the command, imports it, and turns a user's error into one line and exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+
+from bilora_ray import __version__
+from bilora_ray.errors import UserError
+
+# Verb -> its line in `bilora-ray --help`. The module of a verb is imported only when it is called.
+COMMANDS = {
+    "validate": "Check a space file in a moment, before anything is computed.",
+    "tune": "Search a space file for the best adapter.",
+    "train": "Train one adapter, without a search.",
+    "show": "Show a study: its trials, the best settings, what mattered.",
+    "export": "Copy a trial's adapter out, or merge it into its base model.",
+    "evaluate": "Measure an exported adapter on a data file.",
+    "ui": "Browse all runs in MLflow.",
+}
+
+EPILOG = """\b
+Start here:
+  bilora-ray tune --space search_spaces/quickstart.yaml
+
+\b
+Shell completion (bash; zsh and fish alike):
+  eval "$(_BILORA_RAY_COMPLETE=bash_source bilora-ray)"
+"""
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands by name and imports one when it is needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs, in the order of a user's day."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command `cmd_name`, or None if there is none of that name."""
+        if cmd_name not in COMMANDS:
+            return None
+        return importlib.import_module(f"bilora_ray.cli.{cmd_name}").command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the verbs without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run a command; a UserError becomes its line on stderr and exit code 2."""
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(2)
+
+
+@click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="bilora-ray")
+def main() -> None:
+    """Search for LoRA adapters that generalise: Bi-LoRA with Ray, Optuna and MLflow."""

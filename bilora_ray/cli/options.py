@@ -1,0 +1,77 @@
+"""Options that several commands share, so that each has one name, one default and one help text."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+def _complete_study(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    database = Path(ctx.params.get("storage_path") or "runs") / "studies.db"
+    if not database.exists():
+        return []
+    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
+        rows = connection.execute("SELECT study_name FROM studies").fetchall()
+    return [name for (name,) in rows if name.startswith(incomplete)]
+
+
+space_option = click.option(
+    "--space",
+    "space_path",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The space file (YAML).",
+)
+set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a setting of the space file: rho=0.1, study.seed=1, 'rank={choice: [4, 8]}'. Repeatable.",
+)
+storage_option = click.option(
+    "--storage-path",
+    default="runs",
+    show_default=True,
+    envvar="BILORA_RAY_STORAGE_PATH",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Where studies, checkpoints and adapters are kept; shared by all nodes of a cluster.",
+)
+mlflow_option = click.option(
+    "--mlflow-uri",
+    envvar="MLFLOW_TRACKING_URI",
+    metavar="URI",
+    help="MLflow server or database.  [default: a SQLite file in the storage path]",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+study_argument = click.argument("study", shell_complete=_complete_study)
+optional_study_argument = click.argument("study", required=False, shell_complete=_complete_study)
+trial_option = click.option("--trial", "number", type=int, metavar="N", help="A trial's number.  [default: the best]")
+
+
+def print_json(value: Any) -> None:
+    """Print `value` for a script to read."""
+    click.echo(json.dumps(value, indent=2, default=str))
+
+
+def print_next(study: str, storage_path: Path, adapter: Path | None) -> None:
+    """Print where the best adapter is and what can be done next."""
+    where = "" if storage_path == Path("runs") else f" --storage-path {storage_path}"
+    for what, line in (
+        ("Adapter", str(adapter)),
+        ("More", f"bilora-ray show {study}{where}"),
+        ("Take it", f"bilora-ray export {study}{where} --output {study}-adapter"),
+        ("Browse", f"bilora-ray ui{where}"),
+    ):
+        click.echo(f"{what:<8} {line}")
+
+
+def absolute(path: Path) -> Path:
+    """`path` as trials, which run in folders of their own, can use it."""
+    return path.expanduser().resolve()

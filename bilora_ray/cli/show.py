@@ -1,0 +1,63 @@
+"""`bilora-ray show`: what a study found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from bilora_ray.cli.leaderboard import STATUS_WORDS, print_leaderboard, print_settings, study_as_json
+from bilora_ray.cli.options import (
+    absolute,
+    json_option,
+    optional_study_argument,
+    print_json,
+    print_next,
+    storage_option,
+)
+
+EPILOG = """\b
+Examples:
+  bilora-ray show
+  bilora-ray show quickstart
+  bilora-ray show quickstart --json | jq .best.sampled
+"""
+
+
+@click.command(epilog=EPILOG)
+@optional_study_argument
+@storage_option
+@json_option
+def command(study: str | None, storage_path: Path, as_json: bool) -> None:
+    """Show a study's trials, its best settings and what mattered; without STUDY, list the studies."""
+    from rich.console import Console
+
+    from bilora_ray.search.study import Layout, SearchStudy, load_study, study_names
+
+    layout = Layout(absolute(storage_path))
+    if study is None:
+        names = study_names(layout)
+        if as_json:
+            print_json(names)
+        else:
+            click.echo("\n".join(names) or f"no studies in {storage_path}")
+        return
+    found: SearchStudy = load_study(layout, study)
+    if as_json:
+        print_json(study_as_json(found))
+        return
+    console = Console(highlight=False)
+    records = found.records()
+    counts = {words: sum(record.status is status for record in records) for status, words in STATUS_WORDS.items()}
+    summary = ", ".join(f"{count} {words}" for words, count in counts.items() if count) or "no trials"
+    console.print(f"Study '{study}': {summary} of {found.space.study.num_trials}", style="bold", markup=False)
+    print_leaderboard(console, records, found.metric, found.greater_is_better)
+    importances = found.importances()
+    if importances:
+        console.print(f"What mattered, by the variance of {found.metric} among complete trials:", markup=False)
+        print_settings(console, {key: f"{share:.0%}" for key, share in importances.items()})
+    best = found.best()
+    if best is not None:
+        console.print(f"\nBest: trial {best.number}, {found.metric} {best.value:.6g}", style="bold green", markup=False)
+        print_settings(console, best.sampled)
+        print_next(study, storage_path, best.adapter)

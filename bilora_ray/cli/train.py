@@ -1,0 +1,75 @@
+"""`bilora-ray train`: one adapter, without a search and without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from bilora_ray.cli.leaderboard import as_json as trial_as_json
+from bilora_ray.cli.options import (
+    absolute,
+    json_option,
+    mlflow_option,
+    print_json,
+    print_next,
+    set_option,
+    storage_option,
+)
+from bilora_ray.cli.progress import SearchProgress
+from bilora_ray.errors import UserError
+from bilora_ray.search.space import load_space
+
+EPILOG = """\b
+Examples:
+  bilora-ray train --set model_name_or_path=meta-llama/Llama-3.1-8B --set task=causal-lm --set train_data=mine.jsonl
+  bilora-ray train --space search_spaces/quickstart.yaml --name once --set rank=8 --set learning_rate=2e-3 \\
+      --set rho=0.05 --set auxiliary_rank=8
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.option("--space", "space_path", type=click.Path(path_type=Path), metavar="FILE", help="Take settings from here.")
+@set_option
+@click.option("--name", default="train", show_default=True, metavar="NAME", help="Name of the run, a study of one.")
+@click.option("--resume", is_flag=True, help="Go on with the run after an interruption.")
+@storage_option
+@mlflow_option
+@json_option
+def command(
+    space_path: Path | None,
+    overrides: tuple[str, ...],
+    name: str,
+    resume: bool,
+    storage_path: Path,
+    mlflow_uri: str | None,
+    as_json: bool,
+) -> None:
+    """Train one adapter with given settings, from a space file, from --set, or both.
+
+    The run is kept and tracked like a study with one trial, so show, export and evaluate take its NAME.
+    """
+    single = (f"study.name={name}", "study.num_trials=1", "study.scheduler=none", "study.points_to_evaluate=[]")
+    space = load_space(space_path, overrides + single)
+    if space.distributions:
+        keys = ", ".join(f"--set {key}=VALUE" for key in space.distributions)
+        raise UserError(f"{space.path}: one run needs one value for each setting; give {keys}")
+
+    from bilora_ray.search.preflight import preflight
+    from bilora_ray.search.session import train
+    from bilora_ray.search.study import Layout
+
+    digests = preflight(space)
+    config = space.trial_config({})
+    watcher = SearchProgress(1, config.metric, config.greater_is_better)
+    study = train(
+        space, Layout(absolute(storage_path)), resume=resume, mlflow_uri=mlflow_uri, digests=digests, watcher=watcher
+    )
+    record = study.record(0)
+    if as_json:
+        print_json(trial_as_json(record, study.metric))
+    if record.error:
+        raise UserError(f"run '{name}' failed: {record.error}")
+    if not as_json:
+        click.secho(f"{study.metric} {record.value:.6g}", fg="green", bold=True)
+        print_next(name, storage_path, record.adapter)

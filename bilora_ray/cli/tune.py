@@ -1,0 +1,142 @@
+"""`bilora-ray tune`: from a space file to the best adapter."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bilora_ray.cli.leaderboard import print_leaderboard, print_settings, study_as_json
+from bilora_ray.cli.options import (
+    absolute,
+    json_option,
+    mlflow_option,
+    print_json,
+    print_next,
+    set_option,
+    space_option,
+    storage_option,
+)
+from bilora_ray.cli.progress import SearchProgress, duration
+from bilora_ray.cli.validate import in_words
+from bilora_ray.errors import UserError
+from bilora_ray.search.space import Space, load_space
+
+if TYPE_CHECKING:
+    from bilora_ray.search.study import SearchStudy
+
+EPILOG = """\b
+Examples:
+  bilora-ray tune --space search_spaces/quickstart.yaml
+  bilora-ray tune --space search_spaces/quickstart.yaml --resume
+  bilora-ray tune --space search_spaces/llama.yaml --num-trials 40 --ray-address auto --storage-path /shared/runs
+  bilora-ray tune --space search_spaces/llama.yaml --set rho=0.05 --set 'rank={choice: [8, 16]}' --dry-run
+"""
+
+
+@click.command(epilog=EPILOG)
+@space_option
+@set_option
+@click.option("--num-trials", type=int, metavar="N", help="Trials to finish.  [default: the space file's]")
+@click.option("--max-concurrent", type=int, metavar="N", help="Trials at one time.  [default: what the cluster holds]")
+@click.option("--resume", is_flag=True, help="Go on with the study after an interruption, or with more trials.")
+@storage_option
+@mlflow_option
+@click.option("--ray-address", envvar="RAY_ADDRESS", metavar="ADDRESS", help="Ray cluster.  [default: this machine]")
+@click.option("--dry-run", is_flag=True, help="Check space and data, say what would run, and stop.")
+@json_option
+def command(
+    space_path: Path,
+    overrides: tuple[str, ...],
+    num_trials: int | None,
+    max_concurrent: int | None,
+    resume: bool,
+    storage_path: Path,
+    mlflow_uri: str | None,
+    ray_address: str | None,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Search a space file for the best adapter.
+
+    Ray Tune runs the trials, Optuna proposes them, weak ones are stopped early, MLflow records all of them. The search
+    may be interrupted at any moment, by Ctrl-C or worse: --resume finishes it, each trial exactly once.
+    """
+    flags = [("num_trials", num_trials), ("max_concurrent", max_concurrent)]
+    shortcuts = tuple(f"study.{key}={value}" for key, value in flags if value is not None)
+    space = load_space(space_path, overrides + shortcuts)
+    if not space.distributions:
+        raise UserError(f"{space_path}: no setting has a distribution, so there is nothing to search: bilora-ray train")
+
+    from bilora_ray.search.preflight import preflight
+
+    digests = preflight(space)
+    if dry_run:
+        _print_plan(space)
+        return
+    started = time.monotonic()
+    study, finished = _search(space, absolute(storage_path), resume, mlflow_uri, ray_address, digests)
+    if not finished:
+        again = f"bilora-ray tune --space {space_path} --resume"
+        click.echo(f"Interrupted: what is done is kept. Go on with the same options and --resume: {again}", err=True)
+        sys.exit(130)
+    if as_json:
+        print_json(study_as_json(study))
+    else:
+        _print_result(study, storage_path, time.monotonic() - started)
+
+
+def _print_plan(space: Space) -> None:
+    study, resources = space.study, space.resources
+    click.echo(f"Study '{study.name}' would run {study.num_trials} trials ({study.sampler}, {study.scheduler}) over")
+    for key, distribution in space.distributions.items():
+        click.echo(f"  {key:<28} {in_words(distribution)}")
+    click.echo(
+        f"each on {resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs. Nothing was started."
+    )
+
+
+def _search(
+    space: Space,
+    storage_path: Path,
+    resume: bool,
+    mlflow_uri: str | None,
+    ray_address: str | None,
+    digests: Mapping[str, str],
+) -> tuple[SearchStudy, bool]:
+    from bilora_ray.search.run import search
+    from bilora_ray.search.study import Layout
+
+    metric = space.trial_config({key: d.ends()[0] for key, d in space.distributions.items()})
+    progress = SearchProgress(space.study.num_trials, metric.metric, metric.greater_is_better)
+    # A cluster stops a job with SIGTERM: end as cleanly as after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    return search(
+        space,
+        Layout(storage_path),
+        resume=resume,
+        ray_address=ray_address,
+        mlflow_uri=mlflow_uri,
+        digests=digests,
+        watcher=progress,
+    )
+
+
+def _print_result(study: SearchStudy, storage_path: Path, seconds: float) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    records, name = study.records(), study.space.study.name
+    console.print(f"\nStudy '{name}': {len(records)} trials in {duration(seconds)}", style="bold", markup=False)
+    print_leaderboard(console, records, study.metric, study.greater_is_better, most=10)
+    best = study.best()
+    if best is None:
+        raise UserError(f"study '{name}': no trial completed; see the errors above")
+    console.print(f"Best: trial {best.number}, {study.metric} {best.value:.6g}", style="bold green", markup=False)
+    print_settings(console, best.sampled)
+    print_next(name, storage_path, best.adapter)

@@ -1,0 +1,32 @@
+"""`bilora-ray ui`: MLflow's pages over every study."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+
+from bilora_ray.cli.options import absolute, mlflow_option, storage_option
+from bilora_ray.errors import UserError
+
+EPILOG = """\b
+Example:
+  bilora-ray ui --port 5001
+"""
+
+
+@click.command(epilog=EPILOG)
+@storage_option
+@mlflow_option
+@click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="Port on 127.0.0.1.")
+def command(storage_path: Path, mlflow_uri: str | None, port: int) -> None:
+    """Browse all studies and trials in MLflow, on this machine only."""
+    from bilora_ray.tracking.mlflow_tracker import default_uri, ui_command
+
+    folder = absolute(storage_path)
+    if mlflow_uri is None and not (folder / "mlflow.db").exists():
+        raise UserError(f"--storage-path {storage_path}: no runs here yet; `bilora-ray tune` makes them")
+    command_line, environment = ui_command(mlflow_uri or default_uri(folder), port)
+    click.echo(f"MLflow opens on http://127.0.0.1:{port} in some seconds; Ctrl-C ends it.", err=True)
+    os.execve(command_line[0], command_line, {**os.environ, **environment})

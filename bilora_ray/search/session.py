@@ -1,0 +1,137 @@
+"""What surrounds the trials of a study, with a cluster or without: its tracking, its watchers, its end."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from bilora_ray.errors import TrialFailure, UserError
+from bilora_ray.search.space import Space
+from bilora_ray.search.study import Layout, SearchStudy, check_study, delete_study, locked_study, open_study
+from bilora_ray.tracking.mlflow_tracker import MlflowTracker, default_uri
+from bilora_ray.tracking.records import Observer, TrialRecord
+
+logger = logging.getLogger(__name__)
+
+
+class Watcher(Observer, Protocol):
+    """Shows a search to a person, inside a `with` block."""
+
+    def __enter__(self) -> object:
+        """Begin to show."""
+
+    def __exit__(self, *_: object) -> None:
+        """End."""
+
+    def start(self, records: list[TrialRecord]) -> None:
+        """Take in the trials that the study holds already."""
+
+    def say(self, line: str) -> None:
+        """Show one line, such as that MLflow does not answer."""
+
+
+class Observers:
+    """Tells each observer, and keeps the search from what one raises.
+
+    Args:
+        observers: who is told.
+    """
+
+    def __init__(self, observers: Sequence[Observer]) -> None:
+        self.observers = list(observers)
+
+    def trial_started(self, trial: TrialRecord) -> None:
+        """A trial begins, or goes on."""
+        self._tell(lambda observer: observer.trial_started(trial))
+
+    def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
+        """An evaluation is done."""
+        self._tell(lambda observer: observer.trial_reported(trial, metrics))
+
+    def trial_ended(self, trial: TrialRecord) -> None:
+        """A trial has ended."""
+        self._tell(lambda observer: observer.trial_ended(trial))
+
+    def _tell(self, call: Callable[[Observer], None]) -> None:
+        for observer in tuple(self.observers):
+            try:
+                call(observer)
+            except Exception:  # whatever a watcher does wrong, Tune would end the whole search for it
+                logger.exception("an observer failed and is told no more")
+                self.observers.remove(observer)
+
+
+@contextmanager
+def session(
+    space: Space, layout: Layout, mlflow_uri: str | None, digests: Mapping[str, str], watcher: Watcher
+) -> Iterator[tuple[SearchStudy, Observers]]:
+    """The study of `space` and who observes it, for the block that runs its trials.
+
+    If the block raises UserError and no trial has ended well, the study is removed again: bad input leaves nothing.
+    """
+    tracker = MlflowTracker.open(
+        mlflow_uri or default_uri(layout.storage_path),
+        project=space.study.project,
+        study_name=space.study.name,
+        artifact_root=layout.storage_path / "mlflow-artifacts",
+        study_tags={},
+        study_params=space.fixed,
+        digests=digests,
+        say=watcher.say,
+    )
+    study = open_study(space, layout)
+    try:
+        with watcher:
+            watcher.start(study.records())
+            yield study, Observers([tracker, watcher])
+    except UserError:
+        if study.best() is None:
+            delete_study(space, layout)
+        raise
+    finally:
+        best = study.best()
+        tracker.close(study.records(), None if best is None else best.number, interrupted=not study.finished())
+
+
+def train(
+    space: Space,
+    layout: Layout,
+    *,
+    resume: bool,
+    mlflow_uri: str | None,
+    digests: Mapping[str, str],
+    watcher: Watcher,
+) -> SearchStudy:
+    """Train the one trial of a space without distributions, in this process: a study of one.
+
+    Raises:
+        UserError: the study or MLflow are not there as said, or the trial met bad input.
+    """
+    from bilora_ray.training.loop import fit
+
+    check_study(space, layout, resume)
+    with (
+        locked_study(layout, space.study.name),
+        session(space, layout, mlflow_uri, digests, watcher) as (study, observers),
+    ):
+        number = study.next_trial()
+        if number is None:
+            return study
+        observers.trial_started(study.record(number))
+
+        def report(metrics: dict[str, float]) -> None:
+            study.report(number, metrics)
+            observers.trial_reported(study.record(number), metrics)
+
+        try:
+            fit(study.config(number), study.folder(number), report)
+        except (TrialFailure, UserError) as error:
+            study.fail(number, str(error))
+            observers.trial_ended(study.record(number))
+            if isinstance(error, UserError):
+                raise
+        else:
+            observers.trial_ended(study.record(number))
+    return study

@@ -1,0 +1,122 @@
+"""What an adapter is worth: loss and metrics over the validation rows, with the auxiliary out of the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from bilora_ray.config import Task, TrialConfig
+from bilora_ray.training import model as models
+from bilora_ray.training.batches import collate, collate_prompts, eval_batches, in_row_order
+from bilora_ray.training.data import Example, prepare
+from bilora_ray.training.metrics import LossSum, exact_match, label_index, label_metrics
+from bilora_ray.training.rows import load_rows
+
+
+def evaluate(
+    model: PreTrainedModel | PeftModel,
+    examples: Sequence[Example],
+    config: TrialConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, float]:
+    """The metrics of `config.available_metrics`, at the weights that are exported: those of evaluation mode.
+
+    Args:
+        model: on the device where it shall compute. It is left in the mode it came in.
+        examples: validation rows, with prompts if `config.predict_with_generate`.
+        config: task, batch size and what to measure.
+        tokenizer: decodes generated text.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            metrics = _losses(model, examples, config, tokenizer)
+            if config.predict_with_generate:
+                metrics |= _generated(model, examples, config, tokenizer)
+    finally:
+        model.train(was_training)
+    return metrics
+
+
+def evaluate_adapter(adapter: Path | None, config: TrialConfig) -> dict[str, float]:
+    """The metrics of an exported adapter, or of the base model alone, on the validation rows of `config`.
+
+    Raises:
+        UserError: the data or the base model are not as `config` says.
+    """
+    rows = load_rows(config)
+    tokenizer = models.load_tokenizer(config)
+    examples = prepare(rows, config, tokenizer).validation
+    model: Any = models.load_base(config, tokenizer, rows.label_names)[0]
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter))
+    return evaluate(model, examples, config, tokenizer)
+
+
+def predictions(logits: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
+    """`logits` and the `labels` that they predict, position by position: a causal model's are one apart."""
+    return (logits[:, :-1], labels[:, 1:]) if task == "causal-lm" else (logits, labels)
+
+
+def _losses(
+    model: PreTrainedModel | PeftModel,
+    examples: Sequence[Example],
+    config: TrialConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, float]:
+    total = LossSum()
+    batches = eval_batches([len(example.input_ids) for example in examples], config.per_device_eval_batch_size)
+    predicted: list[int] = []
+    for rows in batches:
+        batch = _on_device(collate([examples[row] for row in rows], config.task, tokenizer.pad_token_id), model)
+        logits = model(**batch).logits
+        total.add(*predictions(logits, batch["labels"], config.task))
+        if config.task == "sequence-classification":
+            predicted += logits.argmax(-1).tolist()
+    if config.task != "sequence-classification":
+        return total.metrics()
+    reference = [example.labels[0] for example in examples]
+    num_labels = model.config.num_labels
+    return {"eval_loss": total.mean, **label_metrics(in_row_order(batches, predicted), reference, num_labels)}
+
+
+def _generated(
+    model: PreTrainedModel | PeftModel,
+    examples: Sequence[Example],
+    config: TrialConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, float]:
+    lengths = [len(example.prompt_ids or ()) for example in examples]
+    batches = eval_batches(lengths, config.per_device_eval_batch_size)
+    texts: list[str] = []
+    for rows in batches:
+        prompts = collate_prompts([examples[row] for row in rows], config.task, tokenizer.pad_token_id)
+        prompts = _on_device(prompts, model)
+        output = model.generate(
+            **prompts,
+            max_new_tokens=config.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        start = prompts["input_ids"].shape[1] if config.task == "causal-lm" else 0
+        texts += tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
+    texts = in_row_order(batches, texts)
+    references = [example.reference for example in examples]
+    metrics = {"eval_exact_match": exact_match(texts, references, config.answer_pattern)}
+    if config.label_names is not None:
+        names, pattern = config.label_names, config.answer_pattern
+        indices = [[label_index(text, names, pattern) for text in side] for side in (texts, references)]
+        metrics |= label_metrics(*indices, num_labels=len(names))
+    return metrics
+
+
+def _on_device(batch: dict[str, Tensor], model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
+    return {key: tensor.to(model.device) for key, tensor in batch.items()}

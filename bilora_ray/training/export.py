@@ -1,0 +1,86 @@
+"""Exported adapters: an ordinary PEFT folder, with the recipe of its training in a file beside the weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bilora_ray.config import TrialConfig, build
+from bilora_ray.errors import UserError
+from bilora_ray.paths import absolute_sources
+
+RECIPE = "bilora_ray.json"
+CONFIG = "adapter_config.json"
+
+
+def write_recipe(adapter: Path, settings: TrialConfig, origin: Mapping[str, Any]) -> None:
+    """Keep with an adapter what it came from: PEFT's own files say nothing of rho or the data.
+
+    Args:
+        adapter: the folder that PEFT wrote.
+        settings: of the trial.
+        origin: JSON values such as the step, the study and the trial's number.
+    """
+    recipe = {**origin, "settings": settings.model_dump(mode="json")}
+    (adapter / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+
+
+def read_recipe(adapter: Path) -> dict[str, Any]:
+    """What `write_recipe` kept. UserError if `adapter` is no adapter, or not one of ours."""
+    if not (adapter / CONFIG).is_file():
+        raise UserError(f"{adapter}: no adapter here ({CONFIG} is missing)")
+    if not (adapter / RECIPE).is_file():
+        raise UserError(f"{adapter}: {RECIPE} is missing: this adapter was not trained here, so give its settings")
+    return json.loads((adapter / RECIPE).read_text(encoding="utf-8"))
+
+
+def evaluation_config(adapter: Path, data: str | None, overrides: Sequence[str]) -> TrialConfig:
+    """The settings to evaluate an exported adapter with: those of its training.
+
+    Args:
+        adapter: its folder.
+        data: file to measure on, all of it; None: the validation rows of its training.
+        overrides: `key=value` texts that replace settings.
+    """
+    settings = read_recipe(adapter)["settings"]
+    for override in overrides:
+        key, _, value = override.partition("=")
+        settings |= absolute_sources({key: yaml.safe_load(value)}, Path.cwd(), "--set")
+    if data is not None:
+        source = absolute_sources({"validation_data": data}, Path.cwd(), "--data")["validation_data"]
+        # The training data may be gone by now, and nothing of it is needed: the labels are in the recipe.
+        settings |= {"train_data": source, "validation_data": source, "max_eval_samples": None}
+    return build(TrialConfig, settings, f"{adapter / RECIPE}: settings")
+
+
+def export_adapter(adapter: Path, output: Path, origin: Mapping[str, Any]) -> None:
+    """Copy `adapter` to the new folder `output`, and note in its recipe where it came from."""
+    from bilora_ray.training.checkpoint import atomic_folder
+
+    recipe = read_recipe(adapter)
+    with atomic_folder(output) as unfinished:
+        shutil.copytree(adapter, unfinished, dirs_exist_ok=True)
+        recipe = {**origin, **recipe}
+        (unfinished / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+
+
+def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> None:
+    """Write the base model with `adapter` merged into its weights, and its tokenizer, to the new folder `output`."""
+    from peft import PeftModel
+
+    from bilora_ray.training import model as models
+    from bilora_ray.training.checkpoint import atomic_folder
+
+    config = evaluation_config(adapter, None, ())
+    tokenizer = models.load_tokenizer(config)
+    base, _ = models.load_base(config, tokenizer, config.label_names)
+    merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    with atomic_folder(output) as unfinished:
+        merged.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        write_recipe(unfinished, config, {**origin, "merged": True})

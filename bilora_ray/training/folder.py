@@ -1,0 +1,101 @@
+"""The folder of one trial: what is in it, read without torch.
+
+lock                          held by the process that trains
+checkpoints/step-00000120/    tensors.safetensors and state.json; only complete ones carry such a name
+adapters/step-00000090/       the best adapter so far, as PEFT writes it
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STATE = "state.json"
+TENSORS = "tensors.safetensors"
+COMPLETE = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class TrialFolder:
+    """Where a trial keeps its checkpoints and its best adapter."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def checkpoint_at(self, step: int) -> Path:
+        """The checkpoint of `step`, whether or not it exists."""
+        return self.checkpoints / f"step-{step:08d}"
+
+    def adapter_at(self, step: int) -> Path:
+        """The adapter of `step`, whether or not it exists."""
+        return self.path / "adapters" / f"step-{step:08d}"
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        complete = _complete(self.checkpoints)
+        return complete[-1] if complete else None
+
+    def state(self) -> dict[str, Any]:
+        """Counters and evaluations of the newest checkpoint; empty before the first one."""
+        newest = self.latest()
+        return {} if newest is None else json.loads((newest / STATE).read_text())
+
+    def best_adapter(self) -> Path | None:
+        """The best adapter that the newest checkpoint knows."""
+        step = self.state().get("best_step")
+        return None if step is None else self.adapter_at(step)
+
+    def keep_only(self, step: int, best_step: int) -> None:
+        """Remove older checkpoints, all adapters but the best, and what killed processes left half-done."""
+        for folder, kept in ((self.checkpoints, step), (self.path / "adapters", best_step)):
+            for entry in folder.iterdir():
+                if entry.name != f"step-{kept:08d}":
+                    shutil.rmtree(entry, ignore_errors=True)
+
+    def discard_tensors(self) -> None:
+        """Free the disk of a trial that will not go on; its evaluations and its adapter stay."""
+        for complete in _complete(self.checkpoints):
+            (complete / TENSORS).unlink(missing_ok=True)
+
+    def lock(self, wait_s: float) -> Any:
+        """Hold this folder for the block; see `locked`."""
+        return locked(self.path / "lock", wait_s)
+
+
+@contextmanager
+def locked(path: Path, wait_s: float) -> Iterator[None]:
+    """Hold the lock file `path` for the block; the system frees it however the process ends.
+
+    Raises:
+        TimeoutError: another process still holds it after `wait_s` seconds.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + wait_s
+    with path.open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise TimeoutError(f"{path} is held by another process") from None
+                time.sleep(0.1)
+        yield
+
+
+def _complete(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if COMPLETE.fullmatch(path.name))

@@ -1,0 +1,230 @@
+"""The training loop: `fit` runs one trial from its settings to its best adapter.
+
+It knows a `report` callable, a folder and torch; whoever calls it (a script, a Ray Tune process) decides what a report
+means. A trial that was killed goes on from its last checkpoint with the same losses as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, get_scheduler
+
+from bilora_ray.config import TrialConfig
+from bilora_ray.errors import NonFiniteLoss, TrialFailure
+from bilora_ray.method import build_method, export_primary
+from bilora_ray.training import model as models
+from bilora_ray.training.batches import collate, train_batches
+from bilora_ray.training.checkpoint import atomic_folder, load_checkpoint, save_checkpoint
+from bilora_ray.training.data import Prepared, prepare
+from bilora_ray.training.evaluate import evaluate, predictions
+from bilora_ray.training.export import write_recipe
+from bilora_ray.training.folder import TrialFolder
+from bilora_ray.training.metrics import IGNORED, is_better
+from bilora_ray.training.rows import load_rows
+
+Report = Callable[[dict[str, float]], None]
+
+
+@dataclass
+class Progress:
+    """What a run has done so far: all of it that is neither a tensor nor a random state, as JSON holds it."""
+
+    step: int = 0
+    best_step: int | None = None
+    best_value: float | None = None
+    train_seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+@dataclass
+class Window:
+    """Sums since the last evaluation."""
+
+    loss: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+
+class Run:
+    """One trial's whole state: model, optimizer, schedule, data and progress.
+
+    Args:
+        config: the settings.
+        folder: where checkpoints and the best adapter go.
+    """
+
+    def __init__(self, config: TrialConfig, folder: TrialFolder) -> None:
+        self.config = config
+        self.folder = folder
+        rows = load_rows(config)
+        self.label_names = rows.label_names
+        self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(config)
+        self.data: Prepared = prepare(rows, config, self.tokenizer)
+        base, fresh = models.load_base(config, self.tokenizer, rows.label_names)
+        self.model = models.add_primary(base, config, fresh)
+        self.optimizer = build_method(
+            config.method,
+            self.model,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            auxiliary_rank=config.auxiliary_rank,
+            auxiliary_learning_rate=config.resolved_auxiliary_learning_rate,
+            rho=config.rho,
+        )
+        if config.gradient_checkpointing:
+            models.enable_gradient_checkpointing(self.model)
+        self.step_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.max_steps = config.max_steps or math.ceil(config.num_train_epochs * self.steps_per_epoch)
+        self.eval_every = _eval_every(config.eval_steps, self.max_steps)
+        self.schedule = get_scheduler(
+            config.lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=math.ceil(config.warmup_ratio * self.max_steps),
+            num_training_steps=self.max_steps,
+        )
+        # Methods draw differently many numbers while they are built; dropout must not depend on that.
+        torch.manual_seed(config.seed)
+        self.progress = Progress()
+        self.window = Window()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps of one pass over the training rows; the last one may have fewer rows."""
+        return math.ceil(len(self.data.train) / self.step_rows)
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        state = load_checkpoint(self.folder, self.model, self.optimizer)
+        if state is None:
+            return
+        self.schedule.load_state_dict(state.pop("schedule"))
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self.progress = Progress(**state)
+
+    def train_step(self) -> None:
+        """One optimizer step over `step_rows` rows. NonFiniteLoss if the loss is NaN or infinite."""
+        started = time.perf_counter()
+        self.model.train()
+        loss = float(self.optimizer.step(self._closure))
+        self.schedule.step()
+        self.progress.step += 1
+        self.window.loss += loss
+        self.window.steps += 1
+        self.window.seconds += time.perf_counter() - started
+
+    def evaluation_due(self) -> bool:
+        """Whether the current step ends with an evaluation; the last one does."""
+        return self.progress.step % self.eval_every == 0 or self.progress.step == self.max_steps
+
+    def evaluate(self) -> dict[str, float]:
+        """Measure the primary adapter on the validation rows, keep it if it is the best, and write a checkpoint.
+
+        Returns:
+            The metrics to report. `train_loss` is at the perturbed weight, `eval_loss` is not: do not compare them.
+        """
+        metrics = self._metrics()
+        progress, metric = self.progress, self.config.metric
+        progress.train_seconds += self.window.seconds
+        if is_better(metrics[metric], progress.best_value, self.config.greater_is_better):
+            progress.best_value, progress.best_step = metrics[metric], progress.step
+            self._export(self.folder.adapter_at(progress.step))
+        progress.history.append(metrics)
+        state = {**vars(progress), "schedule": self.schedule.state_dict()}
+        save_checkpoint(self.folder.checkpoint_at(progress.step), self.model, self.optimizer, state)
+        self.folder.keep_only(progress.step, progress.best_step or progress.step)
+        self.window = Window()
+        return metrics
+
+    def _closure(self) -> torch.Tensor:
+        """The mean loss of the current step's rows, over its target tokens or rows, with its gradient."""
+        self.optimizer.zero_grad()
+        epoch, index = divmod(self.progress.step, self.steps_per_epoch)
+        rows = train_batches(len(self.data.train), self.step_rows, self.config.seed, epoch)[index]
+        examples = [self.data.train[row] for row in rows]
+        size = self.config.per_device_train_batch_size
+        batches = [self._batch(examples[start : start + size]) for start in range(0, len(examples), size)]
+        counts = [self._targets(batch["labels"]) for batch in batches]
+        total = torch.zeros((), device=models.device())
+        for batch, count in zip(batches, counts, strict=True):
+            loss = self.model(**batch).loss * (count / sum(counts))
+            loss.backward()
+            total += loss.detach()
+        if not torch.isfinite(total):
+            raise NonFiniteLoss(self.progress.step + 1, float(total))
+        self.window.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
+        return total
+
+    def _batch(self, examples: list[Any]) -> dict[str, torch.Tensor]:
+        batch = collate(examples, self.config.task, self.tokenizer.pad_token_id)
+        return {key: tensor.to(models.device()) for key, tensor in batch.items()}
+
+    def _targets(self, labels: torch.Tensor) -> int:
+        """How many predictions the loss of a batch is the mean of."""
+        return int((predictions(labels, labels, self.config.task)[1] != IGNORED).sum())
+
+    def _metrics(self) -> dict[str, float]:
+        window, step = self.window, self.progress.step
+        metrics = {
+            "step": step,
+            "max_steps": self.max_steps,
+            "epoch": step / self.steps_per_epoch,
+            "learning_rate": self.schedule.get_last_lr()[0],
+            "train_loss": window.loss / max(1, window.steps),
+            "tokens_per_second": window.tokens / max(1e-9, window.seconds),
+        }
+        if self.config.method == "bilora":
+            metrics["auxiliary_norm"] = float(self.optimizer.auxiliary_norm)
+        metrics |= evaluate(self.model, self.data.validation, self.config, self.tokenizer)
+        if not math.isfinite(metrics["eval_loss"]):
+            raise NonFiniteLoss(step, metrics["eval_loss"])
+        return metrics
+
+    def _export(self, path: Any) -> None:
+        with atomic_folder(path) as unfinished:
+            export_primary(self.model, unfinished)
+            # With the labels in the recipe, an evaluation elsewhere does not need the training data.
+            settings = self.config.model_copy(update={"label_names": self.label_names})
+            write_recipe(unfinished, settings, {"step": self.progress.step})
+
+
+def fit(config: TrialConfig, folder: TrialFolder, report: Report) -> Progress:
+    """Train one trial, or go on with it, and keep its best adapter in `folder`.
+
+    Args:
+        config: the settings; they decide every number that comes out, on one machine.
+        folder: where checkpoints and the best adapter go. Holds the trial's earlier checkpoints if it was interrupted.
+        report: takes the metrics of each evaluation, in order, `step` among them. After an interruption the earlier
+            evaluations are told again, since the last one may have been lost with the process.
+
+    Returns:
+        What was done, with the best value and its step.
+
+    Raises:
+        UserError: a row, a column, the model or a target module is not as the settings say.
+        TrialFailure: the loss became NaN or infinite, or memory ran out.
+    """
+    try:
+        run = Run(config, folder)
+        run.resume()
+        for metrics in run.progress.history:
+            report(metrics)
+        while run.progress.step < run.max_steps:
+            run.train_step()
+            if run.evaluation_due():
+                report(run.evaluate())
+    except torch.OutOfMemoryError as error:
+        raise TrialFailure(f"out of GPU memory: {str(error).splitlines()[0]}") from error
+    return run.progress
+
+
+def _eval_every(eval_steps: float, max_steps: int) -> int:
+    return int(eval_steps) if eval_steps >= 1 else math.ceil(eval_steps * max_steps)

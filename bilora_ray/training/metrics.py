@@ -1,0 +1,135 @@
+"""What an evaluation measures: pure functions and one running sum. Torch tensors go in; torch is not imported."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+IGNORED = -100
+NO_LABEL = -1
+NUMBER = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?\.?")
+
+
+@dataclass
+class LossSum:
+    """The running sum of a loss over the predictions of an evaluation, in float64.
+
+    A prediction is one token of a completion, or one row of a classification. The three sums of several processes
+    add up to those of all.
+
+    Attributes:
+        negative_log_likelihood: sum over the predictions, in nats.
+        count: predictions.
+        correct: predictions whose most likely class is the right one.
+    """
+
+    negative_log_likelihood: float = 0.0
+    count: int = 0
+    correct: int = 0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Add the predictions of one batch.
+
+        Args:
+            logits: (..., classes), any float type; `logits[i]` predicts `labels[i]`, so a causal model's are
+                shifted by the caller.
+            labels: (...), class indices; IGNORED where there is nothing to predict.
+        """
+        kept = labels != IGNORED
+        scores, targets = logits[kept].float(), labels[kept]
+        picked = scores.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        self.negative_log_likelihood += (scores.logsumexp(-1) - picked).double().sum().item()
+        self.count += targets.numel()
+        self.correct += int((scores.argmax(-1) == targets).sum().item())
+
+    @property
+    def mean(self) -> float:
+        """Loss per prediction, in nats; NaN without predictions."""
+        return self.negative_log_likelihood / self.count if self.count else math.nan
+
+    def metrics(self) -> dict[str, float]:
+        """`eval_loss`, `eval_perplexity` and `eval_token_accuracy` of a language model."""
+        return {
+            "eval_loss": self.mean,
+            "eval_perplexity": perplexity(self.mean),
+            "eval_token_accuracy": self.correct / self.count if self.count else math.nan,
+        }
+
+
+def perplexity(loss: float) -> float:
+    """e to the `loss`; infinite where that leaves the float range."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def answer(text: str, pattern: str | None) -> str | None:
+    """The answer that `text` gives: group 1 of the last match of `pattern`, or the whole text without a pattern.
+
+    Space around it is removed, and a number that the pattern found loses its thousands commas and its final period:
+    "1,234." is "1234". None if nothing matches.
+    """
+    if pattern is None:
+        return text.strip()
+    found = None
+    for match in re.finditer(pattern, text):
+        found = match.group(1)
+    if found is None:
+        return None
+    number = NUMBER.fullmatch(found.strip())
+    if number is None:
+        return found.strip()
+    sign, whole, fraction = number.groups(default="")
+    return sign + whole.replace(",", "") + fraction
+
+
+def exact_match(predictions: Sequence[str], references: Sequence[str], pattern: str | None) -> float:
+    """Share of `predictions` whose answer is that of the reference; a text without an answer is wrong."""
+    assert len(predictions) == len(references) > 0
+    pairs = zip(predictions, references, strict=True)
+    answers = [(answer(prediction, pattern), answer(reference, pattern)) for prediction, reference in pairs]
+    return sum(given is not None and given == wanted for given, wanted in answers) / len(answers)
+
+
+def label_index(text: str, label_names: Sequence[str], pattern: str | None) -> int:
+    """Index of the label that the answer in `text` is; NO_LABEL if it is none of `label_names`."""
+    found = answer(text, pattern)
+    return label_names.index(found) if found in label_names else NO_LABEL
+
+
+def label_metrics(predicted: Sequence[int], reference: Sequence[int], num_labels: int) -> dict[str, float]:
+    """`eval_accuracy`, `eval_f1` and `eval_matthews_correlation`.
+
+    F1 is that of label 1 when there are two labels (as in GLUE), else the mean over the labels that occur.
+
+    Args:
+        predicted: label indices; NO_LABEL, text that is no label, counts as wrong.
+        reference: label indices.
+        num_labels: size of the label set.
+    """
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
+    assert len(predicted) == len(reference) > 0
+    counted = [1] if num_labels == 2 else sorted({*predicted, *reference} - {NO_LABEL})
+    right = sum(given == wanted for given, wanted in zip(predicted, reference, strict=True))
+    return {
+        "eval_accuracy": right / len(reference),
+        "eval_f1": float(f1_score(reference, predicted, labels=counted, average="macro", zero_division=0.0)),
+        "eval_matthews_correlation": float(matthews_corrcoef(reference, predicted)),
+    }
+
+
+def is_better(value: float, best: float | None, greater_is_better: bool) -> bool:
+    """Whether `value` is strictly better than `best`. NaN never is; any number is better than None or NaN."""
+    if math.isnan(value):
+        return False
+    if best is None or math.isnan(best):
+        return True
+    return value > best if greater_is_better else value < best

@@ -1,0 +1,236 @@
+"""Records from where a trial's data is: a local file, a built-in one, or the Hub. Every record knows its place.
+
+Nothing here imports torch; `datasets` and `pyarrow` are imported only when they are needed.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bilora_ray import builtin
+from bilora_ray.config import TrialConfig
+from bilora_ray.errors import UserError
+from bilora_ray.paths import BUILTIN, DATA_SUFFIXES
+
+Split = Literal["train", "validation"]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row as its source has it.
+
+    Attributes:
+        columns: values by column name.
+        where: the place that an error names, such as `train.jsonl, line 3`.
+    """
+
+    columns: Mapping[str, Any]
+    where: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """The records of one split, at least one, and what identifies their content.
+
+    Attributes:
+        records: in the order of the source.
+        digest: 16 hexadecimal digits: the start of the SHA-256 of a file's bytes, or a Hub dataset's fingerprint.
+            That many tell data sets apart by accident, not by malice.
+    """
+
+    records: Sequence[Record]
+    digest: str
+
+
+def read(config: TrialConfig, split: Split) -> Source | None:
+    """The records that `config` names for `split`; None if it names no validation data.
+
+    Raises:
+        UserError: the data can't be read or has no rows.
+    """
+    setting, name = f"{split}_data", config.train_data
+    hub_split: str | None = config.train_split
+    if split == "validation":
+        name, hub_split = config.validation_data or config.train_data, config.validation_split
+        if config.validation_data is None and hub_split is None:
+            return None
+        if config.validation_data is None and _is_file(name):
+            raise UserError(f"validation_split: {name} is a file and has no splits; name a file in validation_data")
+    if _is_file(name):
+        return read_file(name, config.column_names, setting)
+    if hub_split is None:
+        raise UserError(f"validation_split: missing; it says which split of '{name}' to validate on")
+    return _read_hub(name, config.dataset_config_name, hub_split, setting)
+
+
+def read_file(name: str, column_names: Sequence[str] | None, setting: str) -> Source:
+    """The records of the file `name`, a path or `builtin:NAME`, as its suffix says.
+
+    Args:
+        name: what errors call the file.
+        column_names: columns of a CSV or TSV file without a header.
+        setting: the setting that named the file, for errors.
+
+    Raises:
+        UserError: the file is missing, unreadable, malformed or without rows.
+    """
+    path = _path(name, setting)
+    data = _bytes(path, name, setting)
+    if path.suffix == ".parquet":
+        records = _parquet(data, name)
+    elif path.suffix in (".csv", ".tsv"):
+        table = _csv(_text(data, name), name) if path.suffix == ".csv" else _tsv(_text(data, name))
+        records = _with_header(table, column_names, name)
+    else:
+        parse = _json if path.suffix == ".json" else _jsonl
+        records = parse(_text(data, name), name)
+    found = list(records)
+    if not found:
+        raise UserError(f"{setting}: no rows in {name}")
+    return Source(found, hashlib.sha256(data).hexdigest()[:16])
+
+
+def _is_file(name: str) -> bool:
+    looks_local = name.startswith((BUILTIN, ".", "/", "~")) or name.endswith(DATA_SUFFIXES)
+    return looks_local or Path(name).exists()
+
+
+def _path(name: str, setting: str) -> Path:
+    if name.startswith(BUILTIN):
+        try:
+            # A built-in has no suffix in its name; the file's own name is taken for the same thing.
+            path = builtin.path(name.removeprefix(BUILTIN).removesuffix(".jsonl"))
+        except ValueError as error:
+            raise UserError(f"{setting}: {error}") from None
+    else:
+        path = Path(name).expanduser()
+    if path.is_dir():
+        raise UserError(f"{setting}: {name} is a folder; a file is needed ({', '.join(DATA_SUFFIXES)})")
+    if path.suffix not in DATA_SUFFIXES:
+        raise UserError(f"{setting}: {name} has an unknown suffix; allowed: {', '.join(DATA_SUFFIXES)}")
+    return path
+
+
+def _bytes(path: Path, name: str, setting: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{setting}: no such file: {name}") from None
+    except OSError as error:
+        raise UserError(f"{setting}: cannot read {name} ({error.strerror})") from None
+
+
+def _text(data: bytes, name: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise UserError(f"{name}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x})") from None
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Numbered lines. Only \\n ends one: str.splitlines would also cut JSON texts at U+2028."""
+    return ((number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), start=1))
+
+
+def _jsonl(text: str, name: str) -> Iterator[Record]:
+    for number, line in _lines(text):
+        if line.strip():
+            yield _record(_parsed(line, name, number), f"{name}, line {number}")
+
+
+def _json(text: str, name: str) -> Iterator[Record]:
+    rows = _parsed(text, name, 1)
+    if isinstance(rows, dict):
+        rows = rows.get("data")
+    if not isinstance(rows, list):
+        raise UserError(f'{name}: must hold a list of objects, or {{"data": [...]}}')
+    for number, row in enumerate(rows, start=1):
+        yield _record(row, f"{name}, row {number}")
+
+
+def _parsed(text: str, name: str, first_line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        raise UserError(f"{name}, line {line}: not valid JSON ({error.msg}: column {error.colno})") from None
+
+
+def _record(row: Any, where: str) -> Record:
+    if not isinstance(row, dict):
+        raise UserError(f'{where}: must be an object, such as {{"text": ...}}, not {type(row).__name__}')
+    return Record(row, where)
+
+
+def _csv(text: str, name: str) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    first = 1
+    try:
+        for cells in reader:
+            if cells:
+                yield first, cells
+            first = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(f"{name}, line {first}: not valid CSV ({error})") from None
+
+
+def _tsv(text: str) -> Iterator[tuple[int, list[str]]]:
+    """Cells between tabs. Quotes mean themselves, as in the GLUE and SST files."""
+    for number, line in _lines(text):
+        if line:
+            yield number, line.split("\t")
+
+
+def _with_header(
+    table: Iterable[tuple[int, list[str]]], column_names: Sequence[str] | None, name: str
+) -> Iterator[Record]:
+    rows = iter(table)
+    names = list(column_names) if column_names else next(rows, (1, []))[1]
+    repeated = sorted({column for column in names if names.count(column) > 1})
+    if repeated:
+        raise UserError(f"{name}: column '{repeated[0]}' is named twice")
+    for number, cells in rows:
+        where = f"{name}, line {number}"
+        if len(cells) != len(names):
+            raise UserError(f"{where}: {len(cells)} columns instead of {len(names)} ({', '.join(names)})")
+        if column_names and cells == names:
+            raise UserError(f"{where}: is a header; leave column_names out")
+        yield Record(dict(zip(names, cells, strict=True)), where)
+
+
+def _parquet(data: bytes, name: str) -> Iterator[Record]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{name}: not a Parquet file ({_first_line(error)})") from None
+    for number, row in enumerate(table.to_pylist(), start=1):
+        yield Record(row, f"{name}, row {number}")
+
+
+def _read_hub(name: str, config_name: str | None, split: str, setting: str) -> Source:
+    import datasets
+
+    label = f"{name}/{config_name}" if config_name else name
+    try:
+        dataset = datasets.load_dataset(name, config_name, split=split)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        raise UserError(f"{setting}: cannot load '{label}', split '{split}' ({_first_line(error)})") from error
+    records = [Record(row, f"{label}, {split} row {number}") for number, row in enumerate(dataset, start=1)]
+    if not records:
+        raise UserError(f"{setting}: no rows in '{label}', split '{split}'")
+    return Source(records, dataset._fingerprint)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
