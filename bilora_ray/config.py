@@ -103,7 +103,9 @@ class TrialConfig(Settings):
     learning_rate: Float = Field(5e-4, gt=0, description="peak learning rate of the primary adapter")
     weight_decay: Float = Field(0.0, ge=0, description="AdamW weight decay of the primary adapter")
     max_grad_norm: Float | None = Field(1.0, gt=0, description="gradient norm limit, per branch; null: none")
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="course of the learning rate over the steps"
+    )
     warmup_ratio: Float = Field(0.03, ge=0, lt=1, description="share of steps with rising learning rate")
     num_train_epochs: Float = Field(3.0, gt=0, description="passes over the training rows")
     max_steps: Int | None = Field(None, ge=1, description="optimizer steps, instead of num_train_epochs")
@@ -190,8 +192,9 @@ def template_columns(template: str) -> tuple[str, ...]:
         for _, column, spec, conversion in string.Formatter().parse(template):
             if column is None:
                 continue
-            if not column or spec or conversion or not re.fullmatch(r"[\w \-]+", column):
-                raise ValueError(f"may hold only plain column names in braces, not '{{{column}}}'")
+            field = column + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+            if not re.fullmatch(r"[\w \-]+", field):
+                raise ValueError(f"may hold only plain column names in braces, not '{{{field}}}'")
             columns.append(column)
     except ValueError as error:
         raise ValueError(str(error)) from None
@@ -200,16 +203,25 @@ def template_columns(template: str) -> tuple[str, ...]:
 
 def is_integer(setting: str) -> bool:
     """Whether `setting` takes whole numbers only."""
+    return int in _kinds(setting)
+
+
+def is_number(setting: str) -> bool:
+    """Whether `setting` takes numbers."""
+    return bool({int, float} & _kinds(setting))
+
+
+def _kinds(setting: str) -> set[Any]:
     annotation = TrialConfig.model_fields[setting].annotation
-    kinds = {getattr(kind, "__origin__", kind) for kind in (annotation, *get_args(annotation))}
-    return int in kinds
+    return {getattr(kind, "__origin__", kind) for kind in (annotation, *get_args(annotation))}
 
 
 def coerce(setting: str, value: Any, where: str) -> Any:
     """`value` as the type of `setting`: YAML 1.1 reads `3e-4` as text. UserError if it can't be."""
     field = TrialConfig.model_fields[setting]
     try:
-        adapter: TypeAdapter[Any] = TypeAdapter(Annotated[field.annotation, field])  # type: ignore[arg-type]
+        kind: Any = Annotated[field.annotation, field]
+        adapter: TypeAdapter[Any] = TypeAdapter(kind, config=TrialConfig.model_config)
         return adapter.validate_python(value)
     except ValidationError as error:
         raise UserError(f"{where}: {_first_problem(TrialConfig, error)}") from None
@@ -223,7 +235,7 @@ def applies(setting: str, method: str) -> bool:
 def build(kind: type[SettingsT], values: Mapping[str, Any], where: str) -> SettingsT:
     """`kind` from plain `values`, or UserError with one line that starts with `where`."""
     try:
-        return kind(**values)
+        return kind.model_validate(dict(values))
     except ValidationError as error:
         raise UserError(f"{where}: {_first_problem(kind, error)}") from None
 
@@ -232,14 +244,14 @@ def _first_problem(kind: type[Settings], error: ValidationError) -> str:
     problems = error.errors(include_url=False)
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     key = ".".join(str(part) for part in problem["loc"] if not _is_union_branch(part))
-    message = problem["msg"].removeprefix("Value error, ")
+    message = re.sub(r"^(Value error, |Input |String |Tuple )", "", problem["msg"])
     if problem["type"] == "extra_forbidden":
         return f"unknown key '{key}'; {nearest(key, kind.model_fields)}"
     if problem["type"] == "missing":
         return f"'{key}' is missing"
     if problem["type"] == "value_error" and not key:
         return message
-    message = f"{message.removeprefix('Input ')}, got {problem['input']!r}"
+    message = f"{message}, got {problem['input']!r}"
     return f"{key}: {message}" if key else message
 
 

@@ -23,7 +23,7 @@ def absolute_sources(settings: Mapping[str, Any], base: Path, where: str) -> dic
     by value.
 
     Raises:
-        UserError: a text that is neither an existing path nor can be a Hub name.
+        UserError: a text that is neither an existing path nor can be a Hub name, or a path that cannot be looked at.
     """
     result = dict(settings)
     for key in SOURCES:
@@ -37,11 +37,14 @@ def absolute_sources(settings: Mapping[str, Any], base: Path, where: str) -> dic
 
 
 def _absolute(name: str, base: Path, where: str, is_data: bool) -> str:
-    if name.startswith(BUILTIN):
+    if not name or name.startswith(BUILTIN):
         return name
-    path = Path(base, Path(name).expanduser())
-    if path.exists():
-        return str(path.resolve())
+    try:
+        path = Path(base, Path(name).expanduser())
+        if path.exists():
+            return str(path.resolve())
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{where}: {name}: {getattr(error, 'strerror', None) or error}") from None
     looks_local = name.startswith((".", "/", "~")) or (is_data and name.endswith(DATA_SUFFIXES))
     if looks_local or not HUB_NAME.fullmatch(name):
         raise UserError(f"{where}: no such {'file' if is_data else 'folder'}: {path}")

@@ -1,6 +1,8 @@
 """Make the quickstart: its data, its tokenizer and its small language model.
 
 Run ``python -m bilora_ray.builtin.make_quickstart [--out DIR] [--data-only]``.
+
+MEASURED
 """
 
 from __future__ import annotations
@@ -8,10 +10,12 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -22,23 +26,33 @@ from transformers import (
 )
 
 from bilora_ray.builtin import path
-from bilora_ray.builtin.quickstart_data import SEED, Row, pretraining_rows, task_splits, write_splits
+from bilora_ray.builtin.quickstart_data import (
+    SEED,
+    Row,
+    plain_rows,
+    pretraining_rows,
+    task_splits,
+    write_splits,
+)
 
 VOCABULARY = 1024
 CONTEXT_TOKENS = 128
-MAX_NEW_TOKENS = 20
-PAD, BOS, EOS = "<pad>", "<s>", "</s>"
-EPOCHS = 3
+MAX_NEW_TOKENS = 16
+SPECIAL = {"pad": "<pad>", "bos": "<s>", "eos": "</s>"}
+EPOCHS = 2
 BATCH_ROWS = 64
+POOL_ROWS = 20 * BATCH_ROWS
 PEAK_LR = 3e-3
 WARMUP_STEPS = 100
 PROMPT_WEIGHT = 0.2
+TASK_REPEATS = 40
+
+Example = tuple[list[int], int]
 
 
 def build_tokenizer(corpus: list[Row]) -> PreTrainedTokenizerFast:
     """Return a byte-level BPE tokenizer trained on ``corpus`` and on the task's training rows.
 
-    Numbers of the corpus become one token each, and any other text splits into smaller pieces.
     It adds neither ``bos`` nor ``eos`` by itself, so a prompt and its completion can be encoded apart.
     """
     bpe = Tokenizer(models.BPE())
@@ -46,26 +60,27 @@ def build_tokenizer(corpus: list[Row]) -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=[PAD, BOS, EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(SPECIAL.values()),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    rows = corpus + task_splits()["train"]
+    # Repeats give the few task rows enough weight for a log word to be one token, which keeps rows short.
+    rows = corpus + TASK_REPEATS * task_splits()["train"]
     bpe.train_from_iterator((row["prompt"] + row["completion"] for row in rows), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
-        pad_token=PAD,
-        bos_token=BOS,
-        eos_token=EOS,
         model_max_length=CONTEXT_TOKENS,
         padding_side="left",
         clean_up_tokenization_spaces=False,
+        **{f"{name}_token": token for name, token in SPECIAL.items()},
     )
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
-    """Return an untrained float32 Llama model with greedy generation settings."""
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    """Return an untrained float32 Llama model of about 0.9 million weights that generates greedily."""
+    ids: dict[str, Any] = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()
+    }
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -82,77 +97,117 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     return model
 
 
-def _batch(tokenizer, rows):
-    full = [tokenizer(r["prompt"])["input_ids"] for r in rows]
-    comp = [tokenizer(r["completion"])["input_ids"] + [tokenizer.eos_token_id] for r in rows]
-    width = max(len(a) + len(b) for a, b in zip(full, comp))
-    ids = torch.full((len(rows), width), tokenizer.pad_token_id)
-    weight = torch.zeros(len(rows), width)
-    for k, (a, b) in enumerate(zip(full, comp)):
-        n = len(a) + len(b)
-        ids[k, :n] = torch.tensor(a + b)
-        weight[k, : len(a)] = PROMPT_WEIGHT
-        weight[k, len(a) : n] = 1
-    return ids, weight
+def _encode(tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> list[Example]:
+    """Return per row the token ids of prompt, completion and ``eos``, and the number of prompt tokens."""
+    prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
+    completions = tokenizer([row["completion"] for row in rows])["input_ids"]
+    return [(p + c + [tokenizer.eos_token_id], len(p)) for p, c in zip(prompts, completions, strict=True)]
+
+
+def _batches(examples: list[Example], epochs: int) -> list[list[Example]]:
+    """Return the batches of ``epochs`` passes in random order, each of rows of about equal length."""
+    lengths = torch.tensor([len(ids) for ids, _ in examples])
+    batches: list[list[Example]] = []
+    for _ in range(epochs):
+        for pool in torch.randperm(len(examples)).split(POOL_ROWS):
+            groups = pool[lengths[pool].argsort(stable=True)].split(BATCH_ROWS)
+            order = torch.randperm(len(groups)).tolist()
+            batches += [[examples[i] for i in groups[g].tolist()] for g in order]
+    return batches
+
+
+def _loss(model: PreTrainedModel, batch: list[Example], pad: int) -> torch.Tensor:
+    """Return the mean next-token loss in nats.
+
+    A prompt token counts ``PROMPT_WEIGHT`` of a completion token, and padding after ``eos`` counts nothing.
+    """
+    width = max(len(ids) for ids, _ in batch)
+    ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in batch])
+    place = torch.arange(width)
+    weights = [torch.where(place < prompt, PROMPT_WEIGHT, 1.0) * (place < len(row)) for row, prompt in batch]
+    weight = torch.stack(weights)[:, 1:]
+    logits = model(input_ids=ids).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return (losses * weight).sum() / weight.sum()
+
+
+def _factors(steps: int) -> Iterator[float]:
+    """Yield the share of the peak learning rate at each step: linear warm-up times cosine decay to zero."""
+    for step in range(steps):
+        yield min(1.0, (step + 1) / WARMUP_STEPS) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+
+
+def pretrain(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: list[Row], epochs: int = EPOCHS
+) -> None:
+    """Train ``model`` in place on ``corpus`` and print the loss every 200 steps."""
+    batches = _batches(_encode(tokenizer, corpus), epochs)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98), weight_decay=0.05)
+    model.train()
+    start = time.monotonic()
+    for step, (batch, factor) in enumerate(zip(batches, _factors(len(batches)), strict=True), start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = PEAK_LR * factor
+        optimizer.zero_grad()
+        loss = _loss(model, batch, tokenizer.pad_token_id)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 200 == 0 or step == len(batches):
+            seconds = time.monotonic() - start
+            print(f"step {step}/{len(batches)}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
+    model.eval()
+
+
+def _answer(text: str) -> str:
+    """Return what follows ``####`` in ``text``, or an empty string."""
+    return text.partition("####")[2].strip()
 
 
 @torch.no_grad()
-def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], batch=100) -> float:
+def exact_match(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Row], batch_rows: int = 100
+) -> float:
     """Return the share of ``rows``, from 0 to 1, whose greedy answer has the right number after ``####``."""
     right = 0
-    for start in range(0, len(rows), batch):
-        chunk = rows[start : start + batch]
-        inputs = tokenizer([row["prompt"] for row in chunk], return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for t, r in zip(texts, chunk):
-            right += t.partition("####")[2].strip() == r["completion"].partition("####")[2].strip()
+    for start in range(0, len(rows), batch_rows):
+        batch = rows[start : start + batch_rows]
+        prompts = [row["prompt"] for row in batch]
+        encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
+        ids, mask = encoded["input_ids"], encoded["attention_mask"]
+        outputs = model.generate(input_ids=ids, attention_mask=mask, do_sample=False)
+        texts = tokenizer.batch_decode(outputs[:, ids.shape[1] :], skip_special_tokens=True)
+        right += sum(_answer(t) == _answer(row["completion"]) for t, row in zip(texts, batch, strict=True))
     return right / len(rows)
 
 
-def main():
+def make(out: Path, data_only: bool = False) -> None:
+    """Write the quickstart into ``out``: the task's rows and, unless ``data_only``, ``model/``."""
+    splits = write_splits(out)
+    print(f"wrote {', '.join(split.name for split in splits)} to {out}", flush=True)
+    if data_only:
+        return
+    # One thread, because the order in which threads add up numbers would change the bytes of the model.
     torch.set_num_threads(1)
-    import sys
-    out = Path(sys.argv[1]); nrows = int(sys.argv[2]); epochs = int(sys.argv[3]); 
-    corpus = pretraining_rows(nrows)
-    heldout = pretraining_rows(400, seed=99)
-    t0 = time.time()
-    tok = build_tokenizer(corpus)
-    print("tok", time.time() - t0, len(tok))
-    sp = task_splits()
-    for r in heldout[:3] + sp["test"][:5]:
-        e = tok(r["prompt"])["input_ids"]; c = tok(r["completion"])["input_ids"]
-        print(len(e), len(c), tok.convert_ids_to_tokens(e))
-    print(max(len(tok(r["prompt"] + r["completion"])["input_ids"]) for r in sp["test"]))
-    torch.manual_seed(0)
-    model = build_model(tok)
-    print(sum(p.numel() for p in model.parameters()))
-    opt = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.05, betas=(0.9, 0.98))
-    steps = epochs * nrows // BATCH_ROWS
-    order = torch.cat([torch.randperm(nrows) for _ in range(epochs)])
-    for step in range(steps):
-        lr = PEAK_LR * min(1, (step + 1) / WARMUP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps)) 
-        for g in opt.param_groups: g["lr"] = lr
-        idx = order[step * BATCH_ROWS : (step + 1) * BATCH_ROWS].tolist()
-        ids, w = _batch(tok, [corpus[i] for i in idx])
-        logits = model(input_ids=ids).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-        w = w[:, 1:].flatten()
-        cl = loss[w == 1].mean()
-        loss = (loss * w).sum() / w.sum()
-        opt.zero_grad(); loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        opt.step()
-        if step % 100 == 99 or step == steps - 1:
-            print(step + 1, f"{time.time()-t0:.0f}s loss {loss.item():.3f} compl {cl.item():.3f}", flush=True)
-        if step % 500 == 499 or step == steps - 1:
-            model.eval()
-            print("   EM plain", exact_match(model, tok, heldout[:200]), "log", exact_match(model, tok, sp["test"][:200]), flush=True)
-            model.train()
-    model.eval()
-    print("final", exact_match(model, tok, heldout), exact_match(model, tok, sp["test"]))
-    model.save_pretrained(out / "model"); tok.save_pretrained(out / "model")
-    write_splits(out)
+    torch.manual_seed(SEED)
+    corpus = pretraining_rows()
+    tokenizer = build_tokenizer(corpus)
+    model = build_model(tokenizer)
+    pretrain(model, tokenizer, corpus)
+    tokenizer.save_pretrained(out / "model")
+    model.save_pretrained(out / "model")
+    print(f"exact match, plain wording: {exact_match(model, tokenizer, plain_rows(400)):.3f}")
+    print(f"exact match, task test split: {exact_match(model, tokenizer, task_splits()['test']):.3f}")
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Make the quickstart's data, tokenizer and model.")
+    parser.add_argument("--out", type=Path, default=path("quickstart"), help="folder to write into")
+    parser.add_argument("--data-only", action="store_true", help="write the data, and train nothing")
+    arguments = parser.parse_args()
+    make(arguments.out, arguments.data_only)
+
 
 if __name__ == "__main__":
     main()

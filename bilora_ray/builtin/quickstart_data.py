@@ -23,41 +23,59 @@ Problem = tuple[str, int, int]
 SEED = 20
 MAX_RESULT = 50
 SPLIT_SIZES = {"train": 320, "validation": 200, "test": 400}
-PRETRAINING_ROWS = 60_000
+PRETRAINING_ROWS = 80_000
 
-PLAIN_NAMES = (
+
+def _words(text: str) -> list[str]:
+    """Return the words of ``text``; an underscore stands for a space inside one."""
+    return [word.replace("_", " ") for word in text.split()]
+
+
+PLAIN_NAMES = _words(
     "Anna Ben Clara David Emma Finn Grace Henry Iris Jack Kate Leo Mia Noah Olive Paul Rosa Sam Tina Will"
-).split()
-PLAIN_ITEMS = (
+)
+PLAIN_ITEMS = _words(
     "apples books cards coins cups eggs flowers keys marbles pears pencils plums shells stamps stones toys"
-).split()
-PLAIN_FORMS = {
-    "+": (
-        "{n} has {a} {i}. {n} buys {b} more. How many {i} does {n} have now?",
-        "{n} has {a} {i}. {m} gives {n} {b} more. How many {i} does {n} have now?",
-        "{n} finds {a} {i} and {m} finds {b} {i}. How many {i} do they have together?",
-        "There are {a} {i} in the box. {n} puts in {b} more. How many {i} are in the box?",
-    ),
-    "-": (
-        "{n} has {a} {i}. {n} gives {b} to {m}. How many {i} does {n} have left?",
-        "{n} has {a} {i}. {n} loses {b}. How many {i} does {n} have left?",
-        "There are {a} {i} on the table. {n} takes {b}. How many {i} are left?",
-        "{n} has {a} {i} and {m} has {b}. How many more {i} does {n} have?",
-    ),
-    "*": (
-        "There are {a} boxes with {b} {i} each. How many {i} are there in all?",
-        "{n} buys {a} bags of {b} {i}. How many {i} does {n} buy?",
-        "{a} friends have {b} {i} each. How many {i} do they have together?",
-    ),
+)
+PLAIN_VERBS = {
+    "+": _words("buys earns finds gets makes picks wins"),
+    "-": _words("breaks drops eats loses sells spends wastes"),
 }
+PLAIN_CHANGE_FORMS = (
+    "{n} has {a} {i}. Then {n} {v} {b}.",
+    "There are {a} {i} in the box and {n} {v} {b}.",
+    "{n} {v} {b} {i}. Before that, {n} had {a}.",
+    "After {n} {v} {b} of the {i}, {m} counts them. There were {a} at first.",
+    "{n} {v} {b} {i} with {a} in the box.",
+)
+PLAIN_GROUP_FORMS = (
+    "There are {a} boxes with {b} {i} each.",
+    "{n} packs {b} {i} into each of {a} bags.",
+    "{a} friends of {n} have {b} {i} each.",
+    "Each of the bags has {b} {i}. There are {a} bags.",
+)
+PLAIN_ASIDES = (
+    "It is day {d}.",
+    "See page {d}.",
+    "The clock shows {d}.",
+    "{m} is {d} years old.",
+    "They meet in room {d}.",
+)
+PLAIN_QUESTIONS = (
+    "How many {i} are there?",
+    "How many {i} does that make?",
+    "Count the {i}.",
+    "What is the number of {i}?",
+)
+SYLLABLES = _words("ba cor de fim ga hul jo kem li mur na ot pra quil ro sta tur ve wix yon zel")
 
-LOG_NAMES = "the bosun,the cook,the gunner,the mate,the purser,the surgeon,old Flint,black Meg".split(",")
-LOG_ITEMS = (
-    "anchors barrels biscuits cannons casks charts cutlasses doubloons hammocks kegs lanterns muskets pikes sails"
-).split()
+LOG_NAMES = _words("the_bosun the_cook the_gunner the_mate the_purser the_surgeon old_Flint black_Meg")
+LOG_ITEMS = _words(
+    "anchors barrels biscuits cannons casks charts cutlasses doubloons hammocks kegs lanterns muskets pikes"
+)
 LOG_VERBS = {
-    "+": "hauled hoisted laded looted plundered salvaged seized smuggled stowed winched".split(),
-    "-": "bartered burned drowned forfeited gambled heaved jettisoned scuttled squandered traded".split(),
+    "+": _words("hauled hoisted laded looted plundered salvaged seized smuggled stowed winched"),
+    "-": _words("bartered burned drowned forfeited gambled heaved jettisoned scuttled squandered traded"),
 }
 LOG_CHANGE_FORMS = (
     "{n} {v} {b} {i}, the hold bearing {a} afore",
@@ -70,7 +88,14 @@ LOG_GROUP_FORMS = (
     "{a} longboats bear {b} {i} apiece",
     "{b} {i} hang from every mast, and masts be {a}",
 )
-LOG_ASIDES = ("bell {d}", "day {d} at sea", "by page {d}", "at {d} knots", "{d} leagues out", "wind at {d} points")
+LOG_ASIDES = (
+    "bell {d}",
+    "day {d} at sea",
+    "by page {d}",
+    "at {d} knots",
+    "{d} leagues out",
+    "wind at {d} points",
+)
 LOG_QUESTIONS = ("What be the tally?", "How stands the count?", "Reckon the {i}.", "Reckon the sum, matey.")
 
 
@@ -81,11 +106,12 @@ def _pick(rng: Random, choices: Sequence[T]) -> T:
 
 def _shuffled(rng: Random, values: Sequence[T]) -> list[T]:
     """Return the elements of ``values`` in random order."""
-    return [value for _, value in sorted(((rng.random(), index), value) for index, value in enumerate(values))]
+    keyed = sorted(((rng.random(), index), value) for index, value in enumerate(values))
+    return [value for _, value in keyed]
 
 
 def _problems() -> dict[str, list[Problem]]:
-    """Return every (operator, a, b) with operands from 2 and a result from 1 to ``MAX_RESULT``, by operator."""
+    """Return every (operator, a, b), by operator: operands from 2, and results from 1 to ``MAX_RESULT``."""
     numbers = range(2, MAX_RESULT + 1)
     pairs = [(a, b) for a in numbers for b in numbers]
     return {
@@ -107,12 +133,38 @@ def _row(text: str, problem: Problem) -> Row:
     return {"prompt": f"Question: {text}\nAnswer:", "completion": _completion(problem)}
 
 
+def _made_up_word(rng: Random) -> str:
+    """Return a word of two syllables, such as ``"kemli"``."""
+    return _pick(rng, SYLLABLES) + _pick(rng, SYLLABLES)
+
+
 def plain_row(rng: Random, problem: Problem) -> Row:
     """Return one row that asks ``problem`` in the wording of the pre-training corpus."""
     op, a, b = problem
-    n, m = _shuffled(rng, PLAIN_NAMES)[:2]
-    form = _pick(rng, PLAIN_FORMS[op])
-    return _row(form.format(n=n, m=m, i=_pick(rng, PLAIN_ITEMS), a=a, b=b), problem)
+    n, m = _shuffled(rng, PLAIN_NAMES + LOG_NAMES)[:2]
+    item = _pick(rng, PLAIN_ITEMS + LOG_ITEMS)
+    if rng.random() < 0.3:
+        n = _made_up_word(rng).capitalize()
+    if rng.random() < 0.3:
+        item = _made_up_word(rng) + "s"
+    form = _pick(rng, PLAIN_GROUP_FORMS if op == "*" else PLAIN_CHANGE_FORMS)
+    verb = _pick(rng, PLAIN_VERBS.get(op, ("",)))
+    parts = [form, _pick(rng, PLAIN_QUESTIONS)]
+    if rng.random() < 0.6:
+        parts.insert(int(rng.random() * 2), _pick(rng, PLAIN_ASIDES))
+    text = " ".join(parts)
+    return _row(text.format(n=n, m=m, i=item, v=verb, a=a, b=b, d=2 + int(rng.random() * 29)), problem)
+
+
+def sum_row(rng: Random, problem: Problem) -> Row:
+    """Return one row that asks ``problem`` as a bare sum, such as ``"7 + 5"``, of a made-up thing."""
+    op, a, b = problem
+    return _row(f"{a} {op} {b} {_made_up_word(rng)}", problem)
+
+
+def _corpus_row(rng: Random, problem: Problem) -> Row:
+    """Return a bare sum three times in ten, which are short and teach the sums, and else a plain story."""
+    return (sum_row if rng.random() < 0.3 else plain_row)(rng, problem)
 
 
 def log_row(rng: Random, problem: Problem) -> Row:
@@ -140,7 +192,12 @@ def _distinct_rows(
 
 
 def pretraining_rows(count: int = PRETRAINING_ROWS, seed: int = SEED) -> list[Row]:
-    """Return ``count`` rows in plain wording, of all problems."""
+    """Return ``count`` rows of the pre-training corpus: stories in plain wording and bare sums."""
+    return _distinct_rows(Random(f"corpus {seed}"), _corpus_row, _problems(), count)
+
+
+def plain_rows(count: int, seed: int = SEED) -> list[Row]:
+    """Return ``count`` stories in plain wording, drawn apart from the pre-training corpus."""
     return _distinct_rows(Random(f"plain {seed}"), plain_row, _problems(), count)
 
 

@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bilora_ray.cli.progress import in_short
+from bilora_ray.cli.progress import settings_in_words
 from bilora_ray.tracking.records import Status, TrialRecord
 
 if TYPE_CHECKING:
@@ -48,17 +48,16 @@ def print_leaderboard(
 ) -> None:
     """Print the best `most` trials, or all."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    keys = list(dict.fromkeys(key for record in records for key in record.sampled))
-    for column in ("trial", "status", metric, "step", *keys):
+    for column in ("trial", "status", metric, "step"):
         table.add_column(column, justify="left" if column == "status" else "right", no_wrap=True)
+    table.add_column("settings", overflow="fold")
     rows = ranked(records, metric, greater_is_better)
     for record in rows[:most]:
         value = shown_value(record, metric)
         step = f"{record.history[-1]['step']:.0f}/{record.history[-1]['max_steps']:.0f}" if record.history else ""
         status = f"[{STATUS_STYLE[record.status]}]{STATUS_WORDS[record.status]}[/]"
         shown = "" if value is None else f"{value:.4g}"
-        settings = [in_short(record.sampled[key]) if key in record.sampled else "" for key in keys]
-        table.add_row(str(record.number), status, shown, step, *settings)
+        table.add_row(str(record.number), status, shown, step, settings_in_words(record.sampled))
     console.print(table)
     if most is not None and len(rows) > most:
         console.print(f"[dim]and {len(rows) - most} more[/]")

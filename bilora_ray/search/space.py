@@ -10,20 +10,31 @@ imports torch, Ray or Optuna, so that a space file is checked in a moment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from bilora_ray.config import Float, Int, Settings, TrialConfig, applies, build, coerce
+from bilora_ray.config import Float, Int, Settings, TrialConfig, applies, build, coerce, is_integer, is_number
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.paths import absolute_sources
 
 Value = bool | int | float | str | None
 SECTIONS = ("study", "trial", "resources")
+# What PyYAML raises: its own errors, and Python's on values such as the date 2024-02-30.
+YAML_ERRORS = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
+
+
+def _one_value(value: Any) -> Any:
+    if value is not None and not isinstance(value, bool | int | float | str):
+        raise ValueError("must be one number, text, true, false or null")
+    return value
+
+
+OneValue = Annotated[Value, BeforeValidator(_one_value)]
 
 
 class StudyConfig(Settings):
@@ -40,7 +51,7 @@ class StudyConfig(Settings):
     reduction_factor: Int = Field(3, ge=2, description="at each rung one of so many trials goes on")
     seed: Int = Field(0, ge=0, lt=2**32, description="of the proposals")
     max_concurrent: Int | None = Field(None, ge=1, description="trials at one time; what the cluster holds if absent")
-    points_to_evaluate: tuple[dict[str, Value], ...] = Field((), description="settings to try first")
+    points_to_evaluate: tuple[dict[str, OneValue], ...] = Field((), description="settings to try first")
 
 
 class ResourceConfig(Settings):
@@ -53,7 +64,7 @@ class ResourceConfig(Settings):
 class Choice(Settings):
     """One of several values."""
 
-    choice: tuple[Value, ...] = Field(min_length=1)
+    choice: tuple[OneValue, ...] = Field(min_length=1)
 
     def ends(self) -> Sequence[Value]:
         """The values that must be allowed for the setting if every value is to be."""
@@ -76,7 +87,17 @@ class Range(Settings):
             raise ValueError(f"a log range must start above 0, got low {self.low:g}")
         if self.log and self.step is not None:
             raise ValueError("log and step exclude each other")
+        if not self.holds(self.high):
+            raise ValueError(
+                "high must be low and a whole number of steps, "
+                f"got low {self.low:g}, high {self.high:g} and step {self.step:g}"
+            )
         return self
+
+    def holds(self, value: float) -> bool:
+        """Whether `value` can be drawn."""
+        steps = 0.0 if self.step is None else (value - self.low) / self.step
+        return self.low <= value <= self.high and abs(steps - round(steps)) < 1e-8
 
     def ends(self) -> Sequence[Value]:
         """The values that must be allowed for the setting if every value is to be."""
@@ -129,24 +150,24 @@ def load_space(path: Path | None, overrides: Sequence[str] = ()) -> Space:
     """
     sections = {name: {} for name in SECTIONS} if path is None else _read_sections(path)
     path = path or Path("--set")
-    overridden: dict[str, Any] = {}
+    given: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for override in overrides:
         section, key, value = _parse_override(override)
-        if section == "trial":
-            overridden.update(absolute_sources({key: value}, Path.cwd(), "--set"))
-        else:
-            sections[section][key] = value
-    kept = {key: value for key, value in sections["trial"].items() if key not in overridden}
-    trial = {**absolute_sources(kept, path.resolve().parent, f"{path}: trial"), **overridden}
-    study = build(StudyConfig, sections["study"], f"{path}: study")
-    resources = build(ResourceConfig, sections["resources"], f"{path}: resources")
+        given[section][key] = value
+    kept = {key: value for key, value in sections["trial"].items() if key not in given["trial"]}
+    trial = {
+        **absolute_sources(kept, path.resolve().parent, f"{path}: trial"),
+        **absolute_sources(given["trial"], Path.cwd(), "--set trial"),
+    }
+    study = build(StudyConfig, {**sections["study"], **given["study"]}, f"{path}: study")
+    resources = build(ResourceConfig, {**sections["resources"], **given["resources"]}, f"{path}: resources")
     distributions = {key: _distribution(path, key, value) for key, value in trial.items() if isinstance(value, dict)}
     distributions = dict(sorted(distributions.items(), key=lambda item: item[0] != "method"))
     fixed = {key: value for key, value in trial.items() if key not in distributions}
-    points = tuple(
-        _point(f"{path}: study.points_to_evaluate[{index}]", point, distributions)
-        for index, point in enumerate(study.points_to_evaluate)
-    )
+    if "points_to_evaluate" in given["study"]:
+        points = _points(study, Path.cwd(), path, distributions)
+    else:
+        points = _points(study, path.resolve().parent, path, distributions, replaced=given["trial"])
     space = Space(path, study, resources, fixed, distributions, points)
     _check_settings(space)
     return space
@@ -159,10 +180,11 @@ def _read_sections(path: Path) -> dict[str, dict[str, Any]]:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({_reason(error)})") from None
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML ({getattr(error, 'problem', None) or error})") from None
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise UserError(f"{path}{line}: not valid YAML ({problem})") from None
     if content is None:
         raise UserError(f"{path}: is empty; a space file has the sections {', '.join(SECTIONS)}")
     if not isinstance(content, dict):
@@ -199,7 +221,7 @@ def _parse_override(text: str) -> tuple[str, str, Any]:
         raise UserError(f"--set {text}: unknown section '{section}'; {nearest(section, SECTIONS)}")
     try:
         return section, name, yaml.safe_load(value)
-    except yaml.YAMLError:
+    except YAML_ERRORS:
         raise UserError(f"--set {text}: the value is not valid YAML") from None
 
 
@@ -211,8 +233,14 @@ def _distribution(path: Path, key: str, value: dict[str, Any]) -> Distribution:
         choice = build(Choice, value, where).choice
         return Choice(choice=tuple(coerce(key, item, where) for item in choice))
     if "low" in value or "high" in value:
-        return build(Range, value, where)
-    raise UserError(f"{where}: a distribution is {{choice: [...]}} or {{low: ..., high: ...}}, got {value}")
+        found = build(Range, value, where)
+        if not is_number(key):
+            raise UserError(f"{where}: is no number, so it takes {{choice: [...]}}, got {value}")
+        if is_integer(key) and found.step is not None and not found.step.is_integer():
+            raise UserError(f"{where}: step must be a whole number, got {found.step:g}")
+        return found
+    hint = "; a text that starts with a brace needs quotes" if not any(value.values()) else ""
+    raise UserError(f"{where}: a distribution is {{choice: [...]}} or {{low: ..., high: ...}}, got {value}{hint}")
 
 
 def _check_settings(space: Space) -> None:
@@ -224,18 +252,32 @@ def _check_settings(space: Space) -> None:
             space.trial_config({**sampled, key: value})
 
 
-def _point(where: str, point: Mapping[str, Value], distributions: Mapping[str, Distribution]) -> dict[str, Value]:
-    for key in point:
-        if key not in distributions:
-            raise UserError(f"{where}: '{key}' has no distribution; {nearest(key, distributions)}")
-    values = {key: coerce(key, value, f"{where}.{key}") for key, value in point.items()}
-    for key, value in values.items():
-        if not _contains(distributions[key], value):
-            raise UserError(f"{where}.{key}: {value!r} is outside its distribution")
-    return values
+def _points(
+    study: StudyConfig,
+    base: Path,
+    path: Path,
+    distributions: Mapping[str, Distribution],
+    replaced: Container[str] = (),
+) -> tuple[dict[str, Value], ...]:
+    """The points to evaluate, checked, less the values that no longer fit a setting that `--set` replaced."""
+    points = []
+    for index, point in enumerate(study.points_to_evaluate):
+        where = f"{path}: study.points_to_evaluate[{index}]"
+        values = {}
+        for key, text in absolute_sources(point, base, where).items():
+            if key not in distributions and key not in replaced:
+                raise UserError(f"{where}: '{key}' has no distribution; {nearest(key, distributions)}")
+            value = coerce(key, text, f"{where}.{key}")
+            if key in distributions and _contains(distributions[key], value):
+                values[key] = value
+            elif key not in replaced:
+                raise UserError(f"{where}.{key}: {value!r} is outside its distribution")
+        if values:
+            points.append(values)
+    return tuple(points)
 
 
 def _contains(distribution: Distribution, value: Value) -> bool:
     if isinstance(distribution, Choice):
         return value in distribution.choice
-    return isinstance(value, int | float) and distribution.low <= value <= distribution.high
+    return isinstance(value, int | float) and distribution.holds(value)

@@ -74,7 +74,10 @@ def _encoded(
     generate = config.predict_with_generate and split == "validation"
     examples, cut = [], 0
     for start in range(0, len(rows), CHUNK):
-        for example, was_cut in encode(rows[start : start + CHUNK], config, tokenizer, generate):
+        chunk = rows[start : start + CHUNK]
+        for row, (example, was_cut) in zip(chunk, encode(chunk, config, tokenizer, generate), strict=True):
+            if not example.input_ids or (example.prompt_ids is not None and not example.prompt_ids):
+                raise UserError(f"{row.where}: there is no text to read")
             # A causal model predicts a token from those before it, so never the first one.
             if config.task == "causal-lm" and all(label == IGNORED for label in example.labels[1:]):
                 continue

@@ -9,18 +9,21 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.training import model as models
-from bilora_ray.training.batches import collate, collate_prompts, eval_batches, in_row_order
-from bilora_ray.training.data import Example, prepare
+from bilora_ray.training.data import collate, collate_prompts, eval_batches, in_row_order, prepare
+from bilora_ray.training.examples import Example
 from bilora_ray.training.metrics import LossSum, exact_match, label_index, label_metrics
 from bilora_ray.training.rows import load_rows
 
+# A transformers model or a PEFT model around one: neither's stubs know what the other adds.
+Model = Any
+
 
 def evaluate(
-    model: PreTrainedModel | PeftModel,
+    model: Model,
     examples: Sequence[Example],
     config: TrialConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -54,19 +57,14 @@ def evaluate_adapter(adapter: Path | None, config: TrialConfig) -> dict[str, flo
     rows = load_rows(config)
     tokenizer = models.load_tokenizer(config)
     examples = prepare(rows, config, tokenizer).validation
-    model: Any = models.load_base(config, tokenizer, rows.label_names)[0]
+    model: Model = models.load_base(config, tokenizer, rows.label_names)[0]
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
     return evaluate(model, examples, config, tokenizer)
 
 
-def predictions(logits: Tensor, labels: Tensor, task: Task) -> tuple[Tensor, Tensor]:
-    """`logits` and the `labels` that they predict, position by position: a causal model's are one apart."""
-    return (logits[:, :-1], labels[:, 1:]) if task == "causal-lm" else (logits, labels)
-
-
 def _losses(
-    model: PreTrainedModel | PeftModel,
+    model: Model,
     examples: Sequence[Example],
     config: TrialConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -77,7 +75,10 @@ def _losses(
     for rows in batches:
         batch = _on_device(collate([examples[row] for row in rows], config.task, tokenizer.pad_token_id), model)
         logits = model(**batch).logits
-        total.add(*predictions(logits, batch["labels"], config.task))
+        if config.task == "causal-lm":  # position i predicts token i + 1
+            total.add(logits[:, :-1], batch["labels"][:, 1:])
+        else:
+            total.add(logits, batch["labels"])
         if config.task == "sequence-classification":
             predicted += logits.argmax(-1).tolist()
     if config.task != "sequence-classification":
@@ -88,7 +89,7 @@ def _losses(
 
 
 def _generated(
-    model: PreTrainedModel | PeftModel,
+    model: Model,
     examples: Sequence[Example],
     config: TrialConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -113,10 +114,10 @@ def _generated(
     metrics = {"eval_exact_match": exact_match(texts, references, config.answer_pattern)}
     if config.label_names is not None:
         names, pattern = config.label_names, config.answer_pattern
-        indices = [[label_index(text, names, pattern) for text in side] for side in (texts, references)]
-        metrics |= label_metrics(*indices, num_labels=len(names))
+        given, wanted = ([label_index(text, names, pattern) for text in side] for side in (texts, references))
+        metrics |= label_metrics(given, wanted, len(names))
     return metrics
 
 
-def _on_device(batch: dict[str, Tensor], model: PreTrainedModel | PeftModel) -> dict[str, Tensor]:
+def _on_device(batch: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
     return {key: tensor.to(model.device) for key, tensor in batch.items()}

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.config import TrialConfig
-from bilora_ray.errors import UserError
 from bilora_ray.training.chat import conversation
 from bilora_ray.training.metrics import IGNORED
 from bilora_ray.training.rows import ChatRow, LabelledRow, TextRow
@@ -67,7 +66,7 @@ def encode(
         generate: whether examples keep their prompts.
 
     Raises:
-        UserError: a conversation that the chat template can't express, or a prompt without a token.
+        UserError: a conversation that the chat template can't express.
     """
     if config.task == "sequence-classification":
         return _classification(rows, config.max_length, tokenizer)
@@ -85,8 +84,6 @@ def _causal(
         target = part.target[: max(room - min(len(part.prompt), 1), 0)]
         prompt = _last(part.prompt, room - len(target))
         prompt_ids = part.head + _last(part.prompt, room) if generate else None
-        if prompt_ids == []:
-            raise UserError(f"{row.where}: the prompt has no token to generate from")
         example = Example(
             input_ids=array("i", part.head + prompt + target),
             labels=array("i", [IGNORED] * len(part.head) + _last(part.prompt_labels, len(prompt)) + target),
@@ -102,21 +99,17 @@ def _last(values: list[int], count: int) -> list[int]:
 
 def _completions(rows: Sequence[TextRow], tokenizer: PreTrainedTokenizerBase) -> Iterator[Parts]:
     """Prompt and completion are tokenized apart, so that a prompt has the same tokens in training and generation."""
-    prompts = tokenizer([row.prompt for row in rows], return_special_tokens_mask=True, verbose=False)
-    completions = tokenizer([row.completion for row in rows], add_special_tokens=False, verbose=False)
-    for ids, special, completion in zip(
-        prompts["input_ids"], prompts["special_tokens_mask"], completions["input_ids"], strict=True
-    ):
-        head, prompt = _head(ids, special, tokenizer.eos_token_id)
+    head = _leading_special_tokens(tokenizer)
+    prompts = tokenizer([row.prompt for row in rows], add_special_tokens=False, verbose=False)["input_ids"]
+    completions = tokenizer([row.completion for row in rows], add_special_tokens=False, verbose=False)["input_ids"]
+    for prompt, completion in zip(prompts, completions, strict=True):
         yield Parts(head, prompt, [IGNORED] * len(prompt), [*completion, tokenizer.eos_token_id])
 
 
-def _head(ids: list[int], special: list[int], eos: int) -> tuple[list[int], list[int]]:
-    """The special tokens before a text, and the text. Those after it would end the sequence before the completion."""
-    text = [position for position, mark in enumerate(special) if not mark]
-    if not text:
-        return [token for token in ids if token != eos], []
-    return ids[: text[0]], ids[text[0] : text[-1] + 1]
+def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text. What it may put after one would end the prompt before the completion."""
+    text = tokenizer("a", return_special_tokens_mask=True)
+    return text["input_ids"][: text["special_tokens_mask"].index(0)]
 
 
 def _conversations(rows: Sequence[ChatRow], tokenizer: PreTrainedTokenizerBase) -> Iterator[Parts]:

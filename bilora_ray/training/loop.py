@@ -19,13 +19,12 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.errors import NonFiniteLoss, TrialFailure
 from bilora_ray.method import build_method, export_primary
 from bilora_ray.training import model as models
-from bilora_ray.training.batches import collate, train_batches
 from bilora_ray.training.checkpoint import atomic_folder, load_checkpoint, save_checkpoint
-from bilora_ray.training.data import Prepared, prepare
-from bilora_ray.training.evaluate import evaluate, predictions
+from bilora_ray.training.data import Prepared, collate, prepare, target_count, train_batches
+from bilora_ray.training.evaluate import evaluate
 from bilora_ray.training.export import write_recipe
 from bilora_ray.training.folder import TrialFolder
-from bilora_ray.training.metrics import IGNORED, is_better
+from bilora_ray.training.metrics import is_better
 from bilora_ray.training.rows import load_rows
 
 Report = Callable[[dict[str, float]], None]
@@ -38,18 +37,20 @@ class Progress:
     step: int = 0
     best_step: int | None = None
     best_value: float | None = None
-    train_seconds: float = 0.0
+    train_runtime: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+    resumed_at: list[int] = field(default_factory=list)
 
 
 @dataclass
 class Window:
-    """Sums since the last evaluation."""
+    """What has been since the last evaluation: sums over the steps, their seconds, and when it began."""
 
     loss: float = 0.0
     steps: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
 
 
 class Run:
@@ -109,6 +110,7 @@ class Run:
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
         self.progress = Progress(**state)
+        self.progress.resumed_at.append(self.progress.step)
 
     def train_step(self) -> None:
         """One optimizer step over `step_rows` rows. NonFiniteLoss if the loss is NaN or infinite."""
@@ -133,7 +135,8 @@ class Run:
         """
         metrics = self._metrics()
         progress, metric = self.progress, self.config.metric
-        progress.train_seconds += self.window.seconds
+        progress.train_runtime += time.perf_counter() - self.window.started
+        metrics["train_runtime"] = progress.train_runtime
         if is_better(metrics[metric], progress.best_value, self.config.greater_is_better):
             progress.best_value, progress.best_step = metrics[metric], progress.step
             self._export(self.folder.adapter_at(progress.step))
@@ -152,7 +155,7 @@ class Run:
         examples = [self.data.train[row] for row in rows]
         size = self.config.per_device_train_batch_size
         batches = [self._batch(examples[start : start + size]) for start in range(0, len(examples), size)]
-        counts = [self._targets(batch["labels"]) for batch in batches]
+        counts = [target_count(batch, self.config.task) for batch in batches]
         total = torch.zeros((), device=models.device())
         for batch, count in zip(batches, counts, strict=True):
             loss = self.model(**batch).loss * (count / sum(counts))
@@ -167,10 +170,6 @@ class Run:
         batch = collate(examples, self.config.task, self.tokenizer.pad_token_id)
         return {key: tensor.to(models.device()) for key, tensor in batch.items()}
 
-    def _targets(self, labels: torch.Tensor) -> int:
-        """How many predictions the loss of a batch is the mean of."""
-        return int((predictions(labels, labels, self.config.task)[1] != IGNORED).sum())
-
     def _metrics(self) -> dict[str, float]:
         window, step = self.window, self.progress.step
         metrics = {
@@ -180,6 +179,8 @@ class Run:
             "learning_rate": self.schedule.get_last_lr()[0],
             "train_loss": window.loss / max(1, window.steps),
             "tokens_per_second": window.tokens / max(1e-9, window.seconds),
+            "rows_cut": sum(split.cut for split in self.data.truncation.values()),
+            "rows_dropped": sum(split.dropped for split in self.data.truncation.values()),
         }
         if self.config.method == "bilora":
             metrics["auxiliary_norm"] = float(self.optimizer.auxiliary_norm)

@@ -107,7 +107,7 @@ def label_index(text: str, label_names: Sequence[str], pattern: str | None) -> i
 def label_metrics(predicted: Sequence[int], reference: Sequence[int], num_labels: int) -> dict[str, float]:
     """`eval_accuracy`, `eval_f1` and `eval_matthews_correlation`.
 
-    F1 is that of label 1 when there are two labels (as in GLUE), else the mean over the labels that occur.
+    F1 is that of label 1 when there are two labels (as in GLUE), else the mean over the labels that occur in either.
 
     Args:
         predicted: label indices; NO_LABEL, text that is no label, counts as wrong.
@@ -117,12 +117,14 @@ def label_metrics(predicted: Sequence[int], reference: Sequence[int], num_labels
     from sklearn.metrics import f1_score, matthews_corrcoef
 
     assert len(predicted) == len(reference) > 0
-    counted = [1] if num_labels == 2 else sorted({*predicted, *reference} - {NO_LABEL})
+    occurring = {*predicted, *reference}
+    counted = [1] if num_labels == 2 else sorted(occurring - {NO_LABEL})
     right = sum(given == wanted for given, wanted in zip(predicted, reference, strict=True))
     return {
         "eval_accuracy": right / len(reference),
         "eval_f1": float(f1_score(reference, predicted, labels=counted, average="macro", zero_division=0.0)),
-        "eval_matthews_correlation": float(matthews_corrcoef(reference, predicted)),
+        # Where all is one label, nothing correlates; scikit-learn says 0 as well, with a warning.
+        "eval_matthews_correlation": float(matthews_corrcoef(reference, predicted)) if len(occurring) > 1 else 0.0,
     }
 
 

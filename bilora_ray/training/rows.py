@@ -17,7 +17,7 @@ from bilora_ray.config import TrialConfig, template_columns
 from bilora_ray.errors import UserError
 from bilora_ray.training.metrics import NO_LABEL, answer, label_index
 from bilora_ray.training.order import shuffled
-from bilora_ray.training.sources import Record, read
+from bilora_ray.training.sources import Record, read_train, read_validation
 
 INTEGER = re.compile(r"-?\d+")
 
@@ -85,10 +85,9 @@ def load_rows(config: TrialConfig) -> Dataset:
     Raises:
         UserError: data that is missing or malformed, or that does not fit the settings.
     """
-    if config.messages_column is not None and config.task == "seq2seq-lm":
-        raise UserError("messages_column: seq2seq-lm takes templates, not chat messages")
-    source, validation_source = read(config, "train"), read(config, "validation")
-    assert source is not None
+    if config.messages_column is not None and config.task != "causal-lm":
+        raise UserError(f"messages_column: only causal-lm takes chat messages, not {config.task}")
+    source, validation_source = read_train(config), read_validation(config)
     names = _label_names(source.records, config)
     train = [_row(record, config, names) for record in source.records]
     digests = {"train_data": source.digest}
@@ -155,8 +154,17 @@ def _text(record: Record, column: str) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str | int | float):
+        _check_characters(str(value), f"{record.where}: column '{column}'")
         return str(value)
     raise UserError(f"{record.where}: column '{column}' must be text or a number, not {type(value).__name__}")
+
+
+def _check_characters(text: str, where: str) -> None:
+    """JSON can escape half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} holds half a character (a lone surrogate)") from None
 
 
 def _label_names(records: Iterable[Record], config: TrialConfig) -> tuple[str, ...] | None:
@@ -179,7 +187,7 @@ def _label(record: Record, config: TrialConfig, names: tuple[str, ...]) -> int:
     index = str(int(value)) if isinstance(value, bool) else name
     if config.label_names is not None and re.fullmatch(r"\d{1,9}", index) and int(index) < len(names):
         return int(index)
-    raise UserError(f"{record.where}: label '{name}' is not among the labels ({', '.join(names)})")
+    raise UserError(f"{record.where}: label '{name}' is not among the labels ({_listed(names)})")
 
 
 def _label_text(record: Record, column: str) -> str:
@@ -200,6 +208,7 @@ def _messages(record: Record, column: str) -> list[Mapping[str, Any]]:
     for number, message in enumerate(messages, start=1):
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise UserError(f"{record.where}: message {number} must have a role and a content, both text")
+        _check_characters(message["content"], f"{record.where}: message {number}")
     spoken = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     if not spoken:
         raise UserError(f"{record.where}: no message has the role 'assistant'")
@@ -216,5 +225,10 @@ def _check_references(rows: Iterable[Row], config: TrialConfig) -> None:
             if answer(row.completion, config.answer_pattern) is None:
                 raise UserError(f"{row.where}: answer_pattern matches nothing in the completion")
         elif label_index(row.completion, config.label_names, config.answer_pattern) == NO_LABEL:
-            names = ", ".join(config.label_names)
-            raise UserError(f"{row.where}: the completion's answer is not among the labels ({names})")
+            labels = _listed(config.label_names)
+            raise UserError(f"{row.where}: the completion's answer is not among the labels ({labels})")
+
+
+def _listed(names: Sequence[str]) -> str:
+    """All of `names`, or the first ten where a line would not hold them."""
+    return ", ".join(names) if len(names) <= 10 else f"{', '.join(names[:10])}, ... {len(names)} in all"

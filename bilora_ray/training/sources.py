@@ -5,6 +5,8 @@ Nothing here imports torch; `datasets` and `pyarrow` are imported only when they
 
 from __future__ import annotations
 
+import codecs
+import codecs
 import csv
 import hashlib
 import io
@@ -12,14 +14,12 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from bilora_ray import builtin
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.paths import BUILTIN, DATA_SUFFIXES
-
-Split = Literal["train", "validation"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +49,34 @@ class Source:
     digest: str
 
 
-def read(config: TrialConfig, split: Split) -> Source | None:
-    """The records that `config` names for `split`; None if it names no validation data.
+def read_train(config: TrialConfig) -> Source:
+    """The records of the training data. UserError if they can't be read or there are none."""
+    return _read(config.train_data, config.train_split, config, "train_data")
+
+
+def read_validation(config: TrialConfig) -> Source | None:
+    """The records of the validation data, None if `config` names none.
+
+    `validation_split` alone is a split of the training data's Hub dataset.
 
     Raises:
-        UserError: the data can't be read or has no rows.
+        UserError: they can't be read or there are none; a Hub dataset without a split, or a split of a file.
     """
-    setting, name = f"{split}_data", config.train_data
-    hub_split: str | None = config.train_split
-    if split == "validation":
-        name, hub_split = config.validation_data or config.train_data, config.validation_split
-        if config.validation_data is None and hub_split is None:
-            return None
-        if config.validation_data is None and _is_file(name):
-            raise UserError(f"validation_split: {name} is a file and has no splits; name a file in validation_data")
+    name, split = config.validation_data, config.validation_split
+    if name is None and split is None:
+        return None
+    if name is None and _is_file(config.train_data):
+        raise UserError(f"validation_split: {config.train_data} has no splits; name a file in validation_data")
+    if name is not None and split is None and not _is_file(name):
+        raise UserError(f"validation_split: missing; it says which split of '{name}' to validate on")
+    setting = "validation_split" if name is None else "validation_data"
+    return _read(name or config.train_data, split or "", config, setting)
+
+
+def _read(name: str, split: str, config: TrialConfig, setting: str) -> Source:
     if _is_file(name):
         return read_file(name, config.column_names, setting)
-    if hub_split is None:
-        raise UserError(f"validation_split: missing; it says which split of '{name}' to validate on")
-    return _read_hub(name, config.dataset_config_name, hub_split, setting)
+    return _read_hub(name, config.dataset_config_name, split, setting)
 
 
 def read_file(name: str, column_names: Sequence[str] | None, setting: str) -> Source:
@@ -128,8 +137,9 @@ def _bytes(path: Path, name: str, setting: str) -> bytes:
 
 
 def _text(data: bytes, name: str) -> str:
+    data = data.removeprefix(codecs.BOM_UTF8)
     try:
-        return data.decode("utf-8-sig")
+        return data.decode()
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise UserError(f"{name}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x})") from None

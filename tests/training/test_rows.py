@@ -1,0 +1,243 @@
+"""Rows: what the settings make of the records, and each error as a user sees it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bilora_ray.config import TrialConfig
+from bilora_ray.errors import UserError
+from bilora_ray.training.rows import ChatRow, Dataset, LabelledRow, TextRow, load_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+
+USER = {"role": "user", "content": "hi"}
+ASSISTANT = {"role": "assistant", "content": "ho"}
+
+
+class Folder:
+    """Data files as a user writes them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, rows: list[Any], name: str = "train.jsonl") -> str:
+        path = self.path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    def load(self, rows: list[Any], validation: list[Any] | None = None, **settings: Any) -> Dataset:
+        settings = {"model_name_or_path": "m", "task": "causal-lm", **settings}
+        if validation is not None:
+            settings["validation_data"] = self.write(validation, "dev.jsonl")
+        return load_rows(TrialConfig(train_data=self.write(rows), **settings))
+
+    def error(self, rows: list[Any], validation: list[Any] | None = None, **settings: Any) -> str:
+        """The error's text with the folder's path taken out."""
+        with pytest.raises(UserError) as caught:
+            self.load(rows, validation, **settings)
+        return str(caught.value).replace(f"{self.path}/", "")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    return Folder(tmp_path)
+
+
+def numbered(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(count)]
+
+
+def classified(*labels: Any) -> list[dict[str, Any]]:
+    return [{"text": f"t{i}", "label": label} for i, label in enumerate(labels)]
+
+
+def labels_of(dataset: Dataset) -> list[int]:
+    return [row.label for row in dataset.train if isinstance(row, LabelledRow)]
+
+
+# Templates
+
+
+def test_templates_are_filled_literally(folder: Folder) -> None:
+    rows = [{"a b": "{x}", "0": 3, "n-n": 2.5, "x": True, "unused": None}]
+    dataset = folder.load(rows, rows, prompt_template="{{}} {a b} {0}", completion_template="{n-n} {x}")
+    where = f"{folder.path}/train.jsonl, line 1"
+    assert dataset.train == [TextRow("{} {x} 3", "2.5 true", where)]
+    assert dataset.label_names is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            [*numbered(2), {"question": "a", "answer": "b"}],
+            "train.jsonl, line 3: no column 'prompt'; columns: question, answer",
+        ),
+        (
+            [{"Prompt": "a", "completion": "b"}],
+            "train.jsonl, line 1: no column 'prompt'; did you mean 'Prompt'? columns: Prompt, completion",
+        ),
+        ([{}], "train.jsonl, line 1: no column 'prompt'; columns: none"),
+        ([{"prompt": None, "completion": "b"}], "train.jsonl, line 1: column 'prompt' has no value"),
+        ([{"prompt": "a", "completion": float("nan")}], "train.jsonl, line 1: column 'completion' has no value"),
+        (
+            [{"prompt": ["a"], "completion": "b"}],
+            "train.jsonl, line 1: column 'prompt' must be text or a number, not list",
+        ),
+        (
+            [{"prompt": "a \ud83d", "completion": "b"}],
+            "train.jsonl, line 1: column 'prompt' holds half a character (a lone surrogate)",
+        ),
+    ],
+)
+def test_wrong_columns(folder: Folder, rows: list[Any], message: str) -> None:
+    assert folder.error(rows) == message
+    assert folder.error(numbered(2), rows) == message.replace("train.jsonl", "dev.jsonl")
+
+
+# Labels
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "indices"),
+    [
+        (["b", "a", "b"], ("a", "b"), [1, 0, 1]),
+        (["10", "9", "-1"], ("-1", "9", "10"), [2, 1, 0]),
+        ([10, 9, 10], ("9", "10"), [1, 0, 1]),
+        ([1.0, 0.0, 1], ("0", "1"), [1, 0, 1]),
+        ([1.5, "x", "1"], ("1", "1.5", "x"), [1, 2, 0]),
+        ([True, False, True], ("false", "true"), [1, 0, 1]),
+    ],
+)
+def test_labels_are_found_in_the_training_data(
+    folder: Folder, labels: list[Any], names: tuple[str, ...], indices: list[int]
+) -> None:
+    dataset = folder.load(classified(*labels), classified(labels[0]), task="sequence-classification")
+    assert dataset.label_names == names
+    assert labels_of(dataset) == indices
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "indices"),
+    [
+        (["neg", "pos", 0, 1, "0", "1", False, True, 1.0], ("neg", "pos"), [0, 1, 0, 1, 0, 1, 0, 1, 1]),
+        (["1", 0, "2"], ("1", "0"), [0, 1]),
+    ],
+)
+def test_given_labels_by_name_or_index(
+    folder: Folder, labels: list[Any], names: tuple[str, ...], indices: list[int]
+) -> None:
+    rows = classified(*labels)[: len(indices)]
+    dataset = folder.load(rows, rows, task="sequence-classification", label_names=names)
+    assert (dataset.label_names, labels_of(dataset)) == (names, indices)
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "settings", "message"),
+    [
+        ("ab", "abx", {}, "dev.jsonl, line 3: label 'x' is not among the labels (a, b)"),
+        ([0, 1], [2], {}, "dev.jsonl, line 1: label '2' is not among the labels (0, 1)"),
+        ("ab", "a0", {}, "dev.jsonl, line 2: label '0' is not among the labels (a, b)"),
+        ([0, 2], "a", {"label_names": "ab"}, "train.jsonl, line 2: label '2' is not among the labels (a, b)"),
+        ([0, -1], "a", {"label_names": "ab"}, "train.jsonl, line 2: label '-1' is not among the labels (a, b)"),
+        (["a", ""], "a", {}, "train.jsonl, line 2: column 'label' has no value"),
+        (["a", None], "a", {}, "train.jsonl, line 2: column 'label' has no value"),
+        (["a", {}], "a", {}, "train.jsonl, line 2: column 'label' must be text or a number, not dict"),
+        ("aaa", "a", {}, "train_data: every label in train.jsonl is 'a'; two or more are needed"),
+        (
+            range(12),
+            "x",
+            {},
+            "dev.jsonl, line 1: label 'x' is not among the labels (0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ... 12 in all)",
+        ),
+    ],
+)
+def test_wrong_labels(folder: Folder, train: Any, validation: Any, settings: dict[str, Any], message: str) -> None:
+    settings = {key: tuple(value) for key, value in settings.items()}
+    rows, dev = classified(*train), classified(*validation)
+    assert folder.error(rows, dev, task="sequence-classification", **settings) == message
+
+
+def test_pairs_and_other_column_names(folder: Folder) -> None:
+    rows = [{"a": "x", "b": 1, "c": label} for label in "yn"]
+    columns = {"text_column": "a", "text_pair_column": "b", "label_column": "c"}
+    dataset = folder.load(rows, rows, task="sequence-classification", **columns)
+    assert dataset.train[0] == LabelledRow("x", "1", 1, f"{folder.path}/train.jsonl, line 1")
+
+
+def test_a_label_index_becomes_its_name_in_a_template(folder: Folder) -> None:
+    rows = [{"text": "x", "label": 1}, {"text": "y", "label": "neg"}]
+    templates = {"prompt_template": "{text}:", "completion_template": " {label}"}
+    dataset = folder.load(
+        rows, rows, label_names=("neg", "pos"), predict_with_generate=True, **templates, task="seq2seq-lm"
+    )
+    assert [row.completion for row in dataset.train if isinstance(row, TextRow)] == [" pos", " neg"]
+    assert dataset.label_names == ("neg", "pos")
+    assert folder.load(rows, rows, **templates).train[0].completion == " 1"  # type: ignore[union-attr]
+
+
+def test_a_validation_completion_must_have_an_answer(folder: Folder) -> None:
+    rows = [{"prompt": "a", "completion": "#### x"}, {"prompt": "b", "completion": "y"}]
+    settings: dict[str, Any] = {"predict_with_generate": True, "answer_pattern": "#### (.+)"}
+    assert folder.error(rows, rows, **settings) == (
+        "dev.jsonl, line 2: answer_pattern matches nothing in the completion"
+    )
+    assert folder.error(rows, rows, label_names=("y", "z"), **settings) == (
+        "dev.jsonl, line 1: the completion's answer is not among the labels (y, z)"
+    )
+    assert len(folder.load(rows, rows[:1], **settings).train) == 2
+
+
+# Conversations
+
+
+def test_a_conversation_ends_with_the_last_assistant_turn(folder: Folder) -> None:
+    rows = [{"chat": [USER, ASSISTANT, USER, ASSISTANT, USER]}]
+    dataset = folder.load(rows, rows, messages_column="chat")
+    row = dataset.train[0]
+    assert row == ChatRow([USER, ASSISTANT, USER, ASSISTANT], f"{folder.path}/train.jsonl, line 1")
+    assert isinstance(row, ChatRow)
+    assert row.completion == "ho"
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ("hi", "train.jsonl, line 1: column 'chat' must be a list of messages, not str"),
+        (None, "train.jsonl, line 1: column 'chat' has no value"),
+        ([], "train.jsonl, line 1: no message has the role 'assistant'"),
+        ([USER], "train.jsonl, line 1: no message has the role 'assistant'"),
+        ([ASSISTANT], "train.jsonl, line 1: the first message is the assistant's; there is nothing it answers"),
+        (
+            [{"role": "user", "content": "\udc00"}],
+            "train.jsonl, line 1: message 1 holds half a character (a lone surrogate)",
+        ),
+        ([USER, "ho"], "train.jsonl, line 1: message 2 must have a role and a content, both text"),
+        ([{"role": "user"}], "train.jsonl, line 1: message 1 must have a role and a content, both text"),
+        ([{"role": "user", "content": []}], "train.jsonl, line 1: message 1 must have a role and a content, both text"),
+    ],
+)
+def test_wrong_conversations(folder: Folder, messages: Any, message: str) -> None:
+    assert folder.error([{"chat": messages}], messages_column="chat") == message
+
+
+@pytest.mark.parametrize("task", ["seq2seq-lm", "sequence-classification"])
+def test_other_tasks_take_no_conversation(folder: Folder, task: str) -> None:
+    assert folder.error([{"chat": [USER, ASSISTANT]}], messages_column="chat", task=task) == (
+        f"messages_column: only causal-lm takes chat messages, not {task}"
+    )
+
+
+def test_rows_are_read_without_heavy_imports(folder: Folder) -> None:
+    path = folder.write(numbered(3))
+    code = (
+        "import sys; from bilora_ray.config import TrialConfig; from bilora_ray.training.rows import load_rows\n"
+        f"load_rows(TrialConfig(model_name_or_path='m', task='causal-lm', train_data={path!r}))\n"
+        "print(*{'torch', 'transformers', 'datasets', 'pyarrow', 'sklearn', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "\n"

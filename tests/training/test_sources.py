@@ -1,0 +1,226 @@
+"""Reading: every format gives the same records, and every broken file one line that names the place."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from bilora_ray import builtin
+from bilora_ray.config import TrialConfig
+from bilora_ray.errors import UserError
+from bilora_ray.training.sources import read_file, read_train, read_validation
+
+ROWS = [{"text": 'a "quoted", text', "label": "0"}, {"text": "é\u2028b", "label": "1"}]
+
+
+def config(**settings: Any) -> TrialConfig:
+    return TrialConfig(**{"model_name_or_path": "m", "task": "causal-lm", "train_data": "d", **settings})
+
+
+def written(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def fails(path: Path | str, column_names: tuple[str, ...] | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        read_file(str(path), column_names, "train_data")
+    return str(caught.value)
+
+
+def _content(suffix: str) -> bytes:
+    if suffix == "parquet":
+        sink = pyarrow.BufferOutputStream()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), sink)
+        return sink.getvalue().to_pybytes()
+    text = {
+        "jsonl": "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS),
+        "json": json.dumps(ROWS),
+        "csv": 'text,label\r\n"a ""quoted"", text",0\r\n"é\u2028b",1\r\n',
+        "tsv": 'text\tlabel\na "quoted", text\t0\né\u2028b\t1\n',
+    }
+    return text[suffix].encode()
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
+def test_every_format_gives_the_same_columns_and_the_digest_of_its_bytes(tmp_path: Path, suffix: str) -> None:
+    content = _content(suffix)
+    source = read_file(written(tmp_path / f"d.{suffix}", content), None, "train_data")
+    assert [dict(record.columns) for record in source.records] == ROWS
+    assert source.digest == hashlib.sha256(content).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "places"),
+    [
+        ("d.jsonl", '{"a": 1}\n\n   \r\n{"a": 2}\r\n', ["line 1", "line 4"]),
+        ("d.json", '{"data": [{"a": 1},\n{"a": 2}]}', ["row 1", "row 2"]),
+        ("d.csv", 'a,b\n"x\ny",1\n\nz,2\n', ["line 2", "line 5"]),
+        ("d.tsv", "a\tb\r\n\r\nx\t1\r\n\t\r\n", ["line 3", "line 4"]),
+    ],
+)
+def test_records_know_their_place(tmp_path: Path, file: str, content: str, places: list[str]) -> None:
+    name = written(tmp_path / file, content)
+    records = read_file(name, None, "train_data").records
+    assert [record.where for record in records] == [f"{name}, {place}" for place in places]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv"])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path, suffix: str) -> None:
+    name = written(tmp_path / f"d.{suffix}", b"\xef\xbb\xbf" + _content(suffix))
+    assert [dict(record.columns) for record in read_file(name, None, "train_data").records] == ROWS
+
+
+def test_column_names_stand_for_a_header(tmp_path: Path) -> None:
+    for suffix, separator in (("csv", ","), ("tsv", "\t")):
+        name = written(tmp_path / f"d.{suffix}", f"x{separator}1\ny{separator}0")
+        records = read_file(name, ("text", "label"), "train_data").records
+        assert [record.columns for record in records] == [{"text": "x", "label": "1"}, {"text": "y", "label": "0"}]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("d.jsonl", '{"a": 1}\n{"a": "x', "{}, line 2: not valid JSON (Unterminated string starting at: column 7)"),
+        ("d.jsonl", '{"a": 1} {"a": 2}', "{}, line 1: not valid JSON (Extra data: column 10)"),
+        ("d.jsonl", '{"a": 1}\n[1]', '{}, line 2: must be an object, such as {{"text": ...}}, not list'),
+        ("d.json", '[{"a": 1},\n{"a": }]', "{}, line 2: not valid JSON (Expecting value: column 7)"),
+        ("d.json", '{"rows": []}', '{}: must hold a list of objects, or {{"data": [...]}}'),
+        ("d.json", '[{"a": 1}, "b"]', '{}, row 2: must be an object, such as {{"text": ...}}, not str'),
+        ("d.csv", "a,b\n1,2\n3\n", "{}, line 3: 1 columns instead of 2 (a, b)"),
+        ("d.csv", 'a,b\n"x\ny",1\n1,2,3\n', "{}, line 4: 3 columns instead of 2 (a, b)"),
+        ("d.csv", 'a,b\n1,2\n3,"x', "{}, line 3: not valid CSV (unexpected end of data)"),
+        ("d.csv", "a,b,a\n1,2,3\n", "{}: column 'a' is named twice"),
+        ("d.tsv", "a\tb\n1\t2\n3 4\n", "{}, line 3: 1 columns instead of 2 (a, b)"),
+        ("d.csv", b"a,b\n1,caf\xe9\n", "{}, line 2: not UTF-8 (byte 0xe9)"),
+        ("d.csv", b"\xef\xbb\xbfa,b\n\xe9", "{}, line 2: not UTF-8 (byte 0xe9)"),
+        ("d.csv", b"\xef\xbb\xbfa,b\n\xe9", "{}, line 2: not UTF-8 (byte 0xe9)"),
+        ("d.jsonl", '{"a": 1}'.encode("utf-16"), "{}, line 1: not UTF-8 (byte 0xff)"),
+        ("d.jsonl", "", "train_data: no rows in {}"),
+        ("d.json", "[]", "train_data: no rows in {}"),
+        ("d.tsv", "a\tb\n\n", "train_data: no rows in {}"),
+        ("d.csv", "", "train_data: no rows in {}"),
+        ("d.txt", "a", "train_data: {} has an unknown suffix; allowed: .jsonl, .json, .csv, .tsv, .parquet"),
+    ],
+)
+def test_a_broken_file_is_one_line(tmp_path: Path, file: str, content: str | bytes, message: str) -> None:
+    name = written(tmp_path / file, content)
+    assert fails(name) == message.format(name)
+
+
+def test_a_header_under_column_names_is_refused(tmp_path: Path) -> None:
+    name = written(tmp_path / "d.tsv", "text\tlabel\nx\t1\n")
+    assert fails(name, ("text", "label")) == f"{name}, line 1: is a header; leave column_names out"
+
+
+def test_a_file_that_is_no_parquet(tmp_path: Path) -> None:
+    name = written(tmp_path / "d.parquet", "text")
+    assert fails(name).startswith(f"{name}: not a Parquet file (")
+
+
+def test_missing_folder_and_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert fails(tmp_path / "no.jsonl") == f"train_data: no such file: {tmp_path / 'no.jsonl'}"
+    assert fails(tmp_path) == (
+        f"train_data: {tmp_path} is a folder; a file is needed (.jsonl, .json, .csv, .tsv, .parquet)"
+    )
+    name = written(tmp_path / "d.jsonl", "{}")
+
+    def denied(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    assert fails(name) == f"train_data: cannot read {name} (Permission denied)"
+
+
+@pytest.mark.parametrize("name", ["builtin:quickstart/train", "builtin:quickstart/train.jsonl"])
+def test_built_in_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    file = Path(written(tmp_path / "train.jsonl", '{"prompt": "a", "completion": "b"}'))
+    known = {"quickstart/train": file}
+    monkeypatch.setattr(builtin, "path", lambda resource: known[resource])
+    source = read_train(config(train_data=name))
+    assert [(record.columns, record.where) for record in source.records] == [
+        ({"prompt": "a", "completion": "b"}, f"{name}, line 1")
+    ]
+
+
+def test_unknown_built_in_data() -> None:
+    known = ", ".join(builtin.names())
+    message = f"train_data: no built-in resource is called 'nothing'; there are: {known}"
+    assert fails("builtin:nothing") == message
+
+
+class Hub:
+    """Stands for the Hub: one data set with two splits."""
+
+    def load(self, name: str, config_name: str | None, split: str) -> Any:
+        import datasets
+
+        if name != "org/data":
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub\nmore")
+        if split not in ("train", "dev"):
+            raise ValueError(f'Unknown split "{split}".')
+        return datasets.Dataset.from_list([{"prompt": split, "completion": str(config_name)}] * 2)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", Hub().load)
+
+
+@pytest.mark.usefixtures("hub")
+def test_hub_splits() -> None:
+    hub_config = config(train_data="org/data", dataset_config_name="c", validation_split="dev")
+    train, validation = read_train(hub_config), read_validation(hub_config)
+    assert validation is not None
+    assert [record.where for record in train.records] == ["org/data/c, train row 1", "org/data/c, train row 2"]
+    assert validation.records[1].columns == {"prompt": "dev", "completion": "c"}
+    assert validation.records[1].where == "org/data/c, dev row 2"
+    assert len(train.digest) == len(validation.digest) == 16
+    assert train.digest == read_train(hub_config).digest != validation.digest
+    assert read_validation(config(train_data="org/data")) is None
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"train_data": "org/no"},
+            "train_data: cannot load 'org/no', split 'train' (Dataset 'org/no' doesn't exist on the Hub)",
+        ),
+        (
+            {"train_data": "org/data", "train_split": "x"},
+            "train_data: cannot load 'org/data', split 'x' (Unknown split \"x\".)",
+        ),
+        (
+            {"train_data": "org/data", "validation_split": "x"},
+            "validation_split: cannot load 'org/data', split 'x' (Unknown split \"x\".)",
+        ),
+        (
+            {"train_data": "org/data", "validation_data": "org/no", "validation_split": "x"},
+            "validation_data: cannot load 'org/no', split 'x' (Dataset 'org/no' doesn't exist on the Hub)",
+        ),
+        (
+            {"train_data": "org/data", "validation_data": "org/data"},
+            "validation_split: missing; it says which split of 'org/data' to validate on",
+        ),
+    ],
+)
+def test_hub_errors_are_one_line(settings: dict[str, str], message: str) -> None:
+    read = read_validation if message.startswith("validation") else read_train
+    with pytest.raises(UserError) as caught:
+        read(config(**settings))
+    assert str(caught.value) == message
+
+
+def test_a_file_has_no_splits(tmp_path: Path) -> None:
+    name = written(tmp_path / "d.jsonl", '{"prompt": "a", "completion": "b"}')
+    with pytest.raises(UserError) as caught:
+        read_validation(config(train_data=name, validation_split="dev"))
+    assert str(caught.value) == f"validation_split: {name} has no splits; name a file in validation_data"
