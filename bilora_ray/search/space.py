@@ -40,7 +40,7 @@ OneValue = Annotated[Value, BeforeValidator(_one_value)]
 class StudyConfig(Settings):
     """How a study searches."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="letters, digits, '.', '_' and '-'")
+    name: str = Field(description="name of the study and of its folder: letters, digits, '.', '_' and '-'")
     project: str = Field("bilora-ray", min_length=1, description="MLflow experiment that the study belongs to")
     num_trials: Int = Field(20, ge=1, description="trials to finish")
     sampler: Literal["tpe", "random"] = Field("tpe", description="how settings are proposed")
@@ -89,7 +89,7 @@ class Range(Settings):
             raise ValueError("log and step exclude each other")
         if not self.holds(self.high):
             raise ValueError(
-                "high must be low and a whole number of steps, "
+                "high must be a whole number of steps above low, "
                 f"got low {self.low:g}, high {self.high:g} and step {self.step:g}"
             )
         return self
@@ -235,11 +235,12 @@ def _distribution(path: Path, key: str, value: dict[str, Any]) -> Distribution:
     if "low" in value or "high" in value:
         found = build(Range, value, where)
         if not is_number(key):
-            raise UserError(f"{where}: is no number, so it takes {{choice: [...]}}, got {value}")
+            raise UserError(f"{where}: takes no numbers, so its distribution is {{choice: [...]}}, got {value}")
         if is_integer(key) and found.step is not None and not found.step.is_integer():
             raise UserError(f"{where}: step must be a whole number, got {found.step:g}")
         return found
-    hint = "; a text that starts with a brace needs quotes" if not any(value.values()) else ""
+    unquoted = all(item is None for item in value.values())
+    hint = "; a text that starts with a brace needs quotes" if unquoted else ""
     raise UserError(f"{where}: a distribution is {{choice: [...]}} or {{low: ..., high: ...}}, got {value}{hint}")
 
 

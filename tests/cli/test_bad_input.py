@@ -1,0 +1,217 @@
+"""Bad input: what is typed, and the one line that comes back with exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from bilora_ray.cli.main import main
+
+ROW = '{"prompt": "1 + 1 =", "completion": " 2"}\n'
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command line, what is changed before it, and the line that it must print.
+
+    Attributes:
+        typed: the command line, in a folder with `space.yaml`, `data.jsonl` and the model folder `model`.
+        line: on stderr, without the leading "Error: "; {here} is the folder.
+        trial: settings that replace those of the space file; None removes one.
+        study: the same for its study section.
+        files: text files to write first.
+        before: done before all that.
+    """
+
+    typed: str
+    line: str
+    trial: dict[str, object] | None = None
+    study: dict[str, object] | None = None
+    files: dict[str, str] | None = None
+    before: Callable[[Path], None] | None = None
+
+
+TUNE = "tune --space space.yaml"
+CASES = {
+    "missing space file": Case("tune --space nope.yaml", "nope.yaml: no such file"),
+    "empty space file": Case(
+        TUNE, "space.yaml: is empty; a space file has the sections study, trial, resources", files={"space.yaml": ""}
+    ),
+    "torn YAML": Case(
+        TUNE,
+        "space.yaml, line 2: not valid YAML (expected ',' or ']', but got '<stream end>')",
+        files={"space.yaml": "study: {name: s}\ntrial: {rank: [1, 2"},
+    ),
+    "unknown section": Case(
+        TUNE, "space.yaml: unknown section 'trails'; did you mean 'trial'?", files={"space.yaml": "trails: {}"}
+    ),
+    "unknown key": Case(TUNE, "space.yaml: trial: unknown key 'rhoo'; did you mean 'rho'?", trial={"rhoo": 1}),
+    "unknown study key": Case(
+        TUNE, "space.yaml: study: unknown key 'num_trails'; did you mean 'num_trials'?", study={"num_trails": 3}
+    ),
+    "missing key": Case(TUNE, "space.yaml: trial: 'task' is missing", trial={"task": None}),
+    "wrong type": Case(
+        TUNE,
+        "space.yaml: trial: learning_rate: should be a valid number, unable to parse string as a number, got 'fast'",
+        trial={"learning_rate": "fast"},
+    ),
+    "wrong range": Case(
+        TUNE, "space.yaml: trial: lora_dropout: should be less than 1, got 1.5", trial={"lora_dropout": 1.5}
+    ),
+    "distribution outside the setting's range": Case(
+        TUNE, "space.yaml: trial: rho: should be greater than 0, got -1.0", trial={"rho": {"low": -1, "high": 1}}
+    ),
+    "low above high": Case(
+        TUNE,
+        "space.yaml: trial.rho: low must be below high, got low 1 and high 0.1",
+        trial={"rho": {"low": 1, "high": 0.1}},
+    ),
+    "unknown task": Case(
+        TUNE,
+        "space.yaml: trial: task: should be 'causal-lm', 'seq2seq-lm' or 'sequence-classification', got 'chat'",
+        trial={"task": "chat"},
+    ),
+    "unknown metric": Case(
+        TUNE,
+        "space.yaml: trial: metric: 'eval_los' is not measured here; did you mean 'eval_loss'?",
+        trial={"metric": "eval_los"},
+    ),
+    "metric that is not measured": Case(
+        TUNE,
+        "space.yaml: trial: metric: 'eval_exact_match' is not measured here; allowed: eval_loss, eval_perplexity, "
+        "eval_token_accuracy",
+        trial={"metric": "eval_exact_match"},
+    ),
+    "space without distributions": Case(
+        TUNE,
+        "space.yaml: no setting has a distribution, so there is nothing to search: bilora-ray train",
+        trial={"rho": 0.05},
+    ),
+    "study name that is a path": Case(
+        TUNE,
+        "space.yaml: study: name: must be up to 100 letters, digits, '.', '_' or '-', the first a letter or a digit, "
+        "got '../up'",
+        study={"name": "../up"},
+    ),
+    "missing data file": Case(
+        TUNE, "space.yaml: trial.train_data: no such file: {here}/nope.jsonl", trial={"train_data": "nope.jsonl"}
+    ),
+    "empty data file": Case(TUNE, "train_data: no rows in {here}/data.jsonl", files={"data.jsonl": ""}),
+    "torn JSON line": Case(
+        TUNE,
+        "{here}/data.jsonl, line 3: not valid JSON (Unterminated string starting at: column 23)",
+        files={"data.jsonl": ROW + ROW + ROW[:30]},
+    ),
+    "missing column": Case(
+        TUNE,
+        "{here}/data.jsonl, line 1: no column 'question'; columns: prompt, completion",
+        trial={"prompt_template": "{question}"},
+    ),
+    "row without a value": Case(
+        TUNE,
+        "{here}/data.jsonl, line 2: column 'completion' has no value",
+        files={"data.jsonl": ROW + '{"prompt": "a", "completion": null}\n'},
+    ),
+    "label outside the set": Case(
+        TUNE,
+        "{here}/dev.csv, line 3: label '2' is not among the labels (0, 1)",
+        trial={
+            "task": "sequence-classification",
+            "train_data": "train.csv",
+            "validation_data": "dev.csv",
+        },
+        files={"train.csv": "text,label\ngood,1\nbad,0\n", "dev.csv": "text,label\ngood,1\nbad,2\n"},
+    ),
+    "torn CSV": Case(
+        TUNE,
+        "{here}/train.csv, line 3: 1 columns instead of 2 (prompt, completion)",
+        trial={"train_data": "train.csv"},
+        files={"train.csv": "prompt,completion\na,b\nc\n"},
+    ),
+    "unknown model folder": Case(
+        TUNE,
+        "space.yaml: trial.model_name_or_path: no such folder: {here}/nope",
+        trial={"model_name_or_path": "./nope"},
+    ),
+    "folder without a model": Case(
+        TUNE,
+        "model_name_or_path: {here}/empty holds no model: config.json is missing",
+        trial={"model_name_or_path": "empty"},
+        before=lambda here: (here / "empty").mkdir(),
+    ),
+    "unknown built-in": Case(
+        TUNE,
+        "model_name_or_path: no built-in 'quickstart/modle'; did you mean 'quickstart/model'?",
+        trial={"model_name_or_path": "builtin:quickstart/modle"},
+    ),
+    "--set without a value": Case(f"{TUNE} --set rho", "--set rho: must be key=value"),
+    "--set of an unknown key": Case(
+        f"{TUNE} --set rank_=4", "space.yaml: trial: unknown key 'rank_'; did you mean 'rank'?"
+    ),
+    "--set of an unknown section": Case(
+        f"{TUNE} --set stud.seed=4", "--set stud.seed=4: unknown section 'stud'; did you mean 'study'?"
+    ),
+    "too few trials": Case(
+        f"{TUNE} --num-trials 0",
+        "space.yaml: study: num_trials: should be greater than or equal to 1, got 0",
+    ),
+    "resume of nothing": Case(f"{TUNE} --resume", "study 'bad': nothing to resume in {here}/runs"),
+    "storage path that is a file": Case(
+        f"{TUNE} --storage-path data.jsonl", "--storage-path {here}/data.jsonl: cannot be written (Not a directory)"
+    ),
+    "train with distributions": Case(
+        "train --space space.yaml", "space.yaml: one run needs one value for each setting; give --set rho=VALUE"
+    ),
+    "show of an unknown study": Case("show nope", "study 'nope': not in {here}/runs"),
+    "export of an unknown study": Case("export nope --output out", "study 'nope': not in {here}/runs"),
+    "evaluate of no adapter": Case("evaluate model", "model: no adapter here (adapter_config.json is missing)"),
+    "ui without runs": Case("ui", "--storage-path runs: no runs here yet; `bilora-ray tune` makes them"),
+}
+
+
+def _prepare(case: Case, here: Path) -> None:
+    space = {
+        "study": {"name": "bad", "num_trials": 1},
+        "trial": {
+            "model_name_or_path": "model",
+            "task": "causal-lm",
+            "train_data": "data.jsonl",
+            "rho": {"low": 0.01, "high": 0.1},
+        },
+    }
+    for section, changes in (("trial", case.trial), ("study", case.study)):
+        space[section] |= changes or {}  # type: ignore[operator]
+        space[section] = {key: value for key, value in space[section].items() if value is not None}
+    (here / "space.yaml").write_text(yaml.safe_dump(space))
+    (here / "data.jsonl").write_text(ROW * 8)
+    (here / "model").mkdir()
+    (here / "model" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    for name, text in (case.files or {}).items():
+        (here / name).write_text(text)
+    if case.before is not None:
+        case.before(here)
+
+
+def _run(typed: str) -> Result:
+    return CliRunner().invoke(main, typed.split())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input_is_one_line_and_exit_code_2(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    _prepare(case, tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    result = _run(case.typed)
+    assert result.stderr == f"Error: {case.line.format(here=os.path.realpath(tmp_path))}\n"
+    assert result.stdout == ""
+    assert result.exit_code == 2
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before

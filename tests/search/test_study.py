@@ -1,0 +1,306 @@
+"""The study database as the truth: proposals, reports, early stops, interruptions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from bilora_ray.errors import UserError
+from bilora_ray.search.space import Space, load_space
+from bilora_ray.search.study import (
+    Layout,
+    SearchStudy,
+    check_study,
+    delete_study,
+    load_study,
+    locked_study,
+    open_study,
+    study_names,
+)
+from bilora_ray.tracking.records import Status
+
+STUDY = {"name": "s", "num_trials": 4, "scheduler": "none"}
+TRIAL = {
+    "model_name_or_path": "org/model",
+    "task": "causal-lm",
+    "train_data": "org/data",
+    "rho": "{low: 0.01, high: 0.2, log: true}",
+    "rank": "{choice: [4, 8, 16]}",
+}
+
+
+def space(study: dict[str, Any] | None = None, trial: dict[str, Any] | None = None) -> Space:
+    sections = {"study": {**STUDY, **(study or {})}, "trial": {**TRIAL, **(trial or {})}}
+    return load_space(None, [f"{name}.{key}={v}" for name, values in sections.items() for key, v in values.items()])
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Layout:
+    return Layout(tmp_path / "runs")
+
+
+def run(study: SearchStudy, number: int, losses: list[float]) -> Status:
+    """Report `losses` as a trial would; a report of the last one ends it."""
+    status = Status.RUNNING
+    for step, loss in enumerate(losses, start=1):
+        status = study.report(number, {"step": step, "max_steps": len(losses), "eval_loss": loss})
+        if status is not Status.RUNNING:
+            break
+    return status
+
+
+def all_proposals(space: Space, layout: Layout, interrupt: bool) -> list[dict[str, Any]]:
+    study = open_study(space, layout)
+    while (number := study.next_trial()) is not None:
+        if interrupt:
+            study = open_study(space, layout)
+            assert study.next_trial() == number
+        run(study, number, [1.0 / (1 + number)])
+    return [dict(record.sampled) for record in study.records()]
+
+
+def test_the_value_of_a_complete_trial_is_its_best_evaluation(layout: Layout) -> None:
+    study = open_study(space(), layout)
+    number = study.next_trial()
+    assert number == 0
+    assert run(study, number, [3.0, 1.0, 2.0]) is Status.COMPLETE
+    assert study.record(0).value == 1.0
+
+
+def test_greater_is_better_makes_the_best_the_largest(layout: Layout) -> None:
+    study = open_study(space(trial={"metric": "eval_token_accuracy"}), layout)
+    for values in ([0.1, 0.5, 0.2], [0.3, 0.4, 0.2]):
+        number = study.next_trial()
+        assert number is not None
+        for step, value in enumerate(values, start=1):
+            study.report(number, {"step": step, "max_steps": 3, "eval_token_accuracy": value})
+    best = study.best()
+    assert best is not None
+    assert (best.number, best.value) == (0, 0.5)
+
+
+def test_as_many_trials_are_handed_out_as_the_study_asks_for(layout: Layout) -> None:
+    study = open_study(space(), layout)
+    numbers = []
+    while (number := study.next_trial()) is not None:
+        numbers.append(number)
+    assert numbers == [0, 1, 2, 3]
+    assert not study.finished()
+
+
+def test_an_interrupted_trial_is_handed_out_again_before_a_new_one_with_the_same_settings(layout: Layout) -> None:
+    study = open_study(space(), layout)
+    first, second = study.next_trial(), study.next_trial()
+    assert (first, second) == (0, 1)
+    run(study, 0, [1.0])
+    again = open_study(space(), layout)
+    assert again.next_trial() == 1
+    assert again.config(1) == study.config(1)
+    assert again.next_trial() == 2
+
+
+def test_a_trial_that_died_between_being_asked_for_and_sampled_is_completed(layout: Layout) -> None:
+    study = open_study(space(), layout)
+    study.study.ask()
+    again = open_study(space(), layout)
+    assert again.next_trial() == 0
+    assert set(again.record(0).sampled) == {"rho", "rank"}
+
+
+def test_proposals_do_not_depend_on_interruptions(tmp_path: Path) -> None:
+    many = space({"num_trials": 15})
+    whole = all_proposals(many, Layout(tmp_path / "a"), interrupt=False)
+    interrupted = all_proposals(many, Layout(tmp_path / "b"), interrupt=True)
+    assert whole == interrupted
+    assert len({json.dumps(proposal) for proposal in whole}) == 15
+
+
+def test_another_seed_gives_other_proposals(tmp_path: Path) -> None:
+    one = all_proposals(space(), Layout(tmp_path / "a"), interrupt=False)
+    other = all_proposals(space({"seed": 1}), Layout(tmp_path / "b"), interrupt=False)
+    assert one != other
+
+
+def test_a_report_told_twice_changes_nothing(layout: Layout) -> None:
+    study = open_study(space(), layout)
+    study.next_trial()
+    study.report(0, {"step": 1, "max_steps": 3, "eval_loss": 2.0})
+    again = open_study(space(), layout)
+    again.next_trial()
+    assert again.report(0, {"step": 1, "max_steps": 3, "eval_loss": 2.0}) is Status.RUNNING
+    assert again.report(0, {"step": 3, "max_steps": 3, "eval_loss": 1.0}) is Status.COMPLETE
+    assert again.study.trials[0].intermediate_values == {1: 2.0, 3: 1.0}
+
+
+def test_a_trial_that_finished_but_was_not_told_completes_on_resume(layout: Layout) -> None:
+    study = open_study(space(), layout)
+    study.next_trial()
+    for step, loss in ((1, 2.0), (2, 1.0)):
+        study._live[0].report(loss, step)  # the process died before the study could end the trial
+    again = open_study(space(), layout)
+    again.next_trial()
+    assert run(again, 0, [2.0, 1.0]) is Status.COMPLETE
+    assert again.record(0).value == 1.0
+
+
+def test_weak_trials_stop_at_the_rungs_of_successive_halving(layout: Layout) -> None:
+    study = open_study(space({"scheduler": "asha", "grace_period": 2, "num_trials": 20}), layout)
+    statuses = []
+    for loss in (1.0, 2.0, 3.0, 0.5):
+        number = study.next_trial()
+        assert number is not None
+        statuses.append(run(study, number, [loss] * 9))
+    assert statuses == [Status.COMPLETE, Status.PRUNED, Status.PRUNED, Status.COMPLETE]
+    assert list(study.study.trials[1].intermediate_values) == [1, 2]
+
+
+def test_early_stops_after_a_resume_are_those_of_the_whole_search(tmp_path: Path) -> None:
+    halving = space({"scheduler": "asha", "grace_period": 1, "num_trials": 12})
+    losses = [[(number * 7919 % 13) / 10 + 1 / step for step in range(1, 10)] for number in range(12)]
+
+    def search(layout: Layout, resume: bool) -> list[tuple[Status, int]]:
+        study = open_study(halving, layout)
+        while (number := study.next_trial()) is not None:
+            run(study, number, losses[number])
+            if resume:
+                study = open_study(halving, layout)
+        return [(r.status, len(study.study.trials[r.number].intermediate_values)) for r in study.records()]
+
+    whole = search(Layout(tmp_path / "a"), resume=False)
+    assert whole == search(Layout(tmp_path / "b"), resume=True)
+    assert {status for status, _ in whole} == {Status.COMPLETE, Status.PRUNED}
+
+
+def test_the_first_rung_is_a_ninth_of_a_trial_unless_said(layout: Layout) -> None:
+    study = open_study(space({"scheduler": "asha"}), layout)
+    study.next_trial()
+    study.report(0, {"step": 10, "max_steps": 90, "eval_loss": 1.0})
+    study.next_trial()
+    assert study.report(1, {"step": 9, "max_steps": 90, "eval_loss": 2.0}) is Status.RUNNING
+    assert study.report(1, {"step": 10, "max_steps": 90, "eval_loss": 2.0}) is Status.PRUNED
+
+
+def test_settings_of_another_method_are_not_searched(layout: Layout) -> None:
+    study = open_study(space({"num_trials": 12}, {"method": "{choice: [lora, bilora]}"}), layout)
+    while study.next_trial() is not None:
+        pass
+    sampled = [dict(record.sampled) for record in study.records()]
+    assert {frozenset(s) for s in sampled if s["method"] == "lora"} == {frozenset({"method", "rank"})}
+    assert {frozenset(s) for s in sampled if s["method"] == "bilora"} == {frozenset({"method", "rank", "rho"})}
+
+
+def test_points_to_evaluate_come_first_and_only_once(layout: Layout) -> None:
+    pointed = space({"points_to_evaluate": "[{rho: 0.05, rank: 8}, {rho: 0.1, rank: 4}]"})
+    study = open_study(pointed, layout)
+    assert study.next_trial() == 0
+    study = open_study(pointed, layout)
+    while study.next_trial() is not None:
+        pass
+    sampled = [dict(record.sampled) for record in study.records()]
+    assert sampled[:2] == [{"rho": 0.05, "rank": 8}, {"rho": 0.1, "rank": 4}]
+    assert len(sampled) == 4
+
+
+def test_a_failed_trial_keeps_its_reason_and_counts(layout: Layout) -> None:
+    study = open_study(space({"num_trials": 1}), layout)
+    study.next_trial()
+    study.fail(0, "loss is nan at step 3")
+    assert (study.record(0).status, study.record(0).error) == (Status.FAILED, "loss is nan at step 3")
+    assert study.finished()
+    assert study.best() is None
+
+
+def test_a_study_is_shown_without_its_space_file(layout: Layout) -> None:
+    study = open_study(space(), layout)
+    study.next_trial()
+    run(study, 0, [1.0])
+    shown = load_study(layout, "s")
+    assert shown.records() == study.records()
+    assert shown.space.distributions == study.space.distributions
+    assert shown.space.study == study.space.study
+
+
+@pytest.mark.parametrize(
+    ("resume", "begun", "now", "line"),
+    [
+        (True, None, {}, "study 's': nothing to resume in {storage}"),
+        (True, {"name": "t"}, {}, "study 's': nothing to resume in {storage}; allowed: t"),
+        (
+            False,
+            {},
+            {},
+            "study 's' exists in {storage}: go on with --resume, or begin another with --set study.name=NAME",
+        ),
+        (
+            True,
+            {},
+            {"seed": 1},
+            "study 's' began with another space: seed was 0, is 1; "
+            "of a study only max_concurrent and num_trials may change",
+        ),
+    ],
+)
+def test_a_wrong_start_is_refused_before_anything_is_written(
+    layout: Layout, resume: bool, begun: dict[str, Any] | None, now: dict[str, Any], line: str
+) -> None:
+    if begun is not None:
+        open_study(space(begun), layout)
+    before = sorted(layout.storage_path.rglob("*")) if begun is not None else None
+    with pytest.raises(UserError) as error:
+        check_study(space(now), layout, resume)
+    assert str(error.value) == line.format(storage=layout.storage_path)
+    assert before is None or sorted(layout.storage_path.rglob("*")) == before
+    assert begun is not None or not layout.storage_path.exists()
+
+
+def test_more_trials_may_be_asked_for_on_resume(layout: Layout) -> None:
+    study = open_study(space(), layout)
+    while (number := study.next_trial()) is not None:
+        run(study, number, [1.0])
+    more = space({"num_trials": 5})
+    check_study(more, layout, resume=True)
+    assert open_study(more, layout).next_trial() == 4
+
+
+def test_a_study_has_one_search_at_a_time(layout: Layout) -> None:
+    with locked_study(layout, "s"):
+        with pytest.raises(UserError) as error, locked_study(layout, "s"):
+            pass
+        with locked_study(layout, "another"):
+            pass
+    assert str(error.value) == "study 's' is being searched by another process"
+    with locked_study(layout, "s"):
+        pass
+
+
+def test_a_deleted_study_leaves_nothing(layout: Layout) -> None:
+    study = open_study(space(), layout)
+    study.folder(0).checkpoints.mkdir(parents=True)
+    delete_study(space(), layout)
+    assert study_names(layout) == []
+    assert not layout.study("s").exists()
+
+
+def test_no_study_is_named_when_there_is_none(layout: Layout) -> None:
+    assert study_names(layout) == []
+    assert not layout.storage_path.exists()
+    with pytest.raises(UserError) as error:
+        load_study(layout, "s")
+    assert str(error.value) == f"study 's': not in {layout.storage_path}"
+
+
+def test_importances_need_four_complete_trials(layout: Layout) -> None:
+    study = open_study(space({"num_trials": 6}), layout)
+    for count in range(6):
+        assert (study.importances() == {}) is (count < 4)
+        number = study.next_trial()
+        assert number is not None
+        run(study, number, [float(study.record(number).sampled["rho"])])  # type: ignore[arg-type]
+    importances = study.importances()
+    assert set(importances) == {"rho", "rank"}
+    assert importances["rho"] > importances["rank"]
+    assert study.study.direction == optuna.study.StudyDirection.MINIMIZE
