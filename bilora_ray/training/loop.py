@@ -83,12 +83,12 @@ class Run:
         if config.gradient_checkpointing:
             models.enable_gradient_checkpointing(self.model)
         self.step_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
-        self.max_steps = config.max_steps or math.ceil(config.num_train_epochs * self.steps_per_epoch)
+        self.max_steps = config.max_steps or share_of(config.num_train_epochs, self.steps_per_epoch)
         self.eval_every = _eval_every(config.eval_steps, self.max_steps)
         self.schedule = get_scheduler(
             config.lr_scheduler_type,
             self.optimizer,
-            num_warmup_steps=math.ceil(config.warmup_ratio * self.max_steps),
+            num_warmup_steps=share_of(config.warmup_ratio, self.max_steps),
             num_training_steps=self.max_steps,
         )
         # Methods draw differently many numbers while they are built; dropout must not depend on that.
@@ -227,5 +227,10 @@ def fit(config: TrialConfig, folder: TrialFolder, report: Report) -> Progress:
     return run.progress
 
 
+def share_of(share: float, count: int) -> int:
+    """`share` x `count`, rounded up; 1.1 x 10 is 11, although the product of the floats is a little more."""
+    return math.ceil(share * count * (1 - 1e-9))
+
+
 def _eval_every(eval_steps: float, max_steps: int) -> int:
-    return int(eval_steps) if eval_steps >= 1 else math.ceil(eval_steps * max_steps)
+    return int(eval_steps) if eval_steps >= 1 else share_of(eval_steps, max_steps)

@@ -69,8 +69,12 @@ def load_base(
         arguments |= {"num_labels": len(names), "id2label": names, "label2id": {n: i for i, n in names.items()}}
     with _naming_the_model(config):
         model, loading = AUTO_CLASS[config.task].from_pretrained(source(config), output_loading_info=True, **arguments)
-    if model.config.get_text_config().pad_token_id is None:
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    text_config = model.config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if positions is not None and config.max_length > positions:
+        raise UserError(f"max_length: {config.max_length} is more than the model's {positions} positions")
+    if text_config.pad_token_id is None:
+        text_config.pad_token_id = tokenizer.pad_token_id
     return model.to(device()), _modules(model, loading["missing_keys"])
 
 

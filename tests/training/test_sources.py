@@ -98,7 +98,6 @@ def test_column_names_stand_for_a_header(tmp_path: Path) -> None:
         ("d.tsv", "a\tb\n1\t2\n3 4\n", "{}, line 3: 1 columns instead of 2 (a, b)"),
         ("d.csv", b"a,b\n1,caf\xe9\n", "{}, line 2: not UTF-8 (byte 0xe9)"),
         ("d.csv", b"\xef\xbb\xbfa,b\n\xe9", "{}, line 2: not UTF-8 (byte 0xe9)"),
-        ("d.csv", b"\xef\xbb\xbfa,b\n\xe9", "{}, line 2: not UTF-8 (byte 0xe9)"),
         ("d.jsonl", '{"a": 1}'.encode("utf-16"), "{}, line 1: not UTF-8 (byte 0xff)"),
         ("d.jsonl", "", "train_data: no rows in {}"),
         ("d.json", "[]", "train_data: no rows in {}"),
