@@ -69,7 +69,9 @@ class SearchProgress:
 
     def __rich__(self) -> Group:
         """The picture; drawn some times a second."""
-        return Group(self._headline(), ProgressBar(self.num_trials, len(self.ended), width=60), self._table())
+        bar = Table.grid()
+        bar.add_row(ProgressBar(self.num_trials, len(self.ended), width=60))
+        return Group(self._headline(), bar, self._table())
 
     def _headline(self) -> Text:
         counts = {status: sum(t.status is status for t in self.ended.values()) for status in Status}

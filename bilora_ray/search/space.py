@@ -10,13 +10,14 @@ imports torch, Ray or Optuna, so that a space file is checked in a moment.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from bilora_ray.config import Float, Int, Settings, TrialConfig, applies, build, coerce, is_integer, is_number
 from bilora_ray.errors import UserError, nearest
@@ -24,6 +25,7 @@ from bilora_ray.paths import absolute_sources
 
 Value = bool | int | float | str | None
 SECTIONS = ("study", "trial", "resources")
+STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # What PyYAML raises: its own errors, and Python's on values such as the date 2024-02-30.
 YAML_ERRORS = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
 
@@ -52,6 +54,13 @@ class StudyConfig(Settings):
     seed: Int = Field(0, ge=0, lt=2**32, description="of the proposals")
     max_concurrent: Int | None = Field(None, ge=1, description="trials at one time; what the cluster holds if absent")
     points_to_evaluate: tuple[dict[str, OneValue], ...] = Field((), description="settings to try first")
+
+    @field_validator("name")
+    @classmethod
+    def _folder_name(cls, value: str) -> str:
+        if not STUDY_NAME.fullmatch(value):
+            raise ValueError("must be up to 100 letters, digits, '.', '_' or '-', the first a letter or a digit")
+        return value
 
 
 class ResourceConfig(Settings):

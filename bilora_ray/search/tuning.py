@@ -50,6 +50,10 @@ class StudySearcher(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         """Nothing: the scheduler has told the study already."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing, as `save`."""
+        return {}
+
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study database is the truth."""
 
@@ -108,4 +112,5 @@ class StudyScheduler(FIFOScheduler):
         self.observers.trial_ended(self.study.record(number))
 
     def __getstate__(self) -> dict[str, Any]:
+        """Nothing: the study database is the truth."""
         return {}
