@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
 from bilora_ray.cli.options import json_option, print_json, set_option
+from bilora_ray.errors import UserError
+from bilora_ray.paths import absolute_sources
+from bilora_ray.search.space_file import parse_override
 
 EPILOG = """\b
 Examples:
@@ -26,7 +30,17 @@ def command(adapter: Path, data: str | None, base_model: bool, overrides: tuple[
     """Measure the adapter in folder ADAPTER with the metrics that it was trained with."""
     from bilora_ray.training.export import evaluation_config
 
-    config = evaluation_config(adapter, data, overrides)
+    settings: dict[str, Any] = {}
+    for override in overrides:
+        section, key, value = parse_override(override)
+        if section != "trial":
+            raise UserError(f"--set {override}: an evaluation has settings of a trial only")
+        settings |= absolute_sources({key: value}, Path.cwd(), "--set trial")
+    if data is not None:
+        # The training data may be gone by now, and nothing of it is needed: the labels are in the recipe.
+        source = absolute_sources({"validation_data": data}, Path.cwd(), "--data")["validation_data"]
+        settings |= {"train_data": source, "validation_data": source, "max_eval_samples": None}
+    config = evaluation_config(adapter, settings)
 
     from bilora_ray.training.evaluate import evaluate_adapter
     from bilora_ray.training.quiet import quiet

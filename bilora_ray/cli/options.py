@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ def _complete_study(ctx: click.Context, _: click.Parameter, incomplete: str) -> 
     database = Path(ctx.params.get("storage_path") or "runs") / "studies.db"
     if not database.exists():
         return []
-    with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
-        rows = connection.execute("SELECT study_name FROM studies").fetchall()
+    try:
+        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+            rows = connection.execute("SELECT study_name FROM studies").fetchall()
+    except sqlite3.Error:
+        return []
     return [name for (name,) in rows if name.startswith(incomplete)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import click
@@ -18,7 +19,7 @@ from bilora_ray.cli.options import (
 )
 from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.errors import UserError
-from bilora_ray.search.space import load_space
+from bilora_ray.search.space_file import load_space
 
 EPILOG = """\b
 Examples:
@@ -49,8 +50,13 @@ def command(
 
     The run is kept and tracked like a study with one trial, so show, export and evaluate take its NAME.
     """
-    single = (f"study.name={name}", "study.num_trials=1", "study.scheduler=none", "study.points_to_evaluate=[]")
-    space = load_space(space_path, overrides + single)
+    single = (
+        f"study.name={json.dumps(name)}",
+        "study.num_trials=1",
+        "study.scheduler=none",
+        "study.points_to_evaluate=[]",
+    )
+    space = load_space(space_path, [*overrides, *(f"study.{key}={value}" for key, value in single.items())])
     if space.distributions:
         keys = ", ".join(f"--set {key}=VALUE" for key in space.distributions)
         raise UserError(f"{space.path}: one run needs one value for each setting; give {keys}")

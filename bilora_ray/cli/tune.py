@@ -25,7 +25,8 @@ from bilora_ray.cli.options import (
 from bilora_ray.cli.progress import SearchProgress, duration
 from bilora_ray.cli.validate import in_words
 from bilora_ray.errors import UserError
-from bilora_ray.search.space import Space, load_space
+from bilora_ray.search.space import Space
+from bilora_ray.search.space_file import load_space
 
 if TYPE_CHECKING:
     from bilora_ray.search.study import SearchStudy

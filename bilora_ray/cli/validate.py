@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from bilora_ray.cli.options import json_option, print_json, set_option
-from bilora_ray.search.space import Choice, Distribution, Space, load_space
+from bilora_ray.search.space import Choice, Distribution, Space
+from bilora_ray.search.space_file import load_space
 
 EPILOG = """\b
 Example:

@@ -11,7 +11,7 @@ from bilora_ray.method.adapters import (
 )
 from bilora_ray.method.optimizer import BiLoraAdamW, LoraAdamW, MethodAdamW
 from bilora_ray.method.radius import Factors, perturbation_norm, project_
-from bilora_ray.method.registry import METHODS, build_method
+from bilora_ray.method.registry import METHODS, MethodSettings, build_method
 
 __all__ = [
     "METHODS",
@@ -19,6 +19,7 @@ __all__ = [
     "Factors",
     "LoraAdamW",
     "MethodAdamW",
+    "MethodSettings",
     "attach_auxiliary",
     "auxiliary_factors",
     "auxiliary_parameters",

@@ -100,6 +100,10 @@ class PerturbedLayer(_Layer):
         _refuse_auxiliary(adapter_names or ())
         super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the plain class: the mixed one is made at run time and has no importable name."""
+        return _rebuild, (self.plain_class,), self.__dict__
+
     def _is_perturbed(self) -> bool:
         return self.training and PRIMARY in self.active_adapters and not self.disable_adapters and not self.merged
 
@@ -130,7 +134,12 @@ class PerturbedLayer(_Layer):
 @cache
 def perturbed(plain: type[LoraLayer]) -> type[PerturbedLayer]:
     """The subclass of `plain` that adds the perturbation."""
-    return type(f"Perturbed{plain.__name__}", (PerturbedLayer, plain), {"plain_class": plain})
+    return type(f"Perturbed{plain.__name__}", (PerturbedLayer, plain), {"plain_class": plain, "__module__": __name__})
+
+
+def _rebuild(plain: type[LoraLayer]) -> PerturbedLayer:
+    kind = perturbed(plain)
+    return kind.__new__(kind)
 
 
 def _refuse_auxiliary(adapter_names: list[str] | tuple[str, ...]) -> None:

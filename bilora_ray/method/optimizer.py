@@ -6,6 +6,7 @@ that a method which needs the loss twice a step fits the same loop.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -39,9 +40,14 @@ class MethodAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         self._before_update()
-        super().step()
+        # torch wraps the step of each class that is ever instantiated: super().step() could run step hooks twice.
+        inspect.unwrap(torch.optim.AdamW.step)(self)
         self._after_update()
         return loss
+
+    def metrics(self) -> dict[str, float]:
+        """What the method has to report besides the loss, now."""
+        return {}
 
     def _before_update(self) -> None:
         """What happens to the gradients first: each group's are limited by themselves."""
@@ -63,7 +69,7 @@ class LoraAdamW(MethodAdamW):
         max_grad_norm: limit on the gradient's norm, applied inside `step`; None for no limit.
 
     Raises:
-        ValueError: the model has an auxiliary, or nothing to train.
+        ValueError: the model has an auxiliary, or nothing to train, or max_grad_norm is not positive.
     """
 
     def __init__(
@@ -90,7 +96,7 @@ class BiLoraAdamW(MethodAdamW):
         max_grad_norm: limit on each branch's gradient norm, applied inside `step`; None for no limit.
 
     Raises:
-        ValueError: the model has no auxiliary, or rho is not positive.
+        ValueError: the model has no auxiliary or nothing else to train, or rho or max_grad_norm is not positive.
     """
 
     def __init__(
@@ -122,9 +128,13 @@ class BiLoraAdamW(MethodAdamW):
         """c = ||s2 B2 A2||_F over all layers, now: a scalar tensor, <= rho after a step."""
         return perturbation_norm(self._factors())
 
+    def metrics(self) -> dict[str, float]:
+        """`auxiliary_norm`, as a number."""
+        return {"auxiliary_norm": float(self.auxiliary_norm)}
+
     def _before_update(self) -> None:
         """Limit the gradients. RuntimeError if the loss did not see the auxiliary: that would train plain LoRA."""
-        descent, ascent = (any(p.grad is not None for p in group["params"]) for group in self.param_groups)
+        descent, ascent = (any(p.grad is not None for p in group["params"]) for group in self.param_groups[:2])
         if descent and not ascent:
             raise RuntimeError("the auxiliary adapter got no gradient: the forward pass needs model.train()")
         super()._before_update()
@@ -143,8 +153,11 @@ def _descent_group(
 ) -> dict[str, Any]:
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm must be > 0 or None, got {max_grad_norm}")
+    params = list(primary_parameters(model).values())
+    if not params:
+        raise ValueError("the model has nothing to train; was its adapter loaded without is_trainable=True?")
     return {
-        "params": list(primary_parameters(model).values()),
+        "params": params,
         "lr": learning_rate,
         "weight_decay": weight_decay,
         "max_grad_norm": max_grad_norm,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from peft import PeftModel
 
@@ -14,7 +15,16 @@ from bilora_ray.method.optimizer import BiLoraAdamW, LoraAdamW, MethodAdamW
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings:
-    """What methods read; each reads its part. See `TrialConfig` for what they mean."""
+    """The settings of all methods; each reads its part.
+
+    Attributes:
+        learning_rate: lr of the primary and all else that descends.
+        weight_decay: AdamW's, of the descent.
+        max_grad_norm: limit on the gradient's norm, for each branch by itself; None for no limit.
+        rho: radius of the auxiliary perturbation s2 B2 A2, Frobenius norm over all layers.
+        auxiliary_rank: r2.
+        auxiliary_learning_rate: lr2.
+    """
 
     learning_rate: float
     weight_decay: float
@@ -48,36 +58,18 @@ def _bilora(model: PeftModel, settings: MethodSettings) -> BiLoraAdamW:
 METHODS: dict[str, Callable[[PeftModel, MethodSettings], MethodAdamW]] = {"lora": _lora, "bilora": _bilora}
 
 
-def build_method(
-    name: str,
-    model: PeftModel,
-    *,
-    learning_rate: float,
-    weight_decay: float,
-    max_grad_norm: float | None,
-    rho: float,
-    auxiliary_rank: int,
-    auxiliary_learning_rate: float,
-) -> MethodAdamW:
+def build_method(name: str, model: PeftModel, **settings: Any) -> MethodAdamW:
     """The optimizer of method `name` for `model`, to which it attaches what the method needs.
 
     Args:
         name: one of `METHODS`.
-        model: a PEFT model with its primary adapter.
-        learning_rate, weight_decay, max_grad_norm: of the descent; the limit holds for each branch.
-        rho, auxiliary_rank, auxiliary_learning_rate: of the auxiliary; methods without one don't read them.
+        model: a PEFT LoRA model with its primary adapter.
+        settings: the attributes of `MethodSettings`, every one of them.
 
     Raises:
         ValueError: there is no such method, or it can't train this model.
+        TypeError: a setting is missing or unknown.
     """
     if name not in METHODS:
         raise ValueError(f"unknown method '{name}'; {nearest(name, METHODS)}")
-    settings = MethodSettings(
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        rho=rho,
-        auxiliary_rank=auxiliary_rank,
-        auxiliary_learning_rate=auxiliary_learning_rate,
-    )
-    return METHODS[name](model, settings)
+    return METHODS[name](model, MethodSettings(**settings))

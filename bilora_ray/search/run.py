@@ -71,10 +71,13 @@ def search(
             input.
     """
     check_study(space, layout, resume)
-    with locked_study(layout, space.study.name), cluster(ray_address):
-        concurrent = space.study.max_concurrent or capacity(space.resources)
-        with session(space, layout, mlflow_uri, digests, watcher) as (study, observers):
-            _run(study, observers, concurrent)
+    with (
+        locked_study(layout, space.study.name),
+        session(space, layout, mlflow_uri, digests, watcher) as running,
+        cluster(ray_address),
+    ):
+        study = running.study
+        _run(study, running.observers(), space.study.max_concurrent or capacity(space.resources))
     return study, study.finished()
 
 

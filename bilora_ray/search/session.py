@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 from bilora_ray.errors import TrialFailure, UserError
 from bilora_ray.search.space import Space
-from bilora_ray.search.study import Layout, SearchStudy, check_study, delete_study, locked_study, open_study
+from bilora_ray.search.study import (
+    Layout,
+    SearchStudy,
+    check_study,
+    delete_study,
+    locked_study,
+    open_study,
+    study_names,
+)
 from bilora_ray.tracking.mlflow_tracker import MlflowTracker, default_uri
 from bilora_ray.tracking.records import Observer, TrialRecord
 
@@ -63,36 +73,61 @@ class Observers:
                 self.observers.remove(observer)
 
 
+@dataclass(frozen=True)
+class Session:
+    """A study that is being run.
+
+    Attributes:
+        study: the study.
+        watcher: who shows it to a person.
+        tracking: gives the tracker, once MLflow has answered.
+    """
+
+    study: SearchStudy
+    watcher: Watcher
+    tracking: Future[MlflowTracker]
+
+    def observers(self) -> Observers:
+        """Who observes the trials. Waits for MLflow; UserError if it cannot be used."""
+        return Observers([self.tracking.result(), self.watcher])
+
+
 @contextmanager
 def session(
     space: Space, layout: Layout, mlflow_uri: str | None, digests: Mapping[str, str], watcher: Watcher
-) -> Iterator[tuple[SearchStudy, Observers]]:
-    """The study of `space` and who observes it, for the block that runs its trials.
+) -> Iterator[Session]:
+    """The study of `space`, tracked and watched, for the block that runs its trials.
 
-    If the block raises UserError and no trial has ended well, the study is removed again: bad input leaves nothing.
+    MLflow is opened beside the block, since both it and a cluster take seconds to start. If the block raises UserError
+    in a study that began here, and no trial is complete, the study is removed again: bad input leaves nothing behind.
     """
-    tracker = MlflowTracker.open(
-        mlflow_uri or default_uri(layout.storage_path),
-        project=space.study.project,
-        study_name=space.study.name,
-        artifact_root=layout.storage_path / "mlflow-artifacts",
-        study_tags={},
-        study_params=space.fixed,
-        digests=digests,
-        say=watcher.say,
-    )
+    begins = space.study.name not in study_names(layout)
     study = open_study(space, layout)
-    try:
-        with watcher:
-            watcher.start(study.records())
-            yield study, Observers([tracker, watcher])
-    except UserError:
-        if study.best() is None:
-            delete_study(space, layout)
-        raise
-    finally:
-        best = study.best()
-        tracker.close(study.records(), None if best is None else best.number, interrupted=not study.finished())
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        tracking = executor.submit(
+            MlflowTracker.open,
+            mlflow_uri or default_uri(layout.storage_path),
+            project=space.study.project,
+            study_name=space.study.name,
+            artifact_root=layout.storage_path / "mlflow-artifacts",
+            study_tags={"bilora_ray.study_id": study.id},
+            study_params=space.fixed,
+            digests=digests,
+            say=watcher.say,
+        )
+        try:
+            with watcher:
+                watcher.start(study.records())
+                yield Session(study, watcher, tracking)
+        except UserError:
+            if begins and study.best() is None:
+                delete_study(space, layout)
+            raise
+        finally:
+            if tracking.exception() is None:
+                best = study.best()
+                number = None if best is None else best.number
+                tracking.result().close(study.records(), number, interrupted=not study.finished())
 
 
 def train(
@@ -114,8 +149,9 @@ def train(
     check_study(space, layout, resume)
     with (
         locked_study(layout, space.study.name),
-        session(space, layout, mlflow_uri, digests, watcher) as (study, observers),
+        session(space, layout, mlflow_uri, digests, watcher) as running,
     ):
+        study, observers = running.study, running.observers()
         number = study.next_trial()
         if number is None:
             return study

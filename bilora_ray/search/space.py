@@ -1,33 +1,27 @@
-"""The space file: one YAML file is one study.
+"""What a space file says, checked: one file is one study.
 
     study:      how to search                      (StudyConfig)
     trial:      settings of every trial; any of them may be a distribution
     resources:  what one trial gets                (ResourceConfig)
 
 A distribution is `{choice: [a, b]}` or `{low: x, high: y}` with `log: true` or `step: s` if wanted. Nothing here
-imports torch, Ray or Optuna, so that a space file is checked in a moment.
+imports torch, Ray or Optuna, so that a space file is checked in a moment. `space_file` reads one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from bilora_ray.config import Float, Int, Settings, TrialConfig, applies, build, coerce, is_integer, is_number
-from bilora_ray.errors import UserError, nearest
-from bilora_ray.paths import absolute_sources
+from bilora_ray.config import Float, Int, Settings, TrialConfig, applies, build
 
 Value = bool | int | float | str | None
-SECTIONS = ("study", "trial", "resources")
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-# What PyYAML raises: its own errors, and Python's on values such as the date 2024-02-30.
-YAML_ERRORS = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
 
 
 def _one_value(value: Any) -> Any:
@@ -144,150 +138,3 @@ class Space:
         """Whether `setting` matters once `sampled` holds the method."""
         method = sampled.get("method", self.fixed.get("method", TrialConfig.model_fields["method"].default))
         return applies(setting, str(method))
-
-
-def load_space(path: Path | None, overrides: Sequence[str] = ()) -> Space:
-    """Read and check a space file.
-
-    Args:
-        path: the YAML file. Relative paths in it start at its folder. None: `overrides` say all.
-        overrides: `key=value` texts; a bare key is a trial's setting, `study.key` and `resources.key` the others'.
-            The value is YAML; relative paths in it start at the current folder.
-
-    Raises:
-        UserError: one line that names the file, the key and what is allowed.
-    """
-    sections = {name: {} for name in SECTIONS} if path is None else _read_sections(path)
-    path = path or Path("--set")
-    given: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
-    for override in overrides:
-        section, key, value = _parse_override(override)
-        given[section][key] = value
-    kept = {key: value for key, value in sections["trial"].items() if key not in given["trial"]}
-    trial = {
-        **absolute_sources(kept, path.resolve().parent, f"{path}: trial"),
-        **absolute_sources(given["trial"], Path.cwd(), "--set trial"),
-    }
-    study = build(StudyConfig, {**sections["study"], **given["study"]}, f"{path}: study")
-    resources = build(ResourceConfig, {**sections["resources"], **given["resources"]}, f"{path}: resources")
-    distributions = {key: _distribution(path, key, value) for key, value in trial.items() if isinstance(value, dict)}
-    distributions = dict(sorted(distributions.items(), key=lambda item: item[0] != "method"))
-    fixed = {key: value for key, value in trial.items() if key not in distributions}
-    if "points_to_evaluate" in given["study"]:
-        points = _points(study, Path.cwd(), path, distributions)
-    else:
-        points = _points(study, path.resolve().parent, path, distributions, replaced=given["trial"])
-    space = Space(path, study, resources, fixed, distributions, points)
-    _check_settings(space)
-    return space
-
-
-def _read_sections(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({_reason(error)})") from None
-    except YAML_ERRORS as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = " ".join(str(getattr(error, "problem", None) or error).split())
-        raise UserError(f"{path}{line}: not valid YAML ({problem})") from None
-    if content is None:
-        raise UserError(f"{path}: is empty; a space file has the sections {', '.join(SECTIONS)}")
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold the sections {', '.join(SECTIONS)}, not a {type(content).__name__}")
-    for name, section in content.items():
-        if name not in SECTIONS:
-            raise UserError(f"{path}: unknown section '{name}'; {_section_hint(str(name))}")
-        if not isinstance(section, dict):
-            raise UserError(f"{path}: section '{name}' must hold `key: value` lines, got {section!r}")
-    for name in ("study", "trial"):
-        if name not in content:
-            raise UserError(f"{path}: section '{name}' is missing")
-    return {name: {str(key): value for key, value in content.get(name, {}).items()} for name in SECTIONS}
-
-
-def _section_hint(name: str) -> str:
-    if name in TrialConfig.model_fields:
-        return f"'{name}' belongs under 'trial:'"
-    return nearest(name, SECTIONS)
-
-
-def _reason(error: Exception) -> str:
-    return error.strerror or str(error) if isinstance(error, OSError) else "not UTF-8 text"
-
-
-def _parse_override(text: str) -> tuple[str, str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {text}: must be key=value")
-    section, dot, name = key.partition(".")
-    if not dot:
-        section, name = "trial", key
-    if section not in SECTIONS:
-        raise UserError(f"--set {text}: unknown section '{section}'; {nearest(section, SECTIONS)}")
-    try:
-        return section, name, yaml.safe_load(value)
-    except YAML_ERRORS:
-        raise UserError(f"--set {text}: the value is not valid YAML") from None
-
-
-def _distribution(path: Path, key: str, value: dict[str, Any]) -> Distribution:
-    where = f"{path}: trial.{key}"
-    if key not in TrialConfig.model_fields:
-        raise UserError(f"{path}: trial: unknown key '{key}'; {nearest(key, TrialConfig.model_fields)}")
-    if "choice" in value:
-        choice = build(Choice, value, where).choice
-        return Choice(choice=tuple(coerce(key, item, where) for item in choice))
-    if "low" in value or "high" in value:
-        found = build(Range, value, where)
-        if not is_number(key):
-            raise UserError(f"{where}: takes no numbers, so its distribution is {{choice: [...]}}, got {value}")
-        if is_integer(key) and found.step is not None and not found.step.is_integer():
-            raise UserError(f"{where}: step must be a whole number, got {found.step:g}")
-        return found
-    unquoted = all(item is None for item in value.values())
-    hint = "; a text that starts with a brace needs quotes" if unquoted else ""
-    raise UserError(f"{where}: a distribution is {{choice: [...]}} or {{low: ..., high: ...}}, got {value}{hint}")
-
-
-def _check_settings(space: Space) -> None:
-    """Refuse a space of which any trial could be refused: both ends of every range, every choice."""
-    sampled = {key: distribution.ends()[0] for key, distribution in space.distributions.items()}
-    space.trial_config(sampled)
-    for key, distribution in space.distributions.items():
-        for value in distribution.ends():
-            space.trial_config({**sampled, key: value})
-
-
-def _points(
-    study: StudyConfig,
-    base: Path,
-    path: Path,
-    distributions: Mapping[str, Distribution],
-    replaced: Container[str] = (),
-) -> tuple[dict[str, Value], ...]:
-    """The points to evaluate, checked, less the values that no longer fit a setting that `--set` replaced."""
-    points = []
-    for index, point in enumerate(study.points_to_evaluate):
-        where = f"{path}: study.points_to_evaluate[{index}]"
-        values = {}
-        for key, text in absolute_sources(point, base, where).items():
-            if key not in distributions and key not in replaced:
-                raise UserError(f"{where}: '{key}' has no distribution; {nearest(key, distributions)}")
-            value = coerce(key, text, f"{where}.{key}")
-            if key in distributions and _contains(distributions[key], value):
-                values[key] = value
-            elif key not in replaced:
-                raise UserError(f"{where}.{key}: {value!r} is outside its distribution")
-        if values:
-            points.append(values)
-    return tuple(points)
-
-
-def _contains(distribution: Distribution, value: Value) -> bool:
-    if isinstance(distribution, Choice):
-        return value in distribution.choice
-    return isinstance(value, int | float) and distribution.holds(value)

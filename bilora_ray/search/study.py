@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from bilora_ray.search.space import Choice, Range, ResourceConfig, Space, StudyC
 from bilora_ray.tracking.records import Status, TrialRecord
 from bilora_ray.training.folder import TrialFolder, locked
 
-SPACE, ERROR, GRACE_PERIOD = "space", "error", "grace_period"
+ID, SPACE, ERROR, GRACE_PERIOD = "id", "space", "error", "grace_period"
 STATUS = {
     TrialState.RUNNING: Status.RUNNING,
     TrialState.COMPLETE: Status.COMPLETE,
@@ -152,6 +153,11 @@ class SearchStudy:
         return min(complete, key=lambda record: sign * (record.value or 0.0), default=None)
 
     @property
+    def id(self) -> str:
+        """What tells this study from another one of its name."""
+        return str(self.study.user_attrs[ID])
+
+    @property
     def metric(self) -> str:
         """Name of the metric that trials are judged by."""
         return str(self.space.fixed.get("metric", TrialConfig.model_fields["metric"].default))
@@ -211,8 +217,6 @@ def check_study(space: Space, layout: Layout, resume: bool) -> None:
     Raises:
         UserError: that, or the study began with another space.
     """
-    if "metric" in space.distributions:
-        raise UserError(f"{space.path}: trial.metric: trials can only be compared by one metric")
     name, names = space.study.name, study_names(layout)
     if resume and name not in names:
         hint = f"; {nearest(name, names)}" if names else ""
@@ -237,6 +241,8 @@ def open_study(space: Space, layout: Layout) -> SearchStudy:
         pruner=NopPruner(),
         load_if_exists=True,
     )
+    if ID not in study.user_attrs:
+        study.set_user_attr(ID, uuid.uuid4().hex)
     study.set_user_attr(SPACE, _described(space))
     for point in space.points_to_evaluate:
         study.enqueue_trial(point, skip_if_exists=True)

@@ -57,7 +57,8 @@ def load_checkpoint(folder: TrialFolder, model: nn.Module, optimizer: torch.opti
     tensors = load_file(newest / TENSORS)
     saved = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     parameters = trainable(model)
-    if saved.keys() != parameters.keys():
+    # Without the shapes copy_ would spread a rank of 1 over any other.
+    if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in parameters.items()}:
         raise ValueError(f"{newest} holds other parameters than this trial trains")
     with torch.no_grad():
         for name, parameter in parameters.items():

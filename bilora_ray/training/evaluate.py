@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.training import model as models
 from bilora_ray.training.data import collate, collate_prompts, eval_batches, in_row_order, prepare
 from bilora_ray.training.examples import Example

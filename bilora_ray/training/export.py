@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bilora_ray.config import TrialConfig, build
 from bilora_ray.errors import UserError
-from bilora_ray.paths import absolute_sources
 
 RECIPE = "bilora_ray.json"
 CONFIG = "adapter_config.json"
@@ -39,23 +36,12 @@ def read_recipe(adapter: Path) -> dict[str, Any]:
     return json.loads((adapter / RECIPE).read_text(encoding="utf-8"))
 
 
-def evaluation_config(adapter: Path, data: str | None, overrides: Sequence[str]) -> TrialConfig:
-    """The settings to evaluate an exported adapter with: those of its training.
+def evaluation_config(adapter: Path, settings: Mapping[str, Any]) -> TrialConfig:
+    """The settings to evaluate an exported adapter with: those of its training, with `settings` on top.
 
-    Args:
-        adapter: its folder.
-        data: file to measure on, all of it; None: the validation rows of its training.
-        overrides: `key=value` texts that replace settings.
+    Without any, the evaluation is that of the training: on its validation rows.
     """
-    settings = read_recipe(adapter)["settings"]
-    for override in overrides:
-        key, _, value = override.partition("=")
-        settings |= absolute_sources({key: yaml.safe_load(value)}, Path.cwd(), "--set")
-    if data is not None:
-        source = absolute_sources({"validation_data": data}, Path.cwd(), "--data")["validation_data"]
-        # The training data may be gone by now, and nothing of it is needed: the labels are in the recipe.
-        settings |= {"train_data": source, "validation_data": source, "max_eval_samples": None}
-    return build(TrialConfig, settings, f"{adapter / RECIPE}: settings")
+    return build(TrialConfig, {**read_recipe(adapter)["settings"], **settings}, f"{adapter / RECIPE}: settings")
 
 
 def export_adapter(adapter: Path, output: Path, origin: Mapping[str, Any]) -> None:
@@ -76,7 +62,7 @@ def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> Non
     from bilora_ray.training import model as models
     from bilora_ray.training.checkpoint import atomic_folder
 
-    config = evaluation_config(adapter, None, ())
+    config = evaluation_config(adapter, {})
     tokenizer = models.load_tokenizer(config)
     base, _ = models.load_base(config, tokenizer, config.label_names)
     merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()

@@ -16,8 +16,8 @@ import torch
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from bilora_ray.config import TrialConfig
-from bilora_ray.errors import NonFiniteLoss, TrialFailure
-from bilora_ray.method import build_method, export_primary
+from bilora_ray.errors import NonFiniteLoss, TrialFailure, UserError
+from bilora_ray.method import BiLoraAdamW, MethodAdamW, build_method, export_primary
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import atomic_folder, load_checkpoint, save_checkpoint
 from bilora_ray.training.data import Prepared, collate, prepare, target_count, train_batches
@@ -70,16 +70,7 @@ class Run:
         self.data: Prepared = prepare(rows, config, self.tokenizer)
         base, fresh = models.load_base(config, self.tokenizer, rows.label_names)
         self.model = models.add_primary(base, config, fresh)
-        self.optimizer = build_method(
-            config.method,
-            self.model,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            auxiliary_rank=config.auxiliary_rank,
-            auxiliary_learning_rate=config.resolved_auxiliary_learning_rate,
-            rho=config.rho,
-        )
+        self.optimizer = self._build_method()
         if config.gradient_checkpointing:
             models.enable_gradient_checkpointing(self.model)
         self.step_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
@@ -116,10 +107,11 @@ class Run:
         """One optimizer step over `step_rows` rows. NonFiniteLoss if the loss is NaN or infinite."""
         started = time.perf_counter()
         self.model.train()
-        loss = float(self.optimizer.step(self._closure))
+        loss = self.optimizer.step(self._closure)
+        assert loss is not None
         self.schedule.step()
         self.progress.step += 1
-        self.window.loss += loss
+        self.window.loss += float(loss)
         self.window.steps += 1
         self.window.seconds += time.perf_counter() - started
 
@@ -146,6 +138,22 @@ class Run:
         self.folder.keep_only(progress.step, progress.best_step or progress.step)
         self.window = Window()
         return metrics
+
+    def _build_method(self) -> MethodAdamW:
+        config = self.config
+        try:
+            return build_method(
+                config.method,
+                self.model,
+                learning_rate=config.learning_rate,
+                weight_decay=config.weight_decay,
+                max_grad_norm=config.max_grad_norm,
+                auxiliary_rank=config.auxiliary_rank,
+                auxiliary_learning_rate=config.resolved_auxiliary_learning_rate,
+                rho=config.rho,
+            )
+        except ValueError as error:  # the settings are checked, so what doesn't fit is a module
+            raise UserError(f"target_modules: {error}") from None
 
     def _closure(self) -> torch.Tensor:
         """The mean loss of the current step's rows, over its target tokens or rows, with its gradient."""
@@ -182,7 +190,7 @@ class Run:
             "rows_cut": sum(split.cut for split in self.data.truncation.values()),
             "rows_dropped": sum(split.dropped for split in self.data.truncation.values()),
         }
-        if self.config.method == "bilora":
+        if isinstance(self.optimizer, BiLoraAdamW):
             metrics["auxiliary_norm"] = float(self.optimizer.auxiliary_norm)
         metrics |= evaluate(self.model, self.data.validation, self.config, self.tokenizer)
         if not math.isfinite(metrics["eval_loss"]):

@@ -34,6 +34,8 @@ TASK_TYPE = {
     "seq2seq-lm": TaskType.SEQ_2_SEQ_LM,
     "sequence-classification": TaskType.SEQ_CLS,
 }
+# The heads that PEFT trains and saves by itself.
+HEADS = ("classifier", "score")
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -75,7 +77,11 @@ def load_base(
         raise UserError(f"max_length: {config.max_length} is more than the model's {positions} positions")
     if text_config.pad_token_id is None:
         text_config.pad_token_id = tokenizer.pad_token_id
-    return model.to(device()), _modules(model, loading["missing_keys"])
+    fresh = _modules(model, loading["missing_keys"])
+    heads = [name for name in HEADS if config.task == "sequence-classification" and hasattr(model, name)]
+    for name in (*fresh, *heads):
+        _keep_fp32(model.get_submodule(name))
+    return model.to(device()), fresh
 
 
 def add_primary(model: PreTrainedModel, config: TrialConfig, fresh: Sequence[str]) -> PeftModel:
@@ -120,7 +126,7 @@ def _modules(model: nn.Module, missing: Sequence[str]) -> list[str]:
     """The modules that own the parameters in `missing`, less the heads that PEFT trains and saves by itself."""
     known = {name for name, _ in model.named_parameters()}
     owners = {name.rpartition(".")[0] for name in missing if name in known}
-    return sorted(owner for owner in owners if owner.split(".")[0] not in ("classifier", "score"))
+    return sorted(owner for owner in owners if owner.split(".")[0] not in HEADS)
 
 
 @contextmanager
@@ -133,6 +139,22 @@ def _naming_the_model(config: TrialConfig) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"model_name_or_path: cannot load '{name}' ({_first_line(error)})") from error
+
+
+def _keep_fp32(module: nn.Module) -> None:
+    """Have `module`, which is trained, compute in fp32 amid others that don't: in bf16 AdamW's moments would stall."""
+    outer = next(module.parameters()).dtype
+
+    def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in inputs)
+
+    def leave(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        return output.to(outer) if torch.is_tensor(output) else output
+
+    if outer != torch.float32:
+        module.float()
+        module.register_forward_pre_hook(enter)
+        module.register_forward_hook(leave)
 
 
 def _first_line(error: BaseException) -> str:

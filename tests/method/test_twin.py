@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import closure_of, primary_model, randomize
 from twin import Layer, Twin
 
 from bilora_ray.method import BiLoraAdamW, attach_auxiliary
 from bilora_ray.method.layers import AUXILIARY, PRIMARY, PerturbedLayer
 
-SETTINGS = {"weight_decay": 0.1, "rho": 0.2}
+SETTINGS = {"weight_decay": 0.1, "rho": 0.05}
 STEPS = 60
 
 
@@ -38,8 +39,16 @@ def fresh_batch(batch, step):
     }
 
 
-@pytest.mark.parametrize("family", ["mlp", "llama", "t5"])
-@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
+def loss_in_float64(output, batch):
+    """transformers computes its own loss in fp32 whatever the model is in."""
+    if "y" in batch:
+        return output.loss
+    return F.cross_entropy(output.logits.flatten(0, 1), batch["labels"].flatten())
+
+
+@pytest.mark.parametrize(
+    ("family", "max_grad_norm"), [("mlp", None), ("mlp", 0.05), ("llama", None), ("llama", 0.05), ("t5", 0.05)]
+)
 def test_equals_the_literal_twin(family, max_grad_norm):
     # One layer has its own alpha, so that s1 != s2 somewhere and both branches of the fused forward are taken.
     pattern = {"mlp": "second", "llama": "q_proj", "t5": "wo"}[family]
@@ -54,12 +63,12 @@ def test_equals_the_literal_twin(family, max_grad_norm):
     clipped = 0
     for step in range(STEPS):
         inputs = fresh_batch(batch, step)
-        fast = optimizer.step(closure_of(model, optimizer, inputs))
-        slow = twin.step(lambda forward, inputs=inputs: forward(**inputs).loss)
-        assert float(fast) == pytest.approx(slow, rel=1e-10)
+        fast = optimizer.step(closure_of(model, optimizer, inputs, loss_in_float64))
+        slow = twin.step(lambda forward, inputs=inputs: loss_in_float64(forward(**inputs), inputs))
+        assert float(fast.detach()) == pytest.approx(slow, rel=1e-10)
         assert float(optimizer.auxiliary_norm) == pytest.approx(twin.norm(), rel=1e-9)
         clipped += twin.norm() > SETTINGS["rho"] * (1 - 1e-9)
-    assert 0 < clipped, "the radius was never reached: the test says nothing about Eq. 10"
+    assert clipped > 0, "the radius was never reached: the test says nothing about Eq. 10"
     for name, layer in twin.layers.items():
         module = model.base_model.model.get_submodule(name.removesuffix(".weight"))
         for adapter, A, B in ((PRIMARY, layer.A1, layer.B1), (AUXILIARY, layer.A2, layer.B2)):
@@ -83,4 +92,3 @@ def test_one_step_from_random_factors_moves_each_factor_as_equation_9_says():
         for adapter, (A, B) in expected.items():
             torch.testing.assert_close(module.lora_A[adapter].weight.detach(), A, rtol=0, atol=1e-13)
             torch.testing.assert_close(module.lora_B[adapter].weight.detach(), B, rtol=0, atol=1e-13)
-

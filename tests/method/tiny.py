@@ -139,12 +139,22 @@ def randomize(model: PeftModel, size: float = 0.3) -> None:
             parameter.data.copy_(values * size)
 
 
-def closure_of(model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Callable[[], Tensor]:
+def own_loss(output: Any, batch: Batch) -> Tensor:
+    """The loss that the model computes by itself."""
+    return output.loss
+
+
+def closure_of(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    loss_of: Callable[[Any, Batch], Tensor] = own_loss,
+) -> Callable[[], Tensor]:
     """The loss of `batch` with its gradient, as a training loop gives it to `step`."""
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = model(**batch).loss
+        loss = loss_of(model(**batch), batch)
         loss.backward()
         return loss
 

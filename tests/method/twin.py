@@ -82,19 +82,19 @@ class Twin:
         """One step; `loss_of` computes the loss by calling the model that it is given. Returns the loss."""
         # Eq. 7: W = W0 + s1 B1 A1 + s2 B2 A2
         W = {
-            name: (l.W0 + l.s1 * l.B1 @ l.A1 + l.s2 * l.B2 @ l.A2).requires_grad_(True)
-            for name, l in self.layers.items()
+            name: (layer.W0 + layer.s1 * layer.B1 @ layer.A1 + layer.s2 * layer.B2 @ layer.A2).requires_grad_(True)
+            for name, layer in self.layers.items()
         }
         loss = loss_of(lambda **batch: functional_call(self.model, W, kwargs=batch))
         G = dict(zip(W, torch.autograd.grad(loss, list(W.values())), strict=True))
 
         # Eq. 9, each branch limited by itself
         descent, ascent = {}, {}
-        for name, l in self.layers.items():
-            descent[name, "B1"] = l.s1 * G[name] @ l.A1.T
-            descent[name, "A1"] = l.s1 * l.B1.T @ G[name]
-            ascent[name, "B2"] = l.s2 * G[name] @ l.A2.T
-            ascent[name, "A2"] = l.s2 * l.B2.T @ G[name]
+        for name, layer in self.layers.items():
+            descent[name, "B1"] = layer.s1 * G[name] @ layer.A1.T
+            descent[name, "A1"] = layer.s1 * layer.B1.T @ G[name]
+            ascent[name, "B2"] = layer.s2 * G[name] @ layer.A2.T
+            ascent[name, "A2"] = layer.s2 * layer.B2.T @ G[name]
         for branch in (self._limited(descent), self._limited(ascent)):
             for (name, factor), gradient in branch.items():
                 layer = self.layers[name]
@@ -103,16 +103,16 @@ class Twin:
         # Eq. 10, over all layers at once
         c = self.norm()
         if c > self.rho:
-            for l in self.layers.values():
-                l.A2 = l.A2 * (self.rho / c) ** 0.5
-                l.B2 = l.B2 * (self.rho / c) ** 0.5
-        return float(loss)
+            for layer in self.layers.values():
+                layer.A2 = layer.A2 * (self.rho / c) ** 0.5
+                layer.B2 = layer.B2 * (self.rho / c) ** 0.5
+        return float(loss.detach())
 
     def norm(self) -> float:
         """c = sqrt( sum_j || s2 B2_j A2_j ||_F^2 ), from the formed products."""
         total = 0.0
-        for l in self.layers.values():
-            total += float(((l.s2 * l.B2 @ l.A2) ** 2).sum())
+        for layer in self.layers.values():
+            total += float(((layer.s2 * layer.B2 @ layer.A2) ** 2).sum())
         return total**0.5
 
     def _limited(self, gradients: dict[tuple[str, str], Tensor]) -> dict[tuple[str, str], Tensor]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import optuna
 import pytest
 from mlflow import MlflowClient
+from tiny_trials import Tiny
 
 from bilora_ray.search.study import Layout, load_study
 from bilora_ray.tracking.records import Status
@@ -58,10 +59,10 @@ def _wait_for_progress(folder: Path, process: subprocess.Popen[bytes], reports_b
 
 
 @pytest.mark.slow
-def test_search_killed_five_times_finishes_each_trial_exactly_once(
-    tmp_path: Path, tiny_llama: Path, completions: Path
-) -> None:
-    (tmp_path / "space.yaml").write_text(SPACE.format(num_trials=NUM_TRIALS, model=tiny_llama, data=completions))
+def test_search_killed_five_times_finishes_each_trial_exactly_once(tmp_path: Path, tiny: Tiny) -> None:
+    data = tiny.folder / "texts-train.jsonl"
+    space = SPACE.format(num_trials=NUM_TRIALS, model=tiny.model("causal-lm"), data=data)
+    (tmp_path / "space.yaml").write_text(space)
     moments = random.Random(20261123)
     ended: dict[int, optuna.trial.FrozenTrial] = {}
     in_flight: dict[int, int] = {}

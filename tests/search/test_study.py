@@ -10,7 +10,8 @@ import optuna
 import pytest
 
 from bilora_ray.errors import UserError
-from bilora_ray.search.space import Space, load_space
+from bilora_ray.search.space import Space
+from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study import (
     Layout,
     SearchStudy,

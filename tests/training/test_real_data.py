@@ -1,14 +1,18 @@
-"""Published data sets with a real tokenizer, from the file to a batch."""
+"""Published data sets: from the file to a batch with a real tokenizer, and through the whole loop."""
 
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_trials import Tiny, run_fit
 from transformers import AutoTokenizer
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.training.data import Truncation, collate, eval_batches, prepare, target_count
+from bilora_ray.training.evaluate import evaluate_adapter
+from bilora_ray.training.export import evaluation_config
+from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.rows import TextRow, load_rows
 
 
@@ -66,3 +70,59 @@ def test_sst2(tokenizer: Any, shared_data: Path) -> None:
     assert data.truncation == {"train": Truncation(6920, 0, 0), "validation": Truncation(872, 0, 0)}
     assert tokenizer.decode(data.validation[0].input_ids.tolist()) == "[CLS] one long string of cliches [SEP]"
     assert data.validation[0].labels.tolist() == [0]
+
+
+@pytest.mark.slow
+def test_a_real_encoder_learns_sst2(minilm: Path, tmp_path: Path) -> None:
+    config = TrialConfig(
+        model_name_or_path=str(minilm),
+        task="sequence-classification",
+        train_data=str(DATA / "sst2" / "train.tsv"),
+        validation_data=str(DATA / "sst2" / "dev.tsv"),
+        column_names=("sentence", "label"),
+        text_column="sentence",
+        max_train_samples=600,
+        max_eval_samples=200,
+        max_length=48,
+        metric="eval_accuracy",
+        learning_rate=2e-3,
+        num_train_epochs=2,
+        per_device_train_batch_size=16,
+        eval_steps=0.5,
+    )
+    reports, progress = run_fit(config, tmp_path)
+    assert progress.best_value is not None
+    assert progress.best_value >= 0.75
+    assert reports[-1]["train_loss"] < reports[0]["train_loss"]
+    assert reports[-1]["auxiliary_norm"] == pytest.approx(config.rho, rel=1e-4)
+    adapter = TrialFolder(tmp_path).best_adapter()
+    assert adapter is not None
+    best = next(report for report in reports if report["step"] == progress.best_step)
+    assert evaluate_adapter(adapter, evaluation_config(adapter, {})) == {k: best[k] for k in config.available_metrics}
+
+
+def test_gsm8k_goes_through_the_whole_loop(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny.config(
+        "causal-lm",
+        train_data=str(DATA / "gsm8k" / "train.jsonl"),
+        validation_data=str(DATA / "gsm8k" / "test.jsonl"),
+        prompt_template="{question}\n",
+        completion_template="{answer}",
+        max_train_samples=40,
+        max_eval_samples=6,
+        max_length=256,
+        per_device_train_batch_size=4,
+        max_steps=6,
+        eval_steps=3,
+        predict_with_generate=True,
+        max_new_tokens=16,
+        answer_pattern=r"####\s*(.+)",
+    )
+    reports, progress = run_fit(config, tmp_path)
+    assert [report["step"] for report in reports] == [3, 6]
+    assert all(report["eval_exact_match"] == 0.0 for report in reports)  # it has learned no arithmetic
+    assert reports[-1]["eval_loss"] < reports[0]["eval_loss"]
+    assert reports[-1]["rows_cut"] > 0
+    best = reports[-1] if progress.best_step == 6 else reports[0]
+    adapter = TrialFolder(tmp_path).best_adapter()
+    assert evaluate_adapter(adapter, config) == {name: best[name] for name in config.available_metrics}

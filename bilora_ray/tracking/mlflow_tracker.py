@@ -1,0 +1,160 @@
+"""A study's tracking in MLflow, which the search may forget about: it neither raises nor hangs.
+
+MLflow follows the study's records. What cannot be sent is kept and sent with the next call that gets through, or when
+the study is closed, or when it is resumed.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bilora_ray.errors import UserError
+from bilora_ray.tracking.guard import Guard, reason
+from bilora_ray.tracking.provenance import provenance
+from bilora_ray.tracking.records import TrialRecord
+from bilora_ray.tracking.store import SERVERS, connect, masked, unprotected
+from bilora_ray.tracking.study_runs import StudyInfo, StudyRuns
+
+LATER = "the search goes on, and what is missed is sent later"
+AT_RESUME = "`bilora-ray tune --resume` sends what is missing"
+
+
+def default_uri(storage_path: Path) -> str:
+    """The SQLite file that is MLflow's store where a user names none."""
+    return f"sqlite:///{storage_path.absolute() / 'mlflow.db'}"
+
+
+class MlflowTracker:
+    """Observes a search and keeps MLflow's runs in agreement with it. Made by `open`; used from one thread.
+
+    Args:
+        connect_runs: finds the study's runs, or makes them; called again after every failure.
+        say: shows one line to a person.
+    """
+
+    def __init__(self, connect_runs: Callable[[], StudyRuns], say: Callable[[str], None]) -> None:
+        self._connect_runs = connect_runs
+        self._guard = Guard(say)
+        self._pending: dict[int, TrialRecord] = {}
+        self._runs: StudyRuns | None = connect_runs()
+
+    @classmethod
+    def open(
+        cls,
+        uri: str,
+        project: str,
+        study_name: str,
+        artifact_root: Path,
+        study_tags: Mapping[str, str],
+        study_params: Mapping[str, Any],
+        digests: Mapping[str, str],
+        say: Callable[[str], None],
+    ) -> MlflowTracker:
+        """Connect to MLflow and begin the study's run there, or go on with it.
+
+        Args:
+            uri: MLflow tracking URI; a SQLite file and its tables are made if missing.
+            project: MLflow experiment, made if missing.
+            study_name: name of the study's run.
+            artifact_root: folder of the artifacts where the store is a SQLite file; a server has its own place.
+            study_tags: tags of the study's run. Only a run that carries all of them is this study's, so an id among
+                them keeps apart studies that share a name and a server.
+            study_params: settings that all trials share.
+            digests: data source -> digest of its content.
+            say: shows one line to a person.
+
+        Raises:
+            UserError: the URI is none that will do, or nothing that can be written answers there.
+        """
+        study = StudyInfo(study_name, dict(study_tags), dict(study_params), dict(digests), provenance())
+        if unprotected(uri):
+            say(f"--mlflow-uri {masked(uri)}: on another machine, and used without a password or token")
+
+        def connect_runs() -> StudyRuns:
+            return StudyRuns(*connect(uri, project, artifact_root), study)
+
+        try:
+            return cls(connect_runs, say)
+        except UserError:
+            raise
+        except Exception as error:  # its type depends on the store: MLflow's, SQLAlchemy's or a missing driver's
+            raise UserError(f"--mlflow-uri {masked(uri)}: MLflow does not answer ({reason(error)})") from None
+
+    def trial_started(self, trial: TrialRecord) -> None:
+        """A trial begins, or goes on after an interruption."""
+        self._send([trial])
+
+    def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
+        """An evaluation is done."""
+        self._send([replace(trial, history=(*trial.history, metrics))])
+
+    def trial_ended(self, trial: TrialRecord) -> None:
+        """A trial is complete, pruned or failed."""
+        self._send([trial])
+
+    def reconcile(self, trials: Iterable[TrialRecord]) -> None:
+        """Make MLflow agree with `trials`, as when a study is resumed."""
+        self._send(trials)
+
+    def close(self, trials: Sequence[TrialRecord], best_number: int | None, interrupted: bool) -> None:
+        """Make MLflow agree with `trials` and end the study's run. Trials that still run are marked as interrupted.
+
+        Args:
+            trials: all of the study's.
+            best_number: the best trial's; None if none is complete.
+            interrupted: whether the study is to go on later.
+        """
+        self._keep(trials)
+        with self._guard.attempt(AT_RESUME):
+            self._flush(lambda runs: runs.end(trials, best_number, interrupted))
+
+    def _send(self, trials: Iterable[TrialRecord]) -> None:
+        self._keep(trials)
+        if self._guard.ready():
+            with self._guard.attempt(LATER):
+                self._flush()
+
+    def _keep(self, trials: Iterable[TrialRecord]) -> None:
+        """Let the newest record of each trial wait, with the evaluations of those that it takes the place of."""
+        for trial in trials:
+            waiting = self._pending.get(trial.number, trial)
+            by_step = {metrics["step"]: metrics for metrics in (*waiting.history, *trial.history)}
+            self._pending[trial.number] = replace(trial, history=tuple(by_step.values()))
+
+    def _flush(self, then: Callable[[StudyRuns], None] = lambda runs: None) -> None:
+        # What is left half-done, by an error or by Ctrl-C, is not trusted: MLflow is asked again what it holds.
+        runs, self._runs = self._runs or self._connect_runs(), None
+        while self._pending:
+            number = next(iter(self._pending))
+            # To the end of the queue until it is sent: one that cannot be sent must not hold up the others.
+            trial = self._pending[number] = self._pending.pop(number)
+            runs.sync(trial)
+            del self._pending[number]
+        then(runs)
+        self._runs = runs
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune writes snapshots of what observes it, and none is ever read."""
+        return {}
+
+
+def ui_command(uri: str, port: int) -> tuple[list[str], dict[str, str]]:
+    """The command that shows the store at `uri` in a browser on this machine, and its additions to the environment.
+
+    Args:
+        uri: MLflow tracking URI of a database.
+        port: on 127.0.0.1.
+
+    Raises:
+        UserError: `uri` is a server, which has pages of its own.
+    """
+    if uri.partition("://")[0] in SERVERS:
+        raise UserError(f"--mlflow-uri {masked(uri)}: a server with pages of its own; open it in a browser")
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    # The job runner is not needed to look at runs, and would be most of the time until the first page.
+    return command, {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}

@@ -1,0 +1,163 @@
+"""Where MLflow keeps runs: which URIs will do, and how to get a client that neither chats nor hangs."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import socket
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from bilora_ray.errors import UserError, nearest
+from bilora_ray.tracking.guard import reason
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+SERVERS = ("http", "https")
+DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+SCHEMES = ("sqlite", *SERVERS, *DATABASE_PORTS, "databricks")
+TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+# One retry, for a server that closes an idle connection just as it is used; MLflow's own seven take four minutes.
+ENVIRONMENT = {
+    TIMEOUT: "4",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+CREDENTIALS = tuple(f"MLFLOW_TRACKING_{what}" for what in ("USERNAME", "TOKEN", "AUTH", "CLIENT_CERT_PATH"))
+# Whoever speaks for a failure is the guard; these would each print it too, some with a traceback.
+LOGGERS = ("mlflow", "alembic", "urllib3.connectionpool")
+PROBE_TIMEOUT_S = 5.0
+UPLOAD_TIMEOUT_S = 120
+
+
+def connect(uri: str, project: str, artifact_root: Path) -> tuple[MlflowClient, str]:
+    """A client of the store at `uri`, and the id of the experiment `project` in it, both made if missing.
+
+    Args:
+        uri: MLflow tracking URI.
+        project: name of the experiment.
+        artifact_root: folder of the artifacts, where the store is a SQLite file; a server has its own place.
+
+    Raises:
+        UserError: `uri` is none that MLflow can use, or a file that cannot be written.
+        Exception: whatever MLflow, the network or a database driver raises.
+    """
+    option = f"--mlflow-uri {masked(uri)}"
+    database = _check(uri, option)
+    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
+    if database is None:
+        return _client(uri, project, None)
+    try:
+        with _locked(database):
+            _check_writable(database, artifact_root)
+            return _client(uri, project, artifact_root)
+    except (OSError, sqlite3.Error) as error:
+        raise UserError(f"{option}: cannot be written ({reason(error)})") from None
+
+
+def unprotected(uri: str) -> bool:
+    """Whether `uri` is a server on another machine and nothing here holds a password or token for it."""
+    parts = urlsplit(uri)
+    local = parts.hostname in ("localhost", "::1") or (parts.hostname or "").startswith("127.")
+    return parts.scheme in SERVERS and not local and not parts.username and not any(map(os.environ.get, CREDENTIALS))
+
+
+def masked(uri: str) -> str:
+    """`uri` without its password."""
+    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """Let one request take minutes in the block: a server answers an upload only when it has passed it on."""
+    before = os.environ[TIMEOUT]
+    os.environ[TIMEOUT] = str(max(int(before), UPLOAD_TIMEOUT_S))
+    try:
+        yield
+    finally:
+        os.environ[TIMEOUT] = before
+
+
+def _check(uri: str, option: str) -> Path | None:
+    """The file of a SQLite URI, None for another usable one. UserError for what MLflow cannot use."""
+    scheme, _, rest = uri.partition("://")
+    scheme = scheme.partition("+")[0]
+    if scheme == "file" or ("://" not in uri and uri != "databricks"):
+        file = Path(rest or uri).absolute() / "mlflow.db"
+        raise UserError(
+            f"{option}: MLflow keeps no runs in plain folders any more; name a file, as in sqlite:///{file}"
+        )
+    if scheme not in SCHEMES:
+        raise UserError(f"{option}: unknown scheme '{scheme}'; {nearest(scheme, SCHEMES)}")
+    if scheme == "sqlite":
+        name = rest.partition("?")[0][1:]
+        if name in ("", ":memory:"):
+            raise UserError(f"{option}: names no file; write sqlite:////absolute/path/mlflow.db")
+        return Path(name).absolute()
+    if scheme in DATABASE_PORTS:
+        _check_port(uri, DATABASE_PORTS[scheme], option)
+    return None
+
+
+def _check_port(uri: str, default_port: int, option: str) -> None:
+    """UserError if nothing listens: MLflow itself would try a database for 100 s without a word."""
+    parts = urlsplit(uri)
+    if parts.hostname is None:
+        return
+    try:
+        socket.create_connection((parts.hostname, parts.port or default_port), timeout=PROBE_TIMEOUT_S).close()
+    except OSError as error:
+        raise UserError(f"{option}: MLflow does not answer ({reason(error)})") from None
+
+
+def _check_writable(database: Path, artifact_root: Path) -> None:
+    """OSError or sqlite3.Error unless both can be written; MLflow itself would try for 100 s."""
+    artifact_root.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=artifact_root).close()
+    connection = sqlite3.connect(database, timeout=PROBE_TIMEOUT_S)
+    try:
+        connection.execute("BEGIN IMMEDIATE")
+    finally:
+        connection.close()
+
+
+@contextmanager
+def _locked(database: Path) -> Iterator[None]:
+    """One process at a time: two that make the tables of one database break each other."""
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with database.with_name(f"{database.name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _client(uri: str, project: str, artifact_root: Path | None) -> tuple[MlflowClient, str]:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    if "MLFLOW_LOGGING_LEVEL" not in os.environ:
+        for name in LOGGERS:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name(project)
+    if experiment is None:
+        location = None if artifact_root is None else str(artifact_root.absolute())
+        try:
+            return client, client.create_experiment(project, artifact_location=location)
+        except MlflowException:
+            experiment = client.get_experiment_by_name(project)
+            if experiment is None:  # else another search has made it in between
+                raise
+    if experiment.lifecycle_stage != "active":
+        restore = f"mlflow experiments restore --experiment-id {experiment.experiment_id}"
+        raise UserError(f"study.project: '{project}' was deleted in MLflow; choose another or restore it: {restore}")
+    return client, experiment.experiment_id

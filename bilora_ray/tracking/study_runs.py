@@ -1,0 +1,165 @@
+"""The MLflow runs of one study: a parent, and under it one child a trial.
+
+MLflow's status of a run, and the tag `bilora_ray.status` beside it:
+
+| trial       | status   | tag         |                                                             |
+| ----------- | -------- | ----------- | ----------------------------------------------------------- |
+| running     | RUNNING  | running     |                                                             |
+| complete    | FINISHED | complete    |                                                             |
+| pruned      | FINISHED | pruned      | an early stop is a decision of the search, not an accident  |
+| failed      | FAILED   | failed      |                                                             |
+| interrupted | KILLED   | interrupted | by a person or a machine; a resume sets it back to RUNNING  |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bilora_ray.tracking.provenance import dataset_inputs
+from bilora_ray.tracking.records import Status, TrialRecord
+from bilora_ray.tracking.run import COMPLETE, INTERRUPTED, Point, Run
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run as MlflowRun
+
+STUDY, TRIAL, PARENT = "bilora_ray.study", "bilora_ray.trial", "mlflow.parentRunId"
+SAMPLED, ERROR, BEST = "bilora_ray.sampled", "bilora_ray.error", "bilora_ray.best"
+BEST_TRIAL, BEST_RUN, BEST_SAMPLED = "bilora_ray.best_trial", "bilora_ray.best_run_id", "bilora_ray.best_sampled"
+ADAPTER = "adapter"
+PAGE = 1000
+
+
+@dataclass(frozen=True)
+class StudyInfo:
+    """What MLflow is told about a study.
+
+    Attributes:
+        name: of the study.
+        tags: of the parent run, which must carry all of them, and the name, to be found again.
+        params: of the parent run.
+        digests: of the data: source -> digest.
+        provenance: tags of every run.
+    """
+
+    name: str
+    tags: Mapping[str, str]
+    params: Mapping[str, Any]
+    digests: Mapping[str, str]
+    provenance: Mapping[str, str]
+
+
+class StudyRuns:
+    """Finds the runs of a study, makes what is missing, and sets the parent RUNNING.
+
+    Every method raises whatever MLflow, the network or the disk raises; the object is not to be used after that.
+
+    Args:
+        client: of the MLflow store.
+        experiment_id: of the study's project.
+        study: what MLflow is told.
+    """
+
+    def __init__(self, client: MlflowClient, experiment_id: str, study: StudyInfo) -> None:
+        self._client = client
+        self._experiment_id = experiment_id
+        self._study = study
+        self._datasets = dataset_inputs(study.digests)
+        self._parent = self._find_parent() or self._create(study.name, {STUDY: study.name, **study.tags})
+        self._parent.begin(study.params, {}, self._datasets)
+        self._trials = self._find_trials()
+
+    def sync(self, trial: TrialRecord) -> None:
+        """Make the run of `trial` say what the record says."""
+        run = self._trials.get(trial.number)
+        if run is None:
+            tags = {PARENT: self._parent.run_id, TRIAL: str(trial.number)}
+            run = self._trials[trial.number] = self._create(f"trial-{trial.number:04d}", tags)
+        elif trial.status is not Status.RUNNING and trial.status.value == run.status:
+            return
+        if not run.live:
+            run.begin(trial.settings, {SAMPLED: json.dumps(dict(trial.sampled))}, self._datasets)
+        run.log(_points(trial))
+        if trial.status is Status.RUNNING:
+            return
+        if trial.status is Status.COMPLETE and trial.adapter is not None and trial.adapter.is_dir():
+            run.keep(trial.adapter, ADAPTER)
+        run.end(trial.status.value, {} if trial.error is None else {ERROR: trial.error})
+
+    def end(self, trials: Iterable[TrialRecord], best_number: int | None, interrupted: bool) -> None:
+        """End the parent and every run that is not over, and mark the best.
+
+        Args:
+            trials: all of the study's, each in sync.
+            best_number: the best trial's; None if none is complete.
+            interrupted: whether the study is to go on later.
+        """
+        for number, run in self._trials.items():
+            if number != best_number:
+                run.untag(BEST)
+        for trial in trials:
+            if trial.status is Status.RUNNING:
+                self._trials[trial.number].end(INTERRUPTED, {})
+            if trial.number == best_number:
+                self._tell_best(trial)
+        self._parent.end(INTERRUPTED if interrupted else COMPLETE, {})
+
+    def _tell_best(self, trial: TrialRecord) -> None:
+        run = self._trials[trial.number]
+        run.tag({BEST: "true"})
+        sampled = json.dumps(dict(trial.sampled))
+        self._parent.tag({BEST_TRIAL: str(trial.number), BEST_RUN: run.run_id, BEST_SAMPLED: sampled})
+        # The step counts trials, so that a study that is resumed with more of them shows how its best moved.
+        self._parent.log(_result(trial, step=len(self._trials)))
+
+    def _create(self, name: str, tags: Mapping[str, str]) -> Run:
+        every = {**self._study.provenance, **tags}
+        return Run(self._client, self._client.create_run(self._experiment_id, tags=every, run_name=name))
+
+    def _find_parent(self) -> Run | None:
+        for run in self._search(f"tags.`{STUDY}` = '{self._study.name}'"):
+            if all(run.data.tags.get(key) == value for key, value in self._study.tags.items()):
+                return Run(self._client, run)
+        return None
+
+    def _find_trials(self) -> dict[int, Run]:
+        trials: dict[int, Run] = {}
+        # The whole list first: to delete between two pages would shift the second.
+        for run in list(self._search(f"tags.`{PARENT}` = '{self._parent.run_id}'")):
+            number = run.data.tags.get(TRIAL)
+            if number is None:
+                continue  # a run that a person put under the study
+            if int(number) in trials:
+                # A request whose answer was lost was sent again: an empty twin. MLflow can restore what it deletes.
+                self._client.delete_run(run.info.run_id)
+            else:
+                trials[int(number)] = Run(self._client, run)
+        return trials
+
+    def _search(self, condition: str) -> Iterator[MlflowRun]:
+        """Runs of the experiment, the oldest first."""
+        token = None
+        while True:
+            page = self._client.search_runs(
+                [self._experiment_id], condition, max_results=PAGE, order_by=["start_time ASC"], page_token=token
+            )
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+
+def _points(trial: TrialRecord) -> Iterator[Point]:
+    last_step = 0
+    for metrics in trial.history:
+        last_step = int(metrics["step"])
+        yield from ((key, last_step, value) for key, value in metrics.items() if key != "step")
+    yield from _result(trial, last_step)
+
+
+def _result(trial: TrialRecord, step: int) -> Iterator[Point]:
+    if trial.value is not None:
+        yield f"best_{trial.settings['metric']}", step, trial.value

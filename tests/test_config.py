@@ -1,0 +1,377 @@
+"""Settings: the paper's defaults, strict types, and one line for whatever is wrong."""
+
+from typing import Any
+
+import pytest
+
+from bilora_ray.config import (
+    METHOD_SETTINGS,
+    Settings,
+    TrialConfig,
+    applies,
+    build,
+    coerce,
+    is_integer,
+    is_number,
+    template_columns,
+)
+from bilora_ray.errors import UserError
+from bilora_ray.search.space import ResourceConfig, StudyConfig
+
+NEEDED = {"model_name_or_path": "m", "task": "causal-lm", "train_data": "d"}
+LABELLED = {"task": "sequence-classification"}
+NUMBERS = [key for key in TrialConfig.model_fields if is_number(key)]
+INTEGERS = [key for key in TrialConfig.model_fields if is_integer(key)]
+
+
+def config(**settings: Any) -> TrialConfig:
+    return build(TrialConfig, {**NEEDED, **settings}, "W")
+
+
+def refused(**settings: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        config(**settings)
+    return str(caught.value)
+
+
+def coercion_refused(setting: str, value: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        coerce(setting, value, "W")
+    return str(caught.value)
+
+
+def test_the_defaults_are_what_the_paper_fixed() -> None:
+    defaults = config()
+    assert defaults.method == "bilora"
+    assert (defaults.rank, defaults.auxiliary_rank) == (8, 8)
+    assert defaults.resolved_lora_alpha == 16
+    assert defaults.target_modules == "all-linear"
+    assert defaults.lora_dropout == 0
+    assert defaults.rho == 0.05
+    assert defaults.learning_rate == 5e-4
+    assert defaults.resolved_auxiliary_learning_rate == 5e-4
+    assert (defaults.lr_scheduler_type, defaults.warmup_ratio) == ("cosine", 0.03)
+    assert defaults.num_train_epochs == 3
+
+
+def test_alpha_and_the_auxiliary_learning_rate_follow_the_primary_until_they_are_given() -> None:
+    assert config(rank=32).resolved_lora_alpha == 64
+    assert config(rank=32, lora_alpha=8).resolved_lora_alpha == 8
+    assert config(learning_rate=1e-3).resolved_auxiliary_learning_rate == 1e-3
+    assert config(learning_rate=1e-3, auxiliary_learning_rate=2e-4).resolved_auxiliary_learning_rate == 2e-4
+
+
+def test_code_from_the_hub_does_not_run_unless_asked() -> None:
+    assert config().trust_remote_code is False
+
+
+@pytest.mark.parametrize("kind", [TrialConfig, StudyConfig, ResourceConfig])
+def test_every_setting_has_a_description(kind: type[Settings]) -> None:
+    assert [key for key, field in kind.model_fields.items() if not (field.description or "").strip()] == []
+
+
+def test_settings_cannot_be_changed_once_they_are_checked() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        config().rank = 0
+
+
+# Types
+
+
+@pytest.mark.parametrize(
+    ("setting", "given", "taken"),
+    [
+        ("learning_rate", "3e-4", 3e-4),
+        ("learning_rate", 1, 1.0),
+        ("rank", "8", 8),
+        ("rank", 8.0, 8),
+        ("max_grad_norm", None, None),
+        ("max_steps", "100", 100),
+        ("auxiliary_learning_rate", "1e-5", 1e-5),
+        ("gradient_checkpointing", "true", True),
+        ("target_modules", ["q_proj", "v_proj"], ("q_proj", "v_proj")),
+        ("train_data", 2024, "2024"),
+        ("label_names", [0, 1], ("0", "1")),
+    ],
+)
+def test_a_value_becomes_the_settings_type_in_a_file_and_in_a_choice(setting: str, given: Any, taken: Any) -> None:
+    for value in (getattr(config(**{setting: given}), setting), coerce(setting, given, "W")):
+        assert value == taken
+        assert type(value) is type(taken)
+
+
+@pytest.mark.parametrize("setting", NUMBERS)
+def test_true_is_no_number(setting: str) -> None:
+    assert refused(**{setting: True}) == f"W: {setting}: must be a number, not true or false, got True"
+    assert coercion_refused(setting, False) == "W: must be a number, not true or false"
+
+
+@pytest.mark.parametrize("setting", [key for key in NUMBERS if key not in INTEGERS])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "nan", "-inf"])
+def test_nan_and_infinity_are_refused(setting: str, value: float | str) -> None:
+    assert refused(**{setting: value}) == f"W: {setting}: should be a finite number, got {value!r}"
+    assert coercion_refused(setting, value) == f"W: should be a finite number, got {value!r}"
+
+
+@pytest.mark.parametrize("setting", INTEGERS)
+def test_a_fraction_is_no_integer(setting: str) -> None:
+    problem = "should be a valid integer, got a number with a fractional part, got 7.5"
+    assert refused(**{setting: 7.5}) == f"W: {setting}: {problem}"
+    assert coercion_refused(setting, 7.5) == f"W: {problem}"
+
+
+def test_integers_are_known_and_so_are_numbers() -> None:
+    assert INTEGERS == [
+        "max_length",
+        "max_train_samples",
+        "max_eval_samples",
+        "rank",
+        "auxiliary_rank",
+        "max_steps",
+        "per_device_train_batch_size",
+        "per_device_eval_batch_size",
+        "gradient_accumulation_steps",
+        "seed",
+        "max_new_tokens",
+    ]
+    assert [key for key in NUMBERS if key not in INTEGERS] == [
+        "validation_fraction",
+        "lora_alpha",
+        "lora_dropout",
+        "rho",
+        "auxiliary_learning_rate",
+        "learning_rate",
+        "weight_decay",
+        "max_grad_norm",
+        "warmup_ratio",
+        "num_train_epochs",
+        "eval_steps",
+    ]
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"rank": 0}, "rank: should be greater than or equal to 1, got 0"),
+        ({"rank": "eight"}, "rank: should be a valid integer, unable to parse string as an integer, got 'eight'"),
+        ({"rank": [4, 8]}, "rank: should be a valid integer, got [4, 8]"),
+        ({"rank": None}, "rank: should be a valid integer, got None"),
+        ({"rho": 0}, "rho: should be greater than 0, got 0"),
+        ({"rho": "-0.1"}, "rho: should be greater than 0, got '-0.1'"),
+        ({"lora_dropout": 1}, "lora_dropout: should be less than 1, got 1"),
+        ({"validation_fraction": 0}, "validation_fraction: should be greater than 0, got 0"),
+        ({"seed": 2**32}, "seed: should be less than 4294967296, got 4294967296"),
+        ({"seed": -1}, "seed: should be greater than or equal to 0, got -1"),
+        ({"max_length": 3}, "max_length: should be greater than or equal to 4, got 3"),
+        ({"train_data": ""}, "train_data: should have at least 1 character, got ''"),
+        ({"model_name_or_path": None}, "model_name_or_path: should be a valid string, got None"),
+        ({"task": "causal"}, "task: should be 'causal-lm', 'seq2seq-lm' or 'sequence-classification', got 'causal'"),
+        ({"method": "sam"}, "method: should be 'lora' or 'bilora', got 'sam'"),
+        (
+            {"lr_scheduler_type": "cosin"},
+            "lr_scheduler_type: should be 'cosine', 'linear', 'constant' or 'constant_with_warmup', got 'cosin'",
+        ),
+        (
+            {"gradient_checkpointing": "maybe"},
+            "gradient_checkpointing: should be a valid boolean, unable to interpret input, got 'maybe'",
+        ),
+        ({"target_modules": [3, None]}, "target_modules: should be a valid string, got [3, None]"),
+        ({"label_names": "yes"}, "label_names: should be a valid tuple, got 'yes'"),
+        ({"label_names": ["good", False]}, "label_names.1: should be a valid string, got False"),
+        ({"eval_steps": 1.5}, "eval_steps: must be a whole number of steps, or a share below 1, got 1.5"),
+        ({"eval_steps": 0}, "eval_steps: should be greater than 0, got 0"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(settings: dict[str, Any], problem: str) -> None:
+    assert refused(**settings) == f"W: {problem}"
+
+
+@pytest.mark.parametrize(("value", "taken"), [(1, 1), (50, 50), ("0.25", 0.25), (0.999, 0.999)])
+def test_eval_steps_is_a_number_of_steps_or_a_share(value: Any, taken: float) -> None:
+    assert config(eval_steps=value).eval_steps == taken
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("rnak", "did you mean 'rank'?"),
+        ("lr", f"allowed: {', '.join(sorted(TrialConfig.model_fields))}"),
+        ("num_epochs", "did you mean 'num_train_epochs'?"),
+        ("Rho", "did you mean 'rho'?"),
+    ],
+)
+def test_an_unknown_key_comes_with_the_nearest_or_all_names(key: str, hint: str) -> None:
+    assert refused(**{key: 1}) == f"W: unknown key '{key}'; {hint}"
+
+
+def test_an_unknown_key_is_told_before_any_other_problem() -> None:
+    with pytest.raises(UserError) as caught:
+        build(TrialConfig, {"task": 3, "trian_data": "x"}, "W")
+    assert str(caught.value) == "W: unknown key 'trian_data'; did you mean 'train_data'?"
+
+
+@pytest.mark.parametrize("key", sorted(NEEDED))
+def test_a_missing_key_is_named(key: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build(TrialConfig, {k: v for k, v in NEEDED.items() if k != key}, "W")
+    assert str(caught.value) == f"W: '{key}' is missing"
+
+
+def test_a_key_that_is_no_text_is_refused_without_a_traceback() -> None:
+    with pytest.raises(UserError) as caught:
+        build(TrialConfig, {**NEEDED, 8: "rank"}, "W")
+    assert str(caught.value) == "W: 8: Keys should be strings, got 8"
+
+
+# Settings that must go together
+
+
+@pytest.mark.parametrize(
+    ("settings", "metrics"),
+    [
+        ({}, ["eval_loss", "eval_perplexity", "eval_token_accuracy"]),
+        ({"task": "seq2seq-lm"}, ["eval_loss", "eval_perplexity", "eval_token_accuracy"]),
+        (
+            {"predict_with_generate": True},
+            ["eval_loss", "eval_perplexity", "eval_token_accuracy", "eval_exact_match"],
+        ),
+        (
+            {"task": "seq2seq-lm", "predict_with_generate": True, "label_names": ["a", "b"]},
+            [
+                "eval_loss",
+                "eval_perplexity",
+                "eval_token_accuracy",
+                "eval_exact_match",
+                "eval_accuracy",
+                "eval_f1",
+                "eval_matthews_correlation",
+            ],
+        ),
+        (LABELLED, ["eval_loss", "eval_accuracy", "eval_f1", "eval_matthews_correlation"]),
+    ],
+)
+def test_a_trial_is_judged_only_by_what_its_evaluation_measures(settings: dict[str, Any], metrics: list[str]) -> None:
+    assert list(config(**settings).available_metrics) == metrics
+    for metric in metrics:
+        assert config(**settings, metric=metric).metric == metric
+    # Too far from every name for a guess, so the whole list is the hint.
+    assert refused(**settings, metric="bleu") == (
+        f"W: metric: 'bleu' is not measured here; allowed: {', '.join(sorted(metrics))}"
+    )
+
+
+def test_a_metric_of_another_task_is_refused_with_the_nearest_name() -> None:
+    assert refused(**LABELLED, metric="accuracy") == (
+        "W: metric: 'accuracy' is not measured here; did you mean 'eval_accuracy'?"
+    )
+    assert refused(metric="eval_exact_match") == (
+        "W: metric: 'eval_exact_match' is not measured here; allowed: eval_loss, eval_perplexity, eval_token_accuracy"
+    )
+    # Generated text can be compared with labels only if the labels are known.
+    assert refused(predict_with_generate=True, metric="eval_f1") == (
+        "W: metric: 'eval_f1' is not measured here; "
+        "allowed: eval_exact_match, eval_loss, eval_perplexity, eval_token_accuracy"
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "greater"),
+    [
+        ({"metric": "eval_loss"}, False),
+        ({"metric": "eval_perplexity"}, False),
+        ({"metric": "eval_token_accuracy"}, True),
+        ({"metric": "eval_exact_match", "predict_with_generate": True}, True),
+        ({"metric": "eval_matthews_correlation", **LABELLED}, True),
+    ],
+)
+def test_losses_are_minimized_and_scores_maximized(settings: dict[str, Any], greater: bool) -> None:
+    assert config(**settings).greater_is_better is greater
+
+
+def test_a_classifier_generates_no_text() -> None:
+    assert refused(**LABELLED, predict_with_generate=True) == (
+        "W: predict_with_generate: sequence-classification generates no text"
+    )
+
+
+@pytest.mark.parametrize("names", [[], ["a"], ["a", "a"], ["a", "b", "a"]])
+def test_labels_need_two_different_names(names: list[str]) -> None:
+    assert refused(**LABELLED, label_names=names) == "W: label_names: needs two or more different names"
+
+
+# Templates and patterns
+
+
+@pytest.mark.parametrize(
+    ("template", "columns"),
+    [
+        ("{prompt}", ("prompt",)),
+        ("{b} and {a} and {b}", ("b", "a", "b")),
+        ("no column", ()),
+        ("", ()),
+        ("{{literal}} {question id}{answer-1}", ("question id", "answer-1")),
+        ("{größe}\n{0}", ("größe", "0")),
+    ],
+)
+def test_a_template_names_its_columns_in_order(template: str, columns: tuple[str, ...]) -> None:
+    assert template_columns(template) == columns
+    assert config(prompt_template=template).prompt_template == template
+
+
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("{}", "may hold only plain column names in braces, not '{}'"),
+        ("{a.b}", "may hold only plain column names in braces, not '{a.b}'"),
+        ("{a[0]}", "may hold only plain column names in braces, not '{a[0]}'"),
+        ("{a!r}", "may hold only plain column names in braces, not '{a!r}'"),
+        ("{a:>9}", "may hold only plain column names in braces, not '{a:>9}'"),
+        ("{a:{b}}", "may hold only plain column names in braces, not '{a:{b}}'"),
+        ('{"a": 1}', "may hold only plain column names in braces, not '{\"a\": 1}'"),
+        ("{a", "expected '}' before end of string"),
+        ("a}", "Single '}' encountered in format string"),
+        ("{", "Single '{' encountered in format string"),
+    ],
+)
+def test_a_template_holds_plain_columns_only(template: str, problem: str) -> None:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        template_columns(template)
+    assert str(caught.value) == problem
+    for setting in ("prompt_template", "completion_template"):
+        assert refused(**{setting: template}) == f"W: {setting}: {problem}, got {template!r}"
+
+
+def test_an_answer_pattern_has_one_group() -> None:
+    assert config(answer_pattern=r"#### (-?\d+)").answer_pattern == r"#### (-?\d+)"
+    assert config(answer_pattern=r"(?:a|b): (.*)").answer_pattern == r"(?:a|b): (.*)"
+    for pattern, groups in ((r"#### \d+", 0), (r"(a)(b)", 2)):
+        assert refused(answer_pattern=pattern) == (
+            f"W: answer_pattern: must have one group, (...), around the answer; it has {groups}, got {pattern!r}"
+        )
+
+
+def test_an_answer_pattern_is_a_regular_expression() -> None:
+    assert refused(answer_pattern="(a") == (
+        "W: answer_pattern: is not a regular expression: missing ), unterminated subpattern at position 0, got '(a'"
+    )
+
+
+# Methods
+
+
+@pytest.mark.parametrize("setting", ["rho", "auxiliary_rank", "auxiliary_learning_rate"])
+def test_the_auxiliarys_settings_apply_to_bilora_alone(setting: str) -> None:
+    assert applies(setting, "bilora")
+    assert not applies(setting, "lora")
+
+
+@pytest.mark.parametrize("method", ["lora", "bilora"])
+def test_the_primarys_settings_apply_to_every_method(method: str) -> None:
+    assert all(applies(key, method) for key in TrialConfig.model_fields if key not in METHOD_SETTINGS)
+
+
+def test_settings_that_depend_on_the_method_exist() -> None:
+    assert set(METHOD_SETTINGS) <= set(TrialConfig.model_fields)

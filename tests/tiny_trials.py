@@ -1,0 +1,161 @@
+"""Tiny models with tokenizers, and data they can learn, all decided by seeds and made in about a second.
+
+Heavy libraries are imported inside the functions, so that tests which need none of this stay light.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from bilora_ray.config import Task, TrialConfig
+from bilora_ray.training.folder import TrialFolder
+
+COLOURS = ("red", "green", "blue", "black", "white", "brown")
+TASKS: tuple[Task, ...] = ("causal-lm", "seq2seq-lm", "sequence-classification")
+METHODS = ("lora", "bilora")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+CLOCKED = frozenset({"tokens_per_second", "train_runtime"})
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """The folder with the models (`llama`, `t5`, `bert`) and the data files."""
+
+    folder: Path
+
+    def model(self, task: Task) -> Path:
+        """The base model of `task`."""
+        return self.folder / {"causal-lm": "llama", "seq2seq-lm": "t5", "sequence-classification": "bert"}[task]
+
+    def config(self, task: Task, **settings: Any) -> TrialConfig:
+        """Settings of a trial of some seconds, with `settings` on top."""
+        kind = "labels" if task == "sequence-classification" else "texts"
+        defaults: dict[str, Any] = {
+            "model_name_or_path": str(self.model(task)),
+            "task": task,
+            "train_data": str(self.folder / f"{kind}-train.jsonl"),
+            "validation_data": str(self.folder / f"{kind}-validation.jsonl"),
+            "max_length": 64,
+            "learning_rate": 1e-2,
+            "max_steps": 8,
+            "eval_steps": 2,
+        }
+        return TrialConfig(**defaults | settings)
+
+
+def build(folder: Path) -> Tiny:
+    """Make the models and the data in `folder`."""
+    _models(folder)
+    for split, count in (("train", 44), ("validation", 18)):
+        random = Random(split)
+        write_rows(folder / f"texts-{split}.jsonl", [_text(random) for _ in range(count)])
+        write_rows(folder / f"labels-{split}.jsonl", [_label(random) for _ in range(count)])
+        write_rows(folder / f"chats-{split}.jsonl", [_chat(random) for _ in range(count)])
+        write_rows(folder / f"colours-{split}.jsonl", [_colour(random) for _ in range(count)])
+    return Tiny(folder)
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write a JSONL file."""
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run_fit(config: TrialConfig, path: Path) -> tuple[list[dict[str, float]], Any]:
+    """What `fit` reports, and what it returns."""
+    from bilora_ray.training.loop import fit
+
+    reports: list[dict[str, float]] = []
+    progress = fit(config, TrialFolder(path), reports.append)
+    return reports, progress
+
+
+def fit_in_process(settings: dict[str, Any], path: str) -> None:
+    """`fit` as the target of a process that a test kills."""
+    run_fit(TrialConfig(**settings), Path(path))
+
+
+def reproducible(reports: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    """`reports` without the metrics that a clock decides."""
+    return [{key: value for key, value in report.items() if key not in CLOCKED} for report in reports]
+
+
+def _text(random: Random) -> dict[str, Any]:
+    """Repeat a colour: prompts and completions of very different lengths."""
+    colour, count = random.choice(COLOURS), random.choice((1, 1, 2, 7))
+    noise = " ".join(random.choices(("so", "very", "well"), k=random.randrange(4)))
+    return {"prompt": f"{noise} say {colour} {count} times:", "completion": " ".join([colour] * count)}
+
+
+def _colour(random: Random) -> dict[str, Any]:
+    """A task with a small answer inside a longer text."""
+    colour = random.choice(COLOURS[:3])
+    return {"prompt": f"what is {colour}?", "completion": f"it is # {colour}", "colour": colour}
+
+
+def _label(random: Random) -> dict[str, Any]:
+    label = random.choice(("bad", "good"))
+    words = [*random.choices(COLOURS, k=random.randrange(1, 6)), {"bad": "awful", "good": "lovely"}[label]]
+    random.shuffle(words)
+    return {"text": " ".join(words), "label": label}
+
+
+def _chat(random: Random) -> dict[str, Any]:
+    row = _text(random)
+    contents = ("hello", "hi", row["prompt"], row["completion"])
+    roles = ("user", "assistant", "user", "assistant")
+    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]}
+
+
+def _models(folder: Path) -> None:
+    import torch
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+    # Frozen random weights have to be large for a low-rank change to turn them into a model of anything.
+    llama = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    t5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    made: dict[str, tuple[Callable[..., Any], Callable[..., Any], dict[str, Any]]] = {
+        "llama": (LlamaConfig, LlamaForCausalLM, llama | {"initializer_range": 0.3}),
+        "t5": (T5Config, T5ForConditionalGeneration, t5),
+        "bert": (BertConfig, BertModel, llama | {"max_position_embeddings": 64, "initializer_range": 0.2}),
+    }
+    state = torch.get_rng_state()
+    for name, (config, model, settings) in made.items():
+        tokenizer = _tokenizer(name)
+        ids = {key: getattr(tokenizer, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        torch.manual_seed(0)
+        model(config(vocab_size=len(tokenizer), **ids, **settings)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    torch.set_rng_state(state)
+
+
+def _tokenizer(name: str) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    random = Random(0)
+    texts = [" ".join([*_text(random).values(), _label(random)["text"]]) for _ in range(100)]
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, special_tokens=[PAD, BOS, EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    single = {"llama": f"{BOS} $A", "t5": f"$A {EOS}", "bert": f"{BOS} $A {EOS}"}[name]
+    special = [(token, backend.token_to_id(token)) for token in (BOS, EOS)]
+    backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, bos_token=BOS, eos_token=EOS)
+    if name == "llama":
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer

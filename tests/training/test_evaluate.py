@@ -1,0 +1,175 @@
+"""`evaluate` against the same numbers counted by hand, one row at a time and without a batch."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from sklearn.metrics import f1_score, matthews_corrcoef
+from tiny_trials import Tiny, run_fit
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from bilora_ray.config import Task, TrialConfig
+from bilora_ray.training.data import prepare
+from bilora_ray.training.evaluate import evaluate, evaluate_adapter
+from bilora_ray.training.folder import TrialFolder
+from bilora_ray.training.loop import Run
+from bilora_ray.training.rows import load_rows
+
+AUTO = {"causal-lm": AutoModelForCausalLM, "seq2seq-lm": AutoModelForSeq2SeqLM}
+COLOURS = ("red", "green", "blue")
+# Far enough for some answers to be right, and not all.
+STEPS: dict[Task, dict[str, Any]] = {
+    "causal-lm": {"max_steps": 14, "learning_rate": 1e-2},
+    "seq2seq-lm": {"max_steps": 40, "learning_rate": 3e-2},
+}
+
+
+def answering(tiny: Tiny, task: Task, **settings: Any) -> TrialConfig:
+    """A trial whose completions end with '# colour'."""
+    defaults: dict[str, Any] = {
+        "train_data": str(tiny.folder / "colours-train.jsonl"),
+        "validation_data": str(tiny.folder / "colours-validation.jsonl"),
+        "predict_with_generate": True,
+        "max_new_tokens": 12,
+        "answer_pattern": r"#\s*(\w+)",
+        "per_device_eval_batch_size": 7,
+        "eval_steps": 100,
+        "lr_scheduler_type": "constant",
+    }
+    return tiny.config(task, **defaults | STEPS[task] | settings)
+
+
+def generated(config: TrialConfig, adapter: Path) -> list[str]:
+    """What the adapter writes for each validation row, alone in its batch, with plain libraries."""
+    tokenizer = AutoTokenizer.from_pretrained(config.model_name_or_path)
+    base = AUTO[config.task].from_pretrained(config.model_name_or_path)
+    model = PeftModel.from_pretrained(base, str(adapter)).eval()
+    texts = []
+    for line in Path(config.validation_data or "").read_text().splitlines():
+        inputs = tokenizer(json.loads(line)["prompt"], return_tensors="pt", return_token_type_ids=False)
+        output = model.generate(**inputs, max_new_tokens=config.max_new_tokens, do_sample=False)[0]
+        if config.task == "causal-lm":
+            output = output[inputs["input_ids"].shape[1] :]
+        texts.append(tokenizer.decode(output, skip_special_tokens=True))
+    return texts
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm"])
+def test_exact_match_and_label_metrics_are_what_a_hand_counts(task: Task, tiny: Tiny, tmp_path: Path) -> None:
+    config = answering(tiny, task, label_names=COLOURS)
+    reports, _ = run_fit(config, tmp_path)
+    adapter = TrialFolder(tmp_path).best_adapter()
+    assert adapter is not None
+    found = [re.findall(r"#\s*(\w+)", text) for text in generated(config, adapter)]
+    given = [answers[-1] if answers else "" for answers in found]
+    lines = Path(config.validation_data or "").read_text().splitlines()
+    wanted = [json.loads(line)["colour"] for line in lines]
+    right = sum(a == b for a, b in zip(given, wanted, strict=True))
+    assert right > 0
+    metrics = reports[-1]
+    assert metrics["eval_exact_match"] == metrics["eval_accuracy"] == right / len(wanted)
+    indices = [COLOURS.index(colour) if colour in COLOURS else -1 for colour in given]
+    truth = [COLOURS.index(colour) for colour in wanted]
+    occurring = sorted({*indices, *truth} - {-1})
+    expected = f1_score(truth, indices, labels=occurring, average="macro", zero_division=0)
+    assert metrics["eval_f1"] == pytest.approx(expected)
+    assert metrics["eval_matthews_correlation"] == pytest.approx(matthews_corrcoef(truth, indices))
+    assert metrics.keys() >= set(config.available_metrics)
+
+
+def test_without_labels_only_exact_match_is_added(tiny: Tiny, tmp_path: Path) -> None:
+    config = answering(tiny, "causal-lm", max_steps=1, metric="eval_exact_match")
+    reports, progress = run_fit(config, tmp_path)
+    assert {key for key in reports[0] if key.startswith("eval_")} == {
+        "eval_loss",
+        "eval_perplexity",
+        "eval_token_accuracy",
+        "eval_exact_match",
+    }
+    assert progress.best_value == reports[0]["eval_exact_match"]
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm"])
+def test_the_loss_is_the_mean_over_all_target_tokens(task: Task, tiny: Tiny, tmp_path: Path) -> None:
+    run = Run(tiny.config(task, per_device_eval_batch_size=5), TrialFolder(tmp_path))
+    run.train_step()
+    metrics = evaluate(run.model, run.data.validation, run.config, run.tokenizer)
+    run.model.eval()
+    losses, hits = [], []
+    for example in run.data.validation:
+        ids, labels = torch.tensor([example.input_ids.tolist()]), torch.tensor([example.labels.tolist()])
+        with torch.inference_mode():
+            scores = run.model(input_ids=ids, labels=labels).logits.log_softmax(-1)[0]
+        if task == "causal-lm":
+            scores, labels = scores[:-1], labels[:, 1:]
+        for score, label in zip(scores, labels[0].tolist(), strict=True):
+            if label != -100:
+                losses.append(-float(score[label]))
+                hits.append(int(score.argmax()) == label)
+    assert metrics["eval_loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    assert metrics["eval_perplexity"] == math.exp(metrics["eval_loss"])
+    assert metrics["eval_token_accuracy"] == sum(hits) / len(hits)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_in_its_mode(training: bool, tiny: Tiny, tmp_path: Path) -> None:
+    run = Run(tiny.config("causal-lm"), TrialFolder(tmp_path))
+    run.model.train(training)
+    evaluate(run.model, run.data.validation, run.config, run.tokenizer)
+    assert {module.training for module in run.model.modules()} == {training}
+    for parameter in run.model.parameters():
+        assert not parameter.is_inference()
+
+
+def test_the_mode_is_restored_when_an_evaluation_fails(tiny: Tiny, tmp_path: Path) -> None:
+    run = Run(tiny.config("causal-lm"), TrialFolder(tmp_path))
+    run.model.train()
+    with pytest.raises(AttributeError):
+        evaluate(run.model, [None], run.config, run.tokenizer)  # type: ignore[list-item]
+    assert run.model.training
+
+
+def test_an_evaluation_draws_no_random_numbers_and_changes_no_weight(tiny: Tiny, tmp_path: Path) -> None:
+    run = Run(answering(tiny, "causal-lm", lora_dropout=0.5), TrialFolder(tmp_path))
+    run.train_step()
+    random = torch.get_rng_state()
+    before = {name: parameter.clone() for name, parameter in run.model.named_parameters()}
+    first = evaluate(run.model, run.data.validation, run.config, run.tokenizer)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(before[name], parameter) for name, parameter in run.model.named_parameters())
+    assert evaluate(run.model, run.data.validation, run.config, run.tokenizer) == first
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm", "sequence-classification"])
+def test_the_auxiliary_does_not_count(task: Task, tiny: Tiny, tmp_path: Path) -> None:
+    run = Run(tiny.config(task, rho=5.0, warmup_ratio=0), TrialFolder(tmp_path))
+    run.train_step()
+    before = evaluate(run.model, run.data.validation, run.config, run.tokenizer)
+    with torch.no_grad():
+        for name, parameter in run.model.named_parameters():
+            if "auxiliary" in name:
+                parameter.normal_()
+    assert evaluate(run.model, run.data.validation, run.config, run.tokenizer) == before
+
+
+def test_the_batch_size_does_not_matter(tiny: Tiny, tmp_path: Path) -> None:
+    config = answering(tiny, "causal-lm")
+    run_fit(config, tmp_path)
+    adapter = TrialFolder(tmp_path).best_adapter()
+    alone, together = (
+        evaluate_adapter(adapter, config.model_copy(update={"per_device_eval_batch_size": size})) for size in (1, 64)
+    )
+    assert alone == pytest.approx(together, rel=1e-5)
+
+
+def test_validation_rows_are_those_of_the_recipe(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny.config("causal-lm", validation_data=None, validation_fraction=0.3, max_eval_samples=9, seed=4)
+    run = Run(config, TrialFolder(tmp_path))
+    assert len(run.data.validation) == 9
+    again = prepare(load_rows(config), config, run.tokenizer)
+    assert again.validation == run.data.validation

@@ -1,0 +1,319 @@
+"""What leaves training: an adapter that plain PEFT loads, with the very logits that were evaluated."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tiny_trials import METHODS, TASKS, Tiny, run_fit
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel
+
+from bilora_ray.config import Task, TrialConfig
+from bilora_ray.errors import UserError
+from bilora_ray.training.data import collate
+from bilora_ray.training.evaluate import evaluate_adapter
+from bilora_ray.training.export import evaluation_config, export_adapter, export_merged, read_recipe
+from bilora_ray.training.folder import TrialFolder
+from bilora_ray.training.loop import Run
+from bilora_ray.training.model import AUTO_CLASS
+
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "bilora_ray.json"]
+
+# What somebody without this package does with the adapters.
+PLAIN = """
+import sys
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+for job in sys.argv[1:]:
+    kind, base, adapter, batch, labels, output = job.split(",")
+    more = {"num_labels": int(labels)} if int(labels) else {}
+    model = getattr(transformers, kind).from_pretrained(base, **more)
+    model = PeftModel.from_pretrained(model, adapter).eval()
+    with torch.inference_mode():
+        save_file({"logits": model(**load_file(batch)).logits.contiguous()}, output)
+assert not [name for name in sys.modules if name.startswith("bilora_ray")]
+"""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trial after its last step, which was its best: the adapter, and the logits of its evaluation."""
+
+    config: TrialConfig
+    adapter: Path
+    metrics: dict[str, float]
+    batch: dict[str, Tensor]
+    logits: Tensor
+
+
+def train(config: TrialConfig, path: Path) -> Trained:
+    run = Run(config, TrialFolder(path))
+    while run.progress.step < run.max_steps:
+        run.train_step()
+    metrics = run.evaluate()
+    adapter = run.folder.best_adapter()
+    assert adapter == run.folder.adapter_at(run.max_steps)
+    batch = collate(run.data.validation, config.task, run.tokenizer.pad_token_id)
+    run.model.eval()
+    with torch.inference_mode():
+        logits = run.model(**batch).logits
+    return Trained(config, adapter, metrics, batch, logits)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[Task, Trained]:
+    """One Bi-LoRA trial of each task, with a radius that would show in the logits."""
+    return {task: train(tiny.config(task, rho=0.5, lora_dropout=0.1), tmp_path_factory.mktemp(task)) for task in TASKS}
+
+
+def logits_of(model: Any, trial: Trained) -> Tensor:
+    model.eval()
+    with torch.inference_mode():
+        return model(**trial.batch).logits
+
+
+def base_of(trial: Trained) -> Any:
+    more = {"num_labels": 2} if trial.config.task == "sequence-classification" else {}
+    return AUTO_CLASS[trial.config.task].from_pretrained(trial.config.model_name_or_path, **more)
+
+
+@pytest.mark.slow
+def test_plain_peft_gives_the_logits_of_training(trained: dict[Task, Trained], tmp_path: Path) -> None:
+    jobs = []
+    for task, trial in trained.items():
+        labels = 2 if task == "sequence-classification" else 0
+        save_file(trial.batch, tmp_path / f"{task}.batch")
+        files = (trial.config.model_name_or_path, trial.adapter, tmp_path / f"{task}.batch")
+        jobs.append(",".join(map(str, (AUTO_CLASS[task].__name__, *files, labels, tmp_path / f"{task}.logits"))))
+    subprocess.run([sys.executable, "-c", PLAIN, *jobs], check=True, cwd=tmp_path, capture_output=True)
+    for task, trial in trained.items():
+        difference = load_file(tmp_path / f"{task}.logits")["logits"] - trial.logits
+        assert float(difference.abs().max()) == 0.0, task
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_adapter_matters_and_the_auxiliary_does_not(task: Task, trained: dict[Task, Trained]) -> None:
+    trial = trained[task]
+    assert trial.metrics["auxiliary_norm"] == pytest.approx(0.5, rel=1e-4)
+    base = base_of(trial)
+    without = logits_of(base, trial)
+    loaded = PeftModel.from_pretrained(base, str(trial.adapter))
+    assert torch.equal(logits_of(loaded, trial), trial.logits)
+    assert not torch.allclose(without, trial.logits, atol=1e-2)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_evaluation_of_the_exported_adapter_gives_the_reported_metrics(
+    task: Task, trained: dict[Task, Trained]
+) -> None:
+    trial = trained[task]
+    measured = evaluate_adapter(trial.adapter, evaluation_config(trial.adapter, {}))
+    assert measured == {name: trial.metrics[name] for name in trial.config.available_metrics}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_best_metrics_are_those_of_the_kept_adapter_and_not_of_the_last_step(
+    task: Task, tiny: Tiny, tmp_path: Path
+) -> None:
+    # A learning rate too large for the second half of the training.
+    config = tiny.config(task, learning_rate=0.3, lr_scheduler_type="constant", max_steps=6, eval_steps=1, seed=3)
+    reports, progress = run_fit(config, tmp_path)
+    adapter = TrialFolder(tmp_path).best_adapter()
+    assert adapter is not None
+    best = reports[progress.best_step - 1]
+    assert best["eval_loss"] == progress.best_value == min(report["eval_loss"] for report in reports)
+    assert best != reports[-1]
+    assert evaluate_adapter(adapter, config) == {name: best[name] for name in config.available_metrics}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("task", TASKS)
+def test_an_adapter_folder_is_plain_peft(
+    task: Task, method: str, trained: dict[Task, Trained], tiny: Tiny, tmp_path: Path
+) -> None:
+    trial = trained[task] if method == "bilora" else train(tiny.config(task, method="lora"), tmp_path)
+    assert sorted(path.name for path in trial.adapter.iterdir()) == FILES
+    text = (trial.adapter / "adapter_config.json").read_text() + (trial.adapter / "README.md").read_text()
+    assert "auxiliary" not in text.lower()
+    settings = json.loads((trial.adapter / "adapter_config.json").read_text())
+    assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (8, 16, "LORA")
+    assert settings["base_model_name_or_path"] == trial.config.model_name_or_path
+    assert settings["inference_mode"] is True
+    names = load_file(trial.adapter / "adapter_model.safetensors").keys()
+    assert not [name for name in names if "auxiliary" in name or "optimizer" in name]
+    heads = {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
+    expected = heads if task == "sequence-classification" else set()
+    assert {name for name in names if not name.endswith(("lora_A.weight", "lora_B.weight"))} == expected
+
+
+def test_both_methods_export_the_same_files(trained: dict[Task, Trained], tiny: Tiny, tmp_path: Path) -> None:
+    lora = train(tiny.config("causal-lm", method="lora"), tmp_path).adapter
+    bilora = trained["causal-lm"].adapter
+    shapes = [
+        {name: tensor.shape for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+        for folder in (lora, bilora)
+    ]
+    assert shapes[0] == shapes[1]
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (lora, bilora)]
+    for config in configs:
+        config["target_modules"] = sorted(config["target_modules"])
+        config["lora_dropout"] = None
+    assert configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_modules_without_pretrained_weights_are_saved_with_the_adapter(
+    precision: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    # The pooler is in the middle of the model, so PEFT does not know by itself that it was never trained.
+    folder = tmp_path / "base"
+    BertModel.from_pretrained(tiny.folder / "bert", add_pooling_layer=False).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny.folder / "bert").save_pretrained(folder)
+    config = tiny.config(
+        "sequence-classification", model_name_or_path=str(folder), precision=precision, metric="eval_accuracy"
+    )
+    reports, progress = run_fit(config, tmp_path / "run")
+    adapter = TrialFolder(tmp_path / "run").best_adapter()
+    assert adapter is not None
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    assert {name for name in tensors if "lora_" not in name} == {
+        f"base_model.model.{name}"
+        for name in ("classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias")
+    }
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    best = next(report for report in reports if report["step"] == progress.best_step)
+    for seed in (0, 1):  # what stays random in the base may not matter
+        measured = evaluate_adapter(adapter, config.model_copy(update={"seed": seed}))
+        assert measured == {name: best[name] for name in config.available_metrics}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_bf16_adapters_evaluate_to_the_reported_metrics(task: Task, tiny: Tiny, tmp_path: Path) -> None:
+    trial = train(tiny.config(task, precision="bf16"), tmp_path)
+    measured = evaluate_adapter(trial.adapter, trial.config)
+    assert measured == {name: trial.metrics[name] for name in trial.config.available_metrics}
+
+
+def test_the_recipe_says_where_an_adapter_comes_from(trained: dict[Task, Trained]) -> None:
+    trial = trained["sequence-classification"]
+    recipe = read_recipe(trial.adapter)
+    assert recipe["step"] == 8
+    # The labels that were found are kept, so that an evaluation needs no training data.
+    assert TrialConfig(**recipe["settings"]) == trial.config.model_copy(update={"label_names": ("bad", "good")})
+
+
+def test_export_adapter_copies_the_adapter_and_adds_its_origin(trained: dict[Task, Trained], tmp_path: Path) -> None:
+    trial = trained["causal-lm"]
+    output = tmp_path / "a" / "adapter"
+    export_adapter(trial.adapter, output, {"study": "s", "trial": 3})
+    assert sorted(path.name for path in output.iterdir()) == FILES
+    assert read_recipe(output) == {"study": "s", "trial": 3, **read_recipe(trial.adapter)}
+    for name in FILES[:-1]:
+        assert (output / name).read_bytes() == (trial.adapter / name).read_bytes()
+    assert [path.name for path in output.parent.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_merged_model_needs_no_peft(task: Task, trained: dict[Task, Trained], tmp_path: Path) -> None:
+    trial = trained[task]
+    export_merged(trial.adapter, tmp_path / "merged", {"study": "s"})
+    model = AUTO_CLASS[task].from_pretrained(tmp_path / "merged")
+    assert not [name for name, _ in model.named_parameters() if "lora" in name]
+    torch.testing.assert_close(logits_of(model, trial), trial.logits, rtol=1e-5, atol=1e-5)
+    text = "say red 2 times:"
+    tokenizers = (AutoTokenizer.from_pretrained(path) for path in (tmp_path / "merged", model_folder(trial)))
+    first, second = (tokenizer(text)["input_ids"] for tokenizer in tokenizers)
+    assert first == second
+    assert {path.suffix for path in (tmp_path / "merged").iterdir()} <= {".json", ".safetensors", ".jinja"}
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+    if task == "sequence-classification":
+        assert model.config.id2label == {0: "bad", 1: "good"}
+
+
+def model_folder(trial: Trained) -> str:
+    return trial.config.model_name_or_path
+
+
+def test_a_merge_does_not_touch_the_adapter(trained: dict[Task, Trained], tmp_path: Path) -> None:
+    trial = trained["causal-lm"]
+    before = {path.name: path.read_bytes() for path in trial.adapter.iterdir()}
+    export_merged(trial.adapter, tmp_path / "merged", {})
+    assert {path.name: path.read_bytes() for path in trial.adapter.iterdir()} == before
+    loaded = AutoModelForCausalLM.from_pretrained(trial.config.model_name_or_path)
+    assert torch.equal(logits_of(PeftModel.from_pretrained(loaded, str(trial.adapter)), trial), trial.logits)
+
+
+def test_an_evaluation_takes_other_data_and_settings(trained: dict[Task, Trained], tiny: Tiny) -> None:
+    trial = trained["sequence-classification"]
+    data = str(tiny.folder / "labels-train.jsonl")
+    settings = {"train_data": data, "validation_data": data, "per_device_eval_batch_size": 5, "learning_rate": "3e-4"}
+    config = evaluation_config(trial.adapter, settings)
+    expected = {**settings, "learning_rate": 3e-4, "label_names": ("bad", "good")}
+    assert config == trial.config.model_copy(update=expected)
+    metrics = evaluate_adapter(trial.adapter, config)
+    loaded = PeftModel.from_pretrained(base_of(trial), str(trial.adapter)).eval()
+    tokenizer = AutoTokenizer.from_pretrained(trial.config.model_name_or_path)
+    right = 0
+    rows = [json.loads(line) for line in Path(data).read_text().splitlines()]
+    for row in rows:
+        with torch.inference_mode():
+            logits = loaded(**tokenizer(row["text"], return_tensors="pt", return_token_type_ids=False)).logits
+        right += ("bad", "good")[int(logits.argmax())] == row["label"]
+    assert metrics["eval_accuracy"] == right / len(rows)
+
+
+def test_an_evaluation_survives_the_loss_of_the_training_data(
+    trained: dict[Task, Trained], tiny: Tiny, tmp_path: Path
+) -> None:
+    trial = trained["sequence-classification"]
+    only_good = tmp_path / "good.jsonl"
+    only_good.write_text('{"text": "lovely red", "label": "good"}\n')
+    lost = tmp_path / "adapter"
+    export_adapter(trial.adapter, lost, {})
+    recipe = read_recipe(lost)
+    recipe["settings"] |= {"train_data": str(tmp_path / "gone.jsonl"), "validation_data": None}
+    (lost / "bilora_ray.json").write_text(json.dumps(recipe))
+    data = {"train_data": str(only_good), "validation_data": str(only_good)}
+    metrics = evaluate_adapter(lost, evaluation_config(lost, data))
+    assert metrics["eval_accuracy"] in (0.0, 1.0)
+
+
+def test_the_base_model_alone_is_measured_without_an_adapter(trained: dict[Task, Trained]) -> None:
+    trial = trained["causal-lm"]
+    base = evaluate_adapter(None, trial.config)
+    assert base.keys() == set(trial.config.available_metrics)
+    assert base["eval_loss"] > trial.metrics["eval_loss"]
+
+
+def line_of(adapter: Path, **settings: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        evaluation_config(adapter, settings)
+    return str(caught.value)
+
+
+def test_a_folder_that_is_no_adapter_of_ours_is_named(trained: dict[Task, Trained], tmp_path: Path) -> None:
+    assert line_of(tmp_path) == f"{tmp_path}: no adapter here (adapter_config.json is missing)"
+    export_adapter(trained["causal-lm"].adapter, tmp_path / "x", {})
+    (tmp_path / "x" / "bilora_ray.json").unlink()
+    assert line_of(tmp_path / "x") == (
+        f"{tmp_path / 'x'}: bilora_ray.json is missing: this adapter was not trained here, so give its settings"
+    )
+
+
+def test_wrong_settings_of_an_evaluation_are_named(trained: dict[Task, Trained]) -> None:
+    adapter = trained["causal-lm"].adapter
+    where = f"{adapter / 'bilora_ray.json'}: settings"
+    assert line_of(adapter, rnak=4) == f"{where}: unknown key 'rnak'; did you mean 'rank'?"
+    assert line_of(adapter, metric="eval_los") == (
+        f"{where}: metric: 'eval_los' is not measured here; did you mean 'eval_loss'?"
+    )
