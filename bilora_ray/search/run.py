@@ -77,11 +77,11 @@ def search(
         cluster(ray_address),
     ):
         study = running.study
-        _run(study, running.observers(), space.study.max_concurrent or capacity(space.resources))
+        run_trials(study, running.observers(), space.study.max_concurrent or capacity(space.resources))
     return study, study.finished()
 
 
-def _run(study: SearchStudy, observers: Observers, concurrent: int) -> None:
+def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> None:
     """Run the study's remaining trials with Tune. UserError if a trial met bad input."""
     if study.finished():
         return

@@ -22,6 +22,8 @@ from bilora_ray.tracking.records import Status
 COMMAND = Path(sys.executable).with_name("bilora-ray")
 NUM_TRIALS = 10
 KILLS = 5
+MAX_STEPS = 60
+ORPHAN_WAIT_S = 30
 SPACE = """
 study: {{name: killed, num_trials: {num_trials}, seed: 3}}
 trial:
@@ -29,7 +31,7 @@ trial:
   task: causal-lm
   train_data: {data}
   max_length: 64
-  max_steps: 60
+  max_steps: {max_steps}
   eval_steps: 5
   per_device_train_batch_size: 8
   rho: {{low: 0.01, high: 0.2, log: true}}
@@ -61,7 +63,7 @@ def _wait_for_progress(folder: Path, process: subprocess.Popen[bytes], reports_b
 @pytest.mark.slow
 def test_search_killed_five_times_finishes_each_trial_exactly_once(tmp_path: Path, tiny: Tiny) -> None:
     data = tiny.folder / "texts-train.jsonl"
-    space = SPACE.format(num_trials=NUM_TRIALS, model=tiny.model("causal-lm"), data=data)
+    space = SPACE.format(num_trials=NUM_TRIALS, max_steps=MAX_STEPS, model=tiny.model("causal-lm"), data=data)
     (tmp_path / "space.yaml").write_text(space)
     moments = random.Random(20261123)
     ended: dict[int, optuna.trial.FrozenTrial] = {}
@@ -79,9 +81,12 @@ def test_search_killed_five_times_finishes_each_trial_exactly_once(tmp_path: Pat
             if trial.state.is_finished():
                 # What had ended before a kill is as it was after it.
                 assert ended.setdefault(trial.number, trial) == trial
-            step = layout.trial("killed", trial.number).state().get("step", 0)
-            if trial.state == optuna.trial.TrialState.RUNNING and step:
-                in_flight[trial.number] = max(step, in_flight.get(trial.number, 0))
+            elif kill % 2:  # else the next search begins while the workers of this one may still write
+                folder = layout.trial("killed", trial.number)
+                with folder.lock(ORPHAN_WAIT_S):
+                    step = folder.state().get("step", 0)
+                if 0 < step < MAX_STEPS:
+                    in_flight[trial.number] = max(step, in_flight.get(trial.number, 0))
     assert _start(tmp_path, "--resume").wait() == 0, (tmp_path / "log").read_text()
 
     study = load_study(layout, "killed")

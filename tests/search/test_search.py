@@ -1,0 +1,180 @@
+"""A search on a real Ray cluster of this machine, in this process: how trials end, and what can go wrong in them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tiny_trials import Tiny
+
+from bilora_ray.errors import UserError
+from bilora_ray.search.run import cluster, run_trials
+from bilora_ray.search.session import Observers
+from bilora_ray.search.space import Space
+from bilora_ray.search.space_file import load_space
+from bilora_ray.search.study import Layout, SearchStudy, open_study
+from bilora_ray.tracking.records import Status, TrialRecord
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_session() -> Iterator[None]:
+    with cluster(None):
+        yield
+
+
+class Spy:
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int]] = []
+
+    def trial_started(self, trial: TrialRecord) -> None:
+        self.told.append(("started", trial.number))
+
+    def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
+        assert metrics in trial.history
+        self.told.append(("reported", trial.number))
+
+    def trial_ended(self, trial: TrialRecord) -> None:
+        assert trial.status is not Status.RUNNING
+        self.told.append(("ended", trial.number))
+
+
+class Broken(Spy):
+    """Raises at the first report."""
+
+    def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
+        raise RuntimeError("broken")
+
+
+def space(tiny: Tiny, study: dict[str, Any] | None = None, **trial: Any) -> Space:
+    config = tiny.config("causal-lm", max_steps=6, eval_steps=2)
+    trial = {**config.model_dump(exclude_unset=True), "rho": "{low: 0.01, high: 0.2}", **trial}
+    study = {"name": "s", "num_trials": 3, "scheduler": "none", **(study or {})}
+    sections = {"study": study, "trial": trial}
+    return load_space(None, [f"{name}.{key}={v}" for name, values in sections.items() for key, v in values.items()])
+
+
+def run(space: Space, folder: Path, *observers: Any, concurrent: int = 1) -> SearchStudy:
+    study = open_study(space, Layout(folder / "runs"))
+    run_trials(study, Observers(observers), concurrent)
+    return study
+
+
+def test_every_trial_completes_and_observers_hear_of_it_in_order(tiny: Tiny, tmp_path: Path) -> None:
+    spy = Spy()
+    study = run(space(tiny), tmp_path, spy)
+    assert [record.status for record in study.records()] == [Status.COMPLETE] * 3
+    one = ["started", "reported", "reported", "reported", "ended"]
+    assert spy.told == [(what, number) for number in range(3) for what in one]
+    best = study.best()
+    assert best is not None
+    assert best.adapter is not None
+    assert (best.adapter / "adapter_model.safetensors").is_file()
+
+
+def test_ended_trials_leave_their_adapter_and_history_but_no_heavy_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
+    study = run(space(tiny, {"num_trials": 1}), tmp_path)
+    folder = study.folder(0)
+    assert folder.state()["step"] == 6
+    assert [path.name for path in folder.path.rglob("*.safetensors")] == ["adapter_model.safetensors"]
+
+
+def test_a_finished_study_runs_nothing_more(tiny: Tiny, tmp_path: Path) -> None:
+    run(space(tiny, {"num_trials": 1}), tmp_path)
+    spy = Spy()
+    run(space(tiny, {"num_trials": 1}), tmp_path, spy)
+    assert spy.told == []
+
+
+def test_a_trial_whose_loss_explodes_fails_with_its_reason_and_the_others_go_on(tiny: Tiny, tmp_path: Path) -> None:
+    exploding = space(
+        tiny,
+        {"points_to_evaluate": "[{learning_rate: 1.0e+30}, {learning_rate: 0.001}]", "num_trials": 2},
+        learning_rate="{choice: [1.0e+30, 0.001]}",
+        max_grad_norm="null",
+    )
+    study = run(exploding, tmp_path)
+    failed, complete = study.records()
+    assert (failed.status, complete.status) == (Status.FAILED, Status.COMPLETE)
+    assert failed.error is not None
+    assert failed.error.startswith("loss is ")
+
+
+def test_bad_input_that_only_a_trial_can_see_ends_the_search_with_its_line(tiny: Tiny, tmp_path: Path) -> None:
+    spy = Spy()
+    with pytest.raises(UserError) as error:
+        run(space(tiny, target_modules="[nothing_like_it]"), tmp_path, spy)
+    assert str(error.value).startswith("target_modules: ")
+    assert spy.told == [("started", 0), ("ended", 0)]
+
+
+def test_an_observer_that_raises_is_told_no_more_and_the_search_goes_on(tiny: Tiny, tmp_path: Path) -> None:
+    broken, spy = Broken(), Spy()
+    study = run(space(tiny, {"num_trials": 2}), tmp_path, broken, spy)
+    assert study.finished()
+    assert broken.told == [("started", 0)]
+    assert ("ended", 1) in spy.told
+
+
+def test_weak_trials_are_stopped_early(tiny: Tiny, tmp_path: Path) -> None:
+    halving = space(
+        tiny,
+        {
+            "scheduler": "asha",
+            "grace_period": 2,
+            "points_to_evaluate": "[{learning_rate: 0.01}, {learning_rate: 1.0e-9}]",
+            "num_trials": 2,
+        },
+        learning_rate="{low: 1.0e-9, high: 0.01, log: true}",
+    )
+    strong, weak = run(halving, tmp_path).records()
+    assert (strong.status, weak.status) == (Status.COMPLETE, Status.PRUNED)
+    assert [metrics["step"] for metrics in weak.history] == [2]
+
+
+class Killer(Spy):
+    """Kills the worker process of a trial once, at its second report."""
+
+    def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
+        super().trial_reported(trial, metrics)
+        if len(self.told) == 3:
+            for process in psutil.process_iter(["cmdline"]):
+                if any("ImplicitFunc" in part for part in process.info["cmdline"] or ()):
+                    os.kill(process.pid, signal.SIGKILL)
+
+
+def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
+    killer = Killer()
+    study = run(space(tiny, {"num_trials": 1}, max_steps=40), tmp_path, killer)
+    record = study.record(0)
+    assert record.status is Status.COMPLETE
+    assert len(record.history) == 20
+    assert study.folder(0).state()["resumed_at"][0] >= 4
+    assert [what for what, _ in killer.told].count("ended") == 1
+
+
+def test_a_trial_waits_for_the_orphan_that_still_holds_its_folder(tiny: Tiny, tmp_path: Path) -> None:
+    study = open_study(space(tiny, {"num_trials": 1}), Layout(tmp_path / "runs"))
+    seen: list[float] = []
+
+    class Watch(Spy):
+        def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
+            seen.append(time.monotonic())
+
+    pid = os.fork()
+    if pid == 0:  # the orphan: holds the lock for some seconds, writes nothing
+        with study.folder(0).lock(0):
+            time.sleep(6)
+        os._exit(0)
+    started = time.monotonic()
+    run_trials(study, Observers([Watch()]), 1)
+    os.waitpid(pid, 0)
+    assert seen[0] - started > 5
+    assert study.record(0).status is Status.COMPLETE
