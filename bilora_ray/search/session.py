@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -88,8 +88,17 @@ class Session:
     tracking: Future[MlflowTracker]
 
     def observers(self) -> Observers:
-        """Who observes the trials. Waits for MLflow; UserError if it cannot be used."""
-        return Observers([self.tracking.result(), self.watcher])
+        """Who observes the trials. Waits for MLflow, which learns what it missed; UserError if it cannot be used."""
+        tracker = self.tracking.result()
+        tracker.reconcile(self.study.records())
+        return Observers([tracker, self.watcher])
+
+    def close(self) -> None:
+        """End the study's run in MLflow, unless MLflow could not be opened."""
+        if self.tracking.exception() is None:
+            best = self.study.best()
+            number = None if best is None else best.number
+            self.tracking.result().close(self.study.records(), number, interrupted=not self.study.finished())
 
 
 @contextmanager
@@ -115,19 +124,15 @@ def session(
             digests=digests,
             say=watcher.say,
         )
+        running = Session(study, watcher, tracking)
         try:
-            with watcher:
+            with closing(running), watcher:
                 watcher.start(study.records())
-                yield Session(study, watcher, tracking)
+                yield running
         except UserError:
             if begins and study.best() is None:
                 delete_study(space, layout)
             raise
-        finally:
-            if tracking.exception() is None:
-                best = study.best()
-                number = None if best is None else best.number
-                tracking.result().close(study.records(), number, interrupted=not study.finished())
 
 
 def train(

@@ -29,7 +29,7 @@ def default_uri(storage_path: Path) -> str:
 
 
 class MlflowTracker:
-    """Observes a search and keeps MLflow's runs in agreement with it. Made by `open`; used from one thread.
+    """Observes a search and keeps MLflow's runs in agreement with it. Made by `open`; used from one thread at a time.
 
     Args:
         connect_runs: finds the study's runs, or makes them; called again after every failure.
@@ -71,18 +71,19 @@ class MlflowTracker:
             UserError: the URI is none that will do, or nothing that can be written answers there.
         """
         study = StudyInfo(study_name, dict(study_tags), dict(study_params), dict(digests), provenance())
-        if unprotected(uri):
-            say(f"--mlflow-uri {masked(uri)}: on another machine, and used without a password or token")
 
         def connect_runs() -> StudyRuns:
             return StudyRuns(*connect(uri, project, artifact_root), study)
 
         try:
-            return cls(connect_runs, say)
+            tracker = cls(connect_runs, say)
         except UserError:
             raise
         except Exception as error:  # its type depends on the store: MLflow's, SQLAlchemy's or a missing driver's
             raise UserError(f"--mlflow-uri {masked(uri)}: MLflow does not answer ({reason(error)})") from None
+        if unprotected(uri):
+            say(f"--mlflow-uri {masked(uri)}: on another machine, and used without a password or token")
+        return tracker
 
     def trial_started(self, trial: TrialRecord) -> None:
         """A trial begins, or goes on after an interruption."""

@@ -1,0 +1,94 @@
+"""What happens when MLflow, the network or the disk fails amid a search."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from bilora_ray.tracking.records import Status
+
+from .tracked import Project, evaluation, record
+
+
+def test_run_that_is_deleted_while_its_trial_runs_is_made_again(project: Project, no_pause: None) -> None:
+    tracker = project.open()
+    tracker.trial_started(record())
+    project.client.delete_run(project.trials()[0].info.run_id)
+    tracker.trial_reported(record(), evaluation(10))
+    tracker.trial_reported(record(), evaluation(20))
+    assert project.steps(0) == [(10, 1 / 10), (20, 1 / 20)]
+    assert len(project.said) == 2
+    assert project.said[1] == "MLflow answers again; what it missed has been sent"
+
+
+def test_trial_that_cannot_be_sent_holds_up_no_other(project: Project, no_pause: None) -> None:
+    tracker = project.open()
+    unsendable = record(0, Status.COMPLETE, value=0.1, settings={})
+    records = [unsendable, *(record(number, Status.PRUNED) for number in range(1, 4))]
+    for _ in range(2):
+        tracker.reconcile(records)
+    assert [project.trials()[number].info.status for number in range(1, 4)] == ["FINISHED"] * 3
+    assert len(project.said) == 1
+
+
+def test_ctrl_c_amid_a_call_leaves_no_second_run(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    create_run = MlflowClient.create_run
+
+    def interrupted(self: MlflowClient, *args: Any, **kwargs: Any) -> None:
+        create_run(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    tracker = project.open()
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "create_run", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tracker.trial_started(record())
+    tracker.close([record(steps=1)], None, interrupted=True)
+    assert project.trials()[0].data.tags["bilora_ray.status"] == "interrupted"
+    assert project.steps(0) == [(10, 1 / 10)]
+
+
+def test_disk_that_is_full_costs_no_trial(
+    project: Project, adapter: Path, monkeypatch: pytest.MonkeyPatch, no_pause: None
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    tracker = project.open()
+    done = record(0, Status.COMPLETE, steps=3, value=0.1, adapter=adapter)
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_artifacts", full)
+        for _ in range(3):
+            tracker.trial_ended(done)
+    expected = (
+        "MLflow stopped answering (no space left on device); the search goes on, and what is missed is sent later"
+    )
+    assert project.said == [expected]
+    tracker.close([done], 0, interrupted=False)
+    assert project.said[1:] == ["MLflow answers again; what it missed has been sent"]
+    assert len(project.artifacts(0)) == 2
+
+
+def test_close_says_that_a_resume_sends_the_rest(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    tracker = project.open()
+    monkeypatch.setattr(MlflowClient, "create_run", refused)
+    tracker.trial_started(record())
+    tracker.close([record(0, Status.PRUNED)], None, interrupted=False)
+    assert project.said[1:] == [
+        "MLflow stopped answering (connection refused); `bilora-ray tune --resume` sends what is missing"
+    ]
+
+
+def test_nothing_is_called_during_the_pause(project: Project, counted: dict[str, int]) -> None:
+    tracker = project.open()
+    tracker.trial_ended(record(0, Status.COMPLETE, value=0.1, settings={}))
+    counted.clear()
+    tracker.trial_started(record(1))
+    tracker.trial_reported(record(1), evaluation(10))
+    assert counted == {}

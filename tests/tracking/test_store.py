@@ -1,0 +1,147 @@
+"""Which MLflow URIs will do: what is wrong with another is said in one line, before the search."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bilora_ray.errors import UserError
+from bilora_ray.tracking.mlflow_tracker import default_uri
+from bilora_ray.tracking.store import masked, unprotected
+
+from .tracked import Project
+
+OPEN = """
+import sys
+from pathlib import Path
+from bilora_ray.tracking.mlflow_tracker import MlflowTracker, default_uri
+folder = Path(sys.argv[1])
+MlflowTracker.open(default_uri(folder), "project", sys.argv[2], folder / "mlflow-artifacts", {}, {}, {}, print)
+"""
+
+
+def _error(project: Project, uri: str, **changes: object) -> str:
+    with pytest.raises(UserError) as caught:
+        project.open(uri=uri, **changes)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("scheme", ["http", "postgresql", "mysql+pymysql"])
+def test_server_that_is_not_there(project: Project, port: int, scheme: str) -> None:
+    uri = f"{scheme}://127.0.0.1:{port}"
+    assert _error(project, uri) == f"--mlflow-uri {uri}: MLflow does not answer (connection refused)"
+
+
+def test_server_that_never_answers(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        uri = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        assert _error(project, uri) == f"--mlflow-uri {uri}: MLflow does not answer (no answer in time)"
+
+
+@pytest.mark.parametrize("uri", ["http://[::1", "http://", "http://127.0.0.1:99999", "postgresql://127.0.0.1:99999"])
+def test_malformed_uri(project: Project, uri: str) -> None:
+    assert _error(project, uri).startswith(f"--mlflow-uri {uri}: MLflow does not answer (")
+
+
+@pytest.mark.parametrize("uri", ["./mlruns", "mlruns", "file:///data/mlruns"])
+def test_file_store(project: Project, uri: str) -> None:
+    error = _error(project, uri)
+    assert error.startswith(f"--mlflow-uri {uri}: MLflow keeps no runs in plain folders any more; name a file, as in ")
+    assert error.endswith("/mlruns/mlflow.db")
+    assert "sqlite:////" in error
+
+
+def test_unknown_scheme(project: Project) -> None:
+    assert _error(project, "htp://host:5000") == (
+        "--mlflow-uri htp://host:5000: unknown scheme 'htp'; did you mean 'http'?"
+    )
+
+
+@pytest.mark.parametrize("uri", ["sqlite://", "sqlite:///", "sqlite:///:memory:"])
+def test_sqlite_without_a_file(project: Project, uri: str) -> None:
+    assert "names no file" in _error(project, uri)
+
+
+def test_file_in_place_of_a_folder(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    uri = default_uri(tmp_path / "taken")
+    assert _error(project, uri) in {
+        f"--mlflow-uri {uri}: cannot be written (not a directory)",
+        f"--mlflow-uri {uri}: cannot be written (file exists)",
+    }
+    assert "cannot be written" in _error(project, project.uri, artifact_root=tmp_path / "taken" / "artifacts")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_folder(project: Project, tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    uri = default_uri(tmp_path)
+    assert _error(project, uri) == f"--mlflow-uri {uri}: cannot be written (permission denied)"
+
+
+def test_file_that_is_no_database(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("no database " * 100)
+    uri = default_uri(tmp_path)
+    assert _error(project, uri) == f"--mlflow-uri {uri}: cannot be written (file is not a database)"
+
+
+def test_database_that_another_process_holds(project: Project, storage: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bilora_ray.tracking.store.PROBE_TIMEOUT_S", 0.1)
+    other = sqlite3.connect(storage / "mlflow.db")
+    try:
+        other.execute("BEGIN IMMEDIATE")
+        assert _error(project, project.uri) == f"--mlflow-uri {project.uri}: cannot be written (database is locked)"
+    finally:
+        other.close()
+
+
+def test_deleted_project(project: Project) -> None:
+    project.open()
+    project.client.delete_experiment(project.parent().info.experiment_id)
+    assert "was deleted in MLflow" in _error(project, project.uri)
+
+
+def test_settings_of_a_user_stay(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "9")
+    project.open()
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "9"
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "4"
+
+
+def test_password_is_not_shown(project: Project, port: int) -> None:
+    assert "secret" not in _error(project, f"postgresql://me:secret@127.0.0.1:{port}/runs")
+    assert masked("http://me:secret@host:5000") == "http://me:***@host:5000"
+    assert masked("http://host:5000") == "http://host:5000"
+
+
+def test_server_on_another_machine_without_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_TOKEN", raising=False)
+    assert unprotected("http://host:5000")
+    assert not unprotected("http://127.0.0.1:5000")
+    assert not unprotected("http://localhost:5000")
+    assert not unprotected("https://me:secret@host")
+    assert not unprotected("sqlite:////runs/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "token")
+    assert not unprotected("http://host:5000")
+
+
+@pytest.mark.slow
+def test_two_searches_that_make_one_database_at_one_time(tmp_path: Path) -> None:
+    folder = tmp_path / "a folder"
+    command = [sys.executable, "-c", OPEN, folder]
+    processes = [
+        subprocess.Popen([*command, name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for name in ("first", "second")
+    ]
+    assert [process.communicate()[0] for process in processes] == ["", ""]
+    assert [process.returncode for process in processes] == [0, 0]
+    project = Project(default_uri(folder), "project", folder / "mlflow-artifacts")
+    assert {run.info.run_name for run in project.runs()} == {"first", "second"}
