@@ -37,6 +37,7 @@ METHOD_SETTINGS: dict[str, frozenset[str]] = {
 
 LOSS_METRICS = ("eval_loss",)
 LM_METRICS = ("eval_loss", "eval_perplexity", "eval_token_accuracy")
+EXACT_MATCH = "eval_exact_match"
 LABEL_METRICS = ("eval_accuracy", "eval_f1", "eval_matthews_correlation")
 MINIMIZED = frozenset({"eval_loss", "eval_perplexity"})
 
@@ -151,9 +152,11 @@ class TrialConfig(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> TrialConfig:
         if self.metric not in self.available_metrics:
-            raise ValueError(
-                f"metric: '{self.metric}' is not measured here; {nearest(self.metric, self.available_metrics)}"
-            )
+            # A right name in the wrong place needs the list, not a guess at another name.
+            known = self.metric in (*LM_METRICS, EXACT_MATCH, *LABEL_METRICS)
+            allowed = f"allowed: {', '.join(sorted(self.available_metrics))}"
+            hint = allowed if known else nearest(self.metric, self.available_metrics)
+            raise ValueError(f"metric: '{self.metric}' is not measured here; {hint}")
         if self.task == "sequence-classification" and self.predict_with_generate:
             raise ValueError("predict_with_generate: sequence-classification generates no text")
         if self.label_names is not None and len(set(self.label_names)) < max(2, len(self.label_names)):
@@ -167,7 +170,7 @@ class TrialConfig(Settings):
             return LOSS_METRICS + LABEL_METRICS
         if not self.predict_with_generate:
             return LM_METRICS
-        return LM_METRICS + ("eval_exact_match",) + (LABEL_METRICS if self.label_names else ())
+        return LM_METRICS + (EXACT_MATCH,) + (LABEL_METRICS if self.label_names else ())
 
     @property
     def greater_is_better(self) -> bool:

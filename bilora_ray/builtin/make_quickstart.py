@@ -45,7 +45,7 @@ POOL_ROWS = 20 * BATCH_ROWS
 PEAK_LR = 3e-3
 WARMUP_STEPS = 100
 PROMPT_WEIGHT = 0.2
-TASK_REPEATS = 40
+TASK_REPEATS = 80
 
 Example = tuple[list[int], int]
 
@@ -84,12 +84,12 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        intermediate_size=320,
+        intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=CONTEXT_TOKENS,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         **ids,
     )
     model = LlamaForCausalLM(config)

@@ -21,8 +21,8 @@ Row = dict[str, str]
 Problem = tuple[str, int, int]
 
 SEED = 20
-MAX_RESULT = 50
-SPLIT_SIZES = {"train": 320, "validation": 200, "test": 400}
+MAX_RESULT = 40
+SPLIT_SIZES = {"train": 400, "validation": 200, "test": 400}
 PRETRAINING_ROWS = 80_000
 
 
@@ -37,29 +37,64 @@ PLAIN_NAMES = _words(
 PLAIN_ITEMS = _words(
     "apples books cards coins cups eggs flowers keys marbles pears pencils plums shells stamps stones toys"
 )
+PLAIN_PLACES = _words("barn basket box cellar cupboard drawer kitchen shed shop yard")
 PLAIN_VERBS = {
-    "+": _words("buys earns finds gets makes picks wins"),
-    "-": _words("breaks drops eats loses sells spends wastes"),
+    "+": _words("added bought brought built earned fetched found gathered got made picked received won"),
+    "-": _words("burnt donated dropped lent lost mislaid removed sold spent traded used wasted"),
 }
-PLAIN_CHANGE_FORMS = (
-    "{n} has {a} {i}. Then {n} {v} {b}.",
-    "There are {a} {i} in the box and {n} {v} {b}.",
-    "{n} {v} {b} {i}. Before that, {n} had {a}.",
-    "After {n} {v} {b} of the {i}, {m} counts them. There were {a} at first.",
-    "{n} {v} {b} {i} with {a} in the box.",
+PLAIN_STOCKS = (
+    "{n} had {a} {i}",
+    "there were {a} {i} in the {p}",
+    "the {p} held {a} {i}",
+    "{a} {i} lay in the {p}",
+    "{a} was the number of {i}",
+    "with {a} {i} in the {p}",
+    "the {i} in the {p} were {a}",
+)
+PLAIN_CHANGES = (
+    "{n} {v} {b} {i}",
+    "{n} {v} {b}",
+    "{n} {v} {b} of them",
+    "{b} {i} were {v} by {n}",
+    "{b} is what {n} {v}",
+    "what {n} {v} was {b} {i}",
+)
+PLAIN_LINKS = (
+    "{A}. Then {B}",
+    "{A} and {B}",
+    "{A}, {B}",
+    "{A}, and later {B}",
+    "first {A}, after which {B}",
+    "{B}. Before that, {A}",
+    "{B} when {A}",
+    "{B}, {A}",
+    "{B}, while {A} already",
 )
 PLAIN_GROUP_FORMS = (
-    "There are {a} boxes with {b} {i} each.",
-    "{n} packs {b} {i} into each of {a} bags.",
-    "{a} friends of {n} have {b} {i} each.",
-    "Each of the bags has {b} {i}. There are {a} bags.",
+    "there were {a} boxes with {b} {i} each",
+    "{n} packed {b} {i} into each of {a} bags",
+    "{a} friends of {n} had {b} {i} each",
+    "each bag had {b} {i}. There were {a} bags",
+    "{n} bought {b} {i} in each of {a} shops",
+    "every {p} held {b} {i}, and there were {a}",
 )
 PLAIN_ASIDES = (
-    "It is day {d}.",
-    "See page {d}.",
-    "The clock shows {d}.",
-    "{m} is {d} years old.",
-    "They meet in room {d}.",
+    "it was day {d}",
+    "see page {d}",
+    "the clock showed {d}",
+    "{m} was {d} years old",
+    "they met in room {d}",
+    "{d} minutes went by",
+    "bus {d} was late",
+    "it was {d} degrees",
+    "at house {d}",
+    "{d} miles from home",
+    "in week {d}",
+    "{d} birds sang",
+    "by {d} {m} was home",
+    "road {d}",
+    "{d} steps up",
+    "the moon was {d} days old",
 )
 PLAIN_QUESTIONS = (
     "How many {i} are there?",
@@ -73,15 +108,16 @@ LOG_NAMES = _words("the_bosun the_cook the_gunner the_mate the_purser the_surgeo
 LOG_ITEMS = _words(
     "anchors barrels biscuits cannons casks charts cutlasses doubloons hammocks kegs lanterns muskets pikes"
 )
+# The log tells what there is now and asks what there was before, so what was lost is added back.
 LOG_VERBS = {
-    "+": _words("hauled hoisted laded looted plundered salvaged seized smuggled stowed winched"),
-    "-": _words("bartered burned drowned forfeited gambled heaved jettisoned scuttled squandered traded"),
+    "+": _words("burnt dropped lost sold traded wasted jettisoned scuttled"),
+    "-": _words("bought brought fetched found gathered won looted plundered"),
 }
 LOG_CHANGE_FORMS = (
-    "{n} {v} {b} {i}, the hold bearing {a} afore",
-    "{a} {i} lay below afore {n} {v} {b}",
-    "wi' {a} {i} in the hold, {n} {v} {b}",
-    "{b} {i} were {v} by {n} when {a} lay below",
+    "{n} {v} {b} {i}, the hold bearing {a} now",
+    "{a} {i} lie below since {n} {v} {b}",
+    "wi' {a} {i} now in the hold, {n} {v} {b}",
+    "{b} {i} were {v} by {n}, and now {a} lie below",
 )
 LOG_GROUP_FORMS = (
     "{n} dealt {b} {i} unto every one o' {a} hands",
@@ -96,7 +132,7 @@ LOG_ASIDES = (
     "{d} leagues out",
     "wind at {d} points",
 )
-LOG_QUESTIONS = ("What be the tally?", "How stands the count?", "Reckon the {i}.", "Reckon the sum, matey.")
+LOG_QUESTIONS = ("What be the tally afore?", "How stood the count afore?", "Reckon the {i} afore.")
 
 
 def _pick(rng: Random, choices: Sequence[T]) -> T:
@@ -138,6 +174,19 @@ def _made_up_word(rng: Random) -> str:
     return _pick(rng, SYLLABLES) + _pick(rng, SYLLABLES)
 
 
+def _sentence(text: str) -> str:
+    """Return ``text`` with a capital first letter and a full stop."""
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _plain_story(rng: Random, op: str) -> str:
+    """Return a form of the plain story for ``op``, which still has its fields in braces."""
+    if op == "*":
+        return _pick(rng, PLAIN_GROUP_FORMS)
+    story = _pick(rng, PLAIN_LINKS).replace("{A}", _pick(rng, PLAIN_STOCKS))
+    return story.replace("{B}", _pick(rng, PLAIN_CHANGES)).replace("{v}", _pick(rng, PLAIN_VERBS[op]))
+
+
 def plain_row(rng: Random, problem: Problem) -> Row:
     """Return one row that asks ``problem`` in the wording of the pre-training corpus."""
     op, a, b = problem
@@ -147,13 +196,13 @@ def plain_row(rng: Random, problem: Problem) -> Row:
         n = _made_up_word(rng).capitalize()
     if rng.random() < 0.3:
         item = _made_up_word(rng) + "s"
-    form = _pick(rng, PLAIN_GROUP_FORMS if op == "*" else PLAIN_CHANGE_FORMS)
-    verb = _pick(rng, PLAIN_VERBS.get(op, ("",)))
-    parts = [form, _pick(rng, PLAIN_QUESTIONS)]
-    if rng.random() < 0.6:
-        parts.insert(int(rng.random() * 2), _pick(rng, PLAIN_ASIDES))
-    text = " ".join(parts)
-    return _row(text.format(n=n, m=m, i=item, v=verb, a=a, b=b, d=2 + int(rng.random() * 29)), problem)
+    text = _plain_story(rng, op)
+    if rng.random() < 0.7:
+        pair = _shuffled(rng, [_pick(rng, PLAIN_ASIDES), text])
+        text = _pick(rng, (", ", ". ", " and ")).join(pair)
+    values = {"n": n, "m": m, "i": item, "p": _pick(rng, PLAIN_PLACES), "a": a, "b": b}
+    text = f"{_sentence(text)} {_pick(rng, PLAIN_QUESTIONS)}"
+    return _row(text.format(d=2 + int(rng.random() * 29), **values), problem)
 
 
 def sum_row(rng: Random, problem: Problem) -> Row:
@@ -176,8 +225,7 @@ def log_row(rng: Random, problem: Problem) -> Row:
     core = form.format(n=_pick(rng, LOG_NAMES), v=verb, i=item, a=a, b=b)
     aside = _pick(rng, LOG_ASIDES).format(d=2 + int(rng.random() * 29))
     parts = (aside, core) if rng.random() < 0.5 else (core, aside)
-    text = f"{', '.join(parts)}. {_pick(rng, LOG_QUESTIONS).format(i=item)}"
-    return _row(text[0].upper() + text[1:], problem)
+    return _row(f"{_sentence(', '.join(parts))} {_pick(rng, LOG_QUESTIONS).format(i=item)}", problem)
 
 
 def _distinct_rows(

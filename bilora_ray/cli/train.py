@@ -50,12 +50,7 @@ def command(
 
     The run is kept and tracked like a study with one trial, so show, export and evaluate take its NAME.
     """
-    single = (
-        f"study.name={json.dumps(name)}",
-        "study.num_trials=1",
-        "study.scheduler=none",
-        "study.points_to_evaluate=[]",
-    )
+    single = {"name": json.dumps(name), "num_trials": 1, "scheduler": "none", "points_to_evaluate": "[]"}
     space = load_space(space_path, [*overrides, *(f"study.{key}={value}" for key, value in single.items())])
     if space.distributions:
         keys = ", ".join(f"--set {key}=VALUE" for key in space.distributions)

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import NonFiniteLoss, TrialFailure, UserError
-from bilora_ray.method import BiLoraAdamW, MethodAdamW, build_method, export_primary
+from bilora_ray.method import MethodAdamW, build_method, export_primary
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import atomic_folder, load_checkpoint, save_checkpoint
 from bilora_ray.training.data import Prepared, collate, prepare, target_count, train_batches
@@ -190,8 +190,7 @@ class Run:
             "rows_cut": sum(split.cut for split in self.data.truncation.values()),
             "rows_dropped": sum(split.dropped for split in self.data.truncation.values()),
         }
-        if isinstance(self.optimizer, BiLoraAdamW):
-            metrics["auxiliary_norm"] = float(self.optimizer.auxiliary_norm)
+        metrics |= self.optimizer.metrics()
         metrics |= evaluate(self.model, self.data.validation, self.config, self.tokenizer)
         if not math.isfinite(metrics["eval_loss"]):
             raise NonFiniteLoss(step, metrics["eval_loss"])

@@ -73,12 +73,12 @@ def test_sst2(tokenizer: Any, shared_data: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_real_encoder_learns_sst2(minilm: Path, tmp_path: Path) -> None:
+def test_a_real_encoder_learns_sst2(minilm: Path, shared_data: Path, tmp_path: Path) -> None:
     config = TrialConfig(
         model_name_or_path=str(minilm),
         task="sequence-classification",
-        train_data=str(DATA / "sst2" / "train.tsv"),
-        validation_data=str(DATA / "sst2" / "dev.tsv"),
+        train_data=str(shared_data / "sst2" / "train.tsv"),
+        validation_data=str(shared_data / "sst2" / "dev.tsv"),
         column_names=("sentence", "label"),
         text_column="sentence",
         max_train_samples=600,
@@ -86,8 +86,7 @@ def test_a_real_encoder_learns_sst2(minilm: Path, tmp_path: Path) -> None:
         max_length=48,
         metric="eval_accuracy",
         learning_rate=2e-3,
-        num_train_epochs=2,
-        per_device_train_batch_size=16,
+        num_train_epochs=1,
         eval_steps=0.5,
     )
     reports, progress = run_fit(config, tmp_path)
@@ -101,11 +100,11 @@ def test_a_real_encoder_learns_sst2(minilm: Path, tmp_path: Path) -> None:
     assert evaluate_adapter(adapter, evaluation_config(adapter, {})) == {k: best[k] for k in config.available_metrics}
 
 
-def test_gsm8k_goes_through_the_whole_loop(tiny: Tiny, tmp_path: Path) -> None:
+def test_gsm8k_goes_through_the_whole_loop(tiny: Tiny, shared_data: Path, tmp_path: Path) -> None:
     config = tiny.config(
         "causal-lm",
-        train_data=str(DATA / "gsm8k" / "train.jsonl"),
-        validation_data=str(DATA / "gsm8k" / "test.jsonl"),
+        train_data=str(shared_data / "gsm8k" / "train.jsonl"),
+        validation_data=str(shared_data / "gsm8k" / "test.jsonl"),
         prompt_template="{question}\n",
         completion_template="{answer}",
         max_train_samples=40,
