@@ -11,7 +11,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -274,24 +274,24 @@ def study_names(layout: Layout) -> list[str]:
 @contextmanager
 def locked_study(layout: Layout, name: str) -> Iterator[None]:
     """Be the one process that runs study `name`. UserError if another one does, or the folder cannot be written."""
-    try:
-        with locked(layout.study(name) / "search.lock", wait_s=0):
-            yield
-    except TimeoutError:
-        raise UserError(f"study '{name}' is being searched by another process") from None
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(layout.study(name) / "search.lock", wait_s=0))
+        except TimeoutError:
+            raise UserError(f"study '{name}' is being searched by another process") from None
+        except OSError as error:
+            raise UserError(f"--storage-path {layout.storage_path}: cannot be written ({error.strerror})") from None
+        yield
 
 
 def open_storage(layout: Layout) -> optuna.storages.RDBStorage:
-    """The storage of all studies under a storage path, made if missing. UserError if that cannot be."""
+    """The storage of all studies under a storage path, made if missing."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
-        layout.storage_path.mkdir(parents=True, exist_ok=True)
-        # Two processes may report at one time: wait for the other's write instead of failing.
-        return optuna.storages.RDBStorage(
-            f"sqlite:///{layout.database_file}", engine_kwargs={"connect_args": {"timeout": 60}}
-        )
-    except OSError as error:
-        raise UserError(f"--storage-path {layout.storage_path}: cannot be written ({error.strerror})") from None
+    layout.storage_path.mkdir(parents=True, exist_ok=True)
+    # Two processes may report at one time: wait for the other's write instead of failing.
+    return optuna.storages.RDBStorage(
+        f"sqlite:///{layout.database_file}", engine_kwargs={"connect_args": {"timeout": 60}}
+    )
 
 
 def _sample(trial: Trial, space: Space) -> None:

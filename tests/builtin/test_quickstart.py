@@ -116,7 +116,7 @@ def test_paths_are_absolute_and_exist() -> None:
 
 
 def test_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="'nothing'.*quickstart/train"):
+    with pytest.raises(ValueError, match=r"'nothing'.*quickstart/train"):
         path("nothing")
 
 

@@ -473,7 +473,6 @@ def test_a_wrong_distribution_is_refused(
         ("rank", {"low": 1.5, "high": 8}, "should be a valid integer, got a number with a fractional part, got 1.5"),
         ("rank", {"low": 1, "high": 8.5}, "should be a valid integer, got a number with a fractional part, got 8.5"),
         ("seed", {"low": 0, "high": 2**32}, "should be less than 4294967296, got 4294967296.0"),
-        ("eval_steps", {"low": 0.1, "high": 1.5}, "must be a whole number of steps, or a share below 1, got 1.5"),
         ("prompt_template", {"choice": ["{a}", "{"]}, "Single '{' encountered in format string, got '{'"),
     ],
 )
