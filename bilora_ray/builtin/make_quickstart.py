@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -166,7 +166,7 @@ def _answer(text: str) -> str:
 
 @torch.no_grad()
 def exact_match(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Row], batch_rows: int = 100
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Row], batch_rows: int = 100
 ) -> float:
     """Return the share of ``rows``, from 0 to 1, whose greedy answer has the right number after ``####``."""
     right = 0
@@ -175,7 +175,7 @@ def exact_match(
         prompts = [row["prompt"] for row in batch]
         encoded = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
         ids, mask = encoded["input_ids"], encoded["attention_mask"]
-        outputs = model.generate(input_ids=ids, attention_mask=mask, do_sample=False)
+        outputs = cast(Any, model).generate(input_ids=ids, attention_mask=mask, do_sample=False)
         texts = tokenizer.batch_decode(outputs[:, ids.shape[1] :], skip_special_tokens=True)
         right += sum(_answer(t) == _answer(row["completion"]) for t, row in zip(texts, batch, strict=True))
     return right / len(rows)

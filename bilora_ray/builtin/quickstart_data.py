@@ -1,8 +1,9 @@
 """Word problems of the quickstart: a pre-training corpus in plain wording, and a task in ship's-log wording.
 
 Both wordings ask for one addition, subtraction or multiplication of small whole numbers and are answered
-the same way, ``" 7 + 5 = 12 #### 12"``. The ship's log uses other words, may name the operands in the other
-order, lets the verb alone decide between gain and loss, and always mentions one number that plays no part.
+the same way, ``" 7 + 5 = 12 #### 12"``. A plain story asks how many there are at the end. The ship's log uses
+other words, always mentions one number that plays no part, and tells how many there are at the end to ask how
+many there were before, so the habit of adding what was gained gives a wrong answer.
 
 Only ``random.Random.random()`` supplies randomness: it is the one method whose values Python promises to
 keep for a seed across versions, so the files have the same bytes everywhere.
@@ -16,6 +17,8 @@ from pathlib import Path
 from random import Random
 from typing import TypeVar
 
+from bilora_ray.builtin import quickstart_words as words
+
 T = TypeVar("T")
 Row = dict[str, str]
 Problem = tuple[str, int, int]
@@ -24,115 +27,6 @@ SEED = 20
 MAX_RESULT = 40
 SPLIT_SIZES = {"train": 400, "validation": 200, "test": 400}
 PRETRAINING_ROWS = 80_000
-
-
-def _words(text: str) -> list[str]:
-    """Return the words of ``text``; an underscore stands for a space inside one."""
-    return [word.replace("_", " ") for word in text.split()]
-
-
-PLAIN_NAMES = _words(
-    "Anna Ben Clara David Emma Finn Grace Henry Iris Jack Kate Leo Mia Noah Olive Paul Rosa Sam Tina Will"
-)
-PLAIN_ITEMS = _words(
-    "apples books cards coins cups eggs flowers keys marbles pears pencils plums shells stamps stones toys"
-)
-PLAIN_PLACES = _words("barn basket box cellar cupboard drawer kitchen shed shop yard")
-PLAIN_VERBS = {
-    "+": _words("added bought brought built earned fetched found gathered got made picked received won"),
-    "-": _words("burnt donated dropped lent lost mislaid removed sold spent traded used wasted"),
-}
-PLAIN_STOCKS = (
-    "{n} had {a} {i}",
-    "there were {a} {i} in the {p}",
-    "the {p} held {a} {i}",
-    "{a} {i} lay in the {p}",
-    "{a} was the number of {i}",
-    "with {a} {i} in the {p}",
-    "the {i} in the {p} were {a}",
-)
-PLAIN_CHANGES = (
-    "{n} {v} {b} {i}",
-    "{n} {v} {b}",
-    "{n} {v} {b} of them",
-    "{b} {i} were {v} by {n}",
-    "{b} is what {n} {v}",
-    "what {n} {v} was {b} {i}",
-)
-PLAIN_LINKS = (
-    "{A}. Then {B}",
-    "{A} and {B}",
-    "{A}, {B}",
-    "{A}, and later {B}",
-    "first {A}, after which {B}",
-    "{B}. Before that, {A}",
-    "{B} when {A}",
-    "{B}, {A}",
-    "{B}, while {A} already",
-)
-PLAIN_GROUP_FORMS = (
-    "there were {a} boxes with {b} {i} each",
-    "{n} packed {b} {i} into each of {a} bags",
-    "{a} friends of {n} had {b} {i} each",
-    "each bag had {b} {i}. There were {a} bags",
-    "{n} bought {b} {i} in each of {a} shops",
-    "every {p} held {b} {i}, and there were {a}",
-)
-PLAIN_ASIDES = (
-    "it was day {d}",
-    "see page {d}",
-    "the clock showed {d}",
-    "{m} was {d} years old",
-    "they met in room {d}",
-    "{d} minutes went by",
-    "bus {d} was late",
-    "it was {d} degrees",
-    "at house {d}",
-    "{d} miles from home",
-    "in week {d}",
-    "{d} birds sang",
-    "by {d} {m} was home",
-    "road {d}",
-    "{d} steps up",
-    "the moon was {d} days old",
-)
-PLAIN_QUESTIONS = (
-    "How many {i} are there?",
-    "How many {i} does that make?",
-    "Count the {i}.",
-    "What is the number of {i}?",
-)
-SYLLABLES = _words("ba cor de fim ga hul jo kem li mur na ot pra quil ro sta tur ve wix yon zel")
-
-LOG_NAMES = _words("the_bosun the_cook the_gunner the_mate the_purser the_surgeon old_Flint black_Meg")
-LOG_ITEMS = _words(
-    "anchors barrels biscuits cannons casks charts cutlasses doubloons hammocks kegs lanterns muskets pikes"
-)
-# The log tells what there is now and asks what there was before, so what was lost is added back.
-LOG_VERBS = {
-    "+": _words("burnt dropped lost sold traded wasted jettisoned scuttled"),
-    "-": _words("bought brought fetched found gathered won looted plundered"),
-}
-LOG_CHANGE_FORMS = (
-    "{n} {v} {b} {i}, the hold bearing {a} now",
-    "{a} {i} lie below since {n} {v} {b}",
-    "wi' {a} {i} now in the hold, {n} {v} {b}",
-    "{b} {i} were {v} by {n}, and now {a} lie below",
-)
-LOG_GROUP_FORMS = (
-    "{n} dealt {b} {i} unto every one o' {a} hands",
-    "{a} longboats bear {b} {i} apiece",
-    "{b} {i} hang from every mast, and masts be {a}",
-)
-LOG_ASIDES = (
-    "bell {d}",
-    "day {d} at sea",
-    "by page {d}",
-    "at {d} knots",
-    "{d} leagues out",
-    "wind at {d} points",
-)
-LOG_QUESTIONS = ("What be the tally afore?", "How stood the count afore?", "Reckon the {i} afore.")
 
 
 def _pick(rng: Random, choices: Sequence[T]) -> T:
@@ -171,7 +65,7 @@ def _row(text: str, problem: Problem) -> Row:
 
 def _made_up_word(rng: Random) -> str:
     """Return a word of two syllables, such as ``"kemli"``."""
-    return _pick(rng, SYLLABLES) + _pick(rng, SYLLABLES)
+    return _pick(rng, words.SYLLABLES) + _pick(rng, words.SYLLABLES)
 
 
 def _sentence(text: str) -> str:
@@ -182,27 +76,28 @@ def _sentence(text: str) -> str:
 def _plain_story(rng: Random, op: str) -> str:
     """Return a form of the plain story for ``op``, which still has its fields in braces."""
     if op == "*":
-        return _pick(rng, PLAIN_GROUP_FORMS)
-    story = _pick(rng, PLAIN_LINKS).replace("{A}", _pick(rng, PLAIN_STOCKS))
-    return story.replace("{B}", _pick(rng, PLAIN_CHANGES)).replace("{v}", _pick(rng, PLAIN_VERBS[op]))
+        return _pick(rng, words.PLAIN_GROUP_FORMS)
+    parts = (words.PLAIN_LINKS, words.PLAIN_STOCKS, words.PLAIN_CHANGES)
+    link, stock, change = (_pick(rng, part) for part in parts)
+    return link.replace("{A}", stock).replace("{B}", change).replace("{v}", _pick(rng, words.PLAIN_VERBS[op]))
 
 
 def plain_row(rng: Random, problem: Problem) -> Row:
     """Return one row that asks ``problem`` in the wording of the pre-training corpus."""
     op, a, b = problem
-    n, m = _shuffled(rng, PLAIN_NAMES + LOG_NAMES)[:2]
-    item = _pick(rng, PLAIN_ITEMS + LOG_ITEMS)
+    n, m = _shuffled(rng, words.PLAIN_NAMES + words.LOG_NAMES)[:2]
+    item = _pick(rng, words.PLAIN_ITEMS + words.LOG_ITEMS)
     if rng.random() < 0.3:
         n = _made_up_word(rng).capitalize()
     if rng.random() < 0.3:
         item = _made_up_word(rng) + "s"
     text = _plain_story(rng, op)
     if rng.random() < 0.7:
-        pair = _shuffled(rng, [_pick(rng, PLAIN_ASIDES), text])
-        text = _pick(rng, (", ", ". ", " and ")).join(pair)
-    values = {"n": n, "m": m, "i": item, "p": _pick(rng, PLAIN_PLACES), "a": a, "b": b}
-    text = f"{_sentence(text)} {_pick(rng, PLAIN_QUESTIONS)}"
-    return _row(text.format(d=2 + int(rng.random() * 29), **values), problem)
+        text = _pick(rng, (", ", ". ", " and ")).join(_shuffled(rng, [_pick(rng, words.PLAIN_ASIDES), text]))
+    place, aside = _pick(rng, words.PLAIN_PLACES), 2 + int(rng.random() * 29)
+    values = {"n": n, "m": m, "i": item, "p": place, "a": a, "b": b, "d": aside}
+    question = _pick(rng, words.PLAIN_QUESTIONS)
+    return _row(f"{_sentence(text.format(**values))} {question.format(i=item)}", problem)
 
 
 def sum_row(rng: Random, problem: Problem) -> Row:
@@ -219,13 +114,15 @@ def _corpus_row(rng: Random, problem: Problem) -> Row:
 def log_row(rng: Random, problem: Problem) -> Row:
     """Return one row that asks ``problem`` in ship's-log wording, with one number that plays no part."""
     op, a, b = problem
-    form = _pick(rng, LOG_GROUP_FORMS if op == "*" else LOG_CHANGE_FORMS)
-    verb = _pick(rng, LOG_VERBS.get(op, ("",)))
-    item = _pick(rng, LOG_ITEMS)
-    core = form.format(n=_pick(rng, LOG_NAMES), v=verb, i=item, a=a, b=b)
-    aside = _pick(rng, LOG_ASIDES).format(d=2 + int(rng.random() * 29))
-    parts = (aside, core) if rng.random() < 0.5 else (core, aside)
-    return _row(f"{_sentence(', '.join(parts))} {_pick(rng, LOG_QUESTIONS).format(i=item)}", problem)
+    item = _pick(rng, words.LOG_ITEMS)
+    question = _pick(rng, words.LOG_QUESTIONS).format(i=item)
+    if op == "*":
+        story, question = _pick(rng, words.LOG_GROUP_FORMS), question.replace(" afore", "")
+    else:
+        story = _pick(rng, words.LOG_CHANGE_FORMS).replace("{v}", _pick(rng, words.LOG_VERBS[op]))
+    text = ", ".join(_shuffled(rng, [_pick(rng, words.LOG_ASIDES), story]))
+    values = {"n": _pick(rng, words.LOG_NAMES), "i": item, "a": a, "b": b, "d": 2 + int(rng.random() * 29)}
+    return _row(f"{_sentence(text.format(**values))} {question}", problem)
 
 
 def _distinct_rows(

@@ -59,8 +59,10 @@ def command(
     from bilora_ray.search.preflight import preflight
     from bilora_ray.search.session import train
     from bilora_ray.search.study import Layout
+    from bilora_ray.training.quiet import quiet
 
     digests = preflight(space)
+    quiet()
     config = space.trial_config({})
     watcher = SearchProgress(1, config.metric, config.greater_is_better)
     study = train(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 import ray
 from ray import tune
@@ -21,6 +23,8 @@ from bilora_ray.search.tuning import StudyScheduler, StudySearcher
 
 # Tune retries a trial whose process died this often; the trial goes on from its checkpoint.
 MAX_FAILURES = 2
+CLIENT_PORT = 10001
+PROBE_TIMEOUT_S = 5.0
 TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -71,6 +75,7 @@ def search(
             input.
     """
     check_study(space, layout, resume)
+    check_address(ray_address)
     with (
         locked_study(layout, space.study.name),
         session(space, layout, mlflow_uri, digests, watcher) as running,
@@ -131,6 +136,23 @@ def cluster(address: str | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def check_address(address: str | None) -> None:
+    """Refuse an address, host:port or ray://host:port, where nothing listens: Ray itself would try it for minutes.
+
+    Raises:
+        UserError: nothing listens there, or it is no such address.
+    """
+    if address in (None, "auto", "local"):
+        return
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        with socket.create_connection((parts.hostname or "", parts.port or CLIENT_PORT), PROBE_TIMEOUT_S):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--ray-address {address}: no Ray cluster answers ({reason})") from None
 
 
 def capacity(resources: ResourceConfig) -> int:

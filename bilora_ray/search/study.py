@@ -218,12 +218,13 @@ def check_study(space: Space, layout: Layout, resume: bool) -> None:
         UserError: that, or the study began with another space.
     """
     name, names = space.study.name, study_names(layout)
+    begun = name in names and _has_begun(name, layout)
     if resume and name not in names:
         hint = f"; {nearest(name, names)}" if names else ""
         raise UserError(f"study '{name}': nothing to resume in {layout.storage_path}{hint}")
     if resume:
         _check_same_space(space, optuna.load_study(study_name=name, storage=open_storage(layout)))
-    elif name in names:
+    elif begun:
         raise UserError(
             f"study '{name}' exists in {layout.storage_path}: go on with --resume, or begin another with "
             "--set study.name=NAME"
@@ -231,11 +232,14 @@ def check_study(space: Space, layout: Layout, resume: bool) -> None:
 
 
 def open_study(space: Space, layout: Layout) -> SearchStudy:
-    """The study of `space`, created if `check_study` found none."""
+    """The study of `space`, created if `check_study` found none. One that was made but never begun is made anew."""
+    name = space.study.name
+    if name in study_names(layout) and not _has_begun(name, layout):
+        optuna.delete_study(study_name=name, storage=open_storage(layout))
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     config = space.trial_config({key: distribution.ends()[0] for key, distribution in space.distributions.items()})
     study = optuna.create_study(
-        study_name=space.study.name,
+        study_name=name,
         storage=open_storage(layout),
         direction=StudyDirection.MAXIMIZE if config.greater_is_better else StudyDirection.MINIMIZE,
         pruner=NopPruner(),
@@ -292,6 +296,11 @@ def open_storage(layout: Layout) -> optuna.storages.RDBStorage:
     return optuna.storages.RDBStorage(
         f"sqlite:///{layout.database_file}", engine_kwargs={"connect_args": {"timeout": 60}}
     )
+
+
+def _has_begun(name: str, layout: Layout) -> bool:
+    study = optuna.load_study(study_name=name, storage=open_storage(layout))
+    return any(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
 
 
 def _sample(trial: Trial, space: Space) -> None:

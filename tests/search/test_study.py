@@ -249,13 +249,22 @@ def test_a_wrong_start_is_refused_before_anything_is_written(
     layout: Layout, resume: bool, begun: dict[str, Any] | None, now: dict[str, Any], line: str
 ) -> None:
     if begun is not None:
-        open_study(space(begun), layout)
+        open_study(space(begun), layout).next_trial()
     before = sorted(layout.storage_path.rglob("*")) if begun is not None else None
     with pytest.raises(UserError) as error:
         check_study(space(now), layout, resume)
     assert str(error.value) == line.format(storage=layout.storage_path)
     assert before is None or sorted(layout.storage_path.rglob("*")) == before
     assert begun is not None or not layout.storage_path.exists()
+
+
+def test_a_study_that_never_handed_out_a_trial_is_made_anew(layout: Layout) -> None:
+    open_study(space({"points_to_evaluate": "[{rho: 0.1}]"}), layout)
+    check_study(space(), layout, resume=False)
+    study = open_study(space(trial={"metric": "eval_token_accuracy"}), layout)
+    assert study.greater_is_better
+    study.next_trial()
+    assert study.record(0).sampled["rho"] != 0.1
 
 
 def test_more_trials_may_be_asked_for_on_resume(layout: Layout) -> None:
