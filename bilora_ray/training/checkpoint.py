@@ -78,8 +78,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        for file in unfinished.rglob("*"):
-            _sync(file)
+        for path_inside in (*unfinished.rglob("*"), unfinished):
+            _sync(path_inside)
         shutil.rmtree(path, ignore_errors=True)
         unfinished.rename(path)
         _sync(path.parent)

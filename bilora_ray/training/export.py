@@ -33,7 +33,11 @@ def read_recipe(adapter: Path) -> dict[str, Any]:
         raise UserError(f"{adapter}: no adapter here ({CONFIG} is missing)")
     if not (adapter / RECIPE).is_file():
         raise UserError(f"{adapter}: {RECIPE} is missing: this adapter was not trained here, so give its settings")
-    return json.loads((adapter / RECIPE).read_text(encoding="utf-8"))
+    try:
+        recipe = json.loads((adapter / RECIPE).read_text(encoding="utf-8"))
+        return {**recipe, "settings": dict(recipe["settings"])}
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{adapter / RECIPE}: is not what was exported; export the adapter again") from None
 
 
 def evaluation_config(adapter: Path, settings: Mapping[str, Any]) -> TrialConfig:

@@ -50,6 +50,8 @@ def load_tokenizer(config: TrialConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(source(config), **_hub_arguments(config))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise UserError(f"model_name_or_path: the tokenizer of {config.model_name_or_path} has no padding token")
     return tokenizer
 
 
