@@ -21,7 +21,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 # A second run shows the finished study again.
 quickstart: setup
-	$(BIN)/bilora-ray tune --space search_spaces/quickstart.yaml $(if $(wildcard runs/quickstart),--resume)
+	$(BIN)/bilora-ray tune --space search_spaces/quickstart.yaml $(if $(wildcard runs/studies/quickstart/trials),--resume)
 
 test: setup
 	$(BIN)/pytest

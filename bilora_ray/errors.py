@@ -13,6 +13,10 @@ class UserError(Exception):
     """
 
 
+class MachineError(UserError):
+    """What stopped a search is the machine's, such as a full disk: the search can go on once that is mended."""
+
+
 class TrialFailure(Exception):
     """A trial that cannot go on although its input is right: the search records it and goes on."""
 
@@ -36,3 +40,9 @@ def nearest(name: str, allowed: Iterable[str]) -> str:
     if close:
         return f"did you mean '{close[0]}'?"
     return f"allowed: {', '.join(names)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says, or its type's name if it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -4,26 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from bilora_ray.errors import UserError, nearest
+
 _FOLDER = Path(__file__).resolve().parent
-_RESOURCES = {
-    "quickstart": "quickstart",
-    "quickstart/model": "quickstart/model",
-    "quickstart/train": "quickstart/train.jsonl",
-    "quickstart/validation": "quickstart/validation.jsonl",
-    "quickstart/test": "quickstart/test.jsonl",
-}
-
-
-def names() -> list[str]:
-    """Return the names that ``path`` knows."""
-    return sorted(_RESOURCES)
+NAMES = ("quickstart/model", "quickstart/train.jsonl", "quickstart/validation.jsonl", "quickstart/test.jsonl")
 
 
 def path(name: str) -> Path:
-    """Return the absolute path of the built-in resource called ``name``.
-
-    ``quickstart`` is the folder that holds the others. Raises ValueError for a name that does not exist.
-    """
-    if name not in _RESOURCES:
-        raise ValueError(f"no built-in resource is called {name!r}; there are: {', '.join(names())}")
-    return _FOLDER / _RESOURCES[name]
+    """The absolute path of the built-in resource `name`, one of NAMES. UserError if there is none of that name."""
+    if name not in NAMES:
+        raise UserError(f"no built-in '{name}'; {nearest(name, NAMES)}")
+    return _FOLDER / name

@@ -71,6 +71,7 @@ def build_tokenizer(corpus: list[Row]) -> PreTrainedTokenizerFast:
         tokenizer_object=bpe,
         model_max_length=CONTEXT_TOKENS,
         padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
         **{f"{name}_token": token for name, token in SPECIAL.items()},
     )
@@ -196,6 +197,8 @@ def make(out: Path, data_only: bool = False) -> None:
     pretrain(model, tokenizer, corpus)
     tokenizer.save_pretrained(out / "model")
     model.save_pretrained(out / "model")
+    # The weights are written readable to their owner alone, which a package installed for others must not keep.
+    (out / "model" / "model.safetensors").chmod(0o644)
     print(f"exact match, plain wording: {exact_match(model, tokenizer, plain_rows(400)):.3f}")
     print(f"exact match, task test split: {exact_match(model, tokenizer, task_splits()['test']):.3f}")
 
@@ -203,7 +206,7 @@ def make(out: Path, data_only: bool = False) -> None:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Make the quickstart's data, tokenizer and model.")
-    parser.add_argument("--out", type=Path, default=path("quickstart"), help="folder to write into")
+    parser.add_argument("--out", type=Path, default=path("quickstart/model").parent, help="folder to write into")
     parser.add_argument("--data-only", action="store_true", help="write the data, and train nothing")
     arguments = parser.parse_args()
     make(arguments.out, arguments.data_only)

@@ -25,7 +25,7 @@ Problem = tuple[str, int, int]
 
 SEED = 20
 MAX_RESULT = 40
-SPLIT_SIZES = {"train": 400, "validation": 200, "test": 400}
+SPLIT_SIZES = {"train": 240, "validation": 200, "test": 400}
 PRETRAINING_ROWS = 80_000
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bilora_ray.cli.progress import settings_in_words
 from bilora_ray.tracking.records import Status, TrialRecord
@@ -57,7 +58,7 @@ def print_leaderboard(
         step = f"{record.history[-1]['step']:.0f}/{record.history[-1]['max_steps']:.0f}" if record.history else ""
         status = f"[{STATUS_STYLE[record.status]}]{STATUS_WORDS[record.status]}[/]"
         shown = "" if value is None else f"{value:.4g}"
-        table.add_row(str(record.number), status, shown, step, settings_in_words(record.sampled))
+        table.add_row(str(record.number), status, shown, step, Text(settings_in_words(record.sampled)))
     console.print(table)
     if most is not None and len(rows) > most:
         console.print(f"[dim]and {len(rows) - most} more[/]")

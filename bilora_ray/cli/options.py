@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import shlex
 import sqlite3
+import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -60,8 +63,25 @@ trial_option = click.option("--trial", "number", type=int, metavar="N", help="A 
 
 
 def print_json(value: Any) -> None:
-    """Print `value` for a script to read."""
-    click.echo(json.dumps(value, indent=2, default=str))
+    """Print `value` for a script to read. JSON has no infinity and no NaN: they become null."""
+    click.echo(json.dumps(_finite(value), indent=2, default=str, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def say_how_to_go_on() -> NoReturn:
+    """Say after an interruption that nothing is lost, with the command that goes on; exit code 130."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    click.echo(
+        f"\nInterrupted; what is done is kept. Go on: {shlex.join(['bilora-ray', *arguments, '--resume'])}", err=True
+    )
+    sys.exit(130)
 
 
 def print_next(study: str, storage_path: Path, adapter: Path | None) -> None:

@@ -95,7 +95,7 @@ class SearchProgress:
         for number, (trial, metrics) in sorted(self.running.items()):
             step = f"{metrics['step']:.0f}/{metrics['max_steps']:.0f}" if metrics else "starting"
             value = f"{metrics[self.metric]:.4g}" if metrics else ""
-            table.add_row(str(number), step, value, settings_in_words(trial.sampled))
+            table.add_row(str(number), step, value, Text(settings_in_words(trial.sampled)))
         return table
 
     def _best(self) -> TrialRecord | None:

@@ -32,7 +32,8 @@ def command(study: str | None, storage_path: Path, as_json: bool) -> None:
     """Show a study's trials, its best settings and what mattered; without STUDY, list the studies."""
     from rich.console import Console
 
-    from bilora_ray.search.study import Layout, SearchStudy, load_study, study_names
+    from bilora_ray.search.storage import Layout, study_names
+    from bilora_ray.search.study import SearchStudy, load_study
 
     layout = Layout(absolute(storage_path))
     if study is None:

@@ -14,6 +14,7 @@ from bilora_ray.cli.options import (
     mlflow_option,
     print_json,
     print_next,
+    say_how_to_go_on,
     set_option,
     storage_option,
 )
@@ -58,16 +59,18 @@ def command(
 
     from bilora_ray.search.preflight import preflight
     from bilora_ray.search.session import train
-    from bilora_ray.search.study import Layout
+    from bilora_ray.search.storage import Layout
     from bilora_ray.training.quiet import quiet
 
     digests = preflight(space)
     quiet()
     config = space.trial_config({})
     watcher = SearchProgress(1, config.metric, config.greater_is_better)
-    study = train(
-        space, Layout(absolute(storage_path)), resume=resume, mlflow_uri=mlflow_uri, digests=digests, watcher=watcher
-    )
+    layout = Layout(absolute(storage_path))
+    try:
+        study = train(space, layout, resume=resume, mlflow_uri=mlflow_uri, digests=digests, watcher=watcher)
+    except KeyboardInterrupt:
+        say_how_to_go_on()
     record = study.record(0)
     if as_json:
         print_json(trial_as_json(record, study.metric))

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,12 +17,13 @@ from bilora_ray.cli.options import (
     mlflow_option,
     print_json,
     print_next,
+    say_how_to_go_on,
     set_option,
     space_option,
     storage_option,
 )
 from bilora_ray.cli.progress import SearchProgress, duration
-from bilora_ray.cli.validate import in_words
+from bilora_ray.cli.validate import describe, in_words
 from bilora_ray.errors import UserError
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
@@ -71,25 +71,43 @@ def command(
     flags = [("num_trials", num_trials), ("max_concurrent", max_concurrent)]
     shortcuts = tuple(f"study.{key}={value}" for key, value in flags if value is not None)
     space = load_space(space_path, overrides + shortcuts)
+    if resume and num_trials is None:
+        space = _not_shrunk(space, absolute(storage_path))
     if not space.distributions:
         raise UserError(f"{space_path}: no setting has a distribution, so there is nothing to search: bilora-ray train")
 
     from bilora_ray.search.preflight import preflight
 
     digests = preflight(space)
-    if dry_run:
+    if dry_run and as_json:
+        print_json(describe(space))
+    elif dry_run:
         _print_plan(space)
+    if dry_run:
         return
     started = time.monotonic()
-    study, finished = _search(space, absolute(storage_path), resume, mlflow_uri, ray_address, digests)
+    try:
+        study, finished = _search(space, absolute(storage_path), resume, mlflow_uri, ray_address, digests)
+    except KeyboardInterrupt:
+        say_how_to_go_on()
     if not finished:
-        again = f"bilora-ray tune --space {space_path} --resume"
-        click.echo(f"Interrupted: what is done is kept. Go on with the same options and --resume: {again}", err=True)
-        sys.exit(130)
+        say_how_to_go_on()
     if as_json:
         print_json(study_as_json(study))
     else:
         _print_result(study, storage_path, time.monotonic() - started)
+    if study.best() is None:
+        raise UserError(f"study '{space.study.name}': no trial is complete; `bilora-ray show` says how each ended")
+
+
+def _not_shrunk(space: Space, storage_path: Path) -> Space:
+    """`space` with as many trials as an earlier --num-trials asked for, if that is more."""
+    from bilora_ray.search.storage import Layout
+    from bilora_ray.search.study import num_trials_before
+
+    before = num_trials_before(Layout(storage_path), space.study.name)
+    num_trials = max(space.study.num_trials, before)
+    return replace(space, study=space.study.model_copy(update={"num_trials": num_trials}))
 
 
 def _print_plan(space: Space) -> None:
@@ -111,12 +129,10 @@ def _search(
     digests: Mapping[str, str],
 ) -> tuple[SearchStudy, bool]:
     from bilora_ray.search.run import search
-    from bilora_ray.search.study import Layout
+    from bilora_ray.search.storage import Layout
 
-    metric = space.trial_config({key: d.ends()[0] for key, d in space.distributions.items()})
-    progress = SearchProgress(space.study.num_trials, metric.metric, metric.greater_is_better)
-    # A cluster stops a job with SIGTERM: end as cleanly as after Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    config = space.first_config()
+    progress = SearchProgress(space.study.num_trials, config.metric, config.greater_is_better)
     return search(
         space,
         Layout(storage_path),
@@ -137,7 +153,7 @@ def _print_result(study: SearchStudy, storage_path: Path, seconds: float) -> Non
     print_leaderboard(console, records, study.metric, study.greater_is_better, most=10)
     best = study.best()
     if best is None:
-        raise UserError(f"study '{name}': no trial completed; see the errors above")
+        return
     console.print(f"Best: trial {best.number}, {study.metric} {best.value:.6g}", style="bold green", markup=False)
     print_settings(console, best.sampled)
     print_next(name, storage_path, best.adapter)

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from safetensors import SafetensorError
 
 from bilora_ray.config import TrialConfig
-from bilora_ray.errors import TrialFailure, UserError
-from bilora_ray.training.folder import TrialFolder
+from bilora_ray.errors import TrialFailure, UserError, first_line
+from bilora_ray.training.folder import ORPHAN_WAIT_S, TrialFolder
 
-# The key of a report: an evaluation's metrics, or why the trial, or the whole search, cannot go on.
-EVALUATION, FAILURE, BAD_INPUT = "evaluation", "failure", "bad_input"
-# A killed search's worker may write for some seconds more; its successor waits for that.
-ORPHAN_WAIT_S = 60.0
+# The key of a report: an evaluation's metrics; or why this trial cannot go on; or what is wrong with its settings or
+# data; or what is wrong with the machine, so that the trial may go on another time.
+EVALUATION, FAILURE, BAD_INPUT, BROKEN = "evaluation", "failure", "bad_input", "broken"
 
 
 def run_trial(task: dict[str, Any]) -> None:
@@ -28,10 +28,12 @@ def run_trial(task: dict[str, Any]) -> None:
 
     quiet()
     folder = TrialFolder(Path(task["folder"]))
-    with folder.lock(ORPHAN_WAIT_S):
-        try:
+    try:
+        with folder.lock(ORPHAN_WAIT_S):
             fit(TrialConfig(**task["settings"]), folder, lambda metrics: tune.report({EVALUATION: metrics}))
-        except TrialFailure as error:
-            tune.report({FAILURE: str(error)})
-        except UserError as error:
-            tune.report({BAD_INPUT: str(error)})
+    except TrialFailure as error:
+        tune.report({FAILURE: str(error)})
+    except UserError as error:
+        tune.report({BAD_INPUT: str(error)})
+    except (OSError, SafetensorError) as error:
+        tune.report({BROKEN: f"{type(error).__name__}: {first_line(error)}"})

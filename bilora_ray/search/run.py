@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -14,11 +15,12 @@ import ray
 from ray import tune
 from ray.tune.progress_reporter import ProgressReporter
 
-from bilora_ray.errors import UserError
+from bilora_ray.errors import UserError, first_line
 from bilora_ray.scale.trial import run_trial
 from bilora_ray.search.session import Observers, Watcher, session
 from bilora_ray.search.space import ResourceConfig, Space
-from bilora_ray.search.study import Layout, SearchStudy, check_study, locked_study
+from bilora_ray.search.storage import Layout, locked_study
+from bilora_ray.search.study import SearchStudy, check_study
 from bilora_ray.search.tuning import StudyScheduler, StudySearcher
 
 # Tune retries a trial whose process died this often; the trial goes on from its checkpoint.
@@ -74,7 +76,7 @@ def search(
         UserError: the study, the cluster or MLflow are not there as said, and nothing was begun; or a trial met bad
             input.
     """
-    check_study(space, layout, resume)
+    check_study(space, layout, resume, digests)
     check_address(ray_address)
     with (
         locked_study(layout, space.study.name),
@@ -87,7 +89,7 @@ def search(
 
 
 def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> None:
-    """Run the study's remaining trials with Tune. UserError if a trial met bad input."""
+    """Run the study's remaining trials with Tune. UserError if a trial met what stops all of them."""
     if study.finished():
         return
     resources = {"cpu": study.space.resources.cpus_per_worker, "gpu": study.space.resources.gpus_per_worker}
@@ -110,8 +112,8 @@ def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> Non
                 failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             ),
         ).fit()
-    if scheduler.bad_input is not None:
-        raise UserError(scheduler.bad_input)
+    if scheduler.halted is not None:
+        raise scheduler.halted
 
 
 @contextmanager
@@ -124,14 +126,19 @@ def cluster(address: str | None) -> Iterator[None]:
     os.environ.update({key: value for key, value in TUNE_ENVIRONMENT.items() if key not in os.environ})
     try:
         ray.init(
-            address=address,
+            # Without an address Ray would join any cluster that it finds on this machine.
+            address=address or "local",
             log_to_driver=False,
             logging_level=logging.ERROR,
             include_dashboard=None if address else False,
         )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--ray-address {address}: no Ray cluster answers ({reason})") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        what = f"--ray-address {address}: no Ray cluster answers" if address else "Ray does not start here"
+        raise UserError(f"{what} ({first_line(error)})") from None
+    # Tune prints the traceback of every failed trial; the study keeps the line that matters.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    # A cluster stops a job with SIGTERM, which Ray has just taken: end as cleanly as after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         yield
     finally:

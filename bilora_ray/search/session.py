@@ -9,19 +9,13 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from bilora_ray.errors import TrialFailure, UserError
+from bilora_ray.errors import MachineError, TrialFailure, UserError
 from bilora_ray.search.space import Space
-from bilora_ray.search.study import (
-    Layout,
-    SearchStudy,
-    check_study,
-    delete_study,
-    locked_study,
-    open_study,
-    study_names,
-)
+from bilora_ray.search.storage import Layout, locked_study, study_names
+from bilora_ray.search.study import SearchStudy, check_study, delete_study, open_study
 from bilora_ray.tracking.mlflow_tracker import MlflowTracker, default_uri
-from bilora_ray.tracking.records import Observer, TrialRecord
+from bilora_ray.tracking.records import Observer, Status, TrialRecord
+from bilora_ray.training.folder import ORPHAN_WAIT_S
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +105,7 @@ def session(
     in a study that began here, and no trial is complete, the study is removed again: bad input leaves nothing behind.
     """
     begins = space.study.name not in study_names(layout)
-    study = open_study(space, layout)
+    study = open_study(space, layout, digests)
     with ThreadPoolExecutor(max_workers=1) as executor:
         tracking = executor.submit(
             MlflowTracker.open,
@@ -129,8 +123,8 @@ def session(
             with closing(running), watcher:
                 watcher.start(study.records())
                 yield running
-        except UserError:
-            if begins and study.best() is None:
+        except UserError as error:
+            if begins and study.best() is None and not isinstance(error, MachineError):
                 delete_study(space, layout)
             raise
 
@@ -149,30 +143,34 @@ def train(
     Raises:
         UserError: the study or MLflow are not there as said, or the trial met bad input.
     """
-    from bilora_ray.training.loop import fit
-
-    check_study(space, layout, resume)
+    check_study(space, layout, resume, digests)
     with (
         locked_study(layout, space.study.name),
         session(space, layout, mlflow_uri, digests, watcher) as running,
     ):
         study, observers = running.study, running.observers()
         number = study.next_trial()
-        if number is None:
-            return study
-        observers.trial_started(study.record(number))
-
-        def report(metrics: dict[str, float]) -> None:
-            study.report(number, metrics)
-            observers.trial_reported(study.record(number), metrics)
-
-        try:
-            fit(study.config(number), study.folder(number), report)
-        except (TrialFailure, UserError) as error:
-            study.fail(number, str(error))
-            observers.trial_ended(study.record(number))
-            if isinstance(error, UserError):
-                raise
-        else:
-            observers.trial_ended(study.record(number))
+        if number is not None:
+            _train(study, number, observers)
     return study
+
+
+def _train(study: SearchStudy, number: int, observers: Observers) -> None:
+    from bilora_ray.training.loop import fit
+
+    def report(metrics: dict[str, float]) -> None:
+        study.report(number, metrics)
+        observers.trial_reported(study.record(number), metrics)
+
+    observers.trial_started(study.record(number))
+    folder = study.folder(number)
+    try:
+        with folder.lock(ORPHAN_WAIT_S):
+            fit(study.config(number), folder, report)
+    except (TrialFailure, UserError) as error:
+        study.fail(number, str(error))
+        if isinstance(error, UserError):
+            raise
+    finally:
+        if study.record(number).status is not Status.RUNNING:
+            observers.trial_ended(study.record(number))

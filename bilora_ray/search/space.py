@@ -134,6 +134,10 @@ class Space:
         """The settings of the trial that got `sampled`; UserError if they do not go together."""
         return build(TrialConfig, {**self.fixed, **sampled}, f"{self.path}: trial")
 
+    def first_config(self) -> TrialConfig:
+        """The settings of a trial that gets the first choice, or the low end, of every distribution."""
+        return self.trial_config({key: distribution.ends()[0] for key, distribution in self.distributions.items()})
+
     def asked(self, setting: str, sampled: Mapping[str, Value]) -> bool:
         """Whether `setting` matters once `sampled` holds the method."""
         method = sampled.get("method", self.fixed.get("method", TrialConfig.model_fields["method"].default))

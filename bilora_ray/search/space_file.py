@@ -14,18 +14,34 @@ from bilora_ray.paths import absolute_sources
 from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig, Space, StudyConfig, Value
 
 SECTIONS = ("study", "trial", "resources")
-# Trials that differ in these cannot be compared: they are judged by other rows, by another measure, or at other steps.
+# Trials that differ in these cannot be compared: they are judged by other rows, another measure or at other steps.
 NOT_SEARCHED = frozenset(
     {
+        "answer_pattern",
+        "column_names",
+        "completion_template",
+        "dataset_config_name",
         "eval_steps",
+        "label_column",
+        "label_names",
         "max_eval_samples",
+        "max_length",
+        "max_new_tokens",
+        "messages_column",
         "metric",
+        "predict_with_generate",
         "task",
+        "text_column",
+        "text_pair_column",
+        "train_split",
+        "trust_remote_code",
         "validation_data",
         "validation_fraction",
         "validation_split",
     }
 )
+# These decide which rows are held out, unless validation data is named.
+DECIDE_THE_SPLIT = frozenset({"seed", "train_data"})
 # What PyYAML raises: its own errors, and Python's on values such as the date 2024-02-30.
 YAML_ERRORS = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
 
@@ -63,6 +79,7 @@ def load_space(path: Path | None, overrides: Sequence[str] = ()) -> Space:
         points = _points(study, path.resolve().parent, path, distributions, replaced=given["trial"])
     space = Space(path, study, resources, fixed, distributions, points)
     _check_settings(space)
+    _check_split(space)
     return space
 
 
@@ -148,6 +165,15 @@ def _check_settings(space: Space) -> None:
     for key, distribution in space.distributions.items():
         for value in distribution.ends():
             space.trial_config({**sampled, key: value})
+
+
+def _check_split(space: Space) -> None:
+    """Refuse a space whose trials would hold out different rows."""
+    if space.fixed.get("validation_data") or space.fixed.get("validation_split"):
+        return
+    for key in space.distributions:
+        if key in DECIDE_THE_SPLIT:
+            raise UserError(f"{space.path}: trial.{key}: needs validation_data, or trials would hold out other rows")
 
 
 def _points(

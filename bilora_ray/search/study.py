@@ -10,26 +10,25 @@ import json
 import shutil
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
-from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.pruners import NopPruner
+from optuna.samplers import RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from bilora_ray.config import TrialConfig, applies, is_integer
+from bilora_ray.config import TrialConfig, applies
 from bilora_ray.errors import UserError, nearest
-from bilora_ray.search.space import Choice, Range, ResourceConfig, Space, StudyConfig, Value
+from bilora_ray.search.proposals import is_weak, propose
+from bilora_ray.search.space import Choice, Range, ResourceConfig, Space, StudyConfig
+from bilora_ray.search.storage import Layout, open_storage, study_names
 from bilora_ray.tracking.records import Status, TrialRecord
-from bilora_ray.training.folder import TrialFolder, locked
+from bilora_ray.training.folder import TrialFolder
 
-ID, SPACE, ERROR, GRACE_PERIOD = "id", "space", "error", "grace_period"
+ID, SPACE, DIGESTS, ERROR = "id", "space", "digests", "error"
 STATUS = {
     TrialState.RUNNING: Status.RUNNING,
     TrialState.COMPLETE: Status.COMPLETE,
@@ -39,26 +38,6 @@ STATUS = {
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 # What may differ between the first start of a study and its resume.
 FREE_TO_CHANGE = frozenset({"num_trials", "max_concurrent"})
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a storage path keeps things."""
-
-    storage_path: Path
-
-    @property
-    def database_file(self) -> Path:
-        """The SQLite file of the Optuna storage that all studies of the storage path share."""
-        return self.storage_path / "studies.db"
-
-    def study(self, name: str) -> Path:
-        """Folder of one study."""
-        return self.storage_path / name
-
-    def trial(self, name: str, number: int) -> TrialFolder:
-        """Folder of one trial: its checkpoints and its best adapter."""
-        return TrialFolder(self.study(name) / "trials" / f"{number:04d}")
 
 
 class SearchStudy:
@@ -74,22 +53,30 @@ class SearchStudy:
         self.study = study
         self.space = space
         self.layout = layout
-        self._orphans = [trial.number for trial in self._trials(TrialState.RUNNING)]
+        self._orphans: list[int] = []
         self._live: dict[int, Trial] = {}
+
+    def adopt(self) -> None:
+        """Take over the trials of a search that was interrupted: `next_trial` hands them out first.
+
+        One that died while it was sampled gets the rest of its settings now, before anything reads them.
+        """
+        self._orphans = [trial.number for trial in self._trials(TrialState.RUNNING)]
+        for number in self._orphans:
+            propose(self.study, self.space, number)
 
     def next_trial(self) -> int | None:
         """The number of a trial to run: an interrupted one if there is any, else a new one; None when all are given."""
         if self._orphans:
             number = self._orphans.pop(0)
-            trial = Trial(self.study, self._trials()[number]._trial_id)
-        elif len(self._trials()) - len(self._trials(TrialState.WAITING)) < self.space.study.num_trials:
-            self.study.sampler = _sampler(self.space, len(self._trials()))
-            trial = self.study.ask()
+        elif len(self._trials(TrialState.RUNNING, *ENDED)) < self.space.study.num_trials:
+            # What `propose` samples is decided by the number, so this sampler has nothing to say.
+            self.study.sampler = RandomSampler(seed=0)
+            number = self.study.ask().number
         else:
             return None
-        _sample(trial, self.space)
-        self._live[trial.number] = trial
-        return trial.number
+        self._live[number] = propose(self.study, self.space, number)
+        return number
 
     def config(self, number: int) -> TrialConfig:
         """The settings of trial `number`."""
@@ -116,7 +103,8 @@ class SearchStudy:
             best = max if self.greater_is_better else min
             self._end(number, TrialState.COMPLETE, best([*known.values(), value]))
             return Status.COMPLETE
-        if step not in known and self._weak(trial, int(metrics["max_steps"])):
+        newest = step >= max(known, default=0)
+        if newest and is_weak(trial, step, int(metrics["max_steps"]), self.space.study):
             self._end(number, TrialState.PRUNED)
             return Status.PRUNED
         return Status.RUNNING
@@ -136,7 +124,8 @@ class SearchStudy:
         for record in records:
             if record.number == number:
                 return record
-        raise UserError(f"study '{self.study.study_name}': no trial {number}; it has 0 to {len(records) - 1}")
+        has = f"it has 0 to {len(records) - 1}" if records else "it has none yet"
+        raise UserError(f"study '{self.study.study_name}': no trial {number}; {has}")
 
     def records(self) -> list[TrialRecord]:
         """All trials that were ever started, by number."""
@@ -168,8 +157,9 @@ class SearchStudy:
         return self.study.direction == StudyDirection.MAXIMIZE
 
     def importances(self) -> dict[str, float]:
-        """How much of the values' variance each searched setting explains, by Optuna; empty below four trials."""
-        if len(self._trials(TrialState.COMPLETE)) < 4:
+        """How much of the values' variance each searched setting explains; empty below four complete trials."""
+        values = {trial.value for trial in self._trials(TrialState.COMPLETE)}
+        if len(self._trials(TrialState.COMPLETE)) < 4 or len(values) < 2:
             return {}
         return optuna.importance.get_param_importances(self.study)
 
@@ -180,86 +170,97 @@ class SearchStudy:
         self.study.tell(self._live.pop(number), values=value, state=state)
         self.folder(number).discard_tensors()
 
-    def _weak(self, trial: Trial, max_steps: int) -> bool:
-        """Asynchronous successive halving. Its rungs live in the study, so a resumed search stops as the first did."""
-        if isinstance(self.study.pruner, NopPruner):
-            self.study.pruner = self._pruner(max_steps)
-        return trial.should_prune()
-
-    def _pruner(self, max_steps: int) -> BasePruner:
-        settings = self.space.study
-        if settings.scheduler == "none":
-            return NopPruner()
-        default = settings.grace_period or max(1, max_steps // settings.reduction_factor**2)
-        grace_period = self.study.user_attrs.get(GRACE_PERIOD, default)
-        self.study.set_user_attr(GRACE_PERIOD, grace_period)
-        return SuccessiveHalvingPruner(min_resource=grace_period, reduction_factor=settings.reduction_factor)
-
     def _record(self, trial: FrozenTrial) -> TrialRecord:
         folder = self.folder(trial.number)
-        config = self.space.trial_config(trial.params)
-        settings = {key: value for key, value in config.model_dump().items() if applies(key, config.method)}
+        state = folder.state()
+        best_step = state.get("best_step")
+        settings: dict[str, Any] = {**self.space.fixed, **trial.params}
+        if all(key in trial.params for key in self.space.distributions if self.space.asked(key, trial.params)):
+            config = self.space.trial_config(trial.params)
+            settings = {key: value for key, value in config.model_dump().items() if applies(key, config.method)}
         return TrialRecord(
             number=trial.number,
             status=STATUS[trial.state],
             settings=settings,
             sampled=dict(trial.params),
-            history=folder.state().get("history", ()),
+            history=state.get("history", ()),
             value=trial.value if trial.state == TrialState.COMPLETE else None,
-            adapter=folder.best_adapter(),
+            adapter=None if best_step is None else folder.adapter_at(best_step),
             error=trial.user_attrs.get(ERROR),
         )
 
 
-def check_study(space: Space, layout: Layout, resume: bool) -> None:
+def check_study(space: Space, layout: Layout, resume: bool, digests: Mapping[str, str]) -> None:
     """Refuse to begin a study that exists or to resume one that does not, before anything is written.
 
+    Args:
+        space: the study's.
+        layout: where studies are.
+        resume: whether it shall go on.
+        digests: data source -> digest of its content, now.
+
     Raises:
-        UserError: that, or the study began with another space.
+        UserError: that, or the study began with another space or with other data.
     """
     name, names = space.study.name, study_names(layout)
     begun = name in names and _has_begun(name, layout)
-    if resume and name not in names:
-        hint = f"; {nearest(name, names)}" if names else ""
+    if resume and not begun:
+        hint = f"; {nearest(name, names)}" if names and name not in names else ""
         raise UserError(f"study '{name}': nothing to resume in {layout.storage_path}{hint}")
     if resume:
-        _check_same_space(space, optuna.load_study(study_name=name, storage=open_storage(layout)))
+        study = optuna.load_study(study_name=name, storage=open_storage(layout))
+        _check_same(name, "space", study.user_attrs[SPACE], _described(space))
+        _check_same(name, "data", {"content": study.user_attrs[DIGESTS]}, {"content": dict(digests)})
     elif begun:
         raise UserError(
-            f"study '{name}' exists in {layout.storage_path}: go on with --resume, or begin another with "
-            "--set study.name=NAME"
+            f"study '{name}' exists in {layout.storage_path}: go on with --resume, or give this one another name"
         )
+    elif any(layout.trials(name).glob("*")):
+        raise UserError(f"{layout.trials(name)}: holds trials that the study database does not know; move it away")
 
 
-def open_study(space: Space, layout: Layout) -> SearchStudy:
+def open_study(space: Space, layout: Layout, digests: Mapping[str, str]) -> SearchStudy:
     """The study of `space`, created if `check_study` found none. One that was made but never begun is made anew."""
     name = space.study.name
     if name in study_names(layout) and not _has_begun(name, layout):
         optuna.delete_study(study_name=name, storage=open_storage(layout))
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    config = space.trial_config({key: distribution.ends()[0] for key, distribution in space.distributions.items()})
+    greater_is_better = space.first_config().greater_is_better
     study = optuna.create_study(
         study_name=name,
         storage=open_storage(layout),
-        direction=StudyDirection.MAXIMIZE if config.greater_is_better else StudyDirection.MINIMIZE,
+        direction=StudyDirection.MAXIMIZE if greater_is_better else StudyDirection.MINIMIZE,
         pruner=NopPruner(),
         load_if_exists=True,
     )
     if ID not in study.user_attrs:
         study.set_user_attr(ID, uuid.uuid4().hex)
+        study.set_user_attr(DIGESTS, dict(digests))
     study.set_user_attr(SPACE, _described(space))
     for point in space.points_to_evaluate:
         study.enqueue_trial(point, skip_if_exists=True)
-    return SearchStudy(study, space, layout)
+    opened = SearchStudy(study, space, layout)
+    opened.adopt()
+    return opened
 
 
 def load_study(layout: Layout, name: str) -> SearchStudy:
-    """The study `name` as its database knows it. UserError if there is none."""
+    """The study `name` as its database knows it. UserError if there is none that has begun."""
     names = study_names(layout)
     if name not in names:
         raise UserError(f"study '{name}': not in {layout.storage_path}{f'; {nearest(name, names)}' if names else ''}")
     study = optuna.load_study(study_name=name, storage=open_storage(layout))
+    if SPACE not in study.user_attrs:
+        raise UserError(f"study '{name}': was never begun")
     return SearchStudy(study, _space(study), layout)
+
+
+def num_trials_before(layout: Layout, name: str) -> int:
+    """How many trials study `name` was asked for when it last ran; 0 if there is no such study."""
+    if name not in study_names(layout):
+        return 0
+    study = optuna.load_study(study_name=name, storage=open_storage(layout))
+    return int(study.user_attrs.get(SPACE, {}).get("study", {}).get("num_trials", 0))
 
 
 def delete_study(space: Space, layout: Layout) -> None:
@@ -268,64 +269,10 @@ def delete_study(space: Space, layout: Layout) -> None:
     shutil.rmtree(layout.study(space.study.name), ignore_errors=True)
 
 
-def study_names(layout: Layout) -> list[str]:
-    """The studies in a storage path."""
-    if not layout.database_file.exists():
-        return []
-    return optuna.get_all_study_names(open_storage(layout))
-
-
-@contextmanager
-def locked_study(layout: Layout, name: str) -> Iterator[None]:
-    """Be the one process that runs study `name`. UserError if another one does, or the folder cannot be written."""
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(locked(layout.study(name) / "search.lock", wait_s=0))
-        except TimeoutError:
-            raise UserError(f"study '{name}' is being searched by another process") from None
-        except OSError as error:
-            raise UserError(f"--storage-path {layout.storage_path}: cannot be written ({error.strerror})") from None
-        yield
-
-
-def open_storage(layout: Layout) -> optuna.storages.RDBStorage:
-    """The storage of all studies under a storage path, made if missing."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    layout.storage_path.mkdir(parents=True, exist_ok=True)
-    # Two processes may report at one time: wait for the other's write instead of failing.
-    return optuna.storages.RDBStorage(
-        f"sqlite:///{layout.database_file}", engine_kwargs={"connect_args": {"timeout": 60}}
-    )
-
-
 def _has_begun(name: str, layout: Layout) -> bool:
     study = optuna.load_study(study_name=name, storage=open_storage(layout))
-    return any(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
-
-
-def _sample(trial: Trial, space: Space) -> None:
-    sampled: dict[str, Value] = {}
-    for key, distribution in space.distributions.items():
-        if not space.asked(key, sampled):
-            continue
-        if isinstance(distribution, Choice):
-            sampled[key] = trial.suggest_categorical(key, distribution.choice)
-        elif is_integer(key):
-            step = int(distribution.step or 1)
-            low, high = int(distribution.low), int(distribution.high)
-            sampled[key] = trial.suggest_int(key, low, high, step=step, log=distribution.log)
-        else:
-            sampled[key] = trial.suggest_float(
-                key, distribution.low, distribution.high, step=distribution.step, log=distribution.log
-            )
-
-
-def _sampler(space: Space, num_asked: int) -> BaseSampler:
-    """A sampler for one proposal. Its seed counts the proposals, so that a resume does not repeat the first ones."""
-    seed = int(np.random.SeedSequence([space.study.seed, num_asked]).generate_state(1)[0])
-    if space.study.sampler == "random":
-        return RandomSampler(seed=seed)
-    return TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True)
+    begun = any(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
+    return begun and SPACE in study.user_attrs
 
 
 def _described(space: Space) -> dict[str, Any]:
@@ -354,13 +301,12 @@ def _space(study: optuna.Study) -> Space:
     )
 
 
-def _check_same_space(space: Space, study: optuna.Study) -> None:
-    before, now = study.user_attrs.get(SPACE, {}), _described(space)
-    for section in ("study", "fixed", "distributions"):
+def _check_same(name: str, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for section in now.keys() - {"resources"}:
         was, given = before.get(section, {}), now[section]
         for key in {**was, **given}:
             if key not in FREE_TO_CHANGE and was.get(key) != given.get(key):
                 raise UserError(
-                    f"study '{study.study_name}' began with another space: {key} was {was.get(key)!r}, "
-                    f"is {given.get(key)!r}; of a study only {' and '.join(sorted(FREE_TO_CHANGE))} may change"
+                    f"study '{name}' began with other {what}: {key} was {was.get(key)!r}, is {given.get(key)!r}; "
+                    f"of a study only {' and '.join(sorted(FREE_TO_CHANGE))} may change"
                 )

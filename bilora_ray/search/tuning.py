@@ -7,13 +7,15 @@ snapshots of the two are empty, and `Tuner.restore` is never used.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from bilora_ray.scale.trial import BAD_INPUT, EVALUATION, FAILURE
+from bilora_ray.errors import MachineError, UserError
+from bilora_ray.scale.trial import BAD_INPUT, BROKEN, EVALUATION, FAILURE
 from bilora_ray.search.session import Observers
 from bilora_ray.search.study import SearchStudy
 from bilora_ray.tracking.records import Status
@@ -69,23 +71,27 @@ class StudyScheduler(FIFOScheduler):
         observers: are told of each evaluation and of each trial's end.
 
     Attributes:
-        bad_input: the line of a user's error that a trial met; no trial can go well then, so all are stopped.
+        halted: why no trial can go on, if that is so.
     """
 
     def __init__(self, study: SearchStudy, observers: Observers) -> None:
         super().__init__()
         self.study = study
         self.observers = observers
-        self.bad_input: str | None = None
+        self.halted: UserError | None = None
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: Mapping[str, Any]) -> str:
         """Stop or go on."""
         number = trial.config[NUMBER]
+        if BROKEN in result:
+            line = f"trial {number}: {result[BROKEN]}; mend that and go on with --resume"
+            return self._halt(tune_controller, MachineError(line))
         if BAD_INPUT in result:
-            self.bad_input = result[BAD_INPUT]
             self._fail(number, result[BAD_INPUT])
-            tune_controller.request_stop_experiment()
-            return TrialScheduler.STOP
+            # Another trial's evaluation shows that what all share is right: then it is this one's own settings.
+            if any(record.history for record in self.study.records()):
+                return TrialScheduler.STOP
+            return self._halt(tune_controller, UserError(result[BAD_INPUT]))
         if FAILURE in result:
             self._fail(number, result[FAILURE])
             return TrialScheduler.STOP
@@ -103,9 +109,12 @@ class StudyScheduler(FIFOScheduler):
         """The trial's process died, or its code raised, and not for a first time that is forgiven."""
         if trial.should_recover():
             return
-        error = trial.get_error()
-        lines = str(error).strip().splitlines() if error else []
-        self._fail(trial.config[NUMBER], lines[-1] if lines else "its process died")
+        self._fail(trial.config[NUMBER], _cause(trial))
+
+    def _halt(self, tune_controller: Any, error: UserError) -> str:
+        self.halted = error
+        tune_controller.request_stop_experiment()
+        return TrialScheduler.STOP
 
     def _fail(self, number: int, error: str) -> None:
         self.study.fail(number, error)
@@ -114,3 +123,10 @@ class StudyScheduler(FIFOScheduler):
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: the study database is the truth."""
         return {}
+
+
+def _cause(trial: Trial) -> str:
+    """The last line of what ended the trial's process. Tune keeps it in a file of its own."""
+    file = Path(trial.error_file or "")
+    lines = file.read_text(errors="replace").strip().splitlines() if file.is_file() else []
+    return lines[-1] if lines else "its process died"

@@ -74,11 +74,13 @@ def _losses(
     predicted: list[int] = []
     for rows in batches:
         batch = _on_device(collate([examples[row] for row in rows], config.task, tokenizer.pad_token_id), model)
+        # The model would compute its own mean loss from labels. Only an encoder-decoder needs them: for its input.
+        labels = batch["labels"] if config.task == "seq2seq-lm" else batch.pop("labels")
         logits = model(**batch).logits
         if config.task == "causal-lm":  # position i predicts token i + 1
-            total.add(logits[:, :-1], batch["labels"][:, 1:])
+            total.add(logits[:, :-1], labels[:, 1:])
         else:
-            total.add(logits, batch["labels"])
+            total.add(logits, labels)
         if config.task == "sequence-classification":
             predicted += logits.argmax(-1).tolist()
     if config.task != "sequence-classification":
@@ -105,7 +107,10 @@ def _generated(
             max_new_tokens=config.max_new_tokens,
             do_sample=False,
             num_beams=1,
+            # A model's own defaults for generation are for chatting, and need not know the end that was trained.
+            repetition_penalty=1.0,
             pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=_ends(model, tokenizer),
         )
         start = prompts["input_ids"].shape[1] if config.task == "causal-lm" else 0
         texts += tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
@@ -117,6 +122,12 @@ def _generated(
         given, wanted = ([label_index(text, names, pattern) for text in side] for side in (texts, references))
         metrics |= label_metrics(given, wanted, len(names))
     return metrics
+
+
+def _ends(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a text: the tokenizer's, which training appends, and the model's own."""
+    own = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
 
 
 def _on_device(batch: dict[str, Tensor], model: Model) -> dict[str, Tensor]:

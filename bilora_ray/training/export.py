@@ -13,6 +13,7 @@ from bilora_ray.errors import UserError
 
 RECIPE = "bilora_ray.json"
 CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 def write_recipe(adapter: Path, settings: TrialConfig, origin: Mapping[str, Any]) -> None:
@@ -31,6 +32,8 @@ def read_recipe(adapter: Path) -> dict[str, Any]:
     """What `write_recipe` kept. UserError if `adapter` is no adapter, or not one of ours."""
     if not (adapter / CONFIG).is_file():
         raise UserError(f"{adapter}: no adapter here ({CONFIG} is missing)")
+    if not (adapter / WEIGHTS).is_file():
+        raise UserError(f"{adapter}: {WEIGHTS} is missing; weights in another format are not read")
     if not (adapter / RECIPE).is_file():
         raise UserError(f"{adapter}: {RECIPE} is missing: this adapter was not trained here, so give its settings")
     try:

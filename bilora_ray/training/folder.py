@@ -7,19 +7,21 @@ adapters/step-00000090/       the best adapter so far, as PEFT writes it
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 STATE = "state.json"
 TENSORS = "tensors.safetensors"
+# A killed search's worker may write for some seconds more; its successor waits for that.
+ORPHAN_WAIT_S = 60.0
 COMPLETE = re.compile(r"step-(\d{8})")
 
 
@@ -49,8 +51,13 @@ class TrialFolder:
 
     def state(self) -> dict[str, Any]:
         """Counters and evaluations of the newest checkpoint; empty before the first one."""
-        newest = self.latest()
-        return {} if newest is None else json.loads((newest / STATE).read_text())
+        for _ in range(3):
+            newest = self.latest()
+            if newest is None:
+                return {}
+            with contextlib.suppress(FileNotFoundError):  # the trial has just put a newer one in its place
+                return json.loads((newest / STATE).read_text())
+        return {}
 
     def best_adapter(self) -> Path | None:
         """The best adapter that the newest checkpoint knows."""
@@ -74,7 +81,7 @@ class TrialFolder:
         return locked(self.path / "lock", wait_s)
 
 
-@contextmanager
+@contextlib.contextmanager
 def locked(path: Path, wait_s: float) -> Iterator[None]:
     """Hold the lock file `path` for the block; the system frees it however the process ends.
 

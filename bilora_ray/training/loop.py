@@ -84,6 +84,7 @@ class Run:
         )
         # Methods draw differently many numbers while they are built; dropout must not depend on that.
         torch.manual_seed(config.seed)
+        self.learning_rate = 0.0
         self.progress = Progress()
         self.window = Window()
 
@@ -93,10 +94,13 @@ class Run:
         return math.ceil(len(self.data.train) / self.step_rows)
 
     def resume(self) -> None:
-        """Go on from the newest checkpoint, if there is one."""
+        """Go on from the newest checkpoint, if there is one. UserError if it is of a trial with other settings."""
+        if self.folder.state().get("settings", self._settings()) != self._settings():
+            raise UserError(f"{self.folder.path}: holds a trial with other settings; move it away")
         state = load_checkpoint(self.folder, self.model, self.optimizer)
         if state is None:
             return
+        del state["settings"]
         self.schedule.load_state_dict(state.pop("schedule"))
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
@@ -107,6 +111,7 @@ class Run:
         """One optimizer step over `step_rows` rows. NonFiniteLoss if the loss is NaN or infinite."""
         started = time.perf_counter()
         self.model.train()
+        self.learning_rate = self.schedule.get_last_lr()[0]
         loss = self.optimizer.step(self._closure)
         assert loss is not None
         self.schedule.step()
@@ -133,11 +138,14 @@ class Run:
             progress.best_value, progress.best_step = metrics[metric], progress.step
             self._export(self.folder.adapter_at(progress.step))
         progress.history.append(metrics)
-        state = {**vars(progress), "schedule": self.schedule.state_dict()}
+        state = {**vars(progress), "schedule": self.schedule.state_dict(), "settings": self._settings()}
         save_checkpoint(self.folder.checkpoint_at(progress.step), self.model, self.optimizer, state)
         self.folder.keep_only(progress.step, progress.best_step or progress.step)
         self.window = Window()
         return metrics
+
+    def _settings(self) -> dict[str, Any]:
+        return self.config.model_dump(mode="json")
 
     def _build_method(self) -> MethodAdamW:
         config = self.config
@@ -163,20 +171,21 @@ class Run:
         examples = [self.data.train[row] for row in rows]
         size = self.config.per_device_train_batch_size
         batches = [self._batch(examples[start : start + size]) for start in range(0, len(examples), size)]
+        # Counted before they leave for the device: to ask a GPU for a number is to wait for it.
         counts = [target_count(batch, self.config.task) for batch in batches]
+        self.window.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
         total = torch.zeros((), device=models.device())
         for batch, count in zip(batches, counts, strict=True):
-            loss = self.model(**batch).loss * (count / sum(counts))
+            on_device = {key: tensor.to(models.device(), non_blocking=True) for key, tensor in batch.items()}
+            loss = self.model(**on_device).loss * (count / sum(counts))
             loss.backward()
             total += loss.detach()
-        if not torch.isfinite(total):
-            raise NonFiniteLoss(self.progress.step + 1, float(total))
-        self.window.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
+        if not math.isfinite(value := float(total)):
+            raise NonFiniteLoss(self.progress.step + 1, value)
         return total
 
     def _batch(self, examples: list[Any]) -> dict[str, torch.Tensor]:
-        batch = collate(examples, self.config.task, self.tokenizer.pad_token_id)
-        return {key: tensor.to(models.device()) for key, tensor in batch.items()}
+        return collate(examples, self.config.task, self.tokenizer.pad_token_id)
 
     def _metrics(self) -> dict[str, float]:
         window, step = self.window, self.progress.step
@@ -184,7 +193,7 @@ class Run:
             "step": step,
             "max_steps": self.max_steps,
             "epoch": step / self.steps_per_epoch,
-            "learning_rate": self.schedule.get_last_lr()[0],
+            "learning_rate": self.learning_rate,
             "train_loss": window.loss / max(1, window.steps),
             "tokens_per_second": window.tokens / max(1e-9, window.seconds),
             "rows_cut": sum(split.cut for split in self.data.truncation.values()),

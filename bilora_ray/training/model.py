@@ -21,7 +21,7 @@ from transformers import (
 
 from bilora_ray import builtin
 from bilora_ray.config import TrialConfig
-from bilora_ray.errors import UserError
+from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import BUILTIN
 
 AUTO_CLASS: dict[str, Any] = {
@@ -72,7 +72,9 @@ def load_base(
         names = dict(enumerate(label_names or ()))
         arguments |= {"num_labels": len(names), "id2label": names, "label2id": {n: i for i, n in names.items()}}
     with _naming_the_model(config):
-        model, loading = AUTO_CLASS[config.task].from_pretrained(source(config), output_loading_info=True, **arguments)
+        model, loading = AUTO_CLASS[config.task].from_pretrained(
+            source(config), output_loading_info=True, use_safetensors=True, **arguments
+        )
     text_config = model.config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions is not None and config.max_length > positions:
@@ -102,7 +104,7 @@ def add_primary(model: PreTrainedModel, config: TrialConfig, fresh: Sequence[str
     try:
         return get_peft_model(model, lora)
     except ValueError as error:
-        raise UserError(f"target_modules: {_first_line(error)}") from None
+        raise UserError(f"target_modules: {first_line(error)}") from None
 
 
 def enable_gradient_checkpointing(model: PeftModel) -> None:
@@ -140,7 +142,7 @@ def _naming_the_model(config: TrialConfig) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model_name_or_path: cannot load '{name}' ({_first_line(error)})") from error
+        raise UserError(f"model_name_or_path: cannot load '{name}' ({first_line(error)})") from error
 
 
 def _keep_fp32(module: nn.Module) -> None:
@@ -157,7 +159,3 @@ def _keep_fp32(module: nn.Module) -> None:
         module.float()
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -17,7 +17,7 @@ from typing import Any
 
 from bilora_ray import builtin
 from bilora_ray.config import TrialConfig
-from bilora_ray.errors import UserError
+from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import BUILTIN, DATA_SUFFIXES
 
 
@@ -113,9 +113,8 @@ def _is_file(name: str) -> bool:
 def _path(name: str, setting: str) -> Path:
     if name.startswith(BUILTIN):
         try:
-            # A built-in has no suffix in its name; the file's own name is taken for the same thing.
-            path = builtin.path(name.removeprefix(BUILTIN).removesuffix(".jsonl"))
-        except ValueError as error:
+            path = builtin.path(name.removeprefix(BUILTIN))
+        except UserError as error:
             raise UserError(f"{setting}: {error}") from None
     else:
         path = Path(name).expanduser()
@@ -222,7 +221,7 @@ def _parquet(data: bytes, name: str) -> Iterator[Record]:
     try:
         table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{name}: not a Parquet file ({_first_line(error)})") from None
+        raise UserError(f"{name}: not a Parquet file ({first_line(error)})") from None
     for number, row in enumerate(table.to_pylist(), start=1):
         yield Record(row, f"{name}, row {number}")
 
@@ -234,12 +233,8 @@ def _read_hub(name: str, config_name: str | None, split: str, setting: str) -> S
     try:
         dataset = datasets.load_dataset(name, config_name, split=split)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise UserError(f"{setting}: cannot load '{label}', split '{split}' ({_first_line(error)})") from error
+        raise UserError(f"{setting}: cannot load '{label}', split '{split}' ({first_line(error)})") from error
     records = [Record(row, f"{label}, {split} row {number}") for number, row in enumerate(dataset, start=1)]
     if not records:
         raise UserError(f"{setting}: no rows in '{label}', split '{split}'")
     return Source(records, dataset._fingerprint)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from bilora_ray.builtin import names, path
+from bilora_ray.builtin import NAMES, path
 from bilora_ray.builtin.make_quickstart import exact_match
 from bilora_ray.builtin.quickstart_data import SPLIT_SIZES, Row, plain_rows, pretraining_rows, write_splits
+from bilora_ray.errors import UserError
 
 MODEL_BYTES = 4_000_000
 LONGEST_ROW_TOKENS = 64
@@ -24,7 +25,7 @@ LONGEST_COMPLETION_TOKENS = 16
 
 def split_rows(name: str) -> list[Row]:
     """Return the rows of one split that ships."""
-    return [json.loads(line) for line in path(f"quickstart/{name}").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path(f"quickstart/{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,7 +52,7 @@ def model() -> PreTrainedModel:
 
 def test_data_files_are_what_the_generator_writes(tmp_path: Path) -> None:
     for written in write_splits(tmp_path):
-        assert written.read_bytes() == path(f"quickstart/{written.stem}").read_bytes()
+        assert written.read_bytes() == path(f"quickstart/{written.name}").read_bytes()
 
 
 def test_splits_have_their_sizes_and_share_no_prompt_and_no_sum() -> None:
@@ -112,12 +113,13 @@ def test_model_stops_after_its_answer(model: PreTrainedModel, tokenizer: PreTrai
 
 
 def test_paths_are_absolute_and_exist() -> None:
-    assert all(path(name).is_absolute() and path(name).exists() for name in names())
+    assert all(path(name).is_absolute() and path(name).exists() for name in NAMES)
 
 
 def test_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'nothing'.*quickstart/train"):
-        path("nothing")
+    with pytest.raises(UserError) as error:
+        path("quickstart/trian.jsonl")
+    assert str(error.value) == "no built-in 'quickstart/trian.jsonl'; did you mean 'quickstart/train.jsonl'?"
 
 
 def test_package_and_data_do_not_import_torch() -> None:

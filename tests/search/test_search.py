@@ -13,12 +13,13 @@ import psutil
 import pytest
 from tiny_trials import Tiny
 
-from bilora_ray.errors import UserError
+from bilora_ray.errors import MachineError, UserError
 from bilora_ray.search.run import cluster, run_trials
 from bilora_ray.search.session import Observers
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
-from bilora_ray.search.study import Layout, SearchStudy, open_study
+from bilora_ray.search.storage import Layout
+from bilora_ray.search.study import SearchStudy, open_study
 from bilora_ray.tracking.records import Status, TrialRecord
 
 
@@ -62,7 +63,7 @@ def space(tiny: Tiny, study: dict[str, Any] | None = None, **trial: Any) -> Spac
 
 
 def run(space: Space, folder: Path, *observers: Any, concurrent: int = 1) -> SearchStudy:
-    study = open_study(space, Layout(folder / "runs"))
+    study = open_study(space, Layout(folder / "runs"), {})
     run_trials(study, Observers(observers), concurrent)
     return study
 
@@ -115,6 +116,20 @@ def test_bad_input_that_only_a_trial_can_see_ends_the_search_with_its_line(tiny:
     assert spy.told == [("started", 0), ("ended", 0)]
 
 
+def test_a_machine_that_fails_ends_the_search_and_leaves_the_trial_to_a_resume(tiny: Tiny, tmp_path: Path) -> None:
+    study = open_study(space(tiny, {"num_trials": 2}), Layout(tmp_path / "runs"), {})
+    study.folder(0).path.mkdir(parents=True)
+    (study.folder(0).path / "adapters").write_text("in the way")
+    with pytest.raises(MachineError) as error:
+        run_trials(study, Observers([]), 1)
+    assert str(error.value).startswith("trial 0: ")
+    assert str(error.value).endswith("; mend that and go on with --resume")
+    assert study.record(0).status is Status.RUNNING
+    (study.folder(0).path / "adapters").unlink()
+    again = run(space(tiny, {"num_trials": 2}), tmp_path)
+    assert [record.status for record in again.records()] == [Status.COMPLETE] * 2
+
+
 def test_an_observer_that_raises_is_told_no_more_and_the_search_goes_on(tiny: Tiny, tmp_path: Path) -> None:
     broken, spy = Broken(), Spy()
     study = run(space(tiny, {"num_trials": 2}), tmp_path, broken, spy)
@@ -161,7 +176,7 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(tiny: Tiny,
 
 
 def test_a_trial_waits_for_the_orphan_that_still_holds_its_folder(tiny: Tiny, tmp_path: Path) -> None:
-    study = open_study(space(tiny, {"num_trials": 1}), Layout(tmp_path / "runs"))
+    study = open_study(space(tiny, {"num_trials": 1}), Layout(tmp_path / "runs"), {})
     seen: list[float] = []
 
     class Watch(Spy):

@@ -359,9 +359,8 @@ def test_a_point_is_one_value_a_setting(refused: Refuse) -> None:
 
 
 def test_a_path_in_a_point_is_the_one_in_the_choice(load: Load, file: Path) -> None:
-    space = load(
-        {"train_data": {"choice": ["a.jsonl", "b.jsonl"]}}, {"points_to_evaluate": [{"train_data": "b.jsonl"}]}
-    )
+    choice = {"train_data": {"choice": ["a.jsonl", "b.jsonl"]}, "validation_data": "a.jsonl"}
+    space = load(choice, {"points_to_evaluate": [{"train_data": "b.jsonl"}]})
     assert space.points_to_evaluate == ({"train_data": str(file.parent / "b.jsonl")},)
 
 
@@ -607,3 +606,15 @@ def test_a_study_name_is_letters_digits_and_some_signs(load: Load, name: str) ->
 def test_what_trials_are_judged_by_is_not_searched(refused: Refuse, setting: str, distribution: dict[str, Any]) -> None:
     line = f": trial.{setting}: must have one value: trials that differ in it cannot be compared"
     assert refused({setting: distribution}) == line
+
+
+@pytest.mark.parametrize(
+    ("setting", "distribution"),
+    [("seed", {"choice": [0, 1]}), ("train_data", {"choice": ["a.jsonl", "b.jsonl"]})],
+)
+def test_what_decides_the_held_out_rows_is_searched_only_beside_named_validation_data(
+    load: Load, refused: Refuse, setting: str, distribution: dict[str, Any]
+) -> None:
+    line = f": trial.{setting}: needs validation_data, or trials would hold out other rows"
+    assert refused({setting: distribution}) == line
+    assert setting in load({setting: distribution, "validation_data": "a.jsonl"}).distributions

@@ -12,19 +12,13 @@ import pytest
 from bilora_ray.errors import UserError
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
-from bilora_ray.search.study import (
-    Layout,
-    SearchStudy,
-    check_study,
-    delete_study,
-    load_study,
-    locked_study,
-    open_study,
-    study_names,
-)
+from bilora_ray.search.storage import Layout, locked_study, open_storage, study_names
+from bilora_ray.search.study import SearchStudy, check_study, delete_study, load_study
+from bilora_ray.search.study import open_study as open_study_on
 from bilora_ray.tracking.records import Status
 
 STUDY = {"name": "s", "num_trials": 4, "scheduler": "none"}
+DIGESTS = {"org/data": "0123"}
 TRIAL = {
     "model_name_or_path": "org/model",
     "task": "causal-lm",
@@ -42,6 +36,10 @@ def space(study: dict[str, Any] | None = None, trial: dict[str, Any] | None = No
 @pytest.fixture
 def layout(tmp_path: Path) -> Layout:
     return Layout(tmp_path / "runs")
+
+
+def open_study(space: Space, layout: Layout) -> SearchStudy:
+    return open_study_on(space, layout, DIGESTS)
 
 
 def run(study: SearchStudy, number: int, losses: list[float]) -> Status:
@@ -108,8 +106,11 @@ def test_a_trial_that_died_between_being_asked_for_and_sampled_is_completed(layo
     study = open_study(space(), layout)
     study.study.ask()
     again = open_study(space(), layout)
-    assert again.next_trial() == 0
     assert set(again.record(0).sampled) == {"rho", "rank"}
+    assert again.next_trial() == 0
+    undisturbed = open_study(space(), Layout(layout.storage_path / "other"))
+    undisturbed.next_trial()
+    assert again.record(0).sampled == undisturbed.record(0).sampled
 
 
 def test_proposals_do_not_depend_on_interruptions(tmp_path: Path) -> None:
@@ -176,6 +177,35 @@ def test_early_stops_after_a_resume_are_those_of_the_whole_search(tmp_path: Path
     assert {status for status, _ in whole} == {Status.COMPLETE, Status.PRUNED}
 
 
+@pytest.mark.parametrize("after", ["report", "rung"])
+def test_a_verdict_that_a_kill_took_away_is_reached_again(layout: Layout, after: str) -> None:
+    halving = space({"scheduler": "asha", "grace_period": 2, "num_trials": 5})
+    study = open_study(halving, layout)
+    study.next_trial()
+    run(study, 0, [1.0] * 9)
+    study.next_trial()
+    study.report(1, {"step": 1, "max_steps": 9, "eval_loss": 2.0})
+    study._live[1].report(2.0, 2)
+    if after == "rung":
+        assert study._live[1].should_prune()  # and the process dies before the trial is told
+    again = open_study(halving, layout)
+    again.next_trial()
+    assert again.report(1, {"step": 1, "max_steps": 9, "eval_loss": 2.0}) is Status.RUNNING
+    assert again.report(1, {"step": 2, "max_steps": 9, "eval_loss": 2.0}) is Status.PRUNED
+
+
+def test_a_trial_that_passed_a_rung_passes_it_again_after_a_resume(layout: Layout) -> None:
+    halving = space({"scheduler": "asha", "grace_period": 2, "num_trials": 5})
+    study = open_study(halving, layout)
+    study.next_trial()
+    study.report(0, {"step": 2, "max_steps": 9, "eval_loss": 2.0})
+    study.next_trial()
+    run(study, 1, [1.0] * 9)
+    again = open_study(halving, layout)
+    again.next_trial()
+    assert again.report(0, {"step": 2, "max_steps": 9, "eval_loss": 2.0}) is Status.RUNNING
+
+
 def test_the_first_rung_is_a_ninth_of_a_trial_unless_said(layout: Layout) -> None:
     study = open_study(space({"scheduler": "asha"}), layout)
     study.next_trial()
@@ -206,6 +236,13 @@ def test_points_to_evaluate_come_first_and_only_once(layout: Layout) -> None:
     assert len(sampled) == 4
 
 
+def test_points_that_leave_a_setting_open_get_different_values_for_it(layout: Layout) -> None:
+    study = open_study(space({"points_to_evaluate": "[{rank: 4}, {rank: 8}, {rank: 16}]", "num_trials": 6}), layout)
+    while study.next_trial() is not None:
+        pass
+    assert len({record.sampled["rho"] for record in study.records()}) == 6
+
+
 def test_a_failed_trial_keeps_its_reason_and_counts(layout: Layout) -> None:
     study = open_study(space({"num_trials": 1}), layout)
     study.next_trial()
@@ -234,13 +271,13 @@ def test_a_study_is_shown_without_its_space_file(layout: Layout) -> None:
             False,
             {},
             {},
-            "study 's' exists in {storage}: go on with --resume, or begin another with --set study.name=NAME",
+            "study 's' exists in {storage}: go on with --resume, or give this one another name",
         ),
         (
             True,
             {},
             {"seed": 1},
-            "study 's' began with another space: seed was 0, is 1; "
+            "study 's' began with other space: seed was 0, is 1; "
             "of a study only max_concurrent and num_trials may change",
         ),
     ],
@@ -252,7 +289,7 @@ def test_a_wrong_start_is_refused_before_anything_is_written(
         open_study(space(begun), layout).next_trial()
     before = sorted(layout.storage_path.rglob("*")) if begun is not None else None
     with pytest.raises(UserError) as error:
-        check_study(space(now), layout, resume)
+        check_study(space(now), layout, resume, DIGESTS)
     assert str(error.value) == line.format(storage=layout.storage_path)
     assert before is None or sorted(layout.storage_path.rglob("*")) == before
     assert begun is not None or not layout.storage_path.exists()
@@ -260,11 +297,38 @@ def test_a_wrong_start_is_refused_before_anything_is_written(
 
 def test_a_study_that_never_handed_out_a_trial_is_made_anew(layout: Layout) -> None:
     open_study(space({"points_to_evaluate": "[{rho: 0.1}]"}), layout)
-    check_study(space(), layout, resume=False)
+    check_study(space(), layout, False, DIGESTS)
     study = open_study(space(trial={"metric": "eval_token_accuracy"}), layout)
     assert study.greater_is_better
     study.next_trial()
     assert study.record(0).sampled["rho"] != 0.1
+
+
+def test_other_data_is_refused_on_resume(layout: Layout) -> None:
+    open_study(space(), layout).next_trial()
+    with pytest.raises(UserError) as error:
+        check_study(space(), layout, True, {"org/data": "4567"})
+    assert str(error.value) == (
+        "study 's' began with other data: org/data was '0123', is '4567'; "
+        "of a study only max_concurrent and num_trials may change"
+    )
+
+
+def test_trials_that_the_database_does_not_know_are_not_written_over(layout: Layout) -> None:
+    layout.trial("s", 0).checkpoints.mkdir(parents=True)
+    with pytest.raises(UserError) as error:
+        check_study(space(), layout, False, DIGESTS)
+    trials = layout.storage_path / "studies" / "s" / "trials"
+    assert str(error.value) == f"{trials}: holds trials that the study database does not know; move it away"
+
+
+def test_a_file_that_is_no_database_is_named(layout: Layout) -> None:
+    layout.storage_path.mkdir()
+    layout.database_file.write_text("this is no database, whatever its name says")
+    with pytest.raises(UserError) as error:
+        open_storage(layout)
+    file = layout.storage_path / "studies.db"
+    assert str(error.value) == f"{file}: is not a database of studies that this version can read"
 
 
 def test_more_trials_may_be_asked_for_on_resume(layout: Layout) -> None:
@@ -272,7 +336,7 @@ def test_more_trials_may_be_asked_for_on_resume(layout: Layout) -> None:
     while (number := study.next_trial()) is not None:
         run(study, number, [1.0])
     more = space({"num_trials": 5})
-    check_study(more, layout, resume=True)
+    check_study(more, layout, True, DIGESTS)
     assert open_study(more, layout).next_trial() == 4
 
 
