@@ -2,7 +2,27 @@
 
 Run ``python -m bilora_ray.builtin.make_quickstart [--out DIR] [--data-only]``.
 
-MEASURED
+The model has 0.92 million weights and 3.7 MB, and takes about 9.5 minutes on one thread of a 2-core machine.
+One seed makes the same bytes every time on one machine; the data has the same bytes on any.
+
+Measured with what ships, greedy generation, and a right answer being the right number after ``####``:
+the model answers 98.0 % of 400 plain stories that are drawn apart from its corpus, and 26.3 % of the 400
+test rows.
+
+Plain PEFT LoRA on all linear layers then answers so many of the test rows. Where nothing else is said, it
+has rank 8, alpha 16, AdamW without weight decay, learning rate 6e-3 with 5 % warm-up and cosine decay to
+zero, gradients clipped at 1, 8 epochs in batches of 16, and seed 0; the last state is measured, not the best.
+
+- learning rate 3e-4: 33.3 %; 1e-3: 61.5 %; 3e-3: 71.3 %; 1e-2: 71.0 %; 2e-2: 34.5 %; 5e-2: 0.0 %
+- learning rate 6e-3: 71.3 %, and 70.5 % with seed 1
+- 3 epochs: 64.7 %; 16 epochs: 77.2 %; 40 epochs: 81.5 %
+- batches of 4: 77.7 %; of 8: 75.7 %, and 72.8 % and 74.3 % with seeds 1 and 2; of 32: 69.3 %
+- batches of 8 for 16 epochs: 80.5 %
+- rank 2, 4, 16 and 32 with alpha twice the rank: 68.5 %, 72.8 %, 71.5 % and 60.5 %
+
+Such a run, with six evaluations that generate for the validation rows, takes about 15 s on one thread, and
+about 20 s in batches of 8. By 16 epochs the training loss is 0.001 nats a token, while the validation loss is
+about 0.13 and 3 to 4 % above its lowest.
 """
 
 from __future__ import annotations
@@ -197,7 +217,7 @@ def make(out: Path, data_only: bool = False) -> None:
     pretrain(model, tokenizer, corpus)
     tokenizer.save_pretrained(out / "model")
     model.save_pretrained(out / "model")
-    # The weights are written readable to their owner alone, which a package installed for others must not keep.
+    # The weights are written readable to their owner alone, but whoever uses the package has to read them.
     (out / "model" / "model.safetensors").chmod(0o644)
     print(f"exact match, plain wording: {exact_match(model, tokenizer, plain_rows(400)):.3f}")
     print(f"exact match, task test split: {exact_match(model, tokenizer, task_splits()['test']):.3f}")
