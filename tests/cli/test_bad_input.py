@@ -151,6 +151,24 @@ CASES = {
         "model_name_or_path: no built-in 'quickstart/modle'; did you mean 'quickstart/model'?",
         trial={"model_name_or_path": "builtin:quickstart/modle"},
     ),
+    "unknown Hub model": Case(
+        TUNE,
+        "model_name_or_path: no folder 'no/such-model' here, and the Hub, where it may be, cannot be reached",
+        trial={"model_name_or_path": "no/such-model"},
+    ),
+    "folder that cannot be written": Case(
+        f"{TUNE} --storage-path /proc/none",
+        "--storage-path /proc/none: cannot be written (No such file or directory)",
+    ),
+    "Ray address where nothing listens": Case(
+        f"{TUNE} --ray-address 127.0.0.1:9",
+        "--ray-address 127.0.0.1:9: no Ray cluster answers (Connection refused)",
+    ),
+    "settings that make trials incomparable": Case(
+        TUNE,
+        "space.yaml: trial.max_length: must have one value: trials that differ in it cannot be compared",
+        trial={"max_length": {"choice": [64, 128]}},
+    ),
     "--set without a value": Case(f"{TUNE} --set rho", "--set rho: must be key=value"),
     "--set of an unknown key": Case(
         f"{TUNE} --set rank_=4", "space.yaml: trial: unknown key 'rank_'; did you mean 'rank'?"
@@ -215,3 +233,25 @@ def test_bad_input_is_one_line_and_exit_code_2(name: str, tmp_path: Path, monkey
     assert result.stdout == ""
     assert result.exit_code == 2
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("uri", "line"),
+    [
+        ("http://127.0.0.1:9", "--mlflow-uri http://127.0.0.1:9: MLflow does not answer (connection refused)"),
+        (
+            "./mlruns",
+            "--mlflow-uri ./mlruns: MLflow keeps no runs in plain folders any more; "
+            "name a file, as in sqlite:///{here}/mlruns/mlflow.db",
+        ),
+    ],
+)
+def test_an_mlflow_that_cannot_be_used_is_one_line_and_begins_no_study(
+    uri: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _prepare(Case("", ""), tmp_path)
+    result = _run(f"train --space space.yaml --set rho=0.05 --mlflow-uri {uri}")
+    assert result.stderr == f"Error: {line.format(here=os.path.realpath(tmp_path))}\n"
+    assert (result.stdout, result.exit_code) == ("", 2)
+    assert _run("show").stdout == "no studies in runs\n"
