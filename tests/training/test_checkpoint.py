@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny_trials import METHODS, TASKS, Tiny, fit_in_process, reproducible, run_fit
 
 from bilora_ray.config import Task, TrialConfig
+from bilora_ray.errors import UserError
 from bilora_ray.training import checkpoint, loop
 from bilora_ray.training.checkpoint import atomic_folder, trainable
 from bilora_ray.training.folder import STATE, TENSORS, TrialFolder
@@ -205,22 +206,21 @@ def test_older_checkpoints_are_removed(tiny: Tiny, tmp_path: Path) -> None:
     assert kept == [["step-00000002"], ["step-00000004"], ["step-00000006"]]
 
 
-@pytest.mark.parametrize(("first", "second"), [("lora", "bilora"), ("bilora", "lora")])
-def test_a_checkpoint_of_another_method_is_refused(first: str, second: str, tiny: Tiny, tmp_path: Path) -> None:
-    interrupted(tiny.config("causal-lm", method=first), tmp_path, 1)
-    newest = TrialFolder(tmp_path).latest()
-    with pytest.raises(ValueError, match="holds other parameters than this trial trains") as caught:
-        run_fit(tiny.config("causal-lm", method=second), tmp_path)
-    assert str(caught.value) == f"{newest} holds other parameters than this trial trains"
-
-
-@pytest.mark.parametrize(("first", "second"), [(1, 4), (4, 1)])
-def test_a_checkpoint_of_another_rank_is_refused(first: int, second: int, tiny: Tiny, tmp_path: Path) -> None:
-    interrupted(tiny.config("causal-lm", rank=first), tmp_path, 1)
-    newest = TrialFolder(tmp_path).latest()
-    with pytest.raises(ValueError, match="holds other parameters than this trial trains") as caught:
-        run_fit(tiny.config("causal-lm", rank=second), tmp_path)
-    assert str(caught.value) == f"{newest} holds other parameters than this trial trains"
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"method": "lora"}, {"method": "bilora"}),
+        ({"rank": 1}, {"rank": 4}),
+        ({"learning_rate": 0.01}, {"learning_rate": 0.001}),
+    ],
+)
+def test_a_folder_of_a_trial_with_other_settings_is_refused(
+    first: dict[str, Any], second: dict[str, Any], tiny: Tiny, tmp_path: Path
+) -> None:
+    interrupted(tiny.config("causal-lm", **first), tmp_path, 1)
+    with pytest.raises(UserError) as error:
+        run_fit(tiny.config("causal-lm", **second), tmp_path)
+    assert str(error.value) == f"{tmp_path}: holds a trial with other settings; move it away"
 
 
 @pytest.mark.parametrize("call", ["save_file", "_sync"])
