@@ -20,7 +20,7 @@ COMMAND = Path(sys.executable).with_name("bilora-ray")
 
 
 def _wait_for_a_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
-    while not list(folder.glob("runs/studies/*/trials/*/checkpoints/step-*")):
+    while not list(folder.glob("runs/studies/*/trials/0000/checkpoints/step-*")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.2)
 
@@ -32,7 +32,7 @@ def _wait_for_a_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None
 def test_a_signal_ends_it_cleanly_and_the_printed_command_goes_on(
     tiny: Tiny, tmp_path: Path, verb: str, number: signal.Signals
 ) -> None:
-    settings = tiny.config("causal-lm", max_steps=150, eval_steps=10).model_dump(exclude_unset=True)
+    settings = tiny.config("causal-lm", max_steps=200, eval_steps=10).model_dump(exclude_unset=True)
     settings["rho"] = "{low: 0.01, high: 0.2}" if verb == "tune" else 0.05
     arguments = [f"--set={key}={value}" for key, value in settings.items()]
     (tmp_path / "space.yaml").write_text("study: {name: s, num_trials: 2, scheduler: none}\ntrial: {}\n")
