@@ -83,7 +83,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)
         unfinished.rename(path)
         _sync(path.parent)
-    except BaseException:
+    except BaseException:  # Ctrl-C and a stopped trial too: nothing half-written stays, and all is raised again
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
 
