@@ -96,7 +96,9 @@ def test_search_killed_five_times_finishes_each_trial_exactly_once(tmp_path: Pat
     assert {record.status for record in records} <= {Status.COMPLETE, Status.PRUNED}
     assert in_flight, "no kill met a trial with a checkpoint: the moments are chosen badly"
     for number, step in in_flight.items():
-        assert max(study.folder(number).state()["resumed_at"], default=0) >= step
+        # The verdict on a known evaluation may have died with the search: then the resumed trial stops where it was.
+        state = study.folder(number).state()
+        assert max(state["resumed_at"], default=0) >= step or state["step"] == step
     for number, trial in ended.items():
         assert study.study.trials[number] == trial
     for record in records:
