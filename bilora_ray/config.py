@@ -70,6 +70,12 @@ class TrialConfig(Settings):
     trust_remote_code: bool = Field(False, description="run model code that comes from the Hub")
     task: Task = Field(description="what is learned")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="base weights and activations; adapters stay fp32")
+    quantization: Literal["nf4", "int8"] | None = Field(
+        None, description="of the frozen base weights (QLoRA); needs bitsandbytes"
+    )
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
+        None, description="attention kernel; transformers chooses when absent"
+    )
 
     # Data
     train_data: str = Field(min_length=1, description="local file, Hub dataset, or builtin:NAME")

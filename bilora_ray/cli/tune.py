@@ -115,9 +115,9 @@ def _print_plan(space: Space) -> None:
     click.echo(f"Study '{study.name}' would run {study.num_trials} trials ({study.sampler}, {study.scheduler}) over")
     for key, distribution in space.distributions.items():
         click.echo(f"  {key:<28} {in_words(distribution)}")
-    click.echo(
-        f"each on {resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs. Nothing was started."
-    )
+    workers = f"{resources.workers} workers, each with " if resources.workers > 1 else ""
+    room = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
+    click.echo(f"each on {workers}{room}. Nothing was started.")
 
 
 def _search(

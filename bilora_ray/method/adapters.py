@@ -8,7 +8,7 @@ W0 + s1 B1 A1.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from typing import cast
 
@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora import layer as lora_layers
 from peft.tuners.lora.tp_layer import LoraParallelLinear
 from peft.utils.other import TrainableTokensWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from bilora_ray.method.layers import AUXILIARY, PRIMARY, PerturbedLayer, perturbed
 from bilora_ray.method.radius import Factors
@@ -95,12 +95,13 @@ def primary_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad and name not in auxiliary}
 
 
-def export_primary(model: PeftModel, folder: str | PathLike[str]) -> None:
+def export_primary(model: PeftModel, folder: str | PathLike[str], weights: Mapping[str, Tensor] | None = None) -> None:
     """Write the primary as the ordinary PEFT adapter that plain LoRA would write; training may go on undisturbed.
 
     Args:
         model: with or without an auxiliary.
         folder: gets adapter_config.json and adapter_model.safetensors.
+        weights: name -> tensor of all that is trained, where the model's own parameters are only parts of them (FSDP).
 
     Raises:
         ValueError: an adapter is merged into the base weights.
@@ -108,7 +109,8 @@ def export_primary(model: PeftModel, folder: str | PathLike[str]) -> None:
     merged = [name for name, layer in _adapted(model) if layer.merged]
     if merged:
         raise ValueError(f"unmerge the adapter before exporting it; it is merged into {_listed(merged)}")
-    model.save_pretrained(str(folder), selected_adapters=[PRIMARY])
+    # PEFT's signature takes what it hands on, `state_dict` among it.
+    model.save_pretrained(str(folder), selected_adapters=[PRIMARY], state_dict=weights)
 
 
 def _adapted(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:

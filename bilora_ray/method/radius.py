@@ -2,7 +2,8 @@
 
 Pure functions of low-rank factors; nothing here knows PEFT. Everything is read from r x r Gram matrices, so the
 m x n product B A is never formed: the cost is O((m + n) r^2) a layer, and a handful of kernels a step, since layers
-of one shape are computed in one batch.
+of one shape are computed in one batch. Factors may be sharded (FSDP's DTensors): where the shards cut the long sides,
+n of A and m of B, each process adds its part to the Gram matrices and one small reduction gives all of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup, all_reduce
+from torch.distributed.tensor import DTensor
 
 
 class Factors(NamedTuple):
@@ -46,9 +49,15 @@ def perturbation_norm(factors: Sequence[Factors]) -> Tensor:
     alike: dict[tuple[object, ...], list[Factors]] = defaultdict(list)
     for layer in factors:
         alike[(layer.A.shape, layer.B.shape, layer.A.dtype, layer.A.device, layer.scaling)].append(layer)
-    squares = [_squared_norm(group) for group in alike.values()]
+    grams = [(_gram([layer.A for layer in group]), _gram([layer.B.mT for layer in group])) for group in alike.values()]
+    _add_up([gram for pair in grams for gram in pair])
     device = factors[0].A.device
-    return torch.stack([square.to(device) for square in squares]).sum().sqrt()
+    squares = [
+        # A sum of squares, which rounding can push below zero.
+        ((gram_A.sums * gram_B.sums).sum() * group[0].scaling ** 2).clamp(min=0.0).to(device)
+        for (gram_A, gram_B), group in zip(grams, alike.values(), strict=True)
+    ]
+    return torch.stack(squares).sum().sqrt()
 
 
 @torch.no_grad()
@@ -74,22 +83,54 @@ def project_(factors: Sequence[Factors], rho: float) -> Tensor:
     shrink = (rho / norm).sqrt().clamp(max=1.0)  # c = 0 gives infinity, hence 1
     tensors: dict[torch.device, list[Tensor]] = defaultdict(list)
     for layer in factors:
-        tensors[layer.A.device] += [layer.A, layer.B]
+        tensors[layer.A.device] += map(_own_part, (layer.A, layer.B))
     for device, group in tensors.items():
         torch._foreach_mul_(group, shrink.to(device))
     return norm.clamp(max=rho)
 
 
-def _squared_norm(layers: Sequence[Factors]) -> Tensor:
-    """sum_j ||s B_j A_j||_F^2 over L layers of one shape: ||B A||_F^2 = sum((B^T B) * (A A^T))."""
-    A = torch.stack([layer.A.detach() for layer in layers])
-    B = torch.stack([layer.B.detach() for layer in layers])
-    # A caller's autocast would round the Gram matrices to bf16 and let c overshoot rho.
-    with torch.autocast(A.device.type, enabled=False):
-        square = (_gram(B.mT) * _gram(A)).sum() * layers[0].scaling ** 2
-    return square.clamp(min=0.0)  # a sum of squares that rounding can push below zero
+class _Gram(NamedTuple):
+    """Gram matrices of the rows of L factors.
+
+    Attributes:
+        sums: L x r x r, complete or this process's part.
+        group: the processes whose parts add up; None if `sums` is complete.
+    """
+
+    sums: Tensor
+    group: ProcessGroup | None
 
 
-def _gram(rows: Tensor) -> Tensor:
-    """Inner products of the rows: L x r x k -> L x r x r. Factors sharded over k would be reduced here."""
-    return rows @ rows.mT
+def _gram(factors: Sequence[Tensor]) -> _Gram:
+    """Inner products of the rows of each r x k factor. A caller's autocast would round them: c could overshoot rho."""
+    parts = [_columns(factor.detach()) for factor in factors]
+    rows = torch.stack([part for part, _ in parts])
+    with torch.autocast(rows.device.type, enabled=False):
+        return _Gram(rows @ rows.mT, parts[0][1])
+
+
+def _columns(factor: Tensor) -> tuple[Tensor, ProcessGroup | None]:
+    """The columns of an r x k factor that this process has, and the group whose columns are all k of them."""
+    if not isinstance(factor, DTensor):
+        return factor, None
+    sharded = [dim for dim, placement in enumerate(factor.placements) if not placement.is_replicate()]
+    if len(sharded) == 1 and factor.placements[sharded[0]].is_shard(1):
+        return factor.to_local(), factor.device_mesh.get_group(sharded[0])
+    return factor.full_tensor(), None
+
+
+def _add_up(grams: Sequence[_Gram]) -> None:
+    """Complete those that are in parts, in place: one reduction for each group of processes, as a rule one in all."""
+    apart: dict[ProcessGroup, list[Tensor]] = defaultdict(list)
+    for gram in grams:
+        if gram.group is not None:
+            apart[gram.group].append(gram.sums)
+    for group, parts in apart.items():
+        flat = torch.cat([part.flatten() for part in parts])
+        all_reduce(flat, group=group)
+        for part, total in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            part.copy_(total.view_as(part))
+
+
+def _own_part(factor: Tensor) -> Tensor:
+    return factor.to_local() if isinstance(factor, DTensor) else factor

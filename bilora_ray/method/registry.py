@@ -12,6 +12,8 @@ from bilora_ray.errors import nearest
 from bilora_ray.method.adapters import attach_auxiliary
 from bilora_ray.method.optimizer import BiLoraAdamW, LoraAdamW, MethodAdamW
 
+Place = Callable[[PeftModel], None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings:
@@ -34,7 +36,12 @@ class MethodSettings:
     auxiliary_learning_rate: float
 
 
-def _lora(model: PeftModel, settings: MethodSettings) -> LoraAdamW:
+def _keep(model: PeftModel) -> None:
+    """Leave the parameters where they are."""
+
+
+def _lora(model: PeftModel, settings: MethodSettings, place: Place) -> LoraAdamW:
+    place(model)
     return LoraAdamW(
         model,
         learning_rate=settings.learning_rate,
@@ -43,8 +50,9 @@ def _lora(model: PeftModel, settings: MethodSettings) -> LoraAdamW:
     )
 
 
-def _bilora(model: PeftModel, settings: MethodSettings) -> BiLoraAdamW:
+def _bilora(model: PeftModel, settings: MethodSettings, place: Place) -> BiLoraAdamW:
     attach_auxiliary(model, settings.auxiliary_rank)
+    place(model)
     return BiLoraAdamW(
         model,
         learning_rate=settings.learning_rate,
@@ -55,15 +63,17 @@ def _bilora(model: PeftModel, settings: MethodSettings) -> BiLoraAdamW:
     )
 
 
-METHODS: dict[str, Callable[[PeftModel, MethodSettings], MethodAdamW]] = {"lora": _lora, "bilora": _bilora}
+METHODS: dict[str, Callable[[PeftModel, MethodSettings, Place], MethodAdamW]] = {"lora": _lora, "bilora": _bilora}
 
 
-def build_method(name: str, model: PeftModel, **settings: Any) -> MethodAdamW:
+def build_method(name: str, model: PeftModel, place: Place = _keep, **settings: Any) -> MethodAdamW:
     """The optimizer of method `name` for `model`, to which it attaches what the method needs.
 
     Args:
         name: one of `METHODS`.
         model: a PEFT LoRA model with its primary adapter.
+        place: moves or shards the parameters (FSDP makes new ones), once all of them are there and before the
+            optimizer takes them.
         settings: the attributes of `MethodSettings`, every one of them.
 
     Raises:
@@ -72,4 +82,4 @@ def build_method(name: str, model: PeftModel, **settings: Any) -> MethodAdamW:
     """
     if name not in METHODS:
         raise ValueError(f"unknown method '{name}'; {nearest(name, METHODS)}")
-    return METHODS[name](model, MethodSettings(**settings))
+    return METHODS[name](model, MethodSettings(**settings), place)

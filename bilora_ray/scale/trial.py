@@ -1,7 +1,8 @@
-"""The function that Ray Tune runs for a trial: `fit` in the Tune process, reporting to Tune."""
+"""What Ray Tune runs for a trial: `fit` in the Tune process, or on workers that Ray Train starts from there."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +13,105 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.errors import TrialFailure, UserError, first_line
 from bilora_ray.training.folder import ORPHAN_WAIT_S, TrialFolder
 
+# The keys of a task.
+NUMBER, FOLDER, SETTINGS, RESOURCES = "number", "folder", "settings", "resources"
 # The key of a report: an evaluation's metrics; or why this trial cannot go on; or what is wrong with its settings or
 # data; or what is wrong with the machine, so that the trial may go on another time.
 EVALUATION, FAILURE, BAD_INPUT, BROKEN = "evaluation", "failure", "bad_input", "broken"
+EXPECTED = (TrialFailure, UserError, OSError, SafetensorError)
 
 
-def run_trial(task: dict[str, Any]) -> None:
-    """Train one trial, going on from its checkpoint if there is one.
+def run_trial(task: Mapping[str, Any]) -> None:
+    """Train one trial in this process, going on from its checkpoint if there is one.
 
     Args:
-        task: `settings` (those of a TrialConfig) and `folder` (the trial's, an absolute path).
+        task: `number` of the trial, its `folder` (an absolute path), its `settings` (those of a TrialConfig), and its
+            `resources` (those of a ResourceConfig).
     """
     from bilora_ray.training.loop import fit
     from bilora_ray.training.quiet import quiet
 
     quiet()
-    folder = TrialFolder(Path(task["folder"]))
+    folder = TrialFolder(Path(task[FOLDER]))
     try:
         with folder.lock(ORPHAN_WAIT_S):
-            fit(TrialConfig(**task["settings"]), folder, lambda metrics: tune.report({EVALUATION: metrics}))
-    except TrialFailure as error:
-        tune.report({FAILURE: str(error)})
-    except UserError as error:
-        tune.report({BAD_INPUT: str(error)})
-    except (OSError, SafetensorError) as error:
-        tune.report({BROKEN: f"{type(error).__name__}: {first_line(error)}"})
+            fit(TrialConfig(**task[SETTINGS]), folder, lambda metrics: tune.report({EVALUATION: metrics}))
+    except EXPECTED as error:
+        tune.report(explained(error))
+
+
+def run_trial_on_workers(task: Mapping[str, Any]) -> None:
+    """As `run_trial`, on several workers: a Ray Train run inside of the Tune process, which only passes reports on.
+
+    A worker that is lost ends the run, and Tune starts it again from the trial's checkpoint, with as many workers as
+    there are then, if `resources` say that fewer will do.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    resources = task[RESOURCES]
+    workers, fewest = resources["workers"], resources["min_workers"]
+    each = {"CPU": resources["cpus_per_worker"], "GPU": resources["gpus_per_worker"]}
+    trainer = TorchTrainer(
+        _train_on_worker,
+        train_loop_config=dict(task),
+        scaling_config=ScalingConfig(
+            # Ray's annotations are still those of the Train before this one.
+            num_workers=workers if fewest in (None, workers) else (fewest, workers),  # type: ignore[arg-type]
+            use_gpu=each["GPU"] > 0,
+            resources_per_worker={name: amount for name, amount in each.items() if amount},
+        ),
+        run_config=RunConfig(
+            name="train",
+            # For Train's notes on checkpoints of its own, of which there are none.
+            storage_path=str(TrialFolder(Path(task[FOLDER])).scratch),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
+            callbacks=[TuneReportCallback()],  # type: ignore[list-item]
+        ),
+    )
+    try:
+        trainer.fit()
+    except WorkerGroupError as error:
+        expected = [failure for failure in map(_cause, error.worker_failures.values()) if failure is not None]
+        if not expected:
+            raise
+        tune.report(explained(expected[0]))
+
+
+def explained(error: BaseException) -> dict[str, str]:
+    """The report of a trial that ended with one of the `EXPECTED` errors."""
+    if isinstance(error, TrialFailure):
+        return {FAILURE: str(error)}
+    if isinstance(error, UserError):
+        return {BAD_INPUT: str(error)}
+    return {BROKEN: f"{type(error).__name__}: {first_line(error)}"}
+
+
+def _train_on_worker(task: Mapping[str, Any]) -> None:
+    import torch
+    from ray import train
+    from ray.train.torch import get_device
+
+    from bilora_ray.training.loop import fit
+    from bilora_ray.training.quiet import quiet
+    from bilora_ray.training.workers import Workers
+
+    quiet()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(get_device())
+    resources = task[RESOURCES]
+    workers = Workers.joined(resources["workers"], resources["parallelism"] == "fsdp")
+    folder = TrialFolder(Path(task[FOLDER]))
+    with workers.first(folder.lock(ORPHAN_WAIT_S)):
+        fit(TrialConfig(**task[SETTINGS]), folder, lambda metrics: train.report({EVALUATION: metrics}), workers=workers)
+
+
+def _cause(error: BaseException) -> BaseException | None:
+    """The expected error that a worker's failure is, or comes from; None if it is something else."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, EXPECTED):
+            return seen
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return None

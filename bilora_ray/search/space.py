@@ -60,8 +60,17 @@ class StudyConfig(Settings):
 class ResourceConfig(Settings):
     """What one trial gets of the cluster."""
 
+    workers: Int = Field(1, ge=1, description="processes that train a trial together; each takes a batch of its own")
+    min_workers: Int | None = Field(None, ge=1, description="go on with so few where workers are lost; same results")
+    parallelism: Literal["ddp", "fsdp"] = Field("ddp", description="the model on each worker, or a part of it on each")
     cpus_per_worker: Float = Field(1, gt=0, description="CPU cores")
     gpus_per_worker: Float = Field(0, ge=0, description="GPUs; a fraction shares one")
+
+    @model_validator(mode="after")
+    def _possible(self) -> ResourceConfig:
+        if self.min_workers is not None and self.min_workers > self.workers:
+            raise ValueError(f"min_workers: {self.min_workers} is more than the {self.workers} workers")
+        return self
 
 
 class Choice(Settings):

@@ -302,9 +302,10 @@ def _space(study: optuna.Study) -> Space:
 
 
 def _check_same(name: str, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for section in now.keys() - {"resources"}:
+    for section in now:
         was, given = before.get(section, {}), now[section]
-        for key in {**was, **given}:
+        # Of the resources, the number of workers alone changes what a trial computes: its batches.
+        for key in ("workers",) if section == "resources" else {**was, **given}:
             if key not in FREE_TO_CHANGE and was.get(key) != given.get(key):
                 raise UserError(
                     f"study '{name}' began with other {what}: {key} was {was.get(key)!r}, is {given.get(key)!r}; "

@@ -15,12 +15,13 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from bilora_ray.errors import MachineError, UserError
-from bilora_ray.scale.trial import BAD_INPUT, BROKEN, EVALUATION, FAILURE
+from bilora_ray.scale.trial import BAD_INPUT, BROKEN, EVALUATION, FAILURE, FOLDER, NUMBER, RESOURCES, SETTINGS
 from bilora_ray.search.session import Observers
 from bilora_ray.search.study import SearchStudy
 from bilora_ray.tracking.records import Status
 
-NUMBER, FOLDER, SETTINGS = "number", "folder", "settings"
+# So often a trial whose process died is started again, from its checkpoint, with no evaluation in between.
+MAX_FAILURES = 2
 METRICS = f"{EVALUATION}/"
 
 
@@ -38,7 +39,7 @@ class StudySearcher(Searcher):
         self.observers = observers
 
     def suggest(self, trial_id: str) -> Any:
-        """What Tune gives to `run_trial`."""
+        """The task that Tune gives to the trial's function."""
         number = self.study.next_trial()
         if number is None:
             return Searcher.FINISHED
@@ -47,6 +48,7 @@ class StudySearcher(Searcher):
             NUMBER: number,
             FOLDER: str(self.study.folder(number).path),
             SETTINGS: self.study.config(number).model_dump(),
+            RESOURCES: self.study.space.resources.model_dump(),
         }
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
@@ -97,6 +99,7 @@ class StudyScheduler(FIFOScheduler):
             return TrialScheduler.STOP
         # Tune flattens what it is given and adds a dozen keys of its own.
         metrics = {key.removeprefix(METRICS): value for key, value in result.items() if key.startswith(METRICS)}
+        trial.max_failures = trial.num_failures + MAX_FAILURES
         status = self.study.report(number, metrics)
         record = self.study.record(number)
         self.observers.trial_reported(record, metrics)

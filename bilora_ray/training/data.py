@@ -137,10 +137,13 @@ def collate_prompts(examples: Sequence[Example], task: Task, pad_token_id: int) 
     return _padded(prompts, pad_token_id, left=task == "causal-lm")
 
 
-def target_count(batch: dict[str, Tensor], task: Task) -> int:
-    """How many predictions the mean loss of a collated `batch` is over: target tokens, or rows of a classification."""
-    labels = batch["labels"][:, 1:] if task == "causal-lm" else batch["labels"]
-    return int((labels != IGNORED).sum())
+def target_count(examples: Sequence[Example], task: Task) -> int:
+    """How many predictions the mean loss over `examples` is of: target tokens, or rows of a classification."""
+    if task == "sequence-classification":
+        return len(examples)
+    # A causal model predicts a token from those before it, so never the first one.
+    targets = [example.labels[1:] if task == "causal-lm" else example.labels for example in examples]
+    return sum(len(labels) - labels.count(IGNORED) for labels in targets)
 
 
 def _padded(sequences: Sequence[array[int]], pad_token_id: int, left: bool = False) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from bilora_ray.training.data import collate, collate_prompts, eval_batches, in_
 from bilora_ray.training.examples import Example
 from bilora_ray.training.metrics import LossSum, exact_match, label_index, label_metrics
 from bilora_ray.training.rows import load_rows
+from bilora_ray.training.workers import ALONE, Workers
 
 # A transformers model or a PEFT model around one: neither's stubs know what the other adds.
 Model = Any
@@ -27,22 +28,26 @@ def evaluate(
     examples: Sequence[Example],
     config: TrialConfig,
     tokenizer: PreTrainedTokenizerBase,
+    workers: Workers = ALONE,
 ) -> dict[str, float]:
     """The metrics of `config.available_metrics`, at the weights that are exported: those of evaluation mode.
+
+    Several workers share the batches, which are those of one worker: the metrics are the same, to the last bit.
 
     Args:
         model: on the device where it shall compute. It is left in the mode it came in.
         examples: validation rows, with prompts if `config.predict_with_generate`.
         config: task, batch size and what to measure.
         tokenizer: decodes generated text.
+        workers: who share the work; each gets the metrics.
     """
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
-            metrics = _losses(model, examples, config, tokenizer)
+        with torch.no_grad():
+            metrics = _losses(model, examples, config, tokenizer, workers)
             if config.predict_with_generate:
-                metrics |= _generated(model, examples, config, tokenizer)
+                metrics |= _generated(model, examples, config, tokenizer, workers)
     finally:
         model.train(was_training)
     return metrics
@@ -68,26 +73,27 @@ def _losses(
     examples: Sequence[Example],
     config: TrialConfig,
     tokenizer: PreTrainedTokenizerBase,
+    workers: Workers,
 ) -> dict[str, float]:
-    total = LossSum()
-    batches = eval_batches([len(example.input_ids) for example in examples], config.per_device_eval_batch_size)
-    predicted: list[int] = []
-    for rows in batches:
+    def measure(rows: Sequence[int]) -> tuple[LossSum, list[int]]:
         batch = _on_device(collate([examples[row] for row in rows], config.task, tokenizer.pad_token_id), model)
         # The model would compute its own mean loss from labels. Only an encoder-decoder needs them: for its input.
         labels = batch["labels"] if config.task == "seq2seq-lm" else batch.pop("labels")
-        logits = model(**batch).logits
+        logits, loss = model(**batch).logits, LossSum()
         if config.task == "causal-lm":  # position i predicts token i + 1
-            total.add(logits[:, :-1], labels[:, 1:])
+            loss.add(logits[:, :-1], labels[:, 1:])
         else:
-            total.add(logits, labels)
-        if config.task == "sequence-classification":
-            predicted += logits.argmax(-1).tolist()
+            loss.add(logits, labels)
+        return loss, logits.argmax(-1).tolist() if config.task == "sequence-classification" else []
+
+    batches = eval_batches([len(example.input_ids) for example in examples], config.per_device_eval_batch_size)
+    measured = workers.map(measure, batches)
+    total = LossSum.of([loss for loss, _ in measured])
     if config.task != "sequence-classification":
         return total.metrics()
+    predicted = in_row_order(batches, [label for _, labels in measured for label in labels])
     reference = [example.labels[0] for example in examples]
-    num_labels = model.config.num_labels
-    return {"eval_loss": total.mean, **label_metrics(in_row_order(batches, predicted), reference, num_labels)}
+    return {"eval_loss": total.mean, **label_metrics(predicted, reference, model.config.num_labels)}
 
 
 def _generated(
@@ -95,11 +101,9 @@ def _generated(
     examples: Sequence[Example],
     config: TrialConfig,
     tokenizer: PreTrainedTokenizerBase,
+    workers: Workers,
 ) -> dict[str, float]:
-    lengths = [len(example.prompt_ids or ()) for example in examples]
-    batches = eval_batches(lengths, config.per_device_eval_batch_size)
-    texts: list[str] = []
-    for rows in batches:
+    def generate(rows: Sequence[int]) -> list[str]:
         prompts = collate_prompts([examples[row] for row in rows], config.task, tokenizer.pad_token_id)
         prompts = _on_device(prompts, model)
         output = model.generate(
@@ -111,10 +115,15 @@ def _generated(
             repetition_penalty=1.0,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=_ends(model, tokenizer),
+            # Every forward pass gathers the weights, so whose texts are done goes on with those whose aren't.
+            synced_gpus=workers.sharded and workers.world_size > 1,
         )
         start = prompts["input_ids"].shape[1] if config.task == "causal-lm" else 0
-        texts += tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
-    texts = in_row_order(batches, texts)
+        return tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
+
+    lengths = [len(example.prompt_ids or ()) for example in examples]
+    batches = eval_batches(lengths, config.per_device_eval_batch_size)
+    texts = in_row_order(batches, [text for part in workers.map(generate, batches) for text in part])
     references = [example.reference for example in examples]
     metrics = {"eval_exact_match": exact_match(texts, references, config.answer_pattern)}
     if config.label_names is not None:

@@ -3,6 +3,7 @@
 lock                          held by the process that trains
 checkpoints/step-00000120/    tensors.safetensors and state.json; only complete ones carry such a name
 adapters/step-00000090/       the best adapter so far, as PEFT writes it
+scratch/                      what whoever runs the trial keeps while it runs
 """
 
 from __future__ import annotations
@@ -71,8 +72,14 @@ class TrialFolder:
                 if entry.name != f"step-{kept:08d}":
                     shutil.rmtree(entry, ignore_errors=True)
 
+    @property
+    def scratch(self) -> Path:
+        """Folder of whoever runs the trial, for as long as it runs."""
+        return self.path / "scratch"
+
     def discard_tensors(self) -> None:
         """Free the disk of a trial that will not go on; its evaluations and its adapter stay."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
         for complete in _complete(self.checkpoints):
             (complete / TENSORS).unlink(missing_ok=True)
 

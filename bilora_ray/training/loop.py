@@ -1,7 +1,8 @@
 """The training loop: `fit` runs one trial from its settings to its best adapter.
 
 It knows a `report` callable, a folder and torch; whoever calls it (a script, a Ray Tune process) decides what a report
-means. A trial that was killed goes on from its last checkpoint with the same losses as one that was not.
+means, and how many workers call it together. A trial that was killed goes on from its last checkpoint with the same
+losses as one that was not.
 """
 
 from __future__ import annotations
@@ -10,22 +11,26 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import NonFiniteLoss, TrialFailure, UserError
 from bilora_ray.method import MethodAdamW, build_method, export_primary
 from bilora_ray.training import model as models
-from bilora_ray.training.checkpoint import atomic_folder, load_checkpoint, save_checkpoint
+from bilora_ray.training.checkpoint import atomic_folder, load_checkpoint, save_checkpoint, trainable
 from bilora_ray.training.data import Prepared, collate, prepare, target_count, train_batches
 from bilora_ray.training.evaluate import evaluate
 from bilora_ray.training.export import write_recipe
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.metrics import is_better
+from bilora_ray.training.parallel import Network, shard, whole
 from bilora_ray.training.rows import load_rows
+from bilora_ray.training.workers import ALONE, Workers, seed_worker
 
 Report = Callable[[dict[str, float]], None]
 
@@ -59,21 +64,24 @@ class Run:
     Args:
         config: the settings.
         folder: where checkpoints and the best adapter go.
+        workers: who train it together. Each has such a state, and the first one writes.
     """
 
-    def __init__(self, config: TrialConfig, folder: TrialFolder) -> None:
+    def __init__(self, config: TrialConfig, folder: TrialFolder, workers: Workers = ALONE) -> None:
         self.config = config
         self.folder = folder
+        self.workers = workers
         rows = load_rows(config)
         self.label_names = rows.label_names
         self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(config)
         self.data: Prepared = prepare(rows, config, self.tokenizer)
-        base, fresh = models.load_base(config, self.tokenizer, rows.label_names)
+        base, fresh = models.load_base(config, self.tokenizer, rows.label_names, workers)
         self.model = models.add_primary(base, config, fresh)
         self.optimizer = self._build_method()
         if config.gradient_checkpointing:
             models.enable_gradient_checkpointing(self.model)
-        self.step_rows = config.per_device_train_batch_size * config.gradient_accumulation_steps
+        self.network = Network(self.model, workers)
+        self.step_rows = workers.planned * config.per_device_train_batch_size * config.gradient_accumulation_steps
         self.max_steps = config.max_steps or share_of(config.num_train_epochs, self.steps_per_epoch)
         self.eval_every = _eval_every(config.eval_steps, self.max_steps)
         self.schedule = get_scheduler(
@@ -83,7 +91,7 @@ class Run:
             num_training_steps=self.max_steps,
         )
         # Methods draw differently many numbers while they are built; dropout must not depend on that.
-        torch.manual_seed(config.seed)
+        seed_worker(config.seed, workers.rank)
         self.learning_rate = 0.0
         self.progress = Progress()
         self.window = Window()
@@ -97,7 +105,7 @@ class Run:
         """Go on from the newest checkpoint, if there is one. UserError if it is of a trial with other settings."""
         if self.folder.state().get("settings", self._settings()) != self._settings():
             raise UserError(f"{self.folder.path}: holds a trial with other settings; move it away")
-        state = load_checkpoint(self.folder, self.model, self.optimizer)
+        state = load_checkpoint(self.folder, self.model, self.optimizer, self.workers)
         if state is None:
             return
         del state["settings"]
@@ -131,21 +139,24 @@ class Run:
             The metrics to report. `train_loss` is at the perturbed weight, `eval_loss` is not: do not compare them.
         """
         metrics = self._metrics()
+        self.network.reshard()
         progress, metric = self.progress, self.config.metric
         progress.train_runtime += time.perf_counter() - self.window.started
         metrics["train_runtime"] = progress.train_runtime
+        # From here on it is the next window's time: what is written below is part of training.
+        self.window = Window()
         if is_better(metrics[metric], progress.best_value, self.config.greater_is_better):
             progress.best_value, progress.best_step = metrics[metric], progress.step
             self._export(self.folder.adapter_at(progress.step))
         progress.history.append(metrics)
         state = {**vars(progress), "schedule": self.schedule.state_dict(), "settings": self._settings()}
-        save_checkpoint(self.folder.checkpoint_at(progress.step), self.model, self.optimizer, state)
-        self.folder.keep_only(progress.step, progress.best_step or progress.step)
-        self.window = Window()
+        save_checkpoint(self.folder.checkpoint_at(progress.step), self.model, self.optimizer, state, self.workers)
+        if self.workers.is_first:
+            self.folder.keep_only(progress.step, progress.best_step or progress.step)
         return metrics
 
     def _settings(self) -> dict[str, Any]:
-        return self.config.model_dump(mode="json")
+        return {**self.config.model_dump(mode="json"), "workers": self.workers.planned}
 
     def _build_method(self) -> MethodAdamW:
         config = self.config
@@ -153,6 +164,7 @@ class Run:
             return build_method(
                 config.method,
                 self.model,
+                self._place,
                 learning_rate=config.learning_rate,
                 weight_decay=config.weight_decay,
                 max_grad_norm=config.max_grad_norm,
@@ -169,20 +181,27 @@ class Run:
         epoch, index = divmod(self.progress.step, self.steps_per_epoch)
         rows = train_batches(len(self.data.train), self.step_rows, self.config.seed, epoch)[index]
         examples = [self.data.train[row] for row in rows]
+        self.window.tokens += sum(len(example.input_ids) for example in examples)
         size = self.config.per_device_train_batch_size
-        batches = [self._batch(examples[start : start + size]) for start in range(0, len(examples), size)]
-        # Counted before they leave for the device: to ask a GPU for a number is to wait for it.
-        counts = [target_count(batch, self.config.task) for batch in batches]
-        self.window.tokens += sum(int(batch["attention_mask"].sum()) for batch in batches)
+        passes = self.workers.share([examples[start : start + size] for start in range(0, len(examples), size)])
+        # Known without asking a GPU, or another worker, for a number: that is to wait for it.
+        targets = target_count(examples, self.config.task)
         total = torch.zeros((), device=models.device())
-        for batch, count in zip(batches, counts, strict=True):
-            on_device = {key: tensor.to(models.device(), non_blocking=True) for key, tensor in batch.items()}
-            loss = self.model(**on_device).loss * (count / sum(counts))
-            loss.backward()
+        for number, (part, counts) in enumerate(passes, start=1):
+            weight = counts * target_count(part, self.config.task) / targets
+            batch = {key: tensor.to(models.device(), non_blocking=True) for key, tensor in self._batch(part).items()}
+            with self.network.accumulating(last=number == len(passes)):
+                loss = self.network(**batch).loss * weight
+                # Workers share the mean of their gradients; the loss is a sum over them.
+                (loss * self.workers.world_size).backward()
             total += loss.detach()
-        if not math.isfinite(value := float(total)):
+        if not math.isfinite(value := float(self.workers.total(total))):
             raise NonFiniteLoss(self.progress.step + 1, value)
         return total
+
+    def _place(self, model: PeftModel) -> None:
+        if self.workers.sharded:
+            shard(model, self.workers)
 
     def _batch(self, examples: list[Any]) -> dict[str, torch.Tensor]:
         return collate(examples, self.config.task, self.tokenizer.pad_token_id)
@@ -200,20 +219,23 @@ class Run:
             "rows_dropped": sum(split.dropped for split in self.data.truncation.values()),
         }
         metrics |= self.optimizer.metrics()
-        metrics |= evaluate(self.model, self.data.validation, self.config, self.tokenizer)
+        metrics |= evaluate(self.network.evaluated, self.data.validation, self.config, self.tokenizer, self.workers)
         if not math.isfinite(metrics["eval_loss"]):
             raise NonFiniteLoss(step, metrics["eval_loss"])
         return metrics
 
-    def _export(self, path: Any) -> None:
+    def _export(self, path: Path) -> None:
+        weights = {name: whole(parameter.detach()) for name, parameter in trainable(self.model).items()}
+        if not self.workers.is_first:
+            return
         with atomic_folder(path) as unfinished:
-            export_primary(self.model, unfinished)
+            export_primary(self.model, unfinished, weights if self.workers.sharded else None)
             # With the labels in the recipe, an evaluation elsewhere does not need the training data.
             settings = self.config.model_copy(update={"label_names": self.label_names})
             write_recipe(unfinished, settings, {"step": self.progress.step})
 
 
-def fit(config: TrialConfig, folder: TrialFolder, report: Report) -> Progress:
+def fit(config: TrialConfig, folder: TrialFolder, report: Report, workers: Workers = ALONE) -> Progress:
     """Train one trial, or go on with it, and keep its best adapter in `folder`.
 
     Args:
@@ -221,6 +243,7 @@ def fit(config: TrialConfig, folder: TrialFolder, report: Report) -> Progress:
         folder: where checkpoints and the best adapter go. Holds the trial's earlier checkpoints if it was interrupted.
         report: takes the metrics of each evaluation, in order, `step` among them. After an interruption the earlier
             evaluations are told again, since the last one may have been lost with the process.
+        workers: the processes that call this together, with equal arguments; each of them reports.
 
     Returns:
         What was done, with the best value and its step.
@@ -230,7 +253,7 @@ def fit(config: TrialConfig, folder: TrialFolder, report: Report) -> Progress:
         TrialFailure: the loss became NaN or infinite, or memory ran out.
     """
     try:
-        run = Run(config, folder)
+        run = Run(config, folder, workers)
         run.resume()
         for metrics in run.progress.history:
             report(metrics)

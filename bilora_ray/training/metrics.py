@@ -20,8 +20,7 @@ NUMBER = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?\.?")
 class LossSum:
     """The running sum of a loss over the predictions of an evaluation, in float64.
 
-    A prediction is one token of a completion, or one row of a classification. The three sums of several processes
-    add up to those of all.
+    A prediction is one token of a completion, or one row of a classification.
 
     Attributes:
         negative_log_likelihood: sum over the predictions, in nats.
@@ -47,6 +46,16 @@ class LossSum:
         self.negative_log_likelihood += (scores.logsumexp(-1) - picked).double().sum().item()
         self.count += targets.numel()
         self.correct += int((scores.argmax(-1) == targets).sum().item())
+
+    @classmethod
+    def of(cls, parts: Sequence[LossSum]) -> LossSum:
+        """The sum of `parts`, added in their order."""
+        total = cls()
+        for part in parts:
+            total.negative_log_likelihood += part.negative_log_likelihood
+            total.count += part.count
+            total.correct += part.correct
+        return total
 
     @property
     def mean(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,12 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -23,6 +26,7 @@ from bilora_ray import builtin
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import BUILTIN
+from bilora_ray.training.workers import ALONE, Workers
 
 AUTO_CLASS: dict[str, Any] = {
     "causal-lm": AutoModelForCausalLM,
@@ -41,7 +45,7 @@ DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def device() -> torch.device:
     """Where a trial computes: the GPU that this process was given, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def load_tokenizer(config: TrialConfig) -> PreTrainedTokenizerBase:
@@ -56,36 +60,85 @@ def load_tokenizer(config: TrialConfig) -> PreTrainedTokenizerBase:
 
 
 def load_base(
-    config: TrialConfig, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str] | None
+    config: TrialConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    label_names: Sequence[str] | None,
+    workers: Workers = ALONE,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The frozen base model on `device()`, and the names of its modules that the files held no weights for.
+    """The frozen base model, and the names of its modules that the files held no weights for.
 
     Those modules (a classification head, as a rule) start random, so they must be trained and saved with the
     adapter. Their random start is decided by `config.seed`.
 
+    The model is on `device()`. If it is to be sharded, it is in the first worker's main memory, and has no weights
+    at all on the others.
+
     Raises:
         UserError: there is no such model, or it does not fit the task.
     """
+    if workers.sharded and config.quantization is not None:
+        raise UserError("quantization: quantised weights cannot be cut into parts; use parallelism: ddp")
     torch.manual_seed(config.seed)
     arguments: dict[str, Any] = {"dtype": DTYPE[config.precision], **_hub_arguments(config)}
+    if config.attn_implementation is not None:
+        arguments["attn_implementation"] = config.attn_implementation
     if config.task == "sequence-classification":
         names = dict(enumerate(label_names or ()))
         arguments |= {"num_labels": len(names), "id2label": names, "label2id": {n: i for i, n in names.items()}}
+    fresh: list[str] = []
     with _naming_the_model(config):
-        model, loading = AUTO_CLASS[config.task].from_pretrained(
-            source(config), output_loading_info=True, use_safetensors=True, **arguments
-        )
+        if workers.sharded and not workers.is_first:
+            model = _without_weights(config, arguments)
+        else:
+            model, fresh = _with_weights(config, arguments, workers)
+    fresh = workers.gather(fresh)[0] if workers.sharded else fresh
     text_config = model.config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", None)
     if positions is not None and config.max_length > positions:
         raise UserError(f"max_length: {config.max_length} is more than the model's {positions} positions")
     if text_config.pad_token_id is None:
         text_config.pad_token_id = tokenizer.pad_token_id
-    fresh = _modules(model, loading["missing_keys"])
     heads = [name for name in HEADS if config.task == "sequence-classification" and hasattr(model, name)]
     for name in (*fresh, *heads):
         _keep_fp32(model.get_submodule(name))
-    return model.to(device()), fresh
+    return model, fresh
+
+
+def _with_weights(
+    config: TrialConfig, arguments: dict[str, Any], workers: Workers
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model from its files, each weight straight to where it computes; and its modules that have none there."""
+    if config.quantization is not None:
+        arguments = {**arguments, "quantization_config": _quantization(config)}
+    if not workers.sharded:
+        arguments = {**arguments, "device_map": {"": device()}}
+    model, loading = AUTO_CLASS[config.task].from_pretrained(
+        source(config), output_loading_info=True, use_safetensors=True, **arguments
+    )
+    return model, _modules(model, loading["missing_keys"])
+
+
+def _without_weights(config: TrialConfig, arguments: dict[str, Any]) -> PreTrainedModel:
+    """The same model with empty parameters: their values come from another worker."""
+    dtype, attention = arguments.pop("dtype"), arguments.pop("attn_implementation", None)
+    model_config = AutoConfig.from_pretrained(source(config), **arguments)
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    with torch.device("meta"):
+        return AUTO_CLASS[config.task].from_config(model_config, dtype=dtype, **chosen)
+
+
+def _quantization(config: TrialConfig) -> BitsAndBytesConfig:
+    """How bitsandbytes holds the frozen weights. UserError if it is not installed."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("quantization: needs the package bitsandbytes: pip install 'bilora-ray[quantization]'")
+    if config.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=DTYPE[config.precision],
+    )
 
 
 def add_primary(model: PreTrainedModel, config: TrialConfig, fresh: Sequence[str]) -> PeftModel:

@@ -14,7 +14,8 @@ import pytest
 from tiny_trials import Tiny
 
 from bilora_ray.errors import MachineError, UserError
-from bilora_ray.search.run import cluster, run_trials
+from bilora_ray.search.cluster import cluster
+from bilora_ray.search.run import run_trials
 from bilora_ray.search.session import Observers
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space

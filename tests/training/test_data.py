@@ -209,7 +209,7 @@ def test_collate_pads_at_the_right_and_prompts_at_the_left() -> None:
     prompts = collate_prompts(examples, "causal-lm", PAD)
     assert prompts["input_ids"].tolist() == [[BOS, A, B, C], [PAD, PAD, BOS, A]]
     assert prompts["attention_mask"].tolist() == [[1] * 4, [0, 0, 1, 1]]
-    assert target_count(batch, "causal-lm") == 4
+    assert target_count(examples, "causal-lm") == 4
 
 
 def test_collate_seq2seq_and_classification() -> None:
@@ -218,15 +218,16 @@ def test_collate_seq2seq_and_classification() -> None:
     batch = collate(examples, "seq2seq-lm", PAD)
     assert batch["input_ids"].tolist() == [[A, B, C, EOS], [A, EOS, PAD, PAD]]
     assert batch["labels"].tolist() == [[D, EOS, -100], [E, B, EOS]]
-    assert target_count(batch, "seq2seq-lm") == 5
+    assert target_count(examples, "seq2seq-lm") == 5
     prompts = collate_prompts(examples, "seq2seq-lm", PAD)
     assert torch.equal(prompts["input_ids"], batch["input_ids"])
     labelled: list[Row] = [LabelledRow("a", None, 1, "w"), LabelledRow("b c", None, 0, "w")]
-    batch = collate(prepared(labelled, task="sequence-classification").train, "sequence-classification", PAD)
+    examples = prepared(labelled, task="sequence-classification").train
+    batch = collate(examples, "sequence-classification", PAD)
     assert batch["labels"].tolist() == [1, 0]
-    assert target_count(batch, "sequence-classification") == 2
+    assert target_count(examples, "sequence-classification") == 2
 
 
 def test_a_causal_target_at_the_first_position_is_not_counted() -> None:
     examples = prepared([text("", "a b")], word_tokenizer("$A")).train
-    assert target_count(collate(examples, "causal-lm", PAD), "causal-lm") == 2
+    assert target_count(examples, "causal-lm") == 2

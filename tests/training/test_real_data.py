@@ -44,8 +44,9 @@ def test_gsm8k(tokenizer: Any, shared_data: Path) -> None:
     batches = eval_batches(lengths, 32)
     targets = 0
     for batch in batches:
-        tensors = collate([data.validation[row] for row in batch], config.task, tokenizer.pad_token_id)
-        targets += target_count(tensors, config.task)
+        examples = [data.validation[row] for row in batch]
+        tensors = collate(examples, config.task, tokenizer.pad_token_id)
+        targets += target_count(examples, config.task)
         assert int(tensors["attention_mask"].sum()) == sum(lengths[row] for row in batch)
     assert targets == sum(label != -100 for example in data.validation for label in example.labels)
     assert all(re.search(r"#### ", example.reference) for example in data.validation)

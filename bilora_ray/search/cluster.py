@@ -1,0 +1,96 @@
+"""The Ray cluster of a search: one on this machine for its time, or one that is there already."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import ray
+
+from bilora_ray.errors import UserError, first_line
+from bilora_ray.search.space import ResourceConfig
+
+CLIENT_PORT = 10001
+PROBE_TIMEOUT_S = 5.0
+TUNE_ENVIRONMENT = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    # How long an evaluation waits before the search hears of it, where a trial has several workers.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    # Every report decides about a stop, so none may wait in a buffer; Tune's own snapshots are never read.
+    "TUNE_RESULT_BUFFER_LENGTH": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+@contextmanager
+def cluster(address: str | None, nested: bool = False) -> Iterator[None]:
+    """Connect to the Ray cluster at `address`, or start one on this machine, for the block.
+
+    Args:
+        address: of the cluster; None: one on this machine.
+        nested: whether trials start workers of their own. When such a trial is stopped, Ray Train asks the dashboard
+            which of them live on; without it they would keep their place for ever.
+
+    Raises:
+        UserError: nothing answers at `address`.
+    """
+    os.environ.update({key: value for key, value in TUNE_ENVIRONMENT.items() if key not in os.environ})
+    try:
+        ray.init(
+            # Without an address Ray would join any cluster that it finds on this machine.
+            address=address or "local",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=None if address else nested,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        what = f"--ray-address {address}: no Ray cluster answers" if address else "Ray does not start here"
+        raise UserError(f"{what} ({first_line(error)})") from None
+    # Tune prints the traceback of every failed trial; the study keeps the line that matters.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    # A cluster stops a job with SIGTERM, which Ray has just taken: end as cleanly as after Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_address(address: str | None) -> None:
+    """Refuse an address, host:port or ray://host:port, where nothing listens: Ray itself would try it for minutes.
+
+    Raises:
+        UserError: nothing listens there, or it is no such address.
+    """
+    if address in (None, "auto", "local"):
+        return
+    try:
+        parts = urlsplit(address if "://" in address else f"//{address}")
+        with socket.create_connection((parts.hostname or "", parts.port or CLIENT_PORT), PROBE_TIMEOUT_S):
+            pass
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--ray-address {address}: no Ray cluster answers ({reason})") from None
+
+
+def capacity(resources: ResourceConfig) -> int:
+    """How many trials the cluster can run at one time. UserError if it is none."""
+    total = ray.cluster_resources()
+    wanted = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    room = [int(total.get(name, 0) // amount) for name, amount in wanted.items() if amount]
+    if min(room) < (resources.min_workers or resources.workers):
+        have = f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs"
+        each = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
+        workers = f"{resources.workers} workers with {each} each" if resources.workers > 1 else each
+        raise UserError(f"resources: a trial wants {workers}, the cluster has {have}")
+    return max(1, min(room) // resources.workers)

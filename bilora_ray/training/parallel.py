@@ -1,0 +1,118 @@
+"""A model on several workers: a copy on each (DDP), or a part of the weights on each (FSDP2)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from bilora_ray.training.workers import Workers
+
+
+class Network:
+    """What computes in training and in evaluation.
+
+    Args:
+        model: with all adapters; sharded already, if it is to be.
+        workers: who share the work.
+
+    Attributes:
+        evaluated: computes in evaluation, without the auxiliary.
+    """
+
+    def __init__(self, model: PeftModel, workers: Workers) -> None:
+        # PEFT calls the base model's forward past its hooks, in which FSDP gathers the weights.
+        self.evaluated: Any = model.get_base_model() if workers.sharded else model
+        self.trained: Any = self.evaluated
+        if workers.world_size > 1 and not workers.sharded:
+            self.trained = _replicated(model)
+
+    def __call__(self, **batch: Tensor) -> Any:
+        """The output of the training forward pass."""
+        return self.trained(**batch)
+
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
+        """For a forward and backward pass whose gradients are shared among the workers only if it is the `last`."""
+        if isinstance(self.trained, FSDPModule):
+            self.trained.set_requires_gradient_sync(last)
+        apart = isinstance(self.trained, DistributedDataParallel) and not last
+        with self.trained.no_sync() if apart else nullcontext():
+            yield
+
+    def reshard(self) -> None:
+        """Give each worker its part of the parameters again, where an evaluation has left some of them whole."""
+        if isinstance(self.evaluated, FSDPModule):
+            self.evaluated.reshard()
+
+
+def shard(model: PeftModel, workers: Workers) -> None:
+    """Leave on each worker a part of every parameter, in place, as the first worker has them.
+
+    A factor of an adapter is cut along its long side, so that Gram matrices are sums over the workers. On the other
+    workers `model` may be on the meta device: they never hold all of it.
+    """
+    base: Any = model.get_base_model()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    mesh = init_device_mesh(device.type, (workers.world_size,))
+    wide = {
+        id(parameter)
+        for name, parameter in base.named_parameters()
+        if ".lora_A." in name and parameter.shape[1] % workers.world_size == 0
+    }
+
+    def placement(parameter: nn.Parameter) -> Shard | None:
+        return Shard(1) if id(parameter) in wide else None
+
+    full = {**dict(base.named_parameters()), **dict(base.named_buffers())} if workers.is_first else {}
+    full = {name: tensor.detach() for name, tensor in full.items()}
+    blocks = tuple(base._no_split_modules or ())
+    for module in base.modules():
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh, shard_placement_fn=placement)
+    fully_shard(base, mesh=mesh, shard_placement_fn=placement)
+    if not workers.is_first:
+        base.to_empty(device=device)
+    _send_out(base, full, device)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor`, put together on every worker if it is sharded: all workers must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def put(target: Tensor, value: Tensor) -> None:
+    """Copy `value`, which every worker has, into `target`, of which each may have a part."""
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    target.detach().copy_(value)
+
+
+@torch.no_grad()
+def _send_out(base: nn.Module, full: dict[str, Tensor], device: torch.device) -> None:
+    """Fill each worker's part of the parameters, and its buffers, from the first worker's."""
+    for name, parameter in base.named_parameters():
+        assert isinstance(parameter, DTensor)
+        value = full[name].to(device) if full else torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        parameter.copy_(distribute_tensor(value, parameter.device_mesh, parameter.placements))
+    for name, buffer in base.named_buffers():
+        if full:
+            buffer.copy_(full[name])
+        dist.broadcast(buffer, 0)
+
+
+def _replicated(model: PeftModel) -> DistributedDataParallel:
+    # All loaded the same files; only what started random is sent, since the base may be large.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            dist.broadcast(parameter.detach(), 0)
+    return DistributedDataParallel(model, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True)

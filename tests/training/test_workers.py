@@ -1,0 +1,171 @@
+"""Several workers, over gloo, against one: the same batches, the same losses, the same adapter, also after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_trials import TASKS, Tiny, reproducible, run_fit
+from torch import distributed as dist
+from torch import multiprocessing
+
+from bilora_ray.config import Task, TrialConfig
+from bilora_ray.training.folder import TrialFolder
+from bilora_ray.training.workers import Workers
+
+Job = Callable[..., Any]
+
+
+def together(count: int, job: Job, *arguments: Any) -> list[Any]:
+    """What `job(*arguments)` returns, as JSON, in each of `count` processes of one gloo group."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_join, (count, folder, job, arguments), nprocs=count)
+        return [json.loads(Path(folder, str(rank)).read_text()) for rank in range(count)]
+
+
+def _join(rank: int, count: int, folder: str, job: Job, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
+    Path(folder, str(rank)).write_text(json.dumps(job(*arguments)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def fit_together(settings: dict[str, Any], path: str, planned: int, sharded: bool, stop_after: int = -1) -> Any:
+    """The reports of a trial that these processes train, or of its first `stop_after` evaluations."""
+    from bilora_ray.training.loop import fit
+
+    reports: list[dict[str, float]] = []
+
+    def report(metrics: dict[str, float]) -> None:
+        reports.append(metrics)
+        if len(reports) == stop_after:
+            raise KeyboardInterrupt
+
+    workers = Workers.joined(planned, sharded)
+    try:
+        fit(TrialConfig(**settings), TrialFolder(Path(path)), report, workers)
+    except KeyboardInterrupt:
+        assert len(reports) == stop_after
+    return reports
+
+
+def without_dropout(tiny: Tiny, task: Task, folder: Path) -> str:
+    """The task's model with no dropout: each worker draws its own."""
+    copy = shutil.copytree(tiny.model(task), folder / "model")
+    config = json.loads((copy / "config.json").read_text())
+    rates = {key: 0.0 for key in config if "dropout" in key and isinstance(config[key], float)}
+    (copy / "config.json").write_text(json.dumps(config | rates))
+    return str(copy)
+
+
+def settings_of(tiny: Tiny, task: Task, rows: int, **settings: Any) -> dict[str, Any]:
+    """Settings with `rows` a device, and batches that 44 rows do not fill evenly."""
+    return tiny.config(task, per_device_train_batch_size=rows, **settings).model_dump()
+
+
+def check_alike(one: list[dict[str, float]], several: list[dict[str, float]], path: Path, other: Path) -> None:
+    """Equal reports within 1e-4, and equal adapters."""
+    assert len(one) == len(several)
+    for wanted, given in zip(reproducible(one), reproducible(several), strict=True):
+        assert given == pytest.approx(wanted, abs=1e-4, rel=1e-4)
+    adapter, same = (TrialFolder(folder).best_adapter() for folder in (path, other))
+    assert adapter is not None
+    assert same is not None
+    weights, others = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, same))
+    assert weights.keys() == others.keys()
+    for name, tensor in weights.items():
+        assert torch.allclose(tensor, others[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "task", ["causal-lm", *(pytest.param(task, marks=pytest.mark.slow) for task in TASKS if task != "causal-lm")]
+)
+def test_two_workers_equal_one(task: Task, sharded: bool, tiny: Tiny, tmp_path: Path) -> None:
+    length: dict[str, Any] = {"max_steps": 50, "eval_steps": 5, "learning_rate": 2e-3}
+    length |= {"model_name_or_path": without_dropout(tiny, task, tmp_path)}
+    one, _ = run_fit(tiny.config(task, per_device_train_batch_size=6, **length), tmp_path / "one")
+    settings = settings_of(tiny, task, rows=3, **length)
+    two = together(2, fit_together, settings, str(tmp_path / "two"), 2, sharded)
+    assert reproducible(two[0]) == reproducible(two[1])
+    check_alike(one, two[0], tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+def test_interrupted_workers_go_on_exactly_and_generate_what_one_generates(
+    sharded: bool, tiny: Tiny, tmp_path: Path
+) -> None:
+    data = {f"{split}_data": str(tiny.folder / f"colours-{split}.jsonl") for split in ("train", "validation")}
+    shared: dict[str, Any] = {**data, "predict_with_generate": True, "max_new_tokens": 12, "max_steps": 12}
+    # An odd number of batches of 5 rows: one worker has nothing to do in the last round.
+    shared |= {"per_device_eval_batch_size": 5, "learning_rate": 5e-3, "eval_steps": 3, "answer_pattern": "# (.+)"}
+    one, _ = run_fit(tiny.config("causal-lm", gradient_accumulation_steps=2, **shared), tmp_path / "one")
+    settings, path = tiny.config("causal-lm", **shared).model_dump(), str(tmp_path / "two")
+    begun = together(2, fit_together, settings, path, 2, sharded, 2)
+    ended = together(2, fit_together, settings, path, 2, sharded)
+    assert [report["step"] for report in begun[0]] == [3, 6]
+    check_alike(one, ended[0], tmp_path / "one", tmp_path / "two")
+    assert [report["eval_exact_match"] for report in ended[0]] == [report["eval_exact_match"] for report in one]
+
+
+def test_one_worker_goes_on_where_two_were(tiny: Tiny, tmp_path: Path) -> None:
+    one, _ = run_fit(tiny.config("causal-lm", per_device_train_batch_size=6), tmp_path / "one")
+    settings, path = settings_of(tiny, "causal-lm", rows=3), str(tmp_path / "two")
+    together(2, fit_together, settings, path, 2, False, 2)
+    ended = fit_together(settings, path, planned=2, sharded=False)
+    check_alike(one, ended, tmp_path / "one", tmp_path / "two")
+
+
+def test_what_workers_share_is_neither_lost_nor_repeated() -> None:
+    for count in range(1, 12):
+        for world_size in range(1, 5):
+            shares = [Workers(rank=rank, world_size=world_size).share(range(count)) for rank in range(world_size)]
+            assert sorted(item for share in shares for item, counts in share if counts) == list(range(count))
+            assert len({len(share) for share in shares}) == 1
+
+
+def norms_in_parts(seed: int) -> list[float]:
+    """The norm of sharded factors before and after their projection, and of whole ones."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    from bilora_ray.method.radius import Factors, perturbation_norm, project_
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(4, 10, 7), (4, 10, 7), (2, 8, 5), (3, 1, 6)]
+    whole = [
+        Factors(torch.randn(r, n, generator=generator), torch.randn(m, r, generator=generator), 2.0)
+        for r, n, m in shapes
+    ]
+    # The last A is cut along its short side, as where the long one does not divide.
+    parts = [
+        Factors(
+            distribute_tensor(A, mesh, [Shard(1 if A.shape[1] > 1 else 0)]), distribute_tensor(B, mesh, [Shard(0)]), s
+        )
+        for A, B, s in whole
+    ]
+    norms = [float(perturbation_norm(factors)) for factors in (whole, parts)]
+    norms += [float(project_(factors, 0.5)) for factors in (whole, parts)]
+    for one, part in zip(whole, parts, strict=True):
+        assert isinstance(part.A, DTensor)
+        assert isinstance(part.B, DTensor)
+        assert torch.allclose(one.A, part.A.full_tensor())
+        assert torch.allclose(one.B, part.B.full_tensor())
+    return norms
+
+
+def test_the_radius_of_sharded_factors_is_that_of_whole_ones() -> None:
+    for norms in together(2, norms_in_parts, 0):
+        assert norms[1] == pytest.approx(norms[0])
+        assert norms[2:] == pytest.approx([0.5, 0.5])
