@@ -291,7 +291,11 @@ def test_overrides_alone_must_say_all(overrides: tuple[str, ...], problem: str) 
         ("rank=eight", ": trial: rank: should be a valid integer, unable to parse string as an integer, got 'eight'"),
         ("study.seed=true", ": study: seed: must be a number, not true or false, got True"),
         ("study.num_trial=3", ": study: unknown key 'num_trial'; did you mean 'num_trials'?"),
-        ("resources.gpu=1", ": resources: unknown key 'gpu'; allowed: cpus_per_worker, gpus_per_worker"),
+        (
+            "resources.gpu=1",
+            ": resources: unknown key 'gpu'; "
+            "allowed: cpus_per_worker, gpus_per_worker, min_workers, parallelism, workers",
+        ),
         (
             "prompt_template={question}",
             ": trial.prompt_template: a distribution is {choice: [...]} or {low: ..., high: ...}, "
