@@ -26,7 +26,7 @@ Examples:
 def command(study: str, number: int | None, output: Path, merge: bool, storage_path: Path, as_json: bool) -> None:
     """Copy out the adapter of the best trial, or of any: an ordinary PEFT LoRA adapter."""
     from bilora_ray.search.storage import Layout
-    from bilora_ray.search.study import load_study
+    from bilora_ray.search.studies import load_study
 
     found = load_study(Layout(absolute(storage_path)), study)
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):

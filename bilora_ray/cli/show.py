@@ -33,7 +33,7 @@ def command(study: str | None, storage_path: Path, as_json: bool) -> None:
     from rich.console import Console
 
     from bilora_ray.search.storage import Layout, study_names
-    from bilora_ray.search.study import SearchStudy, load_study
+    from bilora_ray.search.studies import load_study
 
     layout = Layout(absolute(storage_path))
     if study is None:
@@ -43,7 +43,7 @@ def command(study: str | None, storage_path: Path, as_json: bool) -> None:
         else:
             click.echo("\n".join(names) or f"no studies in {storage_path}")
         return
-    found: SearchStudy = load_study(layout, study)
+    found = load_study(layout, study)
     if as_json:
         print_json(study_as_json(found))
         return

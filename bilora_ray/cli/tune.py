@@ -103,7 +103,7 @@ def command(
 def _not_shrunk(space: Space, storage_path: Path) -> Space:
     """`space` with as many trials as an earlier --num-trials asked for, if that is more."""
     from bilora_ray.search.storage import Layout
-    from bilora_ray.search.study import num_trials_before
+    from bilora_ray.search.studies import num_trials_before
 
     before = num_trials_before(Layout(storage_path), space.study.name)
     num_trials = max(space.study.num_trials, before)

@@ -12,8 +12,9 @@ from bilora_ray.scale.trial import run_trial, run_trial_on_workers
 from bilora_ray.search.cluster import capacity, check_address, cluster
 from bilora_ray.search.session import Observers, Watcher, session
 from bilora_ray.search.space import Space
-from bilora_ray.search.storage import Layout, locked_study
-from bilora_ray.search.study import SearchStudy, check_study
+from bilora_ray.search.storage import Layout, naming_the_database, running_study
+from bilora_ray.search.studies import check_study
+from bilora_ray.search.study import SearchStudy
 from bilora_ray.search.tuning import MAX_FAILURES, StudyScheduler, StudySearcher
 
 # What a trial's own process takes while its workers train: next to nothing, and no CPU that they need.
@@ -54,17 +55,21 @@ def search(
 
     Raises:
         UserError: the study, the cluster or MLflow are not there as said, and nothing was begun; or a trial met bad
-            input.
+            input; or the study database is gone.
     """
     check_study(space, layout, resume, digests)
     check_address(ray_address)
     with (
-        locked_study(layout, space.study.name),
+        naming_the_database(layout),
+        running_study(layout, space.study.name),
         session(space, layout, mlflow_uri, digests, watcher) as running,
         cluster(ray_address, nested=space.resources.workers > 1),
     ):
-        study = running.study
-        run_trials(study, running.observers(), space.study.max_concurrent or capacity(space.resources))
+        study, observers = running.study, running.observers()
+        concurrent = space.study.max_concurrent or capacity(space.resources)
+        run_trials(study, observers, concurrent)
+        while study.await_others():
+            run_trials(study, observers, concurrent)
     return study, study.finished()
 
 

@@ -11,11 +11,12 @@ from typing import Protocol
 
 from bilora_ray.errors import MachineError, TrialFailure, UserError
 from bilora_ray.search.space import Space
-from bilora_ray.search.storage import Layout, locked_study, study_names
-from bilora_ray.search.study import SearchStudy, check_study, delete_study, open_study
+from bilora_ray.search.storage import WAIT_S, Layout, running_study, study_names
+from bilora_ray.search.studies import check_study, delete_study, open_study
+from bilora_ray.search.study import SearchStudy
 from bilora_ray.tracking.mlflow_tracker import MlflowTracker, default_uri
 from bilora_ray.tracking.records import Observer, Status, TrialRecord
-from bilora_ray.training.folder import ORPHAN_WAIT_S
+from bilora_ray.training.folder import ORPHAN_WAIT_S, locked
 
 logger = logging.getLogger(__name__)
 
@@ -84,15 +85,22 @@ class Session:
     def observers(self) -> Observers:
         """Who observes the trials. Waits for MLflow, which learns what it missed; UserError if it cannot be used."""
         tracker = self.tracking.result()
-        tracker.reconcile(self.study.records())
+        tracker.reconcile(self._own_records())
         return Observers([tracker, self.watcher])
 
     def close(self) -> None:
-        """End the study's run in MLflow, unless MLflow could not be opened."""
+        """End the study's run in MLflow, unless MLflow could not be opened, and give up this process's trials."""
         if self.tracking.exception() is None:
             best = self.study.best()
             number = None if best is None else best.number
-            self.tracking.result().close(self.study.records(), number, interrupted=not self.study.finished())
+            others = bool(self.study.elsewhere())
+            self.tracking.result().close(self._own_records(), number, not self.study.finished(), others)
+        self.study.release()
+
+    def _own_records(self) -> list[TrialRecord]:
+        """All trials but those that other processes run, and track."""
+        elsewhere = self.study.elsewhere()
+        return [record for record in self.study.records() if record.number not in elsewhere]
 
 
 @contextmanager
@@ -107,8 +115,23 @@ def session(
     begins = space.study.name not in study_names(layout)
     study = open_study(space, layout, digests)
     with ThreadPoolExecutor(max_workers=1) as executor:
-        tracking = executor.submit(
-            MlflowTracker.open,
+        running = Session(study, watcher, executor.submit(_tracker, study, mlflow_uri, digests, watcher))
+        try:
+            with closing(running), watcher:
+                watcher.start(study.records())
+                yield running
+        except UserError as error:
+            ours = begins and not study.elsewhere()
+            if ours and study.best() is None and not isinstance(error, MachineError):
+                delete_study(space, layout)
+            raise
+
+
+def _tracker(study: SearchStudy, mlflow_uri: str | None, digests: Mapping[str, str], watcher: Watcher) -> MlflowTracker:
+    space, layout = study.space, study.layout
+    # One process at a time, or two that begin together would each make the study's run.
+    with locked(layout.study(space.study.name) / "tracking.lock", WAIT_S):
+        return MlflowTracker.open(
             mlflow_uri or default_uri(layout.storage_path),
             project=space.study.project,
             study_name=space.study.name,
@@ -118,15 +141,6 @@ def session(
             digests=digests,
             say=watcher.say,
         )
-        running = Session(study, watcher, tracking)
-        try:
-            with closing(running), watcher:
-                watcher.start(study.records())
-                yield running
-        except UserError as error:
-            if begins and study.best() is None and not isinstance(error, MachineError):
-                delete_study(space, layout)
-            raise
 
 
 def train(
@@ -145,7 +159,7 @@ def train(
     """
     check_study(space, layout, resume, digests)
     with (
-        locked_study(layout, space.study.name),
+        running_study(layout, space.study.name),
         session(space, layout, mlflow_uri, digests, watcher) as running,
     ):
         study, observers = running.study, running.observers()

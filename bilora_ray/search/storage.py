@@ -1,32 +1,49 @@
-"""Where a storage path keeps things, and the one database of its studies."""
+"""Where a storage path keeps things, the one database of its studies, and which process runs what."""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import optuna
-from sqlalchemy.exc import DatabaseError
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, DatabaseError
 
-from bilora_ray.errors import UserError
+from bilora_ray.errors import MachineError, UserError, first_line
 from bilora_ray.training.folder import TrialFolder, locked
 
 # Two processes may make or write the database at one time: each waits for the other instead of failing.
 WAIT_S = 60.0
+CONNECT_TIMEOUT_S = 5
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a storage path keeps things."""
+    """Where a storage path keeps things.
+
+    Attributes:
+        storage_path: an absolute path.
+        study_database: URL of a PostgreSQL database with the studies; None: a SQLite file in the storage path. In
+            PostgreSQL several processes, on several machines, may run one study.
+    """
 
     storage_path: Path
+    study_database: str | None = None
 
     @property
     def database_file(self) -> Path:
         """The SQLite file of the Optuna storage that all studies of the storage path share."""
         return self.storage_path / "studies.db"
+
+    @property
+    def database(self) -> str:
+        """Where the studies are, as a person is told: the server, without its password, or the storage path."""
+        return str(self.storage_path) if self.study_database is None else shown(self.study_database)
 
     def study(self, name: str) -> Path:
         """Folder of one study."""
@@ -40,33 +57,122 @@ class Layout:
         """Folder of one trial: its checkpoints and its best adapter."""
         return TrialFolder(self.trials(name) / f"{number:04d}")
 
+    def choosing(self, name: str) -> AbstractContextManager[None]:
+        """For the block, no other process begins study `name` or takes a trial of it."""
+        return locked(self.study(name) / "choosing.lock", WAIT_S)
+
+
+class Claims:
+    """The trials that this process runs. A claim is a file lock, which the system frees however the process ends.
+
+    Args:
+        layout: where the trials' folders are.
+        name: of the study.
+    """
+
+    def __init__(self, layout: Layout, name: str) -> None:
+        self._layout = layout
+        self._name = name
+        self._held: dict[int, ExitStack] = {}
+
+    def take(self, number: int) -> bool:
+        """Claim a trial. Whether that is possible: another process may have it."""
+        if number in self._held:
+            return True
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self._layout.trial(self._name, number).path / "claim.lock", wait_s=0))
+            except TimeoutError:
+                return False
+            self._held[number] = stack.pop_all()
+        return True
+
+    def release(self, *numbers: int) -> None:
+        """Give up the claims to `numbers`, or all claims."""
+        for number in numbers or tuple(self._held):
+            self._held.pop(number).close()
+
 
 def open_storage(layout: Layout) -> optuna.storages.RDBStorage:
-    """The storage of all studies under a storage path, made if missing. UserError if its file is something else."""
+    """The storage of all studies of a storage path, made if missing.
+
+    Raises:
+        UserError: the file is something else, or the server does not answer.
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    url = f"sqlite:///{layout.database_file}"
+    url, engine = f"sqlite:///{layout.database_file}", {"connect_args": {"timeout": WAIT_S}}
+    if layout.study_database is not None:
+        url, engine = _server(layout.study_database)
     try:
         with locked(layout.storage_path / "studies.db.lock", WAIT_S):
-            return optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": WAIT_S}})
-    except (DatabaseError, RuntimeError):
+            return optuna.storages.RDBStorage(url, engine_kwargs=engine)
+    except (DatabaseError, RuntimeError) as error:
+        if layout.study_database is not None:
+            reason = first_line(getattr(error, "orig", None) or error)
+            raise UserError(f"--study-database {shown(url)}: cannot be used ({reason})") from None
         raise UserError(f"{layout.database_file}: is not a database of studies that this version can read") from None
 
 
 def study_names(layout: Layout) -> list[str]:
-    """The studies in a storage path."""
-    if not layout.database_file.exists():
+    """The studies of a storage path, or of its database server."""
+    if layout.study_database is None and not layout.database_file.exists():
         return []
     return optuna.get_all_study_names(open_storage(layout))
 
 
 @contextmanager
-def locked_study(layout: Layout, name: str) -> Iterator[None]:
-    """Be the one process that runs study `name`. UserError if another one does, or the folder cannot be written."""
+def running_study(layout: Layout, name: str) -> Iterator[None]:
+    """Run study `name` in the block: as the only process, if its database is a SQLite file.
+
+    Raises:
+        UserError: another process runs it, or the folder cannot be written.
+    """
     with ExitStack() as stack:
         try:
-            stack.enter_context(locked(layout.study(name) / "search.lock", wait_s=0))
+            with layout.choosing(name):
+                pass
+            if layout.study_database is None:
+                stack.enter_context(locked(layout.study(name) / "search.lock", wait_s=0))
         except TimeoutError:
             raise UserError(f"study '{name}' is being searched by another process") from None
         except OSError as error:
             raise UserError(f"--storage-path {layout.storage_path}: cannot be written ({error.strerror})") from None
         yield
+
+
+@contextmanager
+def naming_the_database(layout: Layout) -> Iterator[None]:
+    """Tell an error of the study database in the block, such as a full disk or a lost server, in one line.
+
+    Raises:
+        MachineError: the study can go on once that is mended.
+    """
+    try:
+        yield
+    except (DatabaseError, StorageInternalError) as error:
+        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
+        reason = first_line(getattr(cause, "orig", None) or error)
+        line = f"study database of {layout.database}: {reason}; mend that and go on with --resume"
+        raise MachineError(line) from None
+
+
+def shown(url: str) -> str:
+    """`url` without its password."""
+    return make_url(url).render_as_string(hide_password=True)
+
+
+def _server(database: str) -> tuple[str, dict[str, Any]]:
+    """The URL for SQLAlchemy and its engine's arguments. UserError if it is none of PostgreSQL's."""
+    try:
+        url = make_url(database)
+    except ArgumentError:
+        raise UserError("--study-database: must be postgresql://USER@HOST/DATABASE") from None
+    if url.get_backend_name() != "postgresql":
+        raise UserError(f"--study-database {shown(database)}: must be postgresql://USER@HOST/DATABASE")
+    if url.drivername == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")
+    if url.drivername == "postgresql+psycopg" and importlib.util.find_spec("psycopg") is None:
+        raise UserError("--study-database: needs the package psycopg: pip install 'bilora-ray[postgresql]'")
+    # A connection may have died since it was last used, with the server or with a firewall's patience.
+    engine = {"pool_pre_ping": True, "connect_args": {"connect_timeout": CONNECT_TIMEOUT_S}}
+    return url.render_as_string(hide_password=False), engine

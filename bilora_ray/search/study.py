@@ -1,34 +1,29 @@
 """The study database is the truth: which trials there are, what each was given, how each ended.
 
-An Optuna study in one storage holds it. Tune and MLflow follow. A trial that is RUNNING there while no search process
-lives was interrupted; it is handed out again, under its own number, before any new one is asked for.
+An Optuna study in one storage holds it. Tune and MLflow follow. A trial that is RUNNING there while no process has a
+claim to it was interrupted; it is handed out again, under its own number, before any new one is asked for.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
-import uuid
-import warnings
-from collections.abc import Mapping
-from pathlib import Path
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import optuna
-from optuna.pruners import NopPruner
 from optuna.samplers import RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bilora_ray.config import TrialConfig, applies
-from bilora_ray.errors import UserError, nearest
+from bilora_ray.errors import UserError
 from bilora_ray.search.proposals import is_weak, propose
-from bilora_ray.search.space import Choice, Range, ResourceConfig, Space, StudyConfig
-from bilora_ray.search.storage import Layout, open_storage, study_names
+from bilora_ray.search.space import Space
+from bilora_ray.search.storage import Claims, Layout
 from bilora_ray.tracking.records import Status, TrialRecord
 from bilora_ray.training.folder import TrialFolder
 
-ID, SPACE, DIGESTS, ERROR = "id", "space", "digests", "error"
+ID, ERROR = "id", "error"
 STATUS = {
     TrialState.RUNNING: Status.RUNNING,
     TrialState.COMPLETE: Status.COMPLETE,
@@ -36,8 +31,8 @@ STATUS = {
     TrialState.FAIL: Status.FAILED,
 }
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-# What may differ between the first start of a study and its resume.
-FREE_TO_CHANGE = frozenset({"num_trials", "max_concurrent"})
+# How often a search that has nothing to do asks whether the others have ended.
+POLL_S = 2.0
 
 
 class SearchStudy:
@@ -53,30 +48,60 @@ class SearchStudy:
         self.study = study
         self.space = space
         self.layout = layout
-        self._orphans: list[int] = []
         self._live: dict[int, Trial] = {}
+        self._claims = Claims(layout, study.study_name)
 
     def adopt(self) -> None:
-        """Take over the trials of a search that was interrupted: `next_trial` hands them out first.
-
-        One that died while it was sampled gets the rest of its settings now, before anything reads them.
-        """
-        self._orphans = [trial.number for trial in self._trials(TrialState.RUNNING)]
-        for number in self._orphans:
-            propose(self.study, self.space, number)
+        """Give trials that died while they were sampled the rest of their settings, before anything reads them."""
+        with self.layout.choosing(self.study.study_name):
+            for number in self._orphans():
+                propose(self.study, self.space, number)
+                self._claims.release(number)
 
     def next_trial(self) -> int | None:
-        """The number of a trial to run: an interrupted one if there is any, else a new one; None when all are given."""
-        if self._orphans:
-            number = self._orphans.pop(0)
-        elif len(self._trials(TrialState.RUNNING, *ENDED)) < self.space.study.num_trials:
-            # What `propose` samples is decided by the number, so this sampler has nothing to say.
-            self.study.sampler = RandomSampler(seed=0)
-            number = self.study.ask().number
-        else:
-            return None
-        self._live[number] = propose(self.study, self.space, number)
+        """The number of a trial to run: an interrupted one if there is any, else a new one; None when all are given.
+
+        The trial is this process's until it ends, or `release`.
+        """
+        with self.layout.choosing(self.study.study_name):
+            number = next(self._orphans(), None)
+            if number is None and not self._all_given():
+                # What `propose` samples is decided by the number, so this sampler has nothing to say.
+                self.study.sampler = RandomSampler(seed=0)
+                number = self.study.ask().number
+                self._claims.take(number)
+            if number is not None:
+                self._live[number] = propose(self.study, self.space, number)
         return number
+
+    def await_others(self) -> bool:
+        """Wait while other processes run all that is left.
+
+        Returns:
+            Whether one of them died, so that there is a trial to go on with. False at once if this process was
+            interrupted, with trials of its own or before all were given.
+        """
+        while not (self._live or self.finished()) and self._all_given():
+            with self.layout.choosing(self.study.study_name):
+                for number in self._orphans():
+                    self._claims.release(number)
+                    return True
+            time.sleep(POLL_S)
+        return False
+
+    def elsewhere(self) -> set[int]:
+        """The running trials that are other processes'."""
+        with self.layout.choosing(self.study.study_name):
+            running = {trial.number for trial in self._trials(TrialState.RUNNING)}
+            orphans = list(self._orphans())
+            for number in orphans:
+                self._claims.release(number)
+        return running - self._live.keys() - set(orphans)
+
+    def release(self) -> None:
+        """Leave the running trials of this process to whoever asks for them next."""
+        self._live.clear()
+        self._claims.release()
 
     def config(self, number: int) -> TrialConfig:
         """The settings of trial `number`."""
@@ -166,9 +191,23 @@ class SearchStudy:
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states or None)
 
+    def _all_given(self) -> bool:
+        return len(self._trials(TrialState.RUNNING, *ENDED)) >= self.space.study.num_trials
+
+    def _orphans(self) -> Iterator[int]:
+        """Running trials that no process had a claim to; each is claimed as it is handed out."""
+        for trial in self._trials(TrialState.RUNNING):
+            if trial.number in self._live or not self._claims.take(trial.number):
+                continue
+            if self._trials()[trial.number].state == TrialState.RUNNING:
+                yield trial.number
+            else:  # it ended between the question and the claim
+                self._claims.release(trial.number)
+
     def _end(self, number: int, state: TrialState, value: float | None = None) -> None:
         self.study.tell(self._live.pop(number), values=value, state=state)
         self.folder(number).discard_tensors()
+        self._claims.release(number)
 
     def _record(self, trial: FrozenTrial) -> TrialRecord:
         folder = self.folder(trial.number)
@@ -188,126 +227,3 @@ class SearchStudy:
             adapter=None if best_step is None else folder.adapter_at(best_step),
             error=trial.user_attrs.get(ERROR),
         )
-
-
-def check_study(space: Space, layout: Layout, resume: bool, digests: Mapping[str, str]) -> None:
-    """Refuse to begin a study that exists or to resume one that does not, before anything is written.
-
-    Args:
-        space: the study's.
-        layout: where studies are.
-        resume: whether it shall go on.
-        digests: data source -> digest of its content, now.
-
-    Raises:
-        UserError: that, or the study began with another space or with other data.
-    """
-    name, names = space.study.name, study_names(layout)
-    begun = name in names and _has_begun(name, layout)
-    if resume and not begun:
-        hint = f"; {nearest(name, names)}" if names and name not in names else ""
-        raise UserError(f"study '{name}': nothing to resume in {layout.storage_path}{hint}")
-    if resume:
-        study = optuna.load_study(study_name=name, storage=open_storage(layout))
-        _check_same(name, "space", study.user_attrs[SPACE], _described(space))
-        _check_same(name, "data", {"content": study.user_attrs[DIGESTS]}, {"content": dict(digests)})
-    elif begun:
-        raise UserError(
-            f"study '{name}' exists in {layout.storage_path}: go on with --resume, or give this one another name"
-        )
-    elif any(layout.trials(name).glob("*")):
-        raise UserError(f"{layout.trials(name)}: holds trials that the study database does not know; move it away")
-
-
-def open_study(space: Space, layout: Layout, digests: Mapping[str, str]) -> SearchStudy:
-    """The study of `space`, created if `check_study` found none. One that was made but never begun is made anew."""
-    name = space.study.name
-    if name in study_names(layout) and not _has_begun(name, layout):
-        optuna.delete_study(study_name=name, storage=open_storage(layout))
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    greater_is_better = space.first_config().greater_is_better
-    study = optuna.create_study(
-        study_name=name,
-        storage=open_storage(layout),
-        direction=StudyDirection.MAXIMIZE if greater_is_better else StudyDirection.MINIMIZE,
-        pruner=NopPruner(),
-        load_if_exists=True,
-    )
-    if ID not in study.user_attrs:
-        study.set_user_attr(ID, uuid.uuid4().hex)
-        study.set_user_attr(DIGESTS, dict(digests))
-    study.set_user_attr(SPACE, _described(space))
-    for point in space.points_to_evaluate:
-        study.enqueue_trial(point, skip_if_exists=True)
-    opened = SearchStudy(study, space, layout)
-    opened.adopt()
-    return opened
-
-
-def load_study(layout: Layout, name: str) -> SearchStudy:
-    """The study `name` as its database knows it. UserError if there is none that has begun."""
-    names = study_names(layout)
-    if name not in names:
-        raise UserError(f"study '{name}': not in {layout.storage_path}{f'; {nearest(name, names)}' if names else ''}")
-    study = optuna.load_study(study_name=name, storage=open_storage(layout))
-    if SPACE not in study.user_attrs:
-        raise UserError(f"study '{name}': was never begun")
-    return SearchStudy(study, _space(study), layout)
-
-
-def num_trials_before(layout: Layout, name: str) -> int:
-    """How many trials study `name` was asked for when it last ran; 0 if there is no such study."""
-    if name not in study_names(layout):
-        return 0
-    study = optuna.load_study(study_name=name, storage=open_storage(layout))
-    return int(study.user_attrs.get(SPACE, {}).get("study", {}).get("num_trials", 0))
-
-
-def delete_study(space: Space, layout: Layout) -> None:
-    """Remove a study and its folder."""
-    optuna.delete_study(study_name=space.study.name, storage=open_storage(layout))
-    shutil.rmtree(layout.study(space.study.name), ignore_errors=True)
-
-
-def _has_begun(name: str, layout: Layout) -> bool:
-    study = optuna.load_study(study_name=name, storage=open_storage(layout))
-    begun = any(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
-    return begun and SPACE in study.user_attrs
-
-
-def _described(space: Space) -> dict[str, Any]:
-    """A space as the study database keeps it."""
-    described = {
-        "study": space.study.model_dump(mode="json"),
-        "resources": space.resources.model_dump(mode="json"),
-        "fixed": space.fixed,
-        "distributions": {key: distribution.model_dump() for key, distribution in space.distributions.items()},
-    }
-    return json.loads(json.dumps(described))
-
-
-def _space(study: optuna.Study) -> Space:
-    described = study.user_attrs[SPACE]
-    return Space(
-        path=Path(f"study {study.study_name}"),
-        study=StudyConfig(**described["study"]),
-        resources=ResourceConfig(**described["resources"]),
-        fixed=described["fixed"],
-        distributions={
-            key: Choice(**values) if "choice" in values else Range(**values)
-            for key, values in described["distributions"].items()
-        },
-        points_to_evaluate=(),
-    )
-
-
-def _check_same(name: str, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for section in now:
-        was, given = before.get(section, {}), now[section]
-        # Of the resources, the number of workers alone changes what a trial computes: its batches.
-        for key in ("workers",) if section == "resources" else {**was, **given}:
-            if key not in FREE_TO_CHANGE and was.get(key) != given.get(key):
-                raise UserError(
-                    f"study '{name}' began with other {what}: {key} was {was.get(key)!r}, is {given.get(key)!r}; "
-                    f"of a study only {' and '.join(sorted(FREE_TO_CHANGE))} may change"
-                )

@@ -101,17 +101,21 @@ class MlflowTracker:
         """Make MLflow agree with `trials`, as when a study is resumed."""
         self._send(trials)
 
-    def close(self, trials: Sequence[TrialRecord], best_number: int | None, interrupted: bool) -> None:
+    def close(
+        self, trials: Sequence[TrialRecord], best_number: int | None, interrupted: bool, others: bool = False
+    ) -> None:
         """Make MLflow agree with `trials` and end the study's run. Trials that still run are marked as interrupted.
 
         Args:
-            trials: all of the study's.
+            trials: all of the study's but those that other processes run.
             best_number: the best trial's; None if none is complete.
             interrupted: whether the study is to go on later.
+            others: whether other processes go on with the study now: its run stays as it is.
         """
         self._keep(trials)
+        self._runs = None  # other processes may have made and ended runs since
         with self._guard.attempt(AT_RESUME):
-            self._flush(lambda runs: runs.end(trials, best_number, interrupted))
+            self._flush(lambda runs: runs.end(trials, best_number, interrupted, others))
 
     def _send(self, trials: Iterable[TrialRecord]) -> None:
         self._keep(trials)

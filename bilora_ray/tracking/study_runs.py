@@ -75,11 +75,15 @@ class StudyRuns:
     def sync(self, trial: TrialRecord) -> None:
         """Make the run of `trial` say what the record says."""
         run = self._trials.get(trial.number)
+        if run is not None and trial.status is not Status.RUNNING and trial.status.value == run.status:
+            return
+        if run is None or not run.live:
+            # Another process may have had the trial since, and made its run or written to it.
+            self._trials.update(self._find_trials(f" AND tags.`{TRIAL}` = '{trial.number}'"))
+            run = self._trials.get(trial.number)
         if run is None:
             tags = {PARENT: self._parent.run_id, TRIAL: str(trial.number)}
             run = self._trials[trial.number] = self._create(f"trial-{trial.number:04d}", tags)
-        elif trial.status is not Status.RUNNING and trial.status.value == run.status:
-            return
         if not run.live:
             run.begin(trial.settings, {SAMPLED: json.dumps(dict(trial.sampled))}, self._datasets)
         run.log(_points(trial))
@@ -89,13 +93,14 @@ class StudyRuns:
             run.keep(trial.adapter, ADAPTER)
         run.end(trial.status.value, {} if trial.error is None else {ERROR: trial.error})
 
-    def end(self, trials: Iterable[TrialRecord], best_number: int | None, interrupted: bool) -> None:
+    def end(self, trials: Iterable[TrialRecord], best_number: int | None, interrupted: bool, others: bool) -> None:
         """End the parent and every run that is not over, and mark the best.
 
         Args:
             trials: all of the study's, each in sync.
             best_number: the best trial's; None if none is complete.
             interrupted: whether the study is to go on later.
+            others: whether other processes go on with it now.
         """
         for number, run in self._trials.items():
             if number != best_number:
@@ -105,7 +110,8 @@ class StudyRuns:
                 self._trials[trial.number].end(INTERRUPTED, {})
             if trial.number == best_number:
                 self._tell_best(trial)
-        self._parent.end(INTERRUPTED if interrupted else COMPLETE, {})
+        if not others:
+            self._parent.end(INTERRUPTED if interrupted else COMPLETE, {})
 
     def _tell_best(self, trial: TrialRecord) -> None:
         run = self._trials[trial.number]
@@ -125,10 +131,10 @@ class StudyRuns:
                 return Run(self._client, run)
         return None
 
-    def _find_trials(self) -> dict[int, Run]:
+    def _find_trials(self, condition: str = "") -> dict[int, Run]:
         trials: dict[int, Run] = {}
         # The whole list first: to delete between two pages would shift the second.
-        for run in list(self._search(f"tags.`{PARENT}` = '{self._parent.run_id}'")):
+        for run in list(self._search(f"tags.`{PARENT}` = '{self._parent.run_id}'{condition}")):
             number = run.data.tags.get(TRIAL)
             if number is None:
                 continue  # a run that a person put under the study

@@ -13,7 +13,7 @@ import pytest
 from tiny_trials import Tiny
 
 from bilora_ray.search.storage import Layout
-from bilora_ray.search.study import load_study
+from bilora_ray.search.studies import load_study
 from bilora_ray.tracking.records import Status
 
 COMMAND = Path(sys.executable).with_name("bilora-ray")

@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from tiny_trials import Tiny
 
 from bilora_ray.search.storage import Layout
-from bilora_ray.search.study import load_study
+from bilora_ray.search.studies import load_study
 from bilora_ray.tracking.records import Status
 
 COMMAND = Path(sys.executable).with_name("bilora-ray")

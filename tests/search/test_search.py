@@ -20,7 +20,8 @@ from bilora_ray.search.session import Observers
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.storage import Layout
-from bilora_ray.search.study import SearchStudy, open_study
+from bilora_ray.search.studies import open_study
+from bilora_ray.search.study import SearchStudy
 from bilora_ray.tracking.records import Status, TrialRecord
 
 

@@ -12,9 +12,10 @@ import pytest
 from bilora_ray.errors import UserError
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
-from bilora_ray.search.storage import Layout, locked_study, open_storage, study_names
-from bilora_ray.search.study import SearchStudy, check_study, delete_study, load_study
-from bilora_ray.search.study import open_study as open_study_on
+from bilora_ray.search.storage import Layout, open_storage, running_study, study_names
+from bilora_ray.search.studies import check_study, delete_study, load_study
+from bilora_ray.search.studies import open_study as open_study_on
+from bilora_ray.search.study import SearchStudy
 from bilora_ray.tracking.records import Status
 
 STUDY = {"name": "s", "num_trials": 4, "scheduler": "none"}
@@ -38,8 +39,15 @@ def layout(tmp_path: Path) -> Layout:
     return Layout(tmp_path / "runs")
 
 
+OPENED: list[SearchStudy] = []
+
+
 def open_study(space: Space, layout: Layout) -> SearchStudy:
-    return open_study_on(space, layout, DIGESTS)
+    """The study as a new process sees it, which has no other beside it."""
+    while OPENED:
+        OPENED.pop().release()
+    OPENED.append(open_study_on(space, layout, DIGESTS))
+    return OPENED[-1]
 
 
 def run(study: SearchStudy, number: int, losses: list[float]) -> Status:
@@ -341,13 +349,13 @@ def test_more_trials_may_be_asked_for_on_resume(layout: Layout) -> None:
 
 
 def test_a_study_has_one_search_at_a_time(layout: Layout) -> None:
-    with locked_study(layout, "s"):
-        with pytest.raises(UserError) as error, locked_study(layout, "s"):
+    with running_study(layout, "s"):
+        with pytest.raises(UserError) as error, running_study(layout, "s"):
             pass
-        with locked_study(layout, "another"):
+        with running_study(layout, "another"):
             pass
     assert str(error.value) == "study 's' is being searched by another process"
-    with locked_study(layout, "s"):
+    with running_study(layout, "s"):
         pass
 
 

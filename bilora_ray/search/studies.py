@@ -1,0 +1,173 @@
+"""The studies of a storage path: to begin one, to go on with one, to look at one, to remove one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.pruners import NopPruner
+from optuna.study import StudyDirection
+from optuna.trial import TrialState
+
+from bilora_ray.errors import UserError, nearest
+from bilora_ray.search.space import Choice, Range, ResourceConfig, Space, StudyConfig
+from bilora_ray.search.storage import Layout, open_storage, study_names
+from bilora_ray.search.study import ID, SearchStudy
+
+SPACE, DIGESTS = "space", "digests"
+# What may differ between the first start of a study and its resume.
+FREE_TO_CHANGE = frozenset({"num_trials", "max_concurrent"})
+
+
+def check_study(space: Space, layout: Layout, resume: bool, digests: Mapping[str, str]) -> None:
+    """Refuse to begin a study that exists or to resume one that does not, before anything is written.
+
+    Args:
+        space: the study's.
+        layout: where studies are.
+        resume: whether it shall go on.
+        digests: data source -> digest of its content, now.
+
+    Raises:
+        UserError: that, or the study began with another space, with other data, or in another storage path.
+    """
+    name, names = space.study.name, study_names(layout)
+    begun = name in names and _has_begun(name, layout)
+    if resume and not begun:
+        hint = f"; {nearest(name, names)}" if names and name not in names else ""
+        raise UserError(f"study '{name}': nothing to resume in {layout.database}{hint}")
+    if resume:
+        study = optuna.load_study(study_name=name, storage=open_storage(layout))
+        _check_place(study, layout)
+        _check_same(name, "space", study.user_attrs[SPACE], _described(space))
+        _check_same(name, "data", {"content": study.user_attrs[DIGESTS]}, {"content": dict(digests)})
+    elif begun:
+        raise UserError(
+            f"study '{name}' exists in {layout.database}: go on with --resume, or give this one another name"
+        )
+    elif any(layout.trials(name).glob("*")):
+        raise UserError(f"{layout.trials(name)}: holds trials that the study database does not know; move it away")
+
+
+def open_study(space: Space, layout: Layout, digests: Mapping[str, str]) -> SearchStudy:
+    """The study of `space`, created if `check_study` found none. One that was made but never begun is made anew.
+
+    Raises:
+        UserError: another process has begun it since `check_study`, with another space.
+    """
+    with layout.choosing(space.study.name):
+        opened = SearchStudy(_made(space, layout, digests), space, layout)
+    opened.adopt()
+    return opened
+
+
+def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.Study:
+    name, storage = space.study.name, open_storage(layout)
+    begun = name in study_names(layout) and _has_begun(name, layout)
+    if begun:
+        study = optuna.load_study(study_name=name, storage=storage)
+        _check_same(name, "space", study.user_attrs[SPACE], _described(space))
+    elif name in study_names(layout):
+        optuna.delete_study(study_name=name, storage=storage)
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    greater_is_better = space.first_config().greater_is_better
+    study = optuna.create_study(
+        study_name=name,
+        storage=storage,
+        direction=StudyDirection.MAXIMIZE if greater_is_better else StudyDirection.MINIMIZE,
+        pruner=NopPruner(),
+        load_if_exists=True,
+    )
+    if not begun:
+        study.set_user_attr(ID, uuid.uuid4().hex)
+        study.set_user_attr(DIGESTS, dict(digests))
+        (layout.study(name) / ID).write_text(study.user_attrs[ID])
+    for point in space.points_to_evaluate:
+        study.enqueue_trial(point, skip_if_exists=True)
+    study.set_user_attr(SPACE, _described(space))
+    return study
+
+
+def load_study(layout: Layout, name: str) -> SearchStudy:
+    """The study `name` as its database knows it. UserError if there is none that has begun."""
+    names = study_names(layout)
+    if name not in names:
+        raise UserError(f"study '{name}': not in {layout.database}{f'; {nearest(name, names)}' if names else ''}")
+    study = optuna.load_study(study_name=name, storage=open_storage(layout))
+    if SPACE not in study.user_attrs:
+        raise UserError(f"study '{name}': was never begun")
+    return SearchStudy(study, _space(study), layout)
+
+
+def num_trials_before(layout: Layout, name: str) -> int:
+    """How many trials study `name` was asked for when it last ran; 0 if there is no such study."""
+    if name not in study_names(layout):
+        return 0
+    study = optuna.load_study(study_name=name, storage=open_storage(layout))
+    return int(study.user_attrs.get(SPACE, {}).get("study", {}).get("num_trials", 0))
+
+
+def delete_study(space: Space, layout: Layout) -> None:
+    """Remove a study and its folder."""
+    optuna.delete_study(study_name=space.study.name, storage=open_storage(layout))
+    shutil.rmtree(layout.study(space.study.name), ignore_errors=True)
+
+
+def _has_begun(name: str, layout: Layout) -> bool:
+    study = optuna.load_study(study_name=name, storage=open_storage(layout))
+    if SPACE not in study.user_attrs or layout.study_database is not None:
+        # Of a database that others use, nobody can tell whether who made the study is about to begin.
+        return SPACE in study.user_attrs
+    return any(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
+
+
+def _check_place(study: optuna.Study, layout: Layout) -> None:
+    """Refuse a storage path that is not the study's: its trials would be begun again, beside those that run."""
+    file = layout.study(study.study_name) / ID
+    if layout.study_database is not None and not (file.is_file() and file.read_text() == study.user_attrs[ID]):
+        where = f"--storage-path {layout.storage_path}"
+        raise UserError(f"{where}: study '{study.study_name}' of {layout.database} keeps its trials in another folder")
+
+
+def _described(space: Space) -> dict[str, Any]:
+    """A space as the study database keeps it."""
+    described = {
+        "study": space.study.model_dump(mode="json"),
+        "resources": space.resources.model_dump(mode="json"),
+        "fixed": space.fixed,
+        "distributions": {key: distribution.model_dump() for key, distribution in space.distributions.items()},
+    }
+    return json.loads(json.dumps(described))
+
+
+def _space(study: optuna.Study) -> Space:
+    described = study.user_attrs[SPACE]
+    return Space(
+        path=Path(f"study {study.study_name}"),
+        study=StudyConfig(**described["study"]),
+        resources=ResourceConfig(**described["resources"]),
+        fixed=described["fixed"],
+        distributions={
+            key: Choice(**values) if "choice" in values else Range(**values)
+            for key, values in described["distributions"].items()
+        },
+        points_to_evaluate=(),
+    )
+
+
+def _check_same(name: str, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for section in now:
+        was, given = before.get(section, {}), now[section]
+        # Of the resources, the number of workers alone changes what a trial computes: its batches.
+        for key in ("workers",) if section == "resources" else {**was, **given}:
+            if key not in FREE_TO_CHANGE and was.get(key) != given.get(key):
+                raise UserError(
+                    f"study '{name}' began with other {what}: {key} was {was.get(key)!r}, is {given.get(key)!r}; "
+                    f"of a study only {' and '.join(sorted(FREE_TO_CHANGE))} may change"
+                )
