@@ -6,7 +6,15 @@ from pathlib import Path
 
 import click
 
-from bilora_ray.cli.options import absolute, json_option, print_json, storage_option, study_argument, trial_option
+from bilora_ray.cli.options import (
+    absolute,
+    json_option,
+    print_json,
+    storage_option,
+    study_argument,
+    study_database_option,
+    trial_option,
+)
 from bilora_ray.errors import UserError
 
 EPILOG = """\b
@@ -22,13 +30,22 @@ Examples:
 @click.option("--output", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="A new folder.")
 @click.option("--merge", is_flag=True, help="Write the base model with the adapter merged in, and its tokenizer.")
 @storage_option
+@study_database_option
 @json_option
-def command(study: str, number: int | None, output: Path, merge: bool, storage_path: Path, as_json: bool) -> None:
+def command(
+    study: str,
+    number: int | None,
+    output: Path,
+    merge: bool,
+    storage_path: Path,
+    study_database: str | None,
+    as_json: bool,
+) -> None:
     """Copy out the adapter of the best trial, or of any: an ordinary PEFT LoRA adapter."""
-    from bilora_ray.search.storage import Layout
+    from bilora_ray.search.layout import Layout
     from bilora_ray.search.studies import load_study
 
-    found = load_study(Layout(absolute(storage_path)), study)
+    found = load_study(Layout(absolute(storage_path), study_database), study)
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         raise UserError(f"--output {output}: exists already")
     best = found.best()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shlex
 import sqlite3
 import sys
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import click
+
+from bilora_ray.tracking.store import masked
 
 
 def _complete_study(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
@@ -50,6 +53,13 @@ storage_option = click.option(
     metavar="FOLDER",
     help="Where studies, checkpoints and adapters are kept; shared by all nodes of a cluster.",
 )
+study_database_option = click.option(
+    "--study-database",
+    envvar="BILORA_RAY_STUDY_DATABASE",
+    metavar="URL",
+    help="PostgreSQL database of the studies, which several searches may share: postgresql://USER@HOST/DATABASE."
+    "  [default: a SQLite file in the storage path]",
+)
 mlflow_option = click.option(
     "--mlflow-uri",
     envvar="MLFLOW_TRACKING_URI",
@@ -84,14 +94,17 @@ def say_how_to_go_on() -> NoReturn:
     sys.exit(130)
 
 
-def print_next(study: str, storage_path: Path, adapter: Path | None) -> None:
+def print_next(study: str, storage_path: Path, study_database: str | None, adapter: Path | None) -> None:
     """Print where the best adapter is and what can be done next."""
-    where = "" if storage_path == Path("runs") else f" --storage-path {storage_path}"
+    runs = "" if storage_path == Path("runs") else f" --storage-path {storage_path}"
+    where = runs
+    if study_database is not None and study_database != os.environ.get("BILORA_RAY_STUDY_DATABASE"):
+        where += f" --study-database {shlex.quote(masked(study_database))}"
     for what, line in (
         ("Adapter", str(adapter)),
         ("More", f"bilora-ray show {study}{where}"),
         ("Take it", f"bilora-ray export {study}{where} --output {study}-adapter"),
-        ("Browse", f"bilora-ray ui{where}"),
+        ("Browse", f"bilora-ray ui{runs}"),
     ):
         click.echo(f"{what:<8} {line}")
 

@@ -14,6 +14,7 @@ from bilora_ray.cli.options import (
     print_json,
     print_next,
     storage_option,
+    study_database_option,
 )
 
 EPILOG = """\b
@@ -27,15 +28,17 @@ Examples:
 @click.command(epilog=EPILOG)
 @optional_study_argument
 @storage_option
+@study_database_option
 @json_option
-def command(study: str | None, storage_path: Path, as_json: bool) -> None:
+def command(study: str | None, storage_path: Path, study_database: str | None, as_json: bool) -> None:
     """Show a study's trials, its best settings and what mattered; without STUDY, list the studies."""
     from rich.console import Console
 
-    from bilora_ray.search.storage import Layout, study_names
+    from bilora_ray.search.layout import Layout
+    from bilora_ray.search.storage import study_names
     from bilora_ray.search.studies import load_study
 
-    layout = Layout(absolute(storage_path))
+    layout = Layout(absolute(storage_path), study_database)
     if study is None:
         names = study_names(layout)
         if as_json:
@@ -61,4 +64,4 @@ def command(study: str | None, storage_path: Path, as_json: bool) -> None:
     if best is not None:
         console.print(f"\nBest: trial {best.number}, {found.metric} {best.value:.6g}", style="bold green", markup=False)
         print_settings(console, best.sampled)
-        print_next(study, storage_path, best.adapter)
+        print_next(study, storage_path, study_database, best.adapter)

@@ -17,9 +17,11 @@ from bilora_ray.cli.options import (
     say_how_to_go_on,
     set_option,
     storage_option,
+    study_database_option,
 )
 from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.errors import UserError
+from bilora_ray.search.layout import Layout
 from bilora_ray.search.space_file import load_space
 
 EPILOG = """\b
@@ -36,6 +38,7 @@ Examples:
 @click.option("--name", default="train", show_default=True, metavar="NAME", help="Name of the run, a study of one.")
 @click.option("--resume", is_flag=True, help="Go on with the run after an interruption.")
 @storage_option
+@study_database_option
 @mlflow_option
 @json_option
 def command(
@@ -44,6 +47,7 @@ def command(
     name: str,
     resume: bool,
     storage_path: Path,
+    study_database: str | None,
     mlflow_uri: str | None,
     as_json: bool,
 ) -> None:
@@ -59,14 +63,13 @@ def command(
 
     from bilora_ray.search.preflight import preflight
     from bilora_ray.search.session import train
-    from bilora_ray.search.storage import Layout
     from bilora_ray.training.quiet import quiet
 
     digests = preflight(space)
     quiet()
     config = space.trial_config({})
     watcher = SearchProgress(1, config.metric, config.greater_is_better)
-    layout = Layout(absolute(storage_path))
+    layout = Layout(absolute(storage_path), study_database)
     try:
         study = train(space, layout, resume=resume, mlflow_uri=mlflow_uri, digests=digests, watcher=watcher)
     except KeyboardInterrupt:
@@ -78,4 +81,4 @@ def command(
         raise UserError(f"run '{name}' failed: {record.error}")
     if not as_json:
         click.secho(f"{study.metric} {record.value:.6g}", fg="green", bold=True)
-        print_next(name, storage_path, record.adapter)
+        print_next(name, storage_path, study_database, record.adapter)

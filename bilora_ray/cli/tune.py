@@ -21,10 +21,12 @@ from bilora_ray.cli.options import (
     set_option,
     space_option,
     storage_option,
+    study_database_option,
 )
 from bilora_ray.cli.progress import SearchProgress, duration
 from bilora_ray.cli.validate import describe, in_words
 from bilora_ray.errors import UserError
+from bilora_ray.search.layout import Layout
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
 
@@ -47,6 +49,7 @@ Examples:
 @click.option("--max-concurrent", type=int, metavar="N", help="Trials at one time.  [default: what the cluster holds]")
 @click.option("--resume", is_flag=True, help="Go on with the study after an interruption, or with more trials.")
 @storage_option
+@study_database_option
 @mlflow_option
 @click.option("--ray-address", envvar="RAY_ADDRESS", metavar="ADDRESS", help="Ray cluster.  [default: this machine]")
 @click.option("--dry-run", is_flag=True, help="Check space and data, say what would run, and stop.")
@@ -58,6 +61,7 @@ def command(
     max_concurrent: int | None,
     resume: bool,
     storage_path: Path,
+    study_database: str | None,
     mlflow_uri: str | None,
     ray_address: str | None,
     dry_run: bool,
@@ -69,10 +73,11 @@ def command(
     may be interrupted at any moment, by Ctrl-C or worse: --resume finishes it, each trial exactly once.
     """
     flags = [("num_trials", num_trials), ("max_concurrent", max_concurrent)]
+    layout = Layout(absolute(storage_path), study_database)
     shortcuts = tuple(f"study.{key}={value}" for key, value in flags if value is not None)
     space = load_space(space_path, overrides + shortcuts)
     if resume and num_trials is None:
-        space = _not_shrunk(space, absolute(storage_path))
+        space = _not_shrunk(space, layout)
     if not space.distributions:
         raise UserError(f"{space_path}: no setting has a distribution, so there is nothing to search: bilora-ray train")
 
@@ -87,7 +92,7 @@ def command(
         return
     started = time.monotonic()
     try:
-        study, finished = _search(space, absolute(storage_path), resume, mlflow_uri, ray_address, digests)
+        study, finished = _search(space, layout, resume, mlflow_uri, ray_address, digests)
     except KeyboardInterrupt:
         say_how_to_go_on()
     if not finished:
@@ -95,17 +100,16 @@ def command(
     if as_json:
         print_json(study_as_json(study))
     else:
-        _print_result(study, storage_path, time.monotonic() - started)
+        _print_result(study, storage_path, study_database, time.monotonic() - started)
     if study.best() is None:
         raise UserError(f"study '{space.study.name}': no trial is complete; `bilora-ray show` says how each ended")
 
 
-def _not_shrunk(space: Space, storage_path: Path) -> Space:
+def _not_shrunk(space: Space, layout: Layout) -> Space:
     """`space` with as many trials as an earlier --num-trials asked for, if that is more."""
-    from bilora_ray.search.storage import Layout
     from bilora_ray.search.studies import num_trials_before
 
-    before = num_trials_before(Layout(storage_path), space.study.name)
+    before = num_trials_before(layout, space.study.name)
     num_trials = max(space.study.num_trials, before)
     return replace(space, study=space.study.model_copy(update={"num_trials": num_trials}))
 
@@ -122,20 +126,19 @@ def _print_plan(space: Space) -> None:
 
 def _search(
     space: Space,
-    storage_path: Path,
+    layout: Layout,
     resume: bool,
     mlflow_uri: str | None,
     ray_address: str | None,
     digests: Mapping[str, str],
 ) -> tuple[SearchStudy, bool]:
     from bilora_ray.search.run import search
-    from bilora_ray.search.storage import Layout
 
     config = space.first_config()
     progress = SearchProgress(space.study.num_trials, config.metric, config.greater_is_better)
     return search(
         space,
-        Layout(storage_path),
+        layout,
         resume=resume,
         ray_address=ray_address,
         mlflow_uri=mlflow_uri,
@@ -144,7 +147,7 @@ def _search(
     )
 
 
-def _print_result(study: SearchStudy, storage_path: Path, seconds: float) -> None:
+def _print_result(study: SearchStudy, storage_path: Path, study_database: str | None, seconds: float) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -156,4 +159,4 @@ def _print_result(study: SearchStudy, storage_path: Path, seconds: float) -> Non
         return
     console.print(f"Best: trial {best.number}, {study.metric} {best.value:.6g}", style="bold green", markup=False)
     print_settings(console, best.sampled)
-    print_next(name, storage_path, best.adapter)
+    print_next(name, storage_path, study_database, best.adapter)

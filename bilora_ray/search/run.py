@@ -10,9 +10,10 @@ from ray.tune.progress_reporter import ProgressReporter
 
 from bilora_ray.scale.trial import run_trial, run_trial_on_workers
 from bilora_ray.search.cluster import capacity, check_address, cluster
+from bilora_ray.search.layout import Layout
 from bilora_ray.search.session import Observers, Watcher, session
 from bilora_ray.search.space import Space
-from bilora_ray.search.storage import Layout, naming_the_database, running_study
+from bilora_ray.search.storage import naming_the_database, running_study
 from bilora_ray.search.studies import check_study
 from bilora_ray.search.study import SearchStudy
 from bilora_ray.search.tuning import MAX_FAILURES, StudyScheduler, StudySearcher

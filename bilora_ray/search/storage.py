@@ -1,12 +1,10 @@
-"""Where a storage path keeps things, the one database of its studies, and which process runs what."""
+"""The one database of the studies of a storage path, and which process runs what."""
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import optuna
@@ -15,51 +13,11 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError
 
 from bilora_ray.errors import MachineError, UserError, first_line
-from bilora_ray.training.folder import TrialFolder, locked
+from bilora_ray.search.layout import WAIT_S, Layout
+from bilora_ray.tracking.store import masked
+from bilora_ray.training.folder import locked
 
-# Two processes may make or write the database at one time: each waits for the other instead of failing.
-WAIT_S = 60.0
 CONNECT_TIMEOUT_S = 5
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where a storage path keeps things.
-
-    Attributes:
-        storage_path: an absolute path.
-        study_database: URL of a PostgreSQL database with the studies; None: a SQLite file in the storage path. In
-            PostgreSQL several processes, on several machines, may run one study.
-    """
-
-    storage_path: Path
-    study_database: str | None = None
-
-    @property
-    def database_file(self) -> Path:
-        """The SQLite file of the Optuna storage that all studies of the storage path share."""
-        return self.storage_path / "studies.db"
-
-    @property
-    def database(self) -> str:
-        """Where the studies are, as a person is told: the server, without its password, or the storage path."""
-        return str(self.storage_path) if self.study_database is None else shown(self.study_database)
-
-    def study(self, name: str) -> Path:
-        """Folder of one study."""
-        return self.storage_path / "studies" / name
-
-    def trials(self, name: str) -> Path:
-        """Folder of a study's trials."""
-        return self.study(name) / "trials"
-
-    def trial(self, name: str, number: int) -> TrialFolder:
-        """Folder of one trial: its checkpoints and its best adapter."""
-        return TrialFolder(self.trials(name) / f"{number:04d}")
-
-    def choosing(self, name: str) -> AbstractContextManager[None]:
-        """For the block, no other process begins study `name` or takes a trial of it."""
-        return locked(self.study(name) / "choosing.lock", WAIT_S)
 
 
 class Claims:
@@ -109,7 +67,7 @@ def open_storage(layout: Layout) -> optuna.storages.RDBStorage:
     except (DatabaseError, RuntimeError) as error:
         if layout.study_database is not None:
             reason = first_line(getattr(error, "orig", None) or error)
-            raise UserError(f"--study-database {shown(url)}: cannot be used ({reason})") from None
+            raise UserError(f"--study-database {layout.database}: cannot be used ({reason})") from None
         raise UserError(f"{layout.database_file}: is not a database of studies that this version can read") from None
 
 
@@ -156,11 +114,6 @@ def naming_the_database(layout: Layout) -> Iterator[None]:
         raise MachineError(line) from None
 
 
-def shown(url: str) -> str:
-    """`url` without its password."""
-    return make_url(url).render_as_string(hide_password=True)
-
-
 def _server(database: str) -> tuple[str, dict[str, Any]]:
     """The URL for SQLAlchemy and its engine's arguments. UserError if it is none of PostgreSQL's."""
     try:
@@ -168,7 +121,7 @@ def _server(database: str) -> tuple[str, dict[str, Any]]:
     except ArgumentError:
         raise UserError("--study-database: must be postgresql://USER@HOST/DATABASE") from None
     if url.get_backend_name() != "postgresql":
-        raise UserError(f"--study-database {shown(database)}: must be postgresql://USER@HOST/DATABASE")
+        raise UserError(f"--study-database {masked(database)}: must be postgresql://USER@HOST/DATABASE")
     if url.drivername == "postgresql":
         url = url.set(drivername="postgresql+psycopg")
     if url.drivername == "postgresql+psycopg" and importlib.util.find_spec("psycopg") is None:

@@ -16,8 +16,9 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from bilora_ray.errors import UserError, nearest
+from bilora_ray.search.layout import Layout
 from bilora_ray.search.space import Choice, Range, ResourceConfig, Space, StudyConfig
-from bilora_ray.search.storage import Layout, open_storage, study_names
+from bilora_ray.search.storage import open_storage, study_names
 from bilora_ray.search.study import ID, SearchStudy
 
 SPACE, DIGESTS = "space", "digests"

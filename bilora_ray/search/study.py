@@ -17,9 +17,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bilora_ray.config import TrialConfig, applies
 from bilora_ray.errors import UserError
+from bilora_ray.search.layout import Layout
 from bilora_ray.search.proposals import is_weak, propose
 from bilora_ray.search.space import Space
-from bilora_ray.search.storage import Claims, Layout
+from bilora_ray.search.storage import Claims
 from bilora_ray.tracking.records import Status, TrialRecord
 from bilora_ray.training.folder import TrialFolder
 

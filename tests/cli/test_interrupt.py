@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny_trials import Tiny
 
-from bilora_ray.search.storage import Layout
+from bilora_ray.search.layout import Layout
 from bilora_ray.search.studies import load_study
 from bilora_ray.tracking.records import Status
 

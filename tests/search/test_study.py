@@ -10,9 +10,10 @@ import optuna
 import pytest
 
 from bilora_ray.errors import UserError
+from bilora_ray.search.layout import Layout
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
-from bilora_ray.search.storage import Layout, open_storage, running_study, study_names
+from bilora_ray.search.storage import open_storage, running_study, study_names
 from bilora_ray.search.studies import check_study, delete_study, load_study
 from bilora_ray.search.studies import open_study as open_study_on
 from bilora_ray.search.study import SearchStudy

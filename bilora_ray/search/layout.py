@@ -1,0 +1,53 @@
+"""Where a storage path keeps things. Nothing here imports Optuna, so that the command line stays light."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+from bilora_ray.tracking.store import masked
+from bilora_ray.training.folder import TrialFolder, locked
+
+# Two processes may want the same for a moment: each waits for the other instead of failing.
+WAIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a storage path keeps things.
+
+    Attributes:
+        storage_path: an absolute path.
+        study_database: URL of a PostgreSQL database with the studies; None: a SQLite file in the storage path. In
+            PostgreSQL several processes, on several machines, may run one study.
+    """
+
+    storage_path: Path
+    study_database: str | None = None
+
+    @property
+    def database_file(self) -> Path:
+        """The SQLite file of the Optuna storage that all studies of the storage path share."""
+        return self.storage_path / "studies.db"
+
+    @property
+    def database(self) -> str:
+        """Where the studies are, as a person is told: the server, without its password, or the storage path."""
+        return str(self.storage_path) if self.study_database is None else masked(self.study_database)
+
+    def study(self, name: str) -> Path:
+        """Folder of one study."""
+        return self.storage_path / "studies" / name
+
+    def trials(self, name: str) -> Path:
+        """Folder of a study's trials."""
+        return self.study(name) / "trials"
+
+    def trial(self, name: str, number: int) -> TrialFolder:
+        """Folder of one trial: its checkpoints and its best adapter."""
+        return TrialFolder(self.trials(name) / f"{number:04d}")
+
+    def choosing(self, name: str) -> AbstractContextManager[None]:
+        """For the block, no other process begins study `name` or takes a trial of it."""
+        return locked(self.study(name) / "choosing.lock", WAIT_S)
