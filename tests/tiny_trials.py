@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 PAD, BOS, EOS = "<pad>", "<s>", "</s>"
-CLOCKED = frozenset({"tokens_per_second", "train_runtime"})
+CLOCKED = frozenset({"gpu_memory_gib", "tokens_per_second", "train_runtime"})
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def fit_in_process(settings: dict[str, Any], path: str) -> None:
 
 
 def reproducible(reports: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    """`reports` without the metrics that a clock decides."""
+    """`reports` without the metrics that the machine decides."""
     return [{key: value for key, value in report.items() if key not in CLOCKED} for report in reports]
 
 

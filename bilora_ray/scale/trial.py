@@ -32,6 +32,7 @@ def run_trial(task: Mapping[str, Any]) -> None:
     from bilora_ray.training.quiet import quiet
 
     quiet()
+    _keep_to_share(task[RESOURCES]["gpus_per_worker"])
     folder = TrialFolder(Path(task[FOLDER]))
     try:
         with folder.lock(ORPHAN_WAIT_S):
@@ -101,10 +102,19 @@ def _train_on_worker(task: Mapping[str, Any]) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(get_device())
     resources = task[RESOURCES]
+    _keep_to_share(resources["gpus_per_worker"])
     workers = Workers.joined(resources["workers"], resources["parallelism"] == "fsdp")
     folder = TrialFolder(Path(task[FOLDER]))
     with workers.first(folder.lock(ORPHAN_WAIT_S)):
         fit(TrialConfig(**task[SETTINGS]), folder, lambda metrics: train.report({EVALUATION: metrics}), workers=workers)
+
+
+def _keep_to_share(gpus: float) -> None:
+    """Let a trial that has a part of a GPU run out of memory at its own part, and not at that of its neighbours."""
+    import torch
+
+    if 0 < gpus < 1 and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(gpus)
 
 
 def _cause(error: BaseException) -> BaseException | None:

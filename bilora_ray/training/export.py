@@ -63,13 +63,16 @@ def export_adapter(adapter: Path, output: Path, origin: Mapping[str, Any]) -> No
 
 
 def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> None:
-    """Write the base model with `adapter` merged into its weights, and its tokenizer, to the new folder `output`."""
+    """Write the base model with `adapter` merged into its weights, and its tokenizer, to the new folder `output`.
+
+    A base that was quantised for training is loaded as it was published: a sum could not be written in 4 bits exactly.
+    """
     from peft import PeftModel
 
     from bilora_ray.training import model as models
     from bilora_ray.training.checkpoint import atomic_folder
 
-    config = evaluation_config(adapter, {})
+    config = evaluation_config(adapter, {"quantization": None})
     tokenizer = models.load_tokenizer(config)
     base, _ = models.load_base(config, tokenizer, config.label_names)
     merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()

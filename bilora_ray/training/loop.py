@@ -92,6 +92,8 @@ class Run:
         )
         # Methods draw differently many numbers while they are built; dropout must not depend on that.
         seed_worker(config.seed, workers.rank)
+        if torch.cuda.is_available():  # this process may have had another trial before
+            torch.cuda.reset_peak_memory_stats()
         self.learning_rate = 0.0
         self.progress = Progress()
         self.window = Window()
@@ -218,6 +220,8 @@ class Run:
             "rows_cut": sum(split.cut for split in self.data.truncation.values()),
             "rows_dropped": sum(split.dropped for split in self.data.truncation.values()),
         }
+        if torch.cuda.is_available():
+            metrics["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         metrics |= self.optimizer.metrics()
         metrics |= evaluate(self.network.evaluated, self.data.validation, self.config, self.tokenizer, self.workers)
         if not math.isfinite(metrics["eval_loss"]):
