@@ -48,7 +48,7 @@ def is_weak(trial: Trial, step: int, max_steps: int, settings: StudyConfig) -> b
     process that died between Optuna's note of a rung and ours of the verdict leaves the rung without one: the
     comparison is made again.
     """
-    if trial.user_attrs.get(JUDGED, -1) >= step:
+    if settings.scheduler == "none" or trial.user_attrs.get(JUDGED, -1) >= step:
         return False
     study = trial.study
     if isinstance(study.pruner, NopPruner):
@@ -61,8 +61,7 @@ def is_weak(trial: Trial, step: int, max_steps: int, settings: StudyConfig) -> b
 
 def _lost_a_rung(trial: Trial, step: int, reduction_factor: int) -> bool:
     """Whether the trial was noted at a rung for this evaluation and is not among the best there."""
-    trials = trial.study.get_trials(deepcopy=False)
-    own = trials[trial.number]
+    own = trial.storage.get_trial(trial._trial_id)
     grace_period = trial.study.user_attrs.get(GRACE_PERIOD, 0)
     sign = -1 if trial.study.direction == StudyDirection.MAXIMIZE else 1
     for key, value in own.system_attrs.items():
@@ -70,6 +69,7 @@ def _lost_a_rung(trial: Trial, step: int, reduction_factor: int) -> bool:
             continue
         rung_step = grace_period * reduction_factor ** int(key.removeprefix(RUNG))
         if own.user_attrs.get(JUDGED, 0) < rung_step <= step:
+            trials = trial.study.get_trials(deepcopy=False)
             values = sorted(sign * other.system_attrs[key] for other in trials if key in other.system_attrs)
             if sign * value > values[max(1, len(values) // reduction_factor) - 1]:
                 return True
@@ -77,8 +77,6 @@ def _lost_a_rung(trial: Trial, step: int, reduction_factor: int) -> bool:
 
 
 def _pruner(study: optuna.Study, max_steps: int, settings: StudyConfig) -> BasePruner:
-    if settings.scheduler == "none":
-        return NopPruner()
     default = settings.grace_period or max(1, max_steps // settings.reduction_factor**2)
     grace_period = study.user_attrs.get(GRACE_PERIOD, default)
     study.set_user_attr(GRACE_PERIOD, grace_period)

@@ -106,7 +106,7 @@ class SearchStudy:
 
     def config(self, number: int) -> TrialConfig:
         """The settings of trial `number`."""
-        return self.space.trial_config(self._trials()[number].params)
+        return self.space.trial_config(self._trial(number).params)
 
     def folder(self, number: int) -> TrialFolder:
         """Where trial `number` keeps its checkpoints and its best adapter."""
@@ -122,7 +122,7 @@ class SearchStudy:
         """
         trial = self._live[number]
         step, value = int(metrics["step"]), float(metrics[self.metric])
-        known = self._trials()[number].intermediate_values
+        known = self._trial(number).intermediate_values
         if step not in known:
             trial.report(value, step)
         if step >= metrics["max_steps"]:
@@ -142,7 +142,7 @@ class SearchStudy:
 
     def record(self, number: int) -> TrialRecord:
         """What the study and the trial's folder know of one trial."""
-        return self._record(self._trials()[number])
+        return self._record(self._trial(number))
 
     def find(self, number: int) -> TrialRecord:
         """As `record`, for a number that a user gave. UserError if there is no such trial."""
@@ -189,6 +189,11 @@ class SearchStudy:
             return {}
         return optuna.importance.get_param_importances(self.study)
 
+    def _trial(self, number: int) -> FrozenTrial:
+        """One trial, read by itself: what a report costs must not grow with the study."""
+        storage = self.study._storage
+        return storage.get_trial(storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number))
+
     def _trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states or None)
 
@@ -200,7 +205,7 @@ class SearchStudy:
         for trial in self._trials(TrialState.RUNNING):
             if trial.number in self._live or not self._claims.take(trial.number):
                 continue
-            if self._trials()[trial.number].state == TrialState.RUNNING:
+            if self._trial(trial.number).state == TrialState.RUNNING:
                 yield trial.number
             else:  # it ended between the question and the claim
                 self._claims.release(trial.number)
