@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import urlsplit
 
 import click
@@ -16,7 +17,7 @@ from click.core import ParameterSource
 from bilora_ray.cli import tune
 from bilora_ray.cli.options import command_that_resumes, json_option, print_json, search_options
 from bilora_ray.errors import UserError
-from bilora_ray.paths import SOURCES, LocalSource, SourcesElsewhere
+from bilora_ray.paths import LocalSource, SourcesElsewhere
 from bilora_ray.search.space_file import parse_override
 from bilora_ray.tracking.store import masked
 
@@ -138,12 +139,17 @@ def _check_for_the_cluster(storage_path: Path, mlflow_uri: str | None) -> None:
 
 def _from_folder(override: str, sources: Sequence[LocalSource], folder: Path) -> str:
     """A `--set` text as the job must read it, whose current folder is `folder`."""
-    section, key, _ = parse_override(override)
-    if section == "trial" and key in SOURCES:
-        for source in sources:
-            if source.where == f"--set trial.{key}":
-                return f"{key}={json.dumps(str(source.path.relative_to(folder)))}"
-    return override
+    section, key, value = parse_override(override)
+    named = {source.name: source.path for source in sources if source.where == f"--set trial.{key}"}
+    if section != "trial" or not named:
+        return override
+
+    def moved(name: Any) -> Any:
+        return str(named[name].relative_to(folder)) if isinstance(name, str) and name in named else name
+
+    if isinstance(value, dict) and isinstance(value.get("choice"), list):
+        return f"{key}={json.dumps({**value, 'choice': [moved(name) for name in value['choice']]})}"
+    return f"{key}={json.dumps(moved(value))}"
 
 
 def _passed_on(ctx: click.Context) -> Iterator[str]:
@@ -157,7 +163,7 @@ def _passed_on(ctx: click.Context) -> Iterator[str]:
 
 
 def _ray_job(verb: str, job_id: str, address: str) -> str:
-    return f"ray job {verb} --address {address} {job_id}"
+    return shlex.join(["ray", "job", *verb.split(), "--address", address, job_id])
 
 
 def _print_job(job_id: str, address: str, err: bool) -> None:

@@ -380,6 +380,17 @@ def test_relative_paths_mean_the_same_files_to_the_job(
     assert settings == ['--set=validation_data="spaces/it\'s.jsonl"', '--set=train_data="data.jsonl"']
 
 
+def test_of_a_choice_of_files_each_is_moved(here: Path, dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
+    (here / "other").mkdir()
+    (here / "other" / "more.jsonl").write_text(ROW)
+    monkeypatch.chdir(here / "other")
+    choice = "{choice: [../data.jsonl, more.jsonl, /shared/most.jsonl]}"
+    typed = ["--working-dir=..", f"--set=train_data={choice}", "--set=validation_data=more.jsonl"]
+    assert run(dashboard.address, *typed, space="../space.yaml").exit_code == 0
+    setting = dashboard.words[3].removeprefix("--set=train_data=")
+    assert yaml.safe_load(setting) == {"choice": ["data.jsonl", "other/more.jsonl", "/shared/most.jsonl"]}
+
+
 # What is printed
 
 
