@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,65 @@ BUILTIN = "builtin:"
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 SOURCES = ("model_name_or_path", "train_data", "validation_data")
+# A source's name, the folder that relative paths start at, where the name is written, whether it is data -> the source.
+Locate = Callable[[str, Path, str, bool], str]
 
 
-def absolute_sources(settings: Mapping[str, Any], base: Path, where: str) -> dict[str, Any]:
+def locate_here(name: str, base: Path, where: str, is_data: bool) -> str:
+    """The absolute path of a local source, the name of one elsewhere. UserError if it can be neither."""
+    if not name or name.startswith(BUILTIN):
+        return name
+    try:
+        path = Path(base, Path(name).expanduser())
+        if path.exists():
+            return str(path.resolve())
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{where}: {name}: {getattr(error, 'strerror', None) or error}") from None
+    looks_local = name.startswith((".", "/", "~")) or (is_data and name.endswith(DATA_SUFFIXES))
+    if looks_local or not HUB_NAME.fullmatch(name):
+        raise UserError(f"{where}: no such {'file' if is_data else 'folder'}: {path}")
+    return name
+
+
+@dataclass(frozen=True)
+class LocalSource:
+    """A file or folder that a space names by a relative path.
+
+    Attributes:
+        where: it is named, such as `my_space.yaml: trial.train_data`.
+        name: as it is written.
+        path: absolute; symbolic links are left in it.
+    """
+
+    where: str
+    name: str
+    path: Path
+
+
+class SourcesElsewhere:
+    """Locates the sources of a space that another machine will read, and notes which of them are files of this one.
+
+    Relative paths are this machine's. Absolute ones, and those that start at a home folder, are the other one's.
+
+    Attributes:
+        local: the relative paths.
+    """
+
+    def __init__(self) -> None:
+        self.local: list[LocalSource] = []
+
+    def __call__(self, name: str, base: Path, where: str, is_data: bool) -> str:
+        """As `locate_here`, but an absolute path need not exist."""
+        if name.startswith(("/", "~")) or not Path(locate_here(name, base, where, is_data)).is_absolute():
+            return name
+        source = LocalSource(where, name, Path(os.path.abspath(base / name)))
+        self.local.append(source)
+        return str(source.path)
+
+
+def absolute_sources(
+    settings: Mapping[str, Any], base: Path, where: str, locate: Locate = locate_here
+) -> dict[str, Any]:
     """`settings` with every local path among the SOURCES made absolute, starting at `base`.
 
     A trial runs in a folder of its own and a cluster's node in another package folder, so local paths become
@@ -29,23 +87,8 @@ def absolute_sources(settings: Mapping[str, Any], base: Path, where: str) -> dic
     for key in SOURCES:
         value = result.get(key)
         if isinstance(value, str):
-            result[key] = _absolute(value, base, f"{where}.{key}", is_data=key != "model_name_or_path")
+            result[key] = locate(value, base, f"{where}.{key}", key != "model_name_or_path")
         elif isinstance(value, dict) and isinstance(value.get("choice"), list):
-            choice = [absolute_sources({key: v}, base, where)[key] for v in value["choice"]]
+            choice = [absolute_sources({key: v}, base, where, locate)[key] for v in value["choice"]]
             result[key] = {**value, "choice": choice}
     return result
-
-
-def _absolute(name: str, base: Path, where: str, is_data: bool) -> str:
-    if not name or name.startswith(BUILTIN):
-        return name
-    try:
-        path = Path(base, Path(name).expanduser())
-        if path.exists():
-            return str(path.resolve())
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{where}: {name}: {getattr(error, 'strerror', None) or error}") from None
-    looks_local = name.startswith((".", "/", "~")) or (is_data and name.endswith(DATA_SUFFIXES))
-    if looks_local or not HUB_NAME.fullmatch(name):
-        raise UserError(f"{where}: no such {'file' if is_data else 'folder'}: {path}")
-    return name

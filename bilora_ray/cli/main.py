@@ -14,6 +14,7 @@ from bilora_ray.errors import UserError
 COMMANDS = {
     "validate": "Check a space file in a moment, before anything is computed.",
     "tune": "Search a space file for the best adapter.",
+    "submit": "Run a search as a job of a Ray cluster.",
     "train": "Train one adapter, without a search.",
     "show": "Show a study: its trials, the best settings, what mattered.",
     "export": "Copy a trial's adapter out, or merge it into its base model.",

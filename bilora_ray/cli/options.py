@@ -8,13 +8,16 @@ import os
 import shlex
 import sqlite3
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import click
 
 from bilora_ray.tracking.store import masked
+
+Command = TypeVar("Command", bound=Callable[..., None])
 
 
 def _complete_study(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
@@ -66,6 +69,20 @@ mlflow_option = click.option(
     metavar="URI",
     help="MLflow server or database.  [default: a SQLite file in the storage path]",
 )
+# What a search is told, here or on a cluster.
+SEARCH_OPTIONS = (
+    space_option,
+    set_option,
+    click.option("--num-trials", type=int, metavar="N", help="Trials to finish.  [default: the space file's]"),
+    click.option(
+        "--max-concurrent", type=int, metavar="N", help="Trials at one time.  [default: what there is room for]"
+    ),
+    click.option("--resume", is_flag=True, help="Go on with the study after an interruption, or with more trials."),
+    storage_option,
+    study_database_option,
+    mlflow_option,
+    click.option("--dry-run", is_flag=True, help="Check space and data, say what would run, and stop."),
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 study_argument = click.argument("study", shell_complete=_complete_study)
 optional_study_argument = click.argument("study", required=False, shell_complete=_complete_study)
@@ -85,12 +102,22 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def search_options(command: Command) -> Command:
+    """Give `command` the SEARCH_OPTIONS."""
+    for option in reversed(SEARCH_OPTIONS):
+        command = option(command)
+    return command
+
+
+def command_that_resumes() -> str:
+    """The command line that was typed, with --resume."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    return shlex.join(["bilora-ray", *arguments, "--resume"])
+
+
 def say_how_to_go_on() -> NoReturn:
     """Say after an interruption that nothing is lost, with the command that goes on; exit code 130."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    click.echo(
-        f"\nInterrupted; what is done is kept. Go on: {shlex.join(['bilora-ray', *arguments, '--resume'])}", err=True
-    )
+    click.echo(f"\nInterrupted; what is done is kept. Go on: {command_that_resumes()}", err=True)
     sys.exit(130)
 
 

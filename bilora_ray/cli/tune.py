@@ -14,18 +14,15 @@ from bilora_ray.cli.leaderboard import print_leaderboard, print_settings, study_
 from bilora_ray.cli.options import (
     absolute,
     json_option,
-    mlflow_option,
     print_json,
     print_next,
     say_how_to_go_on,
-    set_option,
-    space_option,
-    storage_option,
-    study_database_option,
+    search_options,
 )
 from bilora_ray.cli.progress import SearchProgress, duration
 from bilora_ray.cli.validate import describe, in_words
 from bilora_ray.errors import UserError
+from bilora_ray.paths import Locate, locate_here
 from bilora_ray.search.layout import Layout
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
@@ -43,16 +40,8 @@ Examples:
 
 
 @click.command(epilog=EPILOG)
-@space_option
-@set_option
-@click.option("--num-trials", type=int, metavar="N", help="Trials to finish.  [default: the space file's]")
-@click.option("--max-concurrent", type=int, metavar="N", help="Trials at one time.  [default: what the cluster holds]")
-@click.option("--resume", is_flag=True, help="Go on with the study after an interruption, or with more trials.")
-@storage_option
-@study_database_option
-@mlflow_option
+@search_options
 @click.option("--ray-address", envvar="RAY_ADDRESS", metavar="ADDRESS", help="Ray cluster.  [default: this machine]")
-@click.option("--dry-run", is_flag=True, help="Check space and data, say what would run, and stop.")
 @json_option
 def command(
     space_path: Path,
@@ -63,8 +52,8 @@ def command(
     storage_path: Path,
     study_database: str | None,
     mlflow_uri: str | None,
-    ray_address: str | None,
     dry_run: bool,
+    ray_address: str | None,
     as_json: bool,
 ) -> None:
     """Search a space file for the best adapter.
@@ -72,15 +61,12 @@ def command(
     Ray Tune runs the trials, Optuna proposes them, weak ones are stopped early, MLflow records all of them. The search
     may be interrupted at any moment, by Ctrl-C or worse: --resume finishes it, each trial exactly once.
     """
-    flags = [("num_trials", num_trials), ("max_concurrent", max_concurrent)]
+    space = space_to_search(space_path, overrides, num_trials, max_concurrent)
     layout = Layout(absolute(storage_path), study_database)
-    shortcuts = tuple(f"study.{key}={value}" for key, value in flags if value is not None)
-    space = load_space(space_path, overrides + shortcuts)
     if resume and num_trials is None:
         space = _not_shrunk(space, layout)
-    if not space.distributions:
-        raise UserError(f"{space_path}: no setting has a distribution, so there is nothing to search: bilora-ray train")
 
+    from bilora_ray.search.inputs import keep_inputs
     from bilora_ray.search.preflight import preflight
 
     digests = preflight(space)
@@ -90,6 +76,7 @@ def command(
         _print_plan(space)
     if dry_run:
         return
+    space, digests = keep_inputs(space, digests, absolute(storage_path))
     started = time.monotonic()
     try:
         study, finished = _search(space, layout, resume, mlflow_uri, ray_address, digests)
@@ -103,6 +90,22 @@ def command(
         _print_result(study, storage_path, study_database, time.monotonic() - started)
     if study.best() is None:
         raise UserError(f"study '{space.study.name}': no trial is complete; `bilora-ray show` says how each ended")
+
+
+def space_to_search(
+    space_path: Path,
+    overrides: tuple[str, ...],
+    num_trials: int | None,
+    max_concurrent: int | None,
+    locate: Locate = locate_here,
+) -> Space:
+    """The checked space that the options name. UserError if it is wrong, or if it leaves nothing to search."""
+    flags = [("num_trials", num_trials), ("max_concurrent", max_concurrent)]
+    shortcuts = tuple(f"study.{key}={value}" for key, value in flags if value is not None)
+    space = load_space(space_path, overrides + shortcuts, locate)
+    if not space.distributions:
+        raise UserError(f"{space_path}: no setting has a distribution, so there is nothing to search: bilora-ray train")
+    return space
 
 
 def _not_shrunk(space: Space, layout: Layout) -> Space:

@@ -10,7 +10,7 @@ import yaml
 
 from bilora_ray.config import TrialConfig, build, coerce, is_integer, is_number
 from bilora_ray.errors import UserError, nearest
-from bilora_ray.paths import absolute_sources
+from bilora_ray.paths import Locate, absolute_sources, locate_here
 from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig, Space, StudyConfig, Value
 
 SECTIONS = ("study", "trial", "resources")
@@ -46,13 +46,14 @@ DECIDE_THE_SPLIT = frozenset({"seed", "train_data"})
 YAML_ERRORS = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
 
 
-def load_space(path: Path | None, overrides: Sequence[str] = ()) -> Space:
+def load_space(path: Path | None, overrides: Sequence[str] = (), locate: Locate = locate_here) -> Space:
     """Read and check a space file.
 
     Args:
         path: the YAML file. Relative paths in it start at its folder. None: `overrides` say all.
         overrides: `key=value` texts; a bare key is a trial's setting, `study.key` and `resources.key` the others'.
             The value is YAML; relative paths in it start at the current folder.
+        locate: how a model or data file is found.
 
     Raises:
         UserError: one line that names the file, the key and what is allowed.
@@ -65,8 +66,8 @@ def load_space(path: Path | None, overrides: Sequence[str] = ()) -> Space:
         given[section][key] = value
     kept = {key: value for key, value in sections["trial"].items() if key not in given["trial"]}
     trial = {
-        **absolute_sources(kept, path.resolve().parent, f"{path}: trial"),
-        **absolute_sources(given["trial"], Path.cwd(), "--set trial"),
+        **absolute_sources(kept, path.resolve().parent, f"{path}: trial", locate),
+        **absolute_sources(given["trial"], Path.cwd(), "--set trial", locate),
     }
     study = build(StudyConfig, {**sections["study"], **given["study"]}, f"{path}: study")
     resources = build(ResourceConfig, {**sections["resources"], **given["resources"]}, f"{path}: resources")
@@ -74,9 +75,9 @@ def load_space(path: Path | None, overrides: Sequence[str] = ()) -> Space:
     distributions = dict(sorted(distributions.items(), key=lambda item: item[0] != "method"))
     fixed = {key: value for key, value in trial.items() if key not in distributions}
     if "points_to_evaluate" in given["study"]:
-        points = _points(study, Path.cwd(), path, distributions)
+        points = _points(study, Path.cwd(), path, distributions, locate)
     else:
-        points = _points(study, path.resolve().parent, path, distributions, replaced=given["trial"])
+        points = _points(study, path.resolve().parent, path, distributions, locate, replaced=given["trial"])
     space = Space(path, study, resources, fixed, distributions, points)
     _check_settings(space)
     _check_split(space)
@@ -181,6 +182,7 @@ def _points(
     base: Path,
     path: Path,
     distributions: Mapping[str, Distribution],
+    locate: Locate,
     replaced: Container[str] = (),
 ) -> tuple[dict[str, Value], ...]:
     """The points to evaluate, checked, less the values that no longer fit a setting that `--set` replaced."""
@@ -188,7 +190,7 @@ def _points(
     for index, point in enumerate(study.points_to_evaluate):
         where = f"{path}: study.points_to_evaluate[{index}]"
         values = {}
-        for key, text in absolute_sources(point, base, where).items():
+        for key, text in absolute_sources(point, base, where, locate).items():
             if key not in distributions and key not in replaced:
                 raise UserError(f"{where}: '{key}' has no distribution; {nearest(key, distributions)}")
             value = coerce(key, text, f"{where}.{key}")

@@ -85,6 +85,8 @@ def test_what_needs_no_model_imports_no_heavy_library(words: tuple[str, ...]) ->
         ("tune", "--space", str(SPACE), "--set", "rnak=8"),
         ("tune", "--space", "no-such-file.yaml"),
         ("train", "--set", "rnak=8"),
+        ("submit", "--address", "http://127.0.0.1:1", "--space", str(SPACE), "--storage-path", "/s", "--set", "rnak=8"),
+        ("submit", "--address", "auto", "--space", str(SPACE), "--storage-path", "/s"),
         ("no-such-command",),
     ],
     ids=lambda words: " ".join(Path(word).name for word in words),

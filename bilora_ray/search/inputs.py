@@ -1,0 +1,88 @@
+"""Files that came with a Ray job, kept beside its study: a job's own folder goes when the cluster does."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bilora_ray.errors import UserError
+from bilora_ray.paths import SOURCES
+from bilora_ray.search.space import Choice, Space
+
+# Where Ray unpacks what a job was sent; the name follows the content of all of it.
+JOB_FOLDER = re.compile(r"/_ray_pkg_[0-9a-f]+/")
+DIGEST_LENGTH = 16
+
+
+def keep_inputs(space: Space, digests: Mapping[str, str], storage_path: Path) -> tuple[Space, dict[str, str]]:
+    """Copy the model and data files that came with this job into the storage path.
+
+    The copy is named after its content, so a job that resumes the study, on another cluster and with other files
+    beside them, finds them under the same path, and so does whoever takes an adapter later.
+
+    Args:
+        space: the space, with absolute sources.
+        digests: data source -> digest of its content.
+        storage_path: a folder that all nodes share.
+
+    Returns:
+        Both, with the paths of the copies.
+
+    Raises:
+        UserError: the storage path cannot be written.
+    """
+
+    def kept(key: str, value: Any) -> Any:
+        if key in SOURCES and isinstance(value, str) and JOB_FOLDER.search(value):
+            return str(_copy(Path(value), storage_path / "inputs"))
+        return value
+
+    try:
+        distributions = {
+            key: Choice(choice=tuple(kept(key, value) for value in found.choice))
+            if isinstance(found, Choice)
+            else found
+            for key, found in space.distributions.items()
+        }
+        fixed = {key: kept(key, value) for key, value in space.fixed.items()}
+        points = tuple({key: kept(key, value) for key, value in point.items()} for point in space.points_to_evaluate)
+        kept_digests = {kept("train_data", source): digest for source, digest in digests.items()}
+    except OSError as error:
+        raise UserError(f"--storage-path {storage_path}: cannot be written ({error.strerror})") from None
+    return replace(space, fixed=fixed, distributions=distributions, points_to_evaluate=points), kept_digests
+
+
+def _copy(source: Path, inputs: Path) -> Path:
+    target = inputs / _digest(source)
+    if not target.is_dir():
+        inputs.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=inputs) as scratch:
+            fresh = Path(scratch, target.name)
+            fresh.mkdir()
+            if source.is_dir():
+                shutil.copytree(source, fresh / source.name)
+            else:
+                shutil.copyfile(source, fresh / source.name)
+            try:
+                fresh.rename(target)
+            except OSError:
+                if not target.is_dir():  # else another job has just made the same
+                    raise
+    return target / source.name
+
+
+def _digest(source: Path) -> str:
+    """Of the names and the content of a file, or of all files in a folder."""
+    whole = hashlib.sha256()
+    for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
+        if path.is_file():
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            whole.update(f"{path.relative_to(source.parent)}\0{content}\0".encode())
+    return whole.hexdigest()[:DIGEST_LENGTH]

@@ -1,0 +1,83 @@
+"""What came with a Ray job is copied beside its study, under a name that only its content decides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bilora_ray.errors import UserError
+from bilora_ray.search.inputs import keep_inputs
+from bilora_ray.search.space import Space
+from bilora_ray.search.space_file import load_space
+
+
+def job(folder: Path, package: str) -> Path:
+    """The folder in which Ray unpacks a job's files, with some."""
+    folder = folder / "session" / "working_dir_files" / f"_ray_pkg_{package}"
+    (folder / "model" / "deep").mkdir(parents=True)
+    (folder / "model" / "config.json").write_text("{}")
+    (folder / "model" / "deep" / "weights").write_bytes(b"\0\1")
+    for name in ("a", "b", "held-out"):
+        (folder / f"{name}.jsonl").write_text(f'{{"prompt": "{name}", "completion": "x"}}\n')
+    return folder
+
+
+def space_in(folder: Path, **trial: Any) -> Space:
+    settings: dict[str, Any] = {
+        "model_name_or_path": "model",
+        "task": "causal-lm",
+        "train_data": "{choice: [a.jsonl, b.jsonl]}",
+        "validation_data": "held-out.jsonl",
+    }
+    (folder / "space.yaml").write_text(
+        "study: {name: s, points_to_evaluate: [{train_data: b.jsonl}]}\ntrial:\n"
+        + "".join(f"  {key}: {value}\n" for key, value in {**settings, **trial}.items())
+    )
+    return load_space(folder / "space.yaml")
+
+
+def test_a_job_on_another_cluster_finds_its_files_under_the_same_path(tmp_path: Path) -> None:
+    storage, kept = tmp_path / "runs", []
+    for package in ("0123abcd", "fe"):
+        folder = job(tmp_path, package)
+        space, digests = keep_inputs(space_in(folder), {str(folder / "held-out.jsonl"): "d"}, storage)
+        kept.append((space.fixed, space.distributions, space.points_to_evaluate, digests))
+    assert kept[0] == kept[1]
+    fixed, distributions, points, digests = kept[0]
+    model, held_out = Path(fixed["model_name_or_path"]), Path(fixed["validation_data"])
+    a, b = distributions["train_data"].ends()
+    assert (model / "deep" / "weights").read_bytes() == b"\0\1"
+    assert (Path(str(a)).name, Path(str(a)).read_text()) == ("a.jsonl", '{"prompt": "a", "completion": "x"}\n')
+    assert points == ({"train_data": b},)
+    assert digests == {str(held_out): "d"}
+    assert all(Path(path).is_relative_to(storage / "inputs") for path in (model, held_out, str(a), str(b)))
+    # One folder each, and nothing of the copying.
+    assert len(list((storage / "inputs").iterdir())) == 4
+
+
+def test_other_content_has_another_path(tmp_path: Path) -> None:
+    folder, storage = job(tmp_path, "1"), tmp_path / "runs"
+    before, _ = keep_inputs(space_in(folder), {}, storage)
+    (folder / "held-out.jsonl").write_text('{"prompt": "new", "completion": "x"}\n')
+    (folder / "model" / "deep" / "weights").rename(folder / "model" / "deep" / "renamed")
+    after, _ = keep_inputs(space_in(folder), {}, storage)
+    assert before.distributions == after.distributions
+    assert before.fixed["validation_data"] != after.fixed["validation_data"]
+    assert before.fixed["model_name_or_path"] != after.fixed["model_name_or_path"]
+    assert "prompt" in Path(before.fixed["validation_data"]).read_text()
+
+
+def test_files_that_came_with_no_job_stay_where_they_are(tmp_path: Path) -> None:
+    folder = job(tmp_path, "1").rename(tmp_path / "mine")
+    space = space_in(folder, model_name_or_path="org/name")
+    assert keep_inputs(space, {"org/data/train": "d"}, tmp_path / "runs") == (space, {"org/data/train": "d"})
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_storage_path_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    folder = job(tmp_path, "1")
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(UserError, match=r"--storage-path .*/runs: cannot be written \("):
+        keep_inputs(space_in(folder), {}, tmp_path / "runs")
