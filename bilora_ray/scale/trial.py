@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ray import tune
+from ray import get_runtime_context, tune
 from safetensors import SafetensorError
 
 from bilora_ray.config import TrialConfig
@@ -78,6 +79,11 @@ def run_trial_on_workers(task: Mapping[str, Any]) -> None:
         if not expected:
             raise
         tune.report(explained(expected[0]))
+
+
+def name_cluster() -> None:
+    """Name this process's cluster where Ray Train asks for it: it would guess, and fail beside another Ray."""
+    os.environ["RAY_ADDRESS"] = get_runtime_context().gcs_address
 
 
 def explained(error: BaseException) -> dict[str, str]:

@@ -7,12 +7,15 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from urllib.parse import urlsplit
 
 import ray
+from ray.exceptions import AuthenticationError, RayError
 
 from bilora_ray.errors import UserError, first_line
+from bilora_ray.scale.trial import name_cluster
+from bilora_ray.search.own_ray import private_ray
 from bilora_ray.search.space import ResourceConfig
 
 CLIENT_PORT = 10001
@@ -45,25 +48,33 @@ def cluster(address: str | None, nested: bool = False) -> Iterator[None]:
         UserError: nothing answers at `address`.
     """
     os.environ.update({key: value for key, value in TUNE_ENVIRONMENT.items() if key not in os.environ})
-    try:
-        ray.init(
-            # Without an address Ray would join any cluster that it finds on this machine.
-            address=address or "local",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            include_dashboard=None if address else nested,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        what = f"--ray-address {address}: no Ray cluster answers" if address else "Ray does not start here"
-        raise UserError(f"{what} ({first_line(error)})") from None
-    # Tune prints the traceback of every failed trial; the study keeps the line that matters.
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-    # A cluster stops a job with SIGTERM, which Ray has just taken: end as cleanly as after Ctrl-C.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    own = is_own(address)
+    with private_ray() if own else nullcontext():
+        try:
+            ray.init(
+                # Without an address Ray would join any cluster that it finds on this machine.
+                address="local" if own else address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                include_dashboard=nested if own else None,
+                runtime_env={"worker_process_setup_hook": name_cluster} if nested else None,
+            )
+        except (OSError, ValueError, RuntimeError, RayError) as error:
+            what = "Ray does not start here" if own else f"--ray-address {address}: no Ray cluster answers"
+            raise UserError(f"{what} ({first_line(error)})") from None
+        # Tune prints the traceback of every failed trial; the study keeps the line that matters.
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+        # A cluster stops a job with SIGTERM, which Ray has just taken: end as cleanly as after Ctrl-C.
+        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def is_own(address: str | None) -> bool:
+    """Whether the cluster at `address` is one that a search starts for itself."""
+    return address in (None, "local")
 
 
 def check_address(address: str | None) -> None:

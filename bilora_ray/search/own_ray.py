@@ -1,0 +1,51 @@
+"""What keeps a Ray cluster of our own to this machine and to this process: the loopback address, and a token."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader, Config
+
+
+@contextmanager
+def private_ray() -> Iterator[None]:
+    """Let a cluster that is started in the block listen on 127.0.0.1 only, and refuse who has not its token.
+
+    The token is new and lives in the environment of this process and of those that Ray starts, and in no file. All is
+    as before when the block ends.
+    """
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), "lo")
+    environment = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # The workers of one trial talk to each other past Ray.
+        "GLOO_SOCKET_IFNAME": loopback,
+        "NCCL_SOCKET_IFNAME": loopback,
+    }
+    before = {key: os.environ.get(key) for key in environment}
+    # Ray makes an address that others can reach of any that it is told, except where it expects no other machines.
+    clusters_allowed = ray_constants.ENABLE_RAY_CLUSTER
+    try:
+        os.environ.update(environment)
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        _forget_token()
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = clusters_allowed
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+        _forget_token()
+
+
+def _forget_token() -> None:
+    """Have Ray read the environment again: it keeps the first token, and whether there is one, for the process."""
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
