@@ -6,10 +6,10 @@ import ipaddress
 import re
 
 
-def is_local(host: str | None) -> bool:
+def is_local(host: str) -> bool:
     """Whether `host`, a name or an IP address, is this machine's loopback: nobody else can be behind it."""
-    if host is None or host.lower() == "localhost":
-        return host is not None
+    if host.lower() == "localhost":
+        return True
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

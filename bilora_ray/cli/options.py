@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 import click
 
-from bilora_ray.tracking.store import masked
+from bilora_ray.addresses import masked
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -69,6 +69,11 @@ mlflow_option = click.option(
     metavar="URI",
     help="MLflow server or database.  [default: a SQLite file in the storage path]",
 )
+insecure_option = click.option(
+    "--insecure",
+    is_flag=True,
+    help="Use another machine's Ray cluster or MLflow server without a token or password.",
+)
 # What a search is told, here or on a cluster.
 SEARCH_OPTIONS = (
     space_option,
@@ -81,6 +86,7 @@ SEARCH_OPTIONS = (
     storage_option,
     study_database_option,
     mlflow_option,
+    insecure_option,
     click.option("--dry-run", is_flag=True, help="Check space and data, say what would run, and stop."),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
@@ -110,8 +116,8 @@ def search_options(command: Command) -> Command:
 
 
 def command_that_resumes() -> str:
-    """The command line that was typed, with --resume."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    """The command line that was typed, with --resume and without passwords."""
+    arguments = [masked(argument) for argument in sys.argv[1:] if argument != "--resume"]
     return shlex.join(["bilora-ray", *arguments, "--resume"])
 
 

@@ -14,12 +14,13 @@ from urllib.parse import urlsplit
 import click
 from click.core import ParameterSource
 
+from bilora_ray.addresses import masked
 from bilora_ray.cli import tune
 from bilora_ray.cli.options import command_that_resumes, json_option, print_json, search_options
 from bilora_ray.errors import UserError
 from bilora_ray.paths import LocalSource, SourcesElsewhere
+from bilora_ray.search.protection import check_ray
 from bilora_ray.search.space_file import parse_override
-from bilora_ray.tracking.store import masked
 
 if TYPE_CHECKING:
     from bilora_ray.search.submission import JobSubmissionClient, Outcome
@@ -64,6 +65,7 @@ def command(
     storage_path: Path,
     study_database: str | None,
     mlflow_uri: str | None,
+    insecure: bool,
     as_json: bool,
     **_: bool,
 ) -> None:
@@ -73,6 +75,8 @@ def command(
     are the cluster's. Nothing of the environment here is sent. --resume goes on with a study after its job has ended.
     """
     address = _checked_address(address)
+    if not insecure:
+        check_ray(address, "--address")
     _check_for_the_cluster(storage_path, mlflow_uri, study_database)
     sources = SourcesElsewhere()
     space = tune.space_to_search(space_path, overrides, num_trials, max_concurrent, sources)

@@ -10,6 +10,7 @@ import click
 from bilora_ray.cli.leaderboard import as_json as trial_as_json
 from bilora_ray.cli.options import (
     absolute,
+    insecure_option,
     json_option,
     mlflow_option,
     print_json,
@@ -22,6 +23,7 @@ from bilora_ray.cli.options import (
 from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.errors import UserError
 from bilora_ray.search.layout import Layout
+from bilora_ray.search.protection import check_mlflow
 from bilora_ray.search.space_file import load_space
 
 EPILOG = """\b
@@ -40,6 +42,7 @@ Examples:
 @storage_option
 @study_database_option
 @mlflow_option
+@insecure_option
 @json_option
 def command(
     space_path: Path | None,
@@ -49,12 +52,15 @@ def command(
     storage_path: Path,
     study_database: str | None,
     mlflow_uri: str | None,
+    insecure: bool,
     as_json: bool,
 ) -> None:
     """Train one adapter with given settings, from a space file, from --set, or both.
 
     The run is kept and tracked like a study with one trial, so show, export and evaluate take its NAME.
     """
+    if not insecure:
+        check_mlflow(mlflow_uri)
     single = {"name": json.dumps(name), "num_trials": 1, "scheduler": "none", "points_to_evaluate": "[]"}
     space = load_space(space_path, [*overrides, *(f"study.{key}={value}" for key, value in single.items())])
     if space.distributions:

@@ -24,6 +24,7 @@ from bilora_ray.cli.validate import describe, in_words
 from bilora_ray.errors import UserError
 from bilora_ray.paths import Locate, locate_here
 from bilora_ray.search.layout import Layout
+from bilora_ray.search.protection import check_mlflow, check_ray
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
 
@@ -52,6 +53,7 @@ def command(
     storage_path: Path,
     study_database: str | None,
     mlflow_uri: str | None,
+    insecure: bool,
     dry_run: bool,
     ray_address: str | None,
     as_json: bool,
@@ -61,6 +63,9 @@ def command(
     Ray Tune runs the trials, Optuna proposes them, weak ones are stopped early, MLflow records all of them. The search
     may be interrupted at any moment, by Ctrl-C or worse: --resume finishes it, each trial exactly once.
     """
+    if not insecure:
+        check_ray(ray_address, "--ray-address")
+        check_mlflow(mlflow_uri)
     space = space_to_search(space_path, overrides, num_trials, max_concurrent)
     layout = Layout(absolute(storage_path), study_database)
     if resume and num_trials is None:

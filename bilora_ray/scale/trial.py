@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ray import get_runtime_context, tune
+from ray.util import get_node_ip_address
 from safetensors import SafetensorError
 
 from bilora_ray.config import TrialConfig
@@ -34,8 +35,8 @@ def run_trial(task: Mapping[str, Any]) -> None:
 
     quiet()
     _keep_to_share(task[RESOURCES]["gpus_per_worker"])
-    folder = TrialFolder(Path(task[FOLDER]))
     try:
+        folder = _folder(task)
         with folder.lock(ORPHAN_WAIT_S):
             fit(TrialConfig(**task[SETTINGS]), folder, lambda metrics: tune.report({EVALUATION: metrics}))
     except EXPECTED as error:
@@ -52,12 +53,15 @@ def run_trial_on_workers(task: Mapping[str, Any]) -> None:
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    from bilora_ray.scale.rendezvous import PrivateTorchConfig
+
     resources = task[RESOURCES]
     workers, fewest = resources["workers"], resources["min_workers"]
     each = {"CPU": resources["cpus_per_worker"], "GPU": resources["gpus_per_worker"]}
     trainer = TorchTrainer(
         _train_on_worker,
         train_loop_config=dict(task),
+        torch_config=PrivateTorchConfig(),
         scaling_config=ScalingConfig(
             # Ray's annotations are still those of the Train before this one.
             num_workers=workers if fewest in (None, workers) else (fewest, workers),  # type: ignore[arg-type]
@@ -110,9 +114,17 @@ def _train_on_worker(task: Mapping[str, Any]) -> None:
     resources = task[RESOURCES]
     _keep_to_share(resources["gpus_per_worker"])
     workers = Workers.joined(resources["workers"], resources["parallelism"] == "fsdp")
-    folder = TrialFolder(Path(task[FOLDER]))
+    folder = _folder(task)
     with workers.first(folder.lock(ORPHAN_WAIT_S)):
         fit(TrialConfig(**task[SETTINGS]), folder, lambda metrics: train.report({EVALUATION: metrics}), workers=workers)
+
+
+def _folder(task: Mapping[str, Any]) -> TrialFolder:
+    """The trial's folder, which the search has made; OSError where it is not: a new one would be lost."""
+    folder = TrialFolder(Path(task[FOLDER]))
+    if not folder.path.is_dir():
+        raise FileNotFoundError(f"{folder.path} is not on node {get_node_ip_address()}; all nodes must share it")
+    return folder
 
 
 def _keep_to_share(gpus: float) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager, nullcontext
 from urllib.parse import urlsplit
 
 import ray
-from ray.exceptions import AuthenticationError, RayError
+from ray.exceptions import AuthenticationError
 
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.scale.trial import name_cluster
@@ -59,7 +59,10 @@ def cluster(address: str | None, nested: bool = False) -> Iterator[None]:
                 include_dashboard=nested if own else None,
                 runtime_env={"worker_process_setup_hook": name_cluster} if nested else None,
             )
-        except (OSError, ValueError, RuntimeError, RayError) as error:
+        except (OSError, ValueError, RuntimeError, AuthenticationError) as error:
+            if AuthenticationError.__name__ in f"{error!r} {error.__context__!r}":
+                hint = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's"
+                raise UserError(f"--ray-address {address}: the cluster wants its token; {hint}") from None
             what = "Ray does not start here" if own else f"--ray-address {address}: no Ray cluster answers"
             raise UserError(f"{what} ({first_line(error)})") from None
         # Tune prints the traceback of every failed trial; the study keeps the line that matters.

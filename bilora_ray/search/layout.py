@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bilora_ray.tracking.store import masked
+from bilora_ray.addresses import masked
 from bilora_ray.training.folder import TrialFolder, locked
 
 # Two processes may want the same for a moment: each waits for the other instead of failing.

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 from ray import tune
+from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.tune.progress_reporter import ProgressReporter
 
 from bilora_ray.scale.trial import run_trial, run_trial_on_workers
-from bilora_ray.search.cluster import capacity, check_address, cluster
+from bilora_ray.search.cluster import capacity, check_address, cluster, is_own
 from bilora_ray.search.layout import Layout
 from bilora_ray.search.session import Observers, Watcher, session
+from bilora_ray.search.shared_storage import check_shared
 from bilora_ray.search.space import Space
 from bilora_ray.search.storage import naming_the_database, running_study
 from bilora_ray.search.studies import check_study
@@ -20,6 +23,10 @@ from bilora_ray.search.tuning import MAX_FAILURES, StudyScheduler, StudySearcher
 
 # What a trial's own process takes while its workers train: next to nothing, and no CPU that they need.
 COORDINATOR = {"node:__internal_head__": 0.001}
+
+
+# Tune would hand these on in a runtime environment, which Ray writes into its logs. No trial needs them.
+SECRETS_OF_TUNE = frozenset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"})
 
 
 class _Silent(ProgressReporter):
@@ -60,12 +67,16 @@ def search(
     """
     check_study(space, layout, resume, digests)
     check_address(ray_address)
-    with (
-        naming_the_database(layout),
-        running_study(layout, space.study.name),
-        session(space, layout, mlflow_uri, digests, watcher) as running,
-        cluster(ray_address, nested=space.resources.workers > 1),
-    ):
+    nested = space.resources.workers > 1
+    with naming_the_database(layout), running_study(layout, space.study.name), ExitStack() as stack:
+        # A cluster that is there is joined in a moment, and looked at before the study begins. One of our own is not
+        # there for seconds, and starts beside MLflow.
+        if not is_own(ray_address):
+            stack.enter_context(cluster(ray_address, nested))
+            check_shared(layout.storage_path)
+        running = stack.enter_context(session(space, layout, mlflow_uri, digests, watcher))
+        if is_own(ray_address):
+            stack.enter_context(cluster(ray_address, nested))
         study, observers = running.study, running.observers()
         concurrent = space.study.max_concurrent or capacity(space.resources)
         run_trials(study, observers, concurrent)
@@ -78,6 +89,7 @@ def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> Non
     """Run the study's remaining trials with Tune. UserError if a trial met what stops all of them."""
     if study.finished():
         return
+    ENV_VARS_TO_PROPAGATE.difference_update(SECRETS_OF_TUNE)
     resources = study.space.resources
     alone = resources.workers == 1
     own = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker} if alone else COORDINATOR

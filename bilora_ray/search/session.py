@@ -9,6 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+from bilora_ray.addresses import masked
 from bilora_ray.errors import MachineError, TrialFailure, UserError
 from bilora_ray.search.layout import WAIT_S, Layout
 from bilora_ray.search.space import Space
@@ -17,7 +18,6 @@ from bilora_ray.search.studies import check_study, delete_study, open_study
 from bilora_ray.search.study import SearchStudy
 from bilora_ray.tracking.mlflow_tracker import MlflowTracker, default_uri
 from bilora_ray.tracking.records import Observer, Status, TrialRecord
-from bilora_ray.tracking.store import masked
 from bilora_ray.training.folder import ORPHAN_WAIT_S, locked
 
 logger = logging.getLogger(__name__)

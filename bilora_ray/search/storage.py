@@ -12,9 +12,9 @@ from optuna.exceptions import StorageInternalError
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError
 
+from bilora_ray.addresses import masked
 from bilora_ray.errors import MachineError, UserError, first_line
 from bilora_ray.search.layout import WAIT_S, Layout
-from bilora_ray.tracking.store import masked
 from bilora_ray.training.folder import locked
 
 CONNECT_TIMEOUT_S = 5

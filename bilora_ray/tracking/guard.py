@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from bilora_ray.addresses import masked
+
 # A dead server costs the search one timeout in this many seconds, not one a call.
 PAUSE_S = 30.0
 LONGEST_REASON = 200
@@ -58,4 +60,5 @@ def reason(error: BaseException) -> str:
             return cause.strerror[0].lower() + cause.strerror[1:]
         cause = cause.__cause__ or cause.__context__
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:LONGEST_REASON]
+    # MLflow names the URI that it asked.
+    return masked(lines[0])[:LONGEST_REASON]

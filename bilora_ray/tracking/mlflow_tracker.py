@@ -12,11 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bilora_ray.addresses import masked
 from bilora_ray.errors import UserError
 from bilora_ray.tracking.guard import Guard, reason
 from bilora_ray.tracking.provenance import provenance
 from bilora_ray.tracking.records import TrialRecord
-from bilora_ray.tracking.store import SERVERS, connect, masked, unprotected
+from bilora_ray.tracking.store import SERVERS, connect
 from bilora_ray.tracking.study_runs import StudyInfo, StudyRuns
 
 LATER = "the search goes on, and what is missed is sent later"
@@ -81,8 +82,6 @@ class MlflowTracker:
             raise
         except Exception as error:  # its type depends on the store: MLflow's, SQLAlchemy's or a missing driver's
             raise UserError(f"--mlflow-uri {masked(uri)}: MLflow does not answer ({reason(error)})") from None
-        if unprotected(uri):
-            say(f"--mlflow-uri {masked(uri)}: on another machine, and used without a password or token")
         return tracker
 
     def trial_started(self, trial: TrialRecord) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import re
 import socket
 import sqlite3
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from bilora_ray.addresses import is_local, masked
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.tracking.guard import reason
 
@@ -33,7 +33,15 @@ ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-CREDENTIALS = tuple(f"MLFLOW_TRACKING_{what}" for what in ("USERNAME", "TOKEN", "AUTH", "CLIENT_CERT_PATH"))
+# What MLflow shows a server: one of these is enough.
+CREDENTIALS = (
+    ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+    ("MLFLOW_TRACKING_TOKEN",),
+    ("MLFLOW_TRACKING_AUTH",),
+    ("MLFLOW_TRACKING_AWS_SIGV4",),
+    ("MLFLOW_TRACKING_CLIENT_CERT_PATH",),
+)
+CREDENTIALS_FILE = "~/.mlflow/credentials"
 # Whoever speaks for a failure is the guard; these would each print it too, some with a traceback.
 LOGGERS = ("mlflow", "alembic", "urllib3.connectionpool")
 PROBE_TIMEOUT_S = 5.0
@@ -67,14 +75,13 @@ def connect(uri: str, project: str, artifact_root: Path) -> tuple[MlflowClient, 
 
 def unprotected(uri: str) -> bool:
     """Whether `uri` is a server on another machine and nothing here holds a password or token for it."""
-    parts = urlsplit(uri)
-    local = parts.hostname in ("localhost", "::1") or (parts.hostname or "").startswith("127.")
-    return parts.scheme in SERVERS and not local and not parts.username and not any(map(os.environ.get, CREDENTIALS))
-
-
-def masked(uri: str) -> str:
-    """`uri` without its password."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError:  # no address, which is said when it is used
+        return False
+    known = parts.password or any(all(map(os.environ.get, names)) for names in CREDENTIALS)
+    known = known or Path(CREDENTIALS_FILE).expanduser().is_file()
+    return parts.scheme in SERVERS and bool(parts.hostname) and not is_local(parts.hostname or "") and not known
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import pytest
 
 from bilora_ray.errors import UserError
 from bilora_ray.tracking.mlflow_tracker import default_uri
-from bilora_ray.tracking.store import masked, unprotected
+from bilora_ray.tracking.store import CREDENTIALS, unprotected
 
 from .tracked import Project
 
@@ -118,18 +118,37 @@ def test_settings_of_a_user_stay(project: Project, monkeypatch: pytest.MonkeyPat
 
 def test_password_is_not_shown(project: Project, port: int) -> None:
     assert "secret" not in _error(project, f"postgresql://me:secret@127.0.0.1:{port}/runs")
-    assert masked("http://me:secret@host:5000") == "http://me:***@host:5000"
-    assert masked("http://host:5000") == "http://host:5000"
 
 
-def test_server_on_another_machine_without_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MLFLOW_TRACKING_TOKEN", raising=False)
-    assert unprotected("http://host:5000")
-    assert not unprotected("http://127.0.0.1:5000")
-    assert not unprotected("http://localhost:5000")
-    assert not unprotected("https://me:secret@host")
-    assert not unprotected("sqlite:////runs/mlflow.db")
-    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "token")
+def test_server_on_another_machine_without_a_password(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in {name for names in CREDENTIALS for name in names}:
+        monkeypatch.delenv(name, raising=False)
+    for uri in ("http://host:5000", "https://me@host", "http://127.0.0.1.evil.org", "http://192.168.1.2:5000"):
+        assert unprotected(uri)
+    for uri in ("http://127.0.0.1:5000", "http://localhost:5000", "http://[::1]:5000", "https://me:secret@host"):
+        assert not unprotected(uri)
+    for uri in ("sqlite:////runs/mlflow.db", "postgresql://me@host/runs", "databricks"):
+        assert not unprotected(uri)
+
+
+@pytest.mark.parametrize("names", CREDENTIALS, ids="+".join)
+def test_credentials_that_mlflow_takes_protect_a_server(
+    names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in {name for all_names in CREDENTIALS for name in all_names}:
+        monkeypatch.delenv(name, raising=False)
+    for name in names:
+        assert unprotected("http://host:5000")
+        monkeypatch.setenv(name, "x")
+    assert not unprotected("http://host:5000")
+
+
+def test_mlflows_own_file_of_credentials_protects_a_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".mlflow").mkdir()
+    (tmp_path / ".mlflow" / "credentials").write_text("[mlflow]\n")
     assert not unprotected("http://host:5000")
 
 

@@ -1,0 +1,140 @@
+"""The cluster that a search starts for itself: nobody on another machine reaches it, and nobody without its token."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+from tiny_trials import Tiny
+
+from bilora_ray.search.cluster import cluster
+from bilora_ray.search.layout import Layout
+from bilora_ray.search.run import run_trials
+from bilora_ray.search.session import Observers
+from bilora_ray.search.space_file import load_space
+from bilora_ray.search.studies import open_study
+from bilora_ray.tracking.records import Status, TrialRecord
+
+JOIN = """
+import sys
+from ray._raylet import GcsClient
+from ray.exceptions import AuthenticationError
+try:
+    print("nodes", len(GcsClient(address=sys.argv[1]).get_all_node_info(timeout=20)))
+except AuthenticationError:
+    print("refused")
+"""
+AUTH = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+
+@pytest.mark.slow
+def test_each_cluster_has_a_token_of_its_own_and_leaves_the_environment_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert not ray.is_initialized()
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    tokens = set()
+    for _ in range(2):
+        before = {key: os.environ.get(key) for key in (*AUTH, "GLOO_SOCKET_IFNAME")}
+        with cluster(None):
+            assert ray.get(ray.remote(lambda: os.getpid()).remote()) > 0
+            tokens.add(os.environ["RAY_AUTH_TOKEN"])
+        assert {key: os.environ.get(key) for key in before} == before
+    assert len(tokens - {"mine"}) == 2
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["one worker", "several workers"])
+def workers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """How many workers the trials of the running cluster have. It was started by a user without any Ray files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        with cluster(None, nested=request.param):
+            yield 2 if request.param else 1
+
+
+def listeners() -> dict[str, str]:
+    """Address -> process, of everything that this process and its descendants listen on."""
+    own = psutil.Process()
+    names = {process.pid: process.name() for process in (own, *own.children(recursive=True))}
+    return {
+        f"{found.laddr.ip}:{found.laddr.port}": names[found.pid]
+        for found in psutil.net_connections("tcp")
+        if found.status == psutil.CONN_LISTEN and found.pid in names
+    }
+
+
+def open_to_others(found: Mapping[str, str]) -> dict[str, str]:
+    hosts = {place: ipaddress.ip_address(place.rpartition(":")[0].removeprefix("::ffff:")) for place in found}
+    return {place: found[place] for place, host in hosts.items() if not host.is_loopback}
+
+
+class Watch:
+    """Looks at what listens at each report."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, str] = {}
+
+    def trial_started(self, trial: TrialRecord) -> None:
+        pass
+
+    def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
+        self.seen |= listeners()
+
+    def trial_ended(self, trial: TrialRecord) -> None:
+        pass
+
+
+def test_all_that_listens_during_a_search_listens_on_the_loopback(workers: int, tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny.config("causal-lm", max_steps=4, eval_steps=2, per_device_train_batch_size=4)
+    sections: dict[str, dict[str, Any]] = {
+        "study": {"name": "s", "num_trials": 1, "scheduler": "none"},
+        "trial": {**config.model_dump(exclude_unset=True), "rho": "{low: 0.01, high: 0.2}"},
+        "resources": {"workers": workers},
+    }
+    space = load_space(None, [f"{name}.{key}={v}" for name, values in sections.items() for key, v in values.items()])
+    study, watch = open_study(space, Layout(tmp_path / "runs"), {}), Watch()
+    run_trials(study, Observers([watch]), 1)
+    assert study.record(0).status is Status.COMPLETE, study.record(0).error
+    processes = set(watch.seen.values())
+    assert {"gcs_server", "raylet"} <= processes
+    assert any("ImplicitFunc" in name for name in processes), processes
+    assert any("RayTrainWorker" in name for name in processes) == (workers > 1)
+    assert open_to_others(watch.seen) == {}
+
+
+def test_what_listens_everywhere_is_found() -> None:
+    for host in ("0.0.0.0", "::"):
+        with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
+            place = f"{host}:{server.getsockname()[1]}"
+            assert place in open_to_others(listeners())
+
+
+def joined(environment: Mapping[str, str]) -> str:
+    """What another process of this machine is told that would join the cluster."""
+    clean = {key: value for key, value in os.environ.items() if key not in AUTH}
+    address = ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-c", JOIN, address]
+    return subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True, check=True).stdout
+
+
+def test_only_who_has_the_token_may_join(workers: int) -> None:
+    token = os.environ["RAY_AUTH_TOKEN"]
+    assert joined({}) == "refused\n"
+    assert joined({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}) == "refused\n"
+    assert joined({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}) == "nodes 1\n"
+    assert len(token) == 64
+
+
+def test_the_token_is_in_no_file(workers: int) -> None:
+    assert not Path.home().joinpath(".ray", "auth_token").exists()
