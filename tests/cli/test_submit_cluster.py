@@ -24,7 +24,7 @@ import pytest
 import yaml
 from tiny_trials import Tiny
 
-from bilora_ray.search.storage import Layout
+from bilora_ray.search.layout import Layout
 from bilora_ray.search.study import SearchStudy, load_study
 from bilora_ray.tracking.records import Status
 
