@@ -92,3 +92,13 @@ def absolute_sources(
             choice = [absolute_sources({key: v}, base, where, locate)[key] for v in value["choice"]]
             result[key] = {**value, "choice": choice}
     return result
+
+
+def cached_commit(model: str, revision: str | None) -> str | None:
+    """The commit that the Hub's cache on this machine holds for a `revision`; None if `model` is local or not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if model.startswith(BUILTIN) or Path(model).is_dir():
+        return None
+    file = try_to_load_from_cache(model, "config.json", revision=revision)
+    return Path(file).parent.name if isinstance(file, str) else None

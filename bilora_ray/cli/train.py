@@ -67,15 +67,16 @@ def command(
         keys = ", ".join(f"--set {key}=VALUE" for key in space.distributions)
         raise UserError(f"{space.path}: one run needs one value for each setting; give {keys}")
 
-    from bilora_ray.search.preflight import preflight
+    from bilora_ray.search.preflight import pinned, preflight
     from bilora_ray.search.session import train
     from bilora_ray.training.quiet import quiet
 
+    layout = Layout(absolute(storage_path), study_database)
+    space = pinned(space, layout if resume else None)
     digests = preflight(space)
     quiet()
     config = space.trial_config({})
     watcher = SearchProgress(1, config.metric, config.greater_is_better)
-    layout = Layout(absolute(storage_path), study_database)
     try:
         study = train(space, layout, resume=resume, mlflow_uri=mlflow_uri, digests=digests, watcher=watcher)
     except KeyboardInterrupt:

@@ -72,8 +72,9 @@ def command(
         space = _not_shrunk(space, layout)
 
     from bilora_ray.search.inputs import keep_inputs
-    from bilora_ray.search.preflight import preflight
+    from bilora_ray.search.preflight import pinned, preflight
 
+    space = pinned(space, layout if resume else None)
     digests = preflight(space)
     if dry_run and as_json:
         print_json(describe(space))

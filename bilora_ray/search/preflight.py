@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from bilora_ray import builtin
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError, first_line
-from bilora_ray.paths import BUILTIN
+from bilora_ray.paths import BUILTIN, cached_commit
+from bilora_ray.search.layout import Layout
 from bilora_ray.search.space import Space
 from bilora_ray.training.rows import load_rows
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
+HUB_TIMEOUT_S = 10
 
 
 def preflight(space: Space) -> dict[str, str]:
@@ -36,31 +43,75 @@ def _source(config: TrialConfig, setting: str) -> str:
     return "/".join(filter(None, (name, config.dataset_config_name, split)))
 
 
-def check_model(config: TrialConfig) -> None:
-    """Look for the base model: built in, in a local folder, in the Hub's cache, or on the Hub.
+def pinned(space: Space, resumed_in: Layout | None) -> Space:
+    """`space` with the commit of its Hub model: all trials get the same weights, those of a resumed study too.
+
+    A branch or tag is looked up each time, so a study that named one is not resumed once it has moved. Where the space
+    tries several models or revisions, each trial gets what there is when it starts.
+
+    Args:
+        space: the space.
+        resumed_in: where its study is, if that is to be resumed.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    if not space.distributions.keys().isdisjoint({"model_name_or_path", "model_revision"}):
+        return space
+    config = space.first_config()
+    before = None if resumed_in is None else _settings_before(resumed_in, space.study.name)
+    if before is not None and config.model_revision is None:
+        revision = before.get("model_revision")
+    else:
+        revision = check_model(config)
+    return space if revision is None else replace(space, fixed={**space.fixed, "model_revision": revision})
+
+
+def _settings_before(layout: Layout, name: str) -> dict[str, Any] | None:
+    from bilora_ray.search.studies import settings_before
+
+    return settings_before(layout, name)
+
+
+def check_model(config: TrialConfig) -> str | None:
+    """Look for the base model: built in, in a local folder, on the Hub, or in the Hub's cache if that does not answer.
+
+    Returns:
+        The commit of a model that is on the Hub; None for another.
 
     Raises:
         UserError: it is nowhere. A Hub that does not answer is asked once, where transformers tries for a minute.
     """
-    from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError
-
     name, where = config.model_name_or_path, "model_name_or_path"
     if name.startswith(BUILTIN):
         try:
             builtin.path(name.removeprefix(BUILTIN))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        return
+        return None
     if Path(name).is_dir():
         if not Path(name, "config.json").is_file():
             raise UserError(f"{where}: {name} holds no model: config.json is missing")
-        return
+        return None
+    return _hub_commit(name, config.model_revision, where)
+
+
+def _hub_commit(name: str, revision: str | None, where: str) -> str | None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     try:
-        if isinstance(try_to_load_from_cache(name, "config.json", revision=config.model_revision), str):
-            return
-        HfApi().model_info(name, revision=config.model_revision, timeout=10)
-    except HfHubHTTPError as error:
-        raise UserError(f"{where}: the Hub has no model '{name}' that can be read ({first_line(error)})") from None
-    except Exception:  # which one it is depends on the HTTP library beneath
-        raise UserError(f"{where}: no folder '{name}' here, and the Hub, where it may be, cannot be reached") from None
+        # A commit never moves: what is in the cache is what the Hub has.
+        known = cached_commit(name, revision) if COMMIT.fullmatch(revision or "") else None
+        return known or HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_S).sha
+    except HFValidationError:
+        raise UserError(f"{where}: '{name}' is no folder here, and no name that the Hub could know") from None
+    except Exception as error:  # which one it is depends on the HTTP library beneath
+        known = cached_commit(name, revision)
+        if known is not None:
+            return known
+        if isinstance(error, HfHubHTTPError):
+            problem = f"the Hub has no model '{name}' that can be read ({first_line(error)})"
+        else:
+            problem = f"no folder '{name}' here, and the Hub, where it may be, cannot be reached"
+        raise UserError(f"{where}: {problem}") from None

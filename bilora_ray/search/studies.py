@@ -106,6 +106,14 @@ def load_study(layout: Layout, name: str) -> SearchStudy:
     return SearchStudy(study, _space(study), layout)
 
 
+def settings_before(layout: Layout, name: str) -> dict[str, Any] | None:
+    """The settings that all trials of study `name` share since it began; None if there is no such study."""
+    if name not in study_names(layout):
+        return None
+    study = optuna.load_study(study_name=name, storage=open_storage(layout))
+    return study.user_attrs.get(SPACE, {}).get("fixed")
+
+
 def num_trials_before(layout: Layout, name: str) -> int:
     """How many trials study `name` was asked for when it last ran; 0 if there is no such study."""
     if name not in study_names(layout):

@@ -46,9 +46,11 @@ def read_recipe(adapter: Path) -> dict[str, Any]:
 def evaluation_config(adapter: Path, settings: Mapping[str, Any]) -> TrialConfig:
     """The settings to evaluate an exported adapter with: those of its training, with `settings` on top.
 
-    Without any, the evaluation is that of the training: on its validation rows.
+    Without any, the evaluation is that of the training: on its validation rows. Only `settings` can allow remote code:
+    an adapter may be a stranger's.
     """
-    return build(TrialConfig, {**read_recipe(adapter)["settings"], **settings}, f"{adapter / RECIPE}: settings")
+    recipe = {**read_recipe(adapter)["settings"], "trust_remote_code": False}
+    return build(TrialConfig, {**recipe, **settings}, f"{adapter / RECIPE}: settings")
 
 
 def export_adapter(adapter: Path, output: Path, origin: Mapping[str, Any]) -> None:
@@ -72,7 +74,8 @@ def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> Non
     from bilora_ray.training import model as models
     from bilora_ray.training.checkpoint import atomic_folder
 
-    config = evaluation_config(adapter, {"quantization": None})
+    settings = {**read_recipe(adapter)["settings"], "quantization": None}
+    config = build(TrialConfig, settings, f"{adapter / RECIPE}: settings")
     tokenizer = models.load_tokenizer(config)
     base, _ = models.load_base(config, tokenizer, config.label_names)
     merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()

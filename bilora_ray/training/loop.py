@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import NonFiniteLoss, TrialFailure, UserError
 from bilora_ray.method import MethodAdamW, build_method, export_primary
+from bilora_ray.paths import cached_commit
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import atomic_folder, load_checkpoint, save_checkpoint, trainable
 from bilora_ray.training.data import Prepared, collate, prepare, target_count, train_batches
@@ -236,7 +237,8 @@ class Run:
             export_primary(self.model, unfinished, weights if self.workers.sharded else None)
             # With the labels in the recipe, an evaluation elsewhere does not need the training data.
             settings = self.config.model_copy(update={"label_names": self.label_names})
-            write_recipe(unfinished, settings, {"step": self.progress.step})
+            commit = cached_commit(settings.model_name_or_path, settings.model_revision)
+            write_recipe(unfinished, settings, {"step": self.progress.step, "model_commit": commit})
 
 
 def fit(config: TrialConfig, folder: TrialFolder, report: Report, workers: Workers = ALONE) -> Progress:

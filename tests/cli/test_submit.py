@@ -240,7 +240,7 @@ def test_a_large_folder_is_refused_with_its_largest_files(here: Path) -> None:
 
 def test_an_address_where_nothing_listens(here: Path) -> None:
     assert refusal(run(NOWHERE)) == f"--address {NOWHERE}: no Ray dashboard answers (Connection refused)"
-    line = refusal(run("http://host.invalid:8265"))
+    line = refusal(run("http://host.invalid:8265", "--insecure"))
     assert line.startswith("--address http://host.invalid:8265: no Ray dashboard answers (")
 
 

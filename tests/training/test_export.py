@@ -208,6 +208,7 @@ def test_the_recipe_says_where_an_adapter_comes_from(trained: dict[Task, Trained
     trial = trained["sequence-classification"]
     recipe = read_recipe(trial.adapter)
     assert recipe["step"] == 8
+    assert recipe["model_commit"] is None  # of a folder
     # The labels that were found are kept, so that an evaluation needs no training data.
     assert TrialConfig(**recipe["settings"]) == trial.config.model_copy(update={"label_names": ("bad", "good")})
 
@@ -271,6 +272,15 @@ def test_an_evaluation_takes_other_data_and_settings(trained: dict[Task, Trained
             logits = loaded(**tokenizer(row["text"], return_tensors="pt", return_token_type_ids=False)).logits
         right += ("bad", "good")[int(logits.argmax())] == row["label"]
     assert metrics["eval_accuracy"] == right / len(rows)
+
+
+def test_a_recipe_cannot_turn_remote_code_on(trained: dict[Task, Trained], tmp_path: Path) -> None:
+    export_adapter(trained["causal-lm"].adapter, tmp_path / "theirs", {})
+    recipe = read_recipe(tmp_path / "theirs")
+    recipe["settings"]["trust_remote_code"] = True
+    (tmp_path / "theirs" / "bilora_ray.json").write_text(json.dumps(recipe))
+    assert not evaluation_config(tmp_path / "theirs", {}).trust_remote_code
+    assert evaluation_config(tmp_path / "theirs", {"trust_remote_code": True}).trust_remote_code
 
 
 def test_an_evaluation_survives_the_loss_of_the_training_data(

@@ -1,0 +1,166 @@
+"""A Hub model's commit: looked up once, kept with the study, the same for every trial. There is no Hub here: a fake."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.errors import OfflineModeIsEnabled
+from mlflow import MlflowClient
+from tiny_trials import Tiny
+
+from bilora_ray.errors import UserError
+from bilora_ray.search.layout import Layout
+from bilora_ray.search.preflight import pinned
+from bilora_ray.search.space import Space
+from bilora_ray.search.space_file import load_space
+from bilora_ray.search.studies import check_study, load_study, open_study
+from bilora_ray.tracking.mlflow_tracker import default_uri
+from bilora_ray.training.export import read_recipe
+
+NAME = "someone/model"
+OLD, NEW, TAGGED = "0" * 40, "1" * 40, "2" * 40
+
+
+@dataclass
+class Hub:
+    """A Hub with one model, whose branches and tags are `refs`; None: it does not answer."""
+
+    refs: dict[str, str] | None = field(default_factory=lambda: {"main": OLD, "v1": TAGGED})
+    asked: list[str | None] = field(default_factory=list)
+
+    def model_info(self, name: str, revision: str | None = None, timeout: float | None = None) -> Any:
+        self.asked.append(revision)
+        if self.refs is None:
+            raise OfflineModeIsEnabled("offline")
+        assert name == NAME
+        return SimpleNamespace(sha=self.refs.get(revision or "main", revision))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
+    fake = Hub()
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    return fake
+
+
+def cache(commit: str) -> None:
+    """Put the model into the cache, as a download of its main branch does."""
+    model = Path(constants.HF_HUB_CACHE, "models--someone--model")
+    (model / "snapshots" / commit).mkdir(parents=True)
+    (model / "snapshots" / commit / "config.json").write_text("{}")
+    (model / "refs").mkdir(exist_ok=True)
+    (model / "refs" / "main").write_text(commit)
+
+
+def space(tiny: Tiny, *overrides: str, **trial: Any) -> Space:
+    settings = {**tiny.config("causal-lm").model_dump(exclude_unset=True), "model_name_or_path": NAME, **trial}
+    texts = [f"{key}={value}" for key, value in settings.items()]
+    return load_space(None, [*texts, "study.name=s", "rho={low: 0.01, high: 0.2}", *overrides])
+
+
+def revision(found: Space) -> object:
+    return found.fixed.get("model_revision")
+
+
+def test_no_revision_is_pinned_to_the_newest_commit_and_a_tag_to_its_own(hub: Hub, tiny: Tiny) -> None:
+    assert revision(pinned(space(tiny), None)) == OLD
+    assert revision(pinned(space(tiny, model_revision="v1"), None)) == TAGGED
+    assert hub.asked == [None, "v1"]
+
+
+def test_without_the_hub_the_cache_says_what_the_newest_commit_is(hub: Hub, tiny: Tiny) -> None:
+    hub.refs = None
+    cache(TAGGED)
+    assert revision(pinned(space(tiny), None)) == TAGGED
+
+
+def test_a_commit_in_the_cache_needs_no_hub(hub: Hub, tiny: Tiny) -> None:
+    cache(TAGGED)
+    assert revision(pinned(space(tiny, model_revision=f"'{TAGGED}'"), None)) == TAGGED
+    assert hub.asked == []
+
+
+def test_no_hub_and_no_cache_is_one_line(hub: Hub, tiny: Tiny) -> None:
+    hub.refs = None
+    with pytest.raises(UserError, match=re.escape(f"model_name_or_path: no folder '{NAME}' here, and the Hub")):
+        pinned(space(tiny), None)
+
+
+@pytest.mark.parametrize("name", ["a/..", "../a/b", "a--b/c", "a/b.git"])
+def test_a_name_that_is_none_of_the_hubs_is_refused(name: str, tiny: Tiny) -> None:
+    with pytest.raises(UserError, match=r"model_name_or_path: (no such folder|'.*' is no folder here, and no name)"):
+        pinned(space(tiny, model_name_or_path=name), None)
+
+
+def test_local_models_and_several_models_are_not_pinned(hub: Hub, tiny: Tiny) -> None:
+    for found in (
+        space(tiny, model_name_or_path=str(tiny.model("causal-lm"))),
+        space(tiny, model_name_or_path="builtin:quickstart/model"),
+        space(tiny, "model_name_or_path={choice: [someone/model, someone/other]}"),
+        space(tiny, "model_revision={choice: [v1, main]}"),
+    ):
+        assert pinned(found, None) is found
+    assert hub.asked == []
+
+
+def test_a_resumed_study_keeps_its_commit_after_the_hub_has_moved_on(hub: Hub, tiny: Tiny, tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    study = open_study(pinned(space(tiny), None), layout, {})
+    number = study.next_trial()
+    assert number is not None
+    study.release()
+    assert study.config(number).model_revision == OLD
+    assert study.record(number).settings["model_revision"] == OLD
+    assert hub.refs is not None
+    hub.refs["main"] = NEW
+    again = pinned(space(tiny), layout)
+    assert revision(again) == OLD
+    check_study(again, layout, True, {})
+    # A branch that a user names is the branch as it is now, which is not what the study began with.
+    with pytest.raises(UserError, match=f"model_revision was '{OLD}', is '{NEW}'"):
+        check_study(pinned(space(tiny, model_revision="main"), layout), layout, True, {})
+
+
+def test_a_study_that_began_without_a_commit_goes_on_without_one(hub: Hub, tiny: Tiny, tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    study = open_study(space(tiny), layout, {})
+    study.next_trial()
+    study.release()
+    assert revision(pinned(space(tiny), layout)) is None
+
+
+@pytest.mark.slow
+def test_the_commit_of_a_model_in_the_cache_is_in_the_settings_the_recipe_and_mlflow(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    cache(TAGGED)
+    shutil.copytree(
+        tiny.model("causal-lm"), tmp_path / "cache/models--someone--model/snapshots" / TAGGED, dirs_exist_ok=True
+    )
+    settings = tiny.config("causal-lm", model_name_or_path=NAME, max_steps=2).model_dump(exclude_unset=True)
+    command = [Path(sys.executable).with_name("bilora-ray"), "train", "--storage-path", tmp_path / "runs"]
+    command += [f"--set={key}={value}" for key, value in settings.items()]
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    record = load_study(Layout(tmp_path / "runs"), "train").record(0)
+    assert record.settings["model_revision"] == TAGGED
+    assert record.adapter is not None
+    recipe = read_recipe(record.adapter)
+    assert (recipe["model_commit"], recipe["settings"]["model_revision"]) == (TAGGED, TAGGED)
+    client = MlflowClient(default_uri(tmp_path / "runs"))
+    (experiment,) = (found for found in client.search_experiments() if found.name == "bilora-ray")
+    runs = client.search_runs([experiment.experiment_id])
+    assert {run.data.params["model_revision"] for run in runs} == {TAGGED}
