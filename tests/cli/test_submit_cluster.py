@@ -25,7 +25,8 @@ import yaml
 from tiny_trials import Tiny
 
 from bilora_ray.search.layout import Layout
-from bilora_ray.search.study import SearchStudy, load_study
+from bilora_ray.search.studies import load_study
+from bilora_ray.search.study import SearchStudy
 from bilora_ray.tracking.records import Status
 
 pytestmark = pytest.mark.slow
