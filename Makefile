@@ -1,13 +1,17 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Of `make chaos`.
+SECONDS ?= 600
+SEED ?= 1
 
-.PHONY: help setup quickstart test test-fast lint types clean
+.PHONY: help setup quickstart test test-fast chaos lint types clean
 
 help:
 	@echo "make quickstart   set up and search the embedded default: minutes, no network but the package registry"
 	@echo "make test         set up and run all tests"
 	@echo "make test-fast    the tests without the slow ones"
+	@echo "make chaos        searches under random kills for SECONDS=600, as SEED=1 has it; a table of what was lost"
 	@echo "make lint types   ruff and mypy"
 
 setup: $(VENV)/installed
@@ -28,6 +32,9 @@ test: setup
 
 test-fast: setup
 	$(BIN)/pytest -m "not slow"
+
+chaos: setup
+	PYTHONPATH="$(CURDIR)/tests:$$PYTHONPATH" $(BIN)/python -m chaos.storm --seconds $(SECONDS) --seed $(SEED)
 
 lint: setup
 	$(BIN)/ruff check .

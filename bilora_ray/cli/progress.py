@@ -65,7 +65,7 @@ class SearchProgress:
     def say(self, line: str) -> None:
         """Print a line above the picture, or on stderr where there is none."""
         console = self._live.console if self._live else Console(stderr=True)
-        console.print(line, style="yellow", markup=False, highlight=False)
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
     def __rich__(self) -> Group:
         """The picture; drawn some times a second."""

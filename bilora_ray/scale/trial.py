@@ -49,7 +49,7 @@ def run_trial_on_workers(task: Mapping[str, Any]) -> None:
     A worker that is lost ends the run, and Tune starts it again from the trial's checkpoint, with as many workers as
     there are then, if `resources` say that fewer will do.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
@@ -77,9 +77,10 @@ def run_trial_on_workers(task: Mapping[str, Any]) -> None:
         ),
     )
     try:
+        _folder(task)  # Train would make what is missing
         trainer.fit()
-    except WorkerGroupError as error:
-        expected = [failure for failure in map(_cause, error.worker_failures.values()) if failure is not None]
+    except (*EXPECTED, TrainingFailedError) as error:
+        expected = [cause for cause in map(_cause, _failures(error)) if cause is not None]
         if not expected:
             raise
         tune.report(explained(expected[0]))
@@ -133,6 +134,15 @@ def _keep_to_share(gpus: float) -> None:
 
     if 0 < gpus < 1 and torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(gpus)
+
+
+def _failures(error: BaseException) -> list[BaseException]:
+    """What a Train run ended with: on its workers, in its controller, or here."""
+    from ray.train import ControllerError, WorkerGroupError
+
+    if isinstance(error, WorkerGroupError):
+        return list(error.worker_failures.values())
+    return [error.controller_failure if isinstance(error, ControllerError) else error]
 
 
 def _cause(error: BaseException) -> BaseException | None:

@@ -48,6 +48,13 @@ class Layout:
         """Folder of one trial: its checkpoints and its best adapter."""
         return TrialFolder(self.trials(name) / f"{number:04d}")
 
+    def make(self, name: str) -> None:
+        """Make the folders of study `name`. Only who begins the study does, or goes on with it.
+
+        Amid a search they are missing only if the storage is away, and new ones in their place would hide that.
+        """
+        self.trials(name).mkdir(parents=True, exist_ok=True)
+
     def choosing(self, name: str) -> AbstractContextManager[None]:
         """For the block, no other process begins study `name` or takes a trial of it."""
         return locked(self.study(name) / "choosing.lock", WAIT_S)

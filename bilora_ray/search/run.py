@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
+from typing import NoReturn
 
 from ray import tune
 from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
@@ -13,13 +15,14 @@ from ray.tune.progress_reporter import ProgressReporter
 from bilora_ray.scale.trial import run_trial, run_trial_on_workers
 from bilora_ray.search.cluster import capacity, check_address, cluster, is_own
 from bilora_ray.search.layout import Layout
-from bilora_ray.search.session import Observers, Watcher, session
+from bilora_ray.search.session import Observers, Session, Watcher, session
 from bilora_ray.search.shared_storage import check_shared
 from bilora_ray.search.space import Space
 from bilora_ray.search.storage import naming_the_database, running_study
 from bilora_ray.search.studies import check_study
 from bilora_ray.search.study import SearchStudy
 from bilora_ray.search.tuning import MAX_FAILURES, StudyScheduler, StudySearcher
+from bilora_ray.search.watchdog import head_watched
 
 # What a trial's own process takes while its workers train: next to nothing, and no CPU that they need.
 COORDINATOR = {"node:__internal_head__": 0.001}
@@ -77,12 +80,26 @@ def search(
         running = stack.enter_context(session(space, layout, mlflow_uri, digests, watcher))
         if is_own(ray_address):
             stack.enter_context(cluster(ray_address, nested))
+        stack.enter_context(head_watched(lambda: _end(running, ray_address)))
         study, observers = running.study, running.observers()
         concurrent = space.study.max_concurrent or capacity(space.resources)
         run_trials(study, observers, concurrent)
         while study.await_others():
             run_trials(study, observers, concurrent)
     return study, study.finished()
+
+
+def _end(running: Session, address: str | None) -> NoReturn:
+    """End the process of a search that waits for a dead cluster, as the command line would: by one line and code 2."""
+    try:
+        running.close()
+    finally:
+        line = "Ray stopped answering; go on with --resume"
+        if not is_own(address):
+            line = f"--ray-address {address}: the cluster stopped answering; start it again and go on with --resume"
+        running.watcher.__exit__(None, None, None)
+        running.watcher.say(f"Error: {line}")
+        os._exit(2)
 
 
 def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> None:

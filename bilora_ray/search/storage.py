@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -37,9 +38,11 @@ class Claims:
         """Claim a trial. Whether that is possible: another process may have it."""
         if number in self._held:
             return True
+        folder = self._layout.trial(self._name, number).path
+        folder.mkdir(exist_ok=True)
         with ExitStack() as stack:
             try:
-                stack.enter_context(locked(self._layout.trial(self._name, number).path / "claim.lock", wait_s=0))
+                stack.enter_context(locked(folder / "claim.lock", wait_s=0))
             except TimeoutError:
                 return False
             self._held[number] = stack.pop_all()
@@ -61,6 +64,7 @@ def open_storage(layout: Layout) -> optuna.storages.RDBStorage:
     url, engine = f"sqlite:///{layout.database_file}", {"connect_args": {"timeout": WAIT_S}}
     if layout.study_database is not None:
         url, engine = _server(layout.study_database)
+    layout.storage_path.mkdir(parents=True, exist_ok=True)
     try:
         with locked(layout.storage_path / "studies.db.lock", WAIT_S):
             return optuna.storages.RDBStorage(url, engine_kwargs=engine)
@@ -87,6 +91,7 @@ def running_study(layout: Layout, name: str) -> Iterator[None]:
     """
     with ExitStack() as stack:
         try:
+            layout.make(name)
             with layout.choosing(name):
                 pass
             if layout.study_database is None:
@@ -100,7 +105,7 @@ def running_study(layout: Layout, name: str) -> Iterator[None]:
 
 @contextmanager
 def naming_the_database(layout: Layout) -> Iterator[None]:
-    """Tell an error of the study database in the block, such as a full disk or a lost server, in one line.
+    """Tell an error of the study database or the storage path in the block, such as a full disk, in one line.
 
     Raises:
         MachineError: the study can go on once that is mended.
@@ -112,6 +117,11 @@ def naming_the_database(layout: Layout) -> Iterator[None]:
         reason = first_line(getattr(cause, "orig", None) or error)
         line = f"study database of {layout.database}: {reason}; mend that and go on with --resume"
         raise MachineError(line) from None
+    except OSError as error:
+        if not Path(str(error.filename)).is_relative_to(layout.storage_path):
+            raise
+        line = f"--storage-path {layout.storage_path}: {error.strerror}: {error.filename}"
+        raise MachineError(f"{line}; mend that and go on with --resume") from None
 
 
 def _server(database: str) -> tuple[str, dict[str, Any]]:

@@ -62,6 +62,7 @@ def open_study(space: Space, layout: Layout, digests: Mapping[str, str]) -> Sear
     Raises:
         UserError: another process has begun it since `check_study`, with another space.
     """
+    layout.make(space.study.name)
     with layout.choosing(space.study.name):
         opened = SearchStudy(_made(space, layout, digests), space, layout)
     opened.adopt()

@@ -17,6 +17,7 @@ from ray.tune.search import Searcher
 from bilora_ray.errors import MachineError, UserError
 from bilora_ray.scale.trial import BAD_INPUT, BROKEN, EVALUATION, FAILURE, FOLDER, NUMBER, RESOURCES, SETTINGS
 from bilora_ray.search.session import Observers
+from bilora_ray.search.storage import naming_the_database
 from bilora_ray.search.study import SearchStudy
 from bilora_ray.tracking.records import Status
 
@@ -40,16 +41,17 @@ class StudySearcher(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """The task that Tune gives to the trial's function."""
-        number = self.study.next_trial()
-        if number is None:
-            return Searcher.FINISHED
-        self.observers.trial_started(self.study.record(number))
-        return {
-            NUMBER: number,
-            FOLDER: str(self.study.folder(number).path),
-            SETTINGS: self.study.config(number).model_dump(),
-            RESOURCES: self.study.space.resources.model_dump(),
-        }
+        with naming_the_database(self.study.layout):
+            number = self.study.next_trial()
+            if number is None:
+                return Searcher.FINISHED
+            self.observers.trial_started(self.study.record(number))
+            return {
+                NUMBER: number,
+                FOLDER: str(self.study.folder(number).path),
+                SETTINGS: self.study.config(number).model_dump(),
+                RESOURCES: self.study.space.resources.model_dump(),
+            }
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         """Nothing: the scheduler has told the study already."""
@@ -84,6 +86,23 @@ class StudyScheduler(FIFOScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: Mapping[str, Any]) -> str:
         """Stop or go on."""
+        try:
+            with naming_the_database(self.study.layout):
+                return self._take_in(tune_controller, trial, result)
+        except MachineError as error:
+            return self._halt(tune_controller, error)
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        """The trial's process died, or its code raised, and not for a first time that is forgiven."""
+        if trial.should_recover():
+            return
+        try:
+            with naming_the_database(self.study.layout):
+                self._fail(trial.config[NUMBER], _cause(trial))
+        except MachineError as error:
+            self._halt(tune_controller, error)
+
+    def _take_in(self, tune_controller: Any, trial: Trial, result: Mapping[str, Any]) -> str:
         number = trial.config[NUMBER]
         if BROKEN in result:
             line = f"trial {number}: {result[BROKEN]}; mend that and go on with --resume"
@@ -108,14 +127,8 @@ class StudyScheduler(FIFOScheduler):
         self.observers.trial_ended(record)
         return TrialScheduler.STOP
 
-    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
-        """The trial's process died, or its code raised, and not for a first time that is forgiven."""
-        if trial.should_recover():
-            return
-        self._fail(trial.config[NUMBER], _cause(trial))
-
     def _halt(self, tune_controller: Any, error: UserError) -> str:
-        self.halted = error
+        self.halted = self.halted or error
         tune_controller.request_stop_experiment()
         return TrialScheduler.STOP
 

@@ -17,7 +17,7 @@ from bilora_ray.errors import UserError
 from bilora_ray.tracking.guard import Guard, reason
 from bilora_ray.tracking.provenance import provenance
 from bilora_ray.tracking.records import TrialRecord
-from bilora_ray.tracking.store import SERVERS, connect
+from bilora_ray.tracking.store import SERVERS, connect, make_store
 from bilora_ray.tracking.study_runs import StudyInfo, StudyRuns
 
 LATER = "the search goes on, and what is missed is sent later"
@@ -77,6 +77,7 @@ class MlflowTracker:
             return StudyRuns(*connect(uri, project, artifact_root), study)
 
         try:
+            make_store(uri, artifact_root)
             tracker = cls(connect_runs, say)
         except UserError:
             raise

@@ -48,8 +48,29 @@ PROBE_TIMEOUT_S = 5.0
 UPLOAD_TIMEOUT_S = 120
 
 
+def make_store(uri: str, artifact_root: Path) -> None:
+    """Make the file of a SQLite store and the folder of its artifacts, if missing. A server has its own.
+
+    `connect`, which is called again amid a search, makes neither: if they are missing then, their disk is away.
+
+    Raises:
+        UserError: `uri` is none that MLflow can use, or a file that cannot be made.
+    """
+    option = f"--mlflow-uri {masked(uri)}"
+    database = _check(uri, option)
+    if database is None:
+        return
+    try:
+        for folder in (artifact_root, database.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        for file in (database, _lock_file(database)):
+            file.touch()
+    except OSError as error:
+        raise UserError(f"{option}: cannot be written ({reason(error)})") from None
+
+
 def connect(uri: str, project: str, artifact_root: Path) -> tuple[MlflowClient, str]:
-    """A client of the store at `uri`, and the id of the experiment `project` in it, both made if missing.
+    """A client of the store at `uri`, and the id of the experiment `project` in it, which is made if missing.
 
     Args:
         uri: MLflow tracking URI.
@@ -57,7 +78,7 @@ def connect(uri: str, project: str, artifact_root: Path) -> tuple[MlflowClient, 
         artifact_root: folder of the artifacts, where the store is a SQLite file; a server has its own place.
 
     Raises:
-        UserError: `uri` is none that MLflow can use, or a file that cannot be written.
+        UserError: `uri` is none that MLflow can use, or a file that is missing or cannot be written.
         Exception: whatever MLflow, the network or a database driver raises.
     """
     option = f"--mlflow-uri {masked(uri)}"
@@ -129,9 +150,8 @@ def _check_port(uri: str, default_port: int, option: str) -> None:
 
 def _check_writable(database: Path, artifact_root: Path) -> None:
     """OSError or sqlite3.Error unless both can be written; MLflow itself would try for 100 s."""
-    artifact_root.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=artifact_root).close()
-    connection = sqlite3.connect(database, timeout=PROBE_TIMEOUT_S)
+    connection = sqlite3.connect(f"{database.as_uri()}?mode=rw", uri=True, timeout=PROBE_TIMEOUT_S)
     try:
         connection.execute("BEGIN IMMEDIATE")
     finally:
@@ -141,10 +161,13 @@ def _check_writable(database: Path, artifact_root: Path) -> None:
 @contextmanager
 def _locked(database: Path) -> Iterator[None]:
     """One process at a time: two that make the tables of one database break each other."""
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with database.with_name(f"{database.name}.lock").open("a") as file:
+    with _lock_file(database).open("r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _lock_file(database: Path) -> Path:
+    return database.with_name(f"{database.name}.lock")
 
 
 def _client(uri: str, project: str, artifact_root: Path | None) -> tuple[MlflowClient, str]:

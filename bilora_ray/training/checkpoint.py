@@ -80,10 +80,14 @@ def load_checkpoint(
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` when the block ends and vanishes if it raises."""
+    """A folder to fill, which becomes `path` when the block ends and vanishes if it raises.
+
+    Raises:
+        FileNotFoundError: the folder that `path` is to be in does not exist.
+    """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    unfinished.mkdir()
     try:
         yield unfinished
         for path_inside in (*unfinished.rglob("*"), unfinished):

@@ -58,6 +58,7 @@ def export_adapter(adapter: Path, output: Path, origin: Mapping[str, Any]) -> No
     from bilora_ray.training.checkpoint import atomic_folder
 
     recipe = read_recipe(adapter)
+    output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(output) as unfinished:
         shutil.copytree(adapter, unfinished, dirs_exist_ok=True)
         recipe = {**origin, **recipe}
@@ -79,6 +80,7 @@ def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> Non
     tokenizer = models.load_tokenizer(config)
     base, _ = models.load_base(config, tokenizer, config.label_names)
     merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(output) as unfinished:
         merged.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)

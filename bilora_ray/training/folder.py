@@ -83,8 +83,19 @@ class TrialFolder:
         for complete in _complete(self.checkpoints):
             (complete / TENSORS).unlink(missing_ok=True)
 
+    def make(self) -> None:
+        """Make what `fit` writes into."""
+        for folder in (self.checkpoints, self.path / "adapters"):
+            folder.mkdir(parents=True, exist_ok=True)
+
     def lock(self, wait_s: float) -> Any:
-        """Hold this folder for the block; see `locked`."""
+        """Hold this folder for the block; see `locked`. It is made if missing, and what it lies in is not.
+
+        Raises:
+            FileNotFoundError: that is missing. Whoever began the study has made it, so the storage is away, or is not
+                shared with this machine; a new folder in its place would hide that.
+        """
+        self.path.mkdir(exist_ok=True)
         return locked(self.path / "lock", wait_s)
 
 
@@ -93,9 +104,9 @@ def locked(path: Path, wait_s: float) -> Iterator[None]:
     """Hold the lock file `path` for the block; the system frees it however the process ends.
 
     Raises:
+        FileNotFoundError: its folder does not exist.
         TimeoutError: another process still holds it after `wait_s` seconds.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + wait_s
     with path.open("a") as file:
         while True:

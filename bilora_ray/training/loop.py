@@ -258,6 +258,7 @@ def fit(config: TrialConfig, folder: TrialFolder, report: Report, workers: Worke
         UserError: a row, a column, the model or a target module is not as the settings say.
         TrialFailure: the loss became NaN or infinite, or memory ran out.
     """
+    folder.make()
     try:
         run = Run(config, folder, workers)
         run.resume()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from chaos.nodes import Nodes, ray_processes
 from tiny_trials import Tiny, reproducible, run_fit
 
 from bilora_ray.errors import UserError
@@ -23,7 +24,8 @@ from bilora_ray.tracking.records import Status, TrialRecord
 
 @pytest.fixture(scope="module", autouse=True)
 def ray_session() -> Iterator[None]:
-    with cluster(None, nested=True):
+    # The other cluster, as on a machine that people share, must not be taken for the search's.
+    with Nodes(), cluster(None, nested=True):
         yield
 
 
@@ -58,8 +60,7 @@ class Killer:
 
     def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
         if not self.killed:
-            children = psutil.Process().children(recursive=True)
-            next(process for process in children if "RayTrainWorker" in " ".join(process.cmdline())).kill()
+            ray_processes(os.getpid(), "RayTrainWorker")[0].kill()
             self.killed += 1
 
     def trial_ended(self, trial: TrialRecord) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
+import sqlite3
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+from chaos.nodes import ray_processes
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import OperationalError
 from tiny_trials import Tiny
 
 from bilora_ray.errors import MachineError, UserError
@@ -132,6 +134,24 @@ def test_a_machine_that_fails_ends_the_search_and_leaves_the_trial_to_a_resume(t
     assert [record.status for record in again.records()] == [Status.COMPLETE] * 2
 
 
+def test_a_study_database_that_cannot_be_written_ends_the_search_with_its_line(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = StorageInternalError("Optuna's words")
+    full.__cause__ = OperationalError("INSERT", {}, sqlite3.OperationalError("database or disk is full"))
+
+    def report(*_: object) -> None:
+        raise full
+
+    study = open_study(space(tiny, {"num_trials": 1}), Layout(tmp_path / "runs"), {})
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "report", report)
+        with pytest.raises(MachineError, match=r"database or disk is full; mend that and go on with --resume$"):
+            run_trials(study, Observers([]), 1)
+    study.release()
+    assert run(space(tiny, {"num_trials": 1}), tmp_path).record(0).status is Status.COMPLETE
+
+
 def test_an_observer_that_raises_is_told_no_more_and_the_search_goes_on(tiny: Tiny, tmp_path: Path) -> None:
     broken, spy = Broken(), Spy()
     study = run(space(tiny, {"num_trials": 2}), tmp_path, broken, spy)
@@ -162,9 +182,8 @@ class Killer(Spy):
     def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
         super().trial_reported(trial, metrics)
         if len(self.told) == 3:
-            for process in psutil.process_iter(["cmdline"]):
-                if any("ImplicitFunc" in part for part in process.info["cmdline"] or ()):
-                    os.kill(process.pid, signal.SIGKILL)
+            for process in ray_processes(os.getpid(), "ImplicitFunc"):
+                process.kill()
 
 
 def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(tiny: Tiny, tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
 
+from bilora_ray.tracking.mlflow_tracker import default_uri
 from bilora_ray.tracking.records import Status
 
 from .tracked import Project, evaluation, record
@@ -70,6 +72,29 @@ def test_disk_that_is_full_costs_no_trial(
     tracker.close([done], 0, interrupted=False)
     assert project.said[1:] == ["MLflow answers again; what it missed has been sent"]
     assert len(project.artifacts(0)) == 2
+
+
+@pytest.mark.parametrize("leaves_its_folder", [True, False])
+def test_store_that_goes_away_is_not_made_anew(
+    leaves_its_folder: bool, storage: Path, tmp_path: Path, no_pause: None
+) -> None:
+    place = tmp_path / "storage"
+    shutil.copytree(storage, place)
+    project = Project(default_uri(place), "away", place / "mlflow-artifacts")
+    tracker = project.open()
+    tracker.trial_started(record())
+    # The connection to the file would outlive it; a failure makes the tracker connect again.
+    tracker._runs = None
+    away = place.rename(tmp_path / "away")
+    if leaves_its_folder:
+        place.mkdir()
+    tracker.trial_reported(record(), evaluation(10))
+    assert [path.name for path in tmp_path.rglob("*") if path.is_relative_to(place)] == ["storage"] * leaves_its_folder
+    if leaves_its_folder:
+        place.rmdir()
+    away.rename(place)
+    tracker.trial_reported(record(), evaluation(20))
+    assert project.steps(0) == [(10, 1 / 10), (20, 1 / 20)]
 
 
 def test_close_says_that_a_resume_sends_the_rest(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

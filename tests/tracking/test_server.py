@@ -2,60 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from mlflow_server import Server
 
 from bilora_ray.errors import UserError
-from bilora_ray.tracking.mlflow_tracker import default_uri, ui_command
+from bilora_ray.tracking.mlflow_tracker import ui_command
 from bilora_ray.tracking.records import Status
 
 from .tracked import Project, evaluation, record
 
 pytestmark = pytest.mark.slow
-START_TIMEOUT_S = 120
-
-
-@contextmanager
-def _serving(command: list[str], environment: dict[str, str], port: int) -> Iterator[None]:
-    """A server for the block; SIGKILL ends it, and its workers, without a goodbye."""
-    process = subprocess.Popen(
-        command,
-        env={**os.environ, **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            assert process.poll() is None, "the server ended"
-            assert time.monotonic() < deadline, "the server does not answer"
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _server(storage: Path, port: int) -> tuple[list[str], dict[str, str], int]:
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", default_uri(storage)]
-    command += ["--artifacts-destination", str(storage / "uploads"), "--host", "127.0.0.1", "--port", str(port)]
-    return [*command, "--workers", "1"], {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}, port
 
 
 def test_search_outlives_the_server_and_catches_up(
@@ -66,7 +27,7 @@ def test_search_outlives_the_server_and_catches_up(
     project = Project(f"http://127.0.0.1:{port}", "served", tmp_path / "never")
     started = record(0)
     done = record(0, Status.COMPLETE, steps=3, value=0.01, adapter=adapter)
-    with _serving(*_server(tmp_path, port)):
+    with Server.of(tmp_path, port):
         tracker = project.open(digests={"builtin:fish": "ab12"})
         tracker.trial_started(started)
         tracker.trial_reported(started, evaluation(10))
@@ -79,7 +40,7 @@ def test_search_outlives_the_server_and_catches_up(
         "MLflow stopped answering (connection refused); the search goes on, and what is missed is sent later"
     ]
 
-    with _serving(*_server(tmp_path, port)):
+    with Server.of(tmp_path, port):
         tracker.trial_reported(record(1), evaluation(20))
         assert project.said[1:] == ["MLflow answers again; what it missed has been sent"]
         assert project.steps(0) == [(10, 1 / 10), (20, 1 / 20), (30, 1 / 30)]
@@ -101,7 +62,7 @@ def test_ui_shows_runs_and_artifacts(project: Project, adapter: Path, port: int)
     run_id = project.trials()[0].info.run_id
     query = urllib.parse.urlencode({"run_uuid": run_id, "path": "adapter/adapter_config.json"})
     with (
-        _serving(*ui_command(project.uri, port), port),
+        Server(*ui_command(project.uri, port), port),
         urllib.request.urlopen(f"http://127.0.0.1:{port}/get-artifact?{query}") as answer,
     ):
         assert answer.read() == b"{}"

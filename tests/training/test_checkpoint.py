@@ -277,6 +277,12 @@ def test_an_atomic_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.rglob("*")] == ["made", "c"]
 
 
+def test_an_atomic_folder_makes_nothing_above_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "away" / "made"):
+        raise AssertionError("a folder was made in the place of one that is away")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_trial_without_tensors_keeps_its_state_and_starts_again(tiny: Tiny, tmp_path: Path) -> None:
     config = demanding(tiny, "causal-lm", "bilora")
     _, expected = run_fit(config, tmp_path / "whole")

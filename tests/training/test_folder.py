@@ -82,10 +82,19 @@ def test_one_process_at_a_time_holds_the_folder_and_a_kill_frees_it(tmp_path: Pa
         pass
 
 
+def test_a_folder_is_made_for_its_lock_and_nothing_above_it(tmp_path: Path) -> None:
+    with TrialFolder(tmp_path / "0000").lock(0):
+        pass
+    assert (tmp_path / "0000").is_dir()
+    with pytest.raises(FileNotFoundError), TrialFolder(tmp_path / "away" / "0000").lock(0):
+        raise AssertionError("a folder was made in the place of one that is away")
+    assert not (tmp_path / "away").exists()
+
+
 def test_a_lock_is_freed_when_its_block_raises(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), locked(tmp_path / "a" / "lock", 0):
+    with pytest.raises(RuntimeError), locked(tmp_path / "lock", 0):
         raise RuntimeError
-    with locked(tmp_path / "a" / "lock", 0):
+    with locked(tmp_path / "lock", 0):
         pass
 
 
