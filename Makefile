@@ -5,12 +5,12 @@ BIN := $(VENV)/bin
 SECONDS ?= 600
 SEED ?= 1
 
-.PHONY: help setup quickstart test test-fast chaos lint types clean
+.PHONY: help setup quickstart test test-slow chaos lint types clean
 
 help:
 	@echo "make quickstart   set up and search the embedded default: minutes, no network but the package registry"
-	@echo "make test         set up and run all tests"
-	@echo "make test-fast    the tests without the slow ones"
+	@echo "make test         set up and run the tests: minutes"
+	@echo "make test-slow    the slow tests: kills, lost nodes, PostgreSQL, real data"
 	@echo "make chaos        searches under random kills for SECONDS=600, as SEED=1 has it; a table of what was lost"
 	@echo "make lint types   ruff and mypy"
 
@@ -28,10 +28,10 @@ quickstart: setup
 	$(BIN)/bilora-ray tune --space search_spaces/quickstart.yaml $(if $(wildcard runs/studies/quickstart/trials),--resume)
 
 test: setup
-	$(BIN)/pytest
-
-test-fast: setup
 	$(BIN)/pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/pytest -m slow
 
 chaos: setup
 	PYTHONPATH="$(CURDIR)/tests:$$PYTHONPATH" $(BIN)/python -m chaos.storm --seconds $(SECONDS) --seed $(SEED)
