@@ -2,13 +2,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help setup quickstart test test-fast lint types clean
+.PHONY: help setup quickstart test test-fast lint types audit clean
 
 help:
 	@echo "make quickstart   set up and search the embedded default: minutes, no network but the package registry"
 	@echo "make test         set up and run all tests"
 	@echo "make test-fast    the tests without the slow ones"
 	@echo "make lint types   ruff and mypy"
+	@echo "make audit        look the pinned dependencies up among the known advisories; needs a network"
 
 setup: $(VENV)/installed
 
@@ -36,5 +37,12 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# pip-audit has an environment of its own: what it needs is none of ours.
+audit:
+	test -d $(VENV)-audit || $(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	@$(VENV)-audit/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off --requirement constraints.txt || \
+		{ echo "make audit: advisories were found, or their database cannot be asked about each package: see above" >&2; exit 1; }
+
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-audit runs build dist *.egg-info
