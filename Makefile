@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SECONDS ?= 600
 SEED ?= 1
 
-.PHONY: help setup quickstart test test-slow chaos lint types clean
+.PHONY: help setup quickstart test test-slow chaos lint types audit clean
 
 help:
 	@echo "make quickstart   set up and search the embedded default: minutes, no network but the package registry"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow    the slow tests: kills, lost nodes, PostgreSQL, real data"
 	@echo "make chaos        searches under random kills for SECONDS=600, as SEED=1 has it; a table of what was lost"
 	@echo "make lint types   ruff and mypy"
+	@echo "make audit        look the pinned dependencies up among the known advisories; needs a network"
 
 setup: $(VENV)/installed
 
@@ -43,5 +44,12 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# pip-audit has an environment of its own: what it needs is none of ours.
+audit:
+	test -d $(VENV)-audit || $(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/pip install --quiet --disable-pip-version-check pip-audit
+	@$(VENV)-audit/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off --requirement constraints.txt || \
+		{ echo "make audit: advisories were found, or their database cannot be asked about each package: see above" >&2; exit 1; }
+
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-audit runs build dist *.egg-info

@@ -15,7 +15,7 @@ from bilora_ray.cli.options import (
     study_database_option,
     trial_option,
 )
-from bilora_ray.errors import UserError
+from bilora_ray.errors import UserError, first_line
 
 EPILOG = """\b
 Examples:
@@ -61,7 +61,10 @@ def command(
 
     quiet()
     origin = {"study": study, "trial": record.number, found.metric: record.value}
-    (export_merged if merge else export_adapter)(record.adapter, absolute(output), origin)
+    try:
+        (export_merged if merge else export_adapter)(record.adapter, absolute(output), origin)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written ({error.strerror or first_line(error)})") from None
     if as_json:
         print_json({"output": str(absolute(output)), "merged": merge, **origin})
     else:

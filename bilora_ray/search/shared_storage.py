@@ -48,11 +48,13 @@ def _blind(nodes: dict[str, str], folder: Path) -> list[str]:
     asked = {node: _ask(node, folder) for node in nodes}
     tasks = list(asked.values())
     answered, _ = ray.wait(tasks, num_returns=len(tasks), timeout=ANSWER_TIMEOUT_S)
-    return [
-        address
-        for node, address in nodes.items()
-        if not (asked[node] in answered and _said_yes(asked[node]) and _reads(folder / f"{ANSWER}-{node}", folder.name))
-    ]
+    blind = []
+    for node, address in nodes.items():
+        if asked[node] not in answered:
+            blind.append(f"{address} (no answer)")
+        elif not (_said_yes(asked[node]) and _reads(folder / f"{ANSWER}-{node}", folder.name)):
+            blind.append(address)
+    return blind
 
 
 def _ask(node: str, folder: Path) -> ray.ObjectRef:

@@ -37,10 +37,15 @@ AUTH = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
 @pytest.mark.slow
-def test_each_cluster_has_a_token_of_its_own_and_leaves_the_environment_as_it_was(
-    monkeypatch: pytest.MonkeyPatch,
+def test_each_cluster_has_a_token_of_its_own_and_leaves_environment_and_files_as_they_were(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert not ray.is_initialized()
+    users_file = tmp_path / ".ray" / "auth_token"
+    users_file.parent.mkdir()
+    users_file.write_text("theirs")
+    users_file.chmod(0o644)
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "mine")
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
@@ -51,7 +56,8 @@ def test_each_cluster_has_a_token_of_its_own_and_leaves_the_environment_as_it_wa
             assert ray.get(ray.remote(lambda: os.getpid()).remote()) > 0
             tokens.add(os.environ["RAY_AUTH_TOKEN"])
         assert {key: os.environ.get(key) for key in before} == before
-    assert len(tokens - {"mine"}) == 2
+    assert len(tokens - {"mine", "theirs"}) == 2
+    assert (users_file.read_text(), users_file.stat().st_mode & 0o777) == ("theirs", 0o644)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["one worker", "several workers"])

@@ -130,6 +130,7 @@ def test_a_machine_that_fails_ends_the_search_and_leaves_the_trial_to_a_resume(t
     assert str(error.value).endswith("; mend that and go on with --resume")
     assert study.record(0).status is Status.RUNNING
     (study.folder(0).path / "adapters").unlink()
+    study.release()
     again = run(space(tiny, {"num_trials": 2}), tmp_path)
     assert [record.status for record in again.records()] == [Status.COMPLETE] * 2
 
