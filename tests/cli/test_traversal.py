@@ -71,7 +71,7 @@ def test_an_export_overwrites_nothing(storage: Path, tmp_path: Path) -> None:
         result = run("export", "train", "--storage-path", storage, "--output", output)
         assert (result.exit_code, result.stderr) == (2, f"Error: --output {output}: exists already\n")
     result = run("export", "train", "--storage-path", storage, "--output", file / "below")
-    assert result.stderr == f"Error: --output {file / 'below'}: cannot be written (Not a directory)\n"
+    assert result.stderr == f"Error: --output {file / 'below'}: cannot be written (File exists)\n"
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "full", "mine"]
     assert (full / "mine").read_text() == file.read_text() == "mine"
 

@@ -67,7 +67,7 @@ class Killer:
         pass
 
 
-@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallelism", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_workers_in_a_search_find_what_one_finds(parallelism: str, tiny: Tiny, tmp_path: Path) -> None:
     study = search(tiny, tmp_path, resources={"parallelism": parallelism})
     (record,) = study.records()
@@ -78,6 +78,7 @@ def test_two_workers_in_a_search_find_what_one_finds(parallelism: str, tiny: Tin
         assert given == pytest.approx(wanted, abs=1e-4, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_weak_trials_of_several_workers_are_stopped_and_the_next_ones_run(tiny: Tiny, tmp_path: Path) -> None:
     study = {"num_trials": 3, "scheduler": "asha", "grace_period": 2, "reduction_factor": 3}
     study |= {"points_to_evaluate": "[{learning_rate: 0.01}, {learning_rate: 1.0e-9}, {learning_rate: 0.011}]"}
@@ -87,6 +88,7 @@ def test_weak_trials_of_several_workers_are_stopped_and_the_next_ones_run(tiny: 
     assert made.records()[1].status is Status.PRUNED
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_no_evaluation(tiny: Tiny, tmp_path: Path) -> None:
     killer = Killer()
     (record,) = search(tiny, tmp_path, killer).records()
@@ -95,6 +97,7 @@ def test_a_killed_worker_costs_no_evaluation(tiny: Tiny, tmp_path: Path) -> None
     assert [metrics["step"] for metrics in record.history] == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_a_loss_that_explodes_on_the_workers_fails_the_trial_with_its_reason(tiny: Tiny, tmp_path: Path) -> None:
     (record,) = search(tiny, tmp_path, learning_rate=1e30, max_grad_norm="null").records()
     assert record.status is Status.FAILED
@@ -102,6 +105,7 @@ def test_a_loss_that_explodes_on_the_workers_fails_the_trial_with_its_reason(tin
     assert record.error.startswith("loss is ")
 
 
+@pytest.mark.slow
 def test_bad_input_that_only_workers_see_ends_the_search_with_its_line(tiny: Tiny, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         search(tiny, tmp_path, target_modules="[nothing_like_it]", resources={"parallelism": "fsdp"})
