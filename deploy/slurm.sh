@@ -95,7 +95,7 @@ set -m
 
 start=(ray start --num-cpus="$SLURM_CPUS_PER_TASK" --temp-dir="$temp" --disable-usage-stats --block)
 srun --nodes=1 --ntasks=1 --nodelist="$head" \
-    "${start[@]}" --head --node-ip-address="$ip" --port="$port" --include-dashboard=false &
+    "${start[@]}" --head --node-ip-address="$ip" --port="$port" --dashboard-host=127.0.0.1 &
 steps+=($!)
 others=$((${#nodes[@]} - 1))
 if ((others > 0)); then

@@ -6,19 +6,16 @@ import base64
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 import pytest
+from mlflow_server import Server
 from tiny_trials import Tiny
 
 from bilora_ray.cli.options import say_how_to_go_on
@@ -39,32 +36,6 @@ trial:
   learning_rate: {{choice: [0.001, 1.0e+30]}}
 resources: {{workers: {workers}}}
 """
-
-
-@contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
-    """A real server for the block; its host and port. It asks nobody for a password."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/server.db"]
-    command += ["--artifacts-destination", str(folder / "uploads"), "--port", str(port), "--workers", "1"]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while True:
-            assert process.poll() is None, (folder / "server.log").read_text()
-            assert time.monotonic() < deadline, (folder / "server.log").read_text()
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                break
-            except OSError:
-                time.sleep(0.2)
-        yield f"127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def own_token(search: subprocess.Popen[str]) -> str:
@@ -105,8 +76,11 @@ def test_a_search_writes_no_secret_anywhere(workers: int, tiny: Tiny, tmp_path: 
     environment = {**os.environ, **planted, "MLFLOW_TRACKING_USERNAME": "me", "RAY_TMPDIR": str(temp)}
     environment.pop("URI")
     try:
-        with mlflow_server(tmp_path) as server:
-            uri = f"http://me:{planted['URI']}@{server}"
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        # It asks nobody for a password, and takes one from who offers it.
+        with Server.of(tmp_path, port):
+            uri = f"http://me:{planted['URI']}@127.0.0.1:{port}"
             command = [COMMAND, "tune", "--space", "space.yaml", "--mlflow-uri", uri]
             search = subprocess.Popen(
                 command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -119,7 +93,7 @@ def test_a_search_writes_no_secret_anywhere(workers: int, tiny: Tiny, tmp_path: 
         assert [name for name, value in planted.items() if value in stdout + stderr] == []
         # What was looked through is what there is: both trials, the server's database, the logs of Ray.
         assert len(list(tmp_path.glob("runs/studies/s/trials/*"))) == 2
-        assert (tmp_path / "server.db").stat().st_size > 0
+        assert (tmp_path / "mlflow.db").stat().st_size > 0
         assert list(temp.rglob("gcs_server.out"))
         assert leaks(tmp_path, planted) == []
         assert leaks(temp, planted) == []

@@ -129,10 +129,13 @@ def say_how_to_go_on() -> NoReturn:
 
 def print_next(study: str, storage_path: Path, study_database: str | None, adapter: Path | None) -> None:
     """Print where the best adapter is and what can be done next."""
-    runs = "" if storage_path == Path("runs") else f" --storage-path {storage_path}"
+    runs = "" if storage_path == Path("runs") else f" --storage-path {shlex.quote(str(storage_path))}"
     where = runs
     if study_database is not None and study_database != os.environ.get("BILORA_RAY_STUDY_DATABASE"):
-        where += f" --study-database {shlex.quote(masked(study_database))}"
+        shown = masked(study_database)
+        # A password is not printed: the command wants it from the environment.
+        database = shlex.quote(shown) if shown == study_database else '"$BILORA_RAY_STUDY_DATABASE"'
+        where += f" --study-database {database}"
     for what, line in (
         ("Adapter", str(adapter)),
         ("More", f"bilora-ray show {study}{where}"),

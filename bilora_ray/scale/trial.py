@@ -72,7 +72,8 @@ def run_trial_on_workers(task: Mapping[str, Any]) -> None:
             name="train",
             # For Train's notes on checkpoints of its own, of which there are none.
             storage_path=str(TrialFolder(Path(task[FOLDER])).scratch),
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
+            # What a controller tries again is only to find room for its workers, and a trial waits for that.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=-1),  # type: ignore[call-arg]
             callbacks=[TuneReportCallback()],  # type: ignore[list-item]
         ),
     )
@@ -110,9 +111,9 @@ def _train_on_worker(task: Mapping[str, Any]) -> None:
     from bilora_ray.training.workers import Workers
 
     quiet()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(get_device())
     resources = task[RESOURCES]
+    if resources["gpus_per_worker"] > 0:
+        torch.cuda.set_device(get_device())
     _keep_to_share(resources["gpus_per_worker"])
     workers = Workers.joined(resources["workers"], resources["parallelism"] == "fsdp")
     folder = _folder(task)

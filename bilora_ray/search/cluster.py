@@ -26,12 +26,19 @@ TUNE_ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     # How long an evaluation waits before the search hears of it, where a trial has several workers.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.3",
+    # Who asks for no GPU sees none.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     # Every report decides about a stop, so none may wait in a buffer; Tune's own snapshots are never read.
     "TUNE_RESULT_BUFFER_LENGTH": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+# What the processes of trials with workers of their own need; on a cluster that is there they know nothing of ours.
+NESTED = {
+    "worker_process_setup_hook": name_cluster,
+    "env_vars": {key: value for key, value in TUNE_ENVIRONMENT.items() if key.startswith("RAY_TRAIN_")},
 }
 
 
@@ -57,7 +64,7 @@ def cluster(address: str | None, nested: bool = False) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 include_dashboard=nested if own else None,
-                runtime_env={"worker_process_setup_hook": name_cluster} if nested else None,
+                runtime_env=NESTED if nested else None,
             )
         except (OSError, ValueError, RuntimeError, AuthenticationError) as error:
             if AuthenticationError.__name__ in f"{error!r} {error.__context__!r}":

@@ -68,7 +68,8 @@ def search(
         UserError: the study, the cluster or MLflow are not there as said, and nothing was begun; or a trial met bad
             input; or the study database is gone.
     """
-    check_study(space, layout, resume, digests)
+    with naming_the_database(layout):
+        check_study(space, layout, resume, digests)
     check_address(ray_address)
     nested = space.resources.workers > 1
     with naming_the_database(layout), running_study(layout, space.study.name), ExitStack() as stack:

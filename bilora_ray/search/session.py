@@ -13,7 +13,7 @@ from bilora_ray.addresses import masked
 from bilora_ray.errors import MachineError, TrialFailure, UserError
 from bilora_ray.search.layout import WAIT_S, Layout
 from bilora_ray.search.space import Space
-from bilora_ray.search.storage import running_study, study_names
+from bilora_ray.search.storage import naming_the_database, running_study, study_names
 from bilora_ray.search.studies import check_study, delete_study, open_study
 from bilora_ray.search.study import SearchStudy
 from bilora_ray.tracking.mlflow_tracker import MlflowTracker, default_uri
@@ -87,22 +87,25 @@ class Session:
     def observers(self) -> Observers:
         """Who observes the trials. Waits for MLflow, which learns what it missed; UserError if it cannot be used."""
         tracker = self.tracking.result()
-        tracker.reconcile(self._own_records())
+        tracker.reconcile(self.study.own_records())
         return Observers([tracker, self.watcher])
 
     def close(self) -> None:
         """End the study's run in MLflow, unless MLflow could not be opened, and give up this process's trials."""
-        if self.tracking.exception() is None:
-            best = self.study.best()
-            number = None if best is None else best.number
-            others = bool(self.study.elsewhere())
-            self.tracking.result().close(self._own_records(), number, not self.study.finished(), others)
-        self.study.release()
+        try:
+            if self.tracking.exception() is None:
+                self._close(self.tracking.result())
+        finally:
+            self.study.release()
 
-    def _own_records(self) -> list[TrialRecord]:
-        """All trials but those that other processes run, and track."""
-        elsewhere = self.study.elsewhere()
-        return [record for record in self.study.records() if record.number not in elsewhere]
+    def _close(self, tracker: MlflowTracker) -> None:
+        try:
+            best, records = self.study.best(), self.study.own_records()
+            interrupted, others = not self.study.finished(), bool(self.study.elsewhere())
+        except BaseException:  # the study database is gone: MLflow is told what is known without it
+            tracker.interrupt()
+            raise
+        tracker.close(records, None if best is None else best.number, interrupted, others)
 
 
 @contextmanager
@@ -125,7 +128,8 @@ def session(
                 watcher.start(study.records())
                 yield running
         except UserError as error:
-            ours = begins and not study.elsewhere()
+            # Of a database that others use, nobody can tell who else is about to run the study.
+            ours = begins and layout.study_database is None
             if ours and study.best() is None and not isinstance(error, MachineError):
                 delete_study(space, layout)
             raise
@@ -166,8 +170,10 @@ def train(
     Raises:
         UserError: the study or MLflow are not there as said, or the trial met bad input.
     """
-    check_study(space, layout, resume, digests)
+    with naming_the_database(layout):
+        check_study(space, layout, resume, digests)
     with (
+        naming_the_database(layout),
         running_study(layout, space.study.name),
         session(space, layout, mlflow_uri, digests, watcher) as running,
     ):
@@ -175,11 +181,14 @@ def train(
         number = study.next_trial()
         if number is not None:
             _train(study, number, observers)
+        elif not study.finished():
+            raise MachineError(f"run '{space.study.name}' is being trained by another process")
     return study
 
 
 def _train(study: SearchStudy, number: int, observers: Observers) -> None:
     from bilora_ray.training.loop import fit
+    from bilora_ray.training.workers import Workers
 
     def report(metrics: dict[str, float]) -> None:
         study.report(number, metrics)
@@ -189,7 +198,8 @@ def _train(study: SearchStudy, number: int, observers: Observers) -> None:
     folder = study.folder(number)
     try:
         with folder.lock(ORPHAN_WAIT_S):
-            fit(study.config(number), folder, report)
+            # As many rows a step as where the space's workers share them.
+            fit(study.config(number), folder, report, Workers(planned=study.space.resources.workers))
     except (TrialFailure, UserError) as error:
         study.fail(number, str(error))
         if isinstance(error, UserError):

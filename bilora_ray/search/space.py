@@ -70,6 +70,9 @@ class ResourceConfig(Settings):
     def _possible(self) -> ResourceConfig:
         if self.min_workers is not None and self.min_workers > self.workers:
             raise ValueError(f"min_workers: {self.min_workers} is more than the {self.workers} workers")
+        if self.workers == 1 and (self.min_workers is not None or self.parallelism == "fsdp"):
+            key = "min_workers" if self.min_workers is not None else "parallelism: fsdp"
+            raise ValueError(f"{key} needs workers: 2 or more")
         return self
 
 

@@ -162,10 +162,17 @@ def _distribution(path: Path, key: str, value: dict[str, Any]) -> Distribution:
 def _check_settings(space: Space) -> None:
     """Refuse a space of which any trial could be refused: both ends of every range, every choice."""
     sampled = {key: distribution.ends()[0] for key, distribution in space.distributions.items()}
-    space.trial_config(sampled)
+    _check_parallelism(space, space.trial_config(sampled))
     for key, distribution in space.distributions.items():
         for value in distribution.ends():
-            space.trial_config({**sampled, key: value})
+            _check_parallelism(space, space.trial_config({**sampled, key: value}))
+
+
+def _check_parallelism(space: Space, config: TrialConfig) -> None:
+    if space.resources.parallelism == "fsdp" and config.quantization is not None:
+        raise UserError(
+            f"{space.path}: trial.quantization: quantised weights cannot be cut into parts; use parallelism: ddp"
+        )
 
 
 def _check_split(space: Space) -> None:

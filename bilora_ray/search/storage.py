@@ -117,6 +117,8 @@ def naming_the_database(layout: Layout) -> Iterator[None]:
         reason = first_line(getattr(cause, "orig", None) or error)
         line = f"study database of {layout.database}: {reason}; mend that and go on with --resume"
         raise MachineError(line) from None
+    except TimeoutError as error:
+        raise MachineError(f"{first_line(error)} for too long; go on with --resume") from None
     except OSError as error:
         if not Path(str(error.filename)).is_relative_to(layout.storage_path):
             raise

@@ -74,7 +74,9 @@ def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.St
     begun = name in study_names(layout) and _has_begun(name, layout)
     if begun:
         study = optuna.load_study(study_name=name, storage=storage)
+        _check_place(study, layout)
         _check_same(name, "space", study.user_attrs[SPACE], _described(space))
+        _check_same(name, "data", {"content": study.user_attrs[DIGESTS]}, {"content": dict(digests)})
     elif name in study_names(layout):
         optuna.delete_study(study_name=name, storage=storage)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -104,6 +106,7 @@ def load_study(layout: Layout, name: str) -> SearchStudy:
     study = optuna.load_study(study_name=name, storage=open_storage(layout))
     if SPACE not in study.user_attrs:
         raise UserError(f"study '{name}': was never begun")
+    _check_place(study, layout)
     return SearchStudy(study, _space(study), layout)
 
 

@@ -90,6 +90,15 @@ class SearchStudy:
             time.sleep(POLL_S)
         return False
 
+    def own_records(self) -> list[TrialRecord]:
+        """All trials but those that other processes run, and track."""
+        with self.layout.choosing(self.study.study_name):
+            records, orphans = self.records(), list(self._orphans())
+            for number in orphans:
+                self._claims.release(number)
+        ours = {*self._live, *orphans}
+        return [record for record in records if record.status is not Status.RUNNING or record.number in ours]
+
     def elsewhere(self) -> set[int]:
         """The running trials that are other processes'."""
         with self.layout.choosing(self.study.study_name):

@@ -117,6 +117,11 @@ class MlflowTracker:
         with self._guard.attempt(AT_RESUME):
             self._flush(lambda runs: runs.end(trials, best_number, interrupted, others))
 
+    def interrupt(self) -> None:
+        """End the runs that were begun here, and the study's, as interrupted: the study cannot be asked any more."""
+        with self._guard.attempt(AT_RESUME):
+            self._flush(lambda runs: runs.interrupt())
+
     def _send(self, trials: Iterable[TrialRecord]) -> None:
         self._keep(trials)
         if self._guard.ready():

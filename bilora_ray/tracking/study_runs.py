@@ -113,6 +113,12 @@ class StudyRuns:
         if not others:
             self._parent.end(INTERRUPTED if interrupted else COMPLETE, {})
 
+    def interrupt(self) -> None:
+        """End what is live, and the parent, until the study is resumed."""
+        for run in (*self._trials.values(), self._parent):
+            if run.live:
+                run.end(INTERRUPTED, {})
+
     def _tell_best(self, trial: TrialRecord) -> None:
         run = self._trials[trial.number]
         run.tag({BEST: "true"})

@@ -59,10 +59,15 @@ def load_checkpoint(
     It need not have been written by as many workers; one that is new goes on with its own random state.
 
     Raises:
+        FileNotFoundError: this worker does not see the checkpoint that the first one sees.
         ValueError: the checkpoint belongs to another model or method.
     """
     newest = folder.latest()
-    if newest is None or not (newest / TENSORS).exists():
+    if newest is not None and not (newest / TENSORS).exists():
+        newest = None
+    # Over a network a worker may be shown an older folder than another: all go on from what the first one sees.
+    newest = workers.gather(newest)[0]
+    if newest is None:
         return None
     tensors = load_file(newest / TENSORS)
     saved = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
@@ -75,7 +80,7 @@ def load_checkpoint(
     _restore_optimizer(model, optimizer, tensors)
     own = f"random.{workers.rank}."
     _restore_random({name.removeprefix(own): state for name, state in tensors.items() if name.startswith(own)})
-    return folder.state()
+    return json.loads((newest / STATE).read_text())
 
 
 @contextmanager

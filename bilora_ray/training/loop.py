@@ -106,11 +106,13 @@ class Run:
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one. UserError if it is of a trial with other settings."""
-        if self.folder.state().get("settings", self._settings()) != self._settings():
+        state = self.workers.gather(self.folder.state())[0]
+        if state.get("settings", self._settings()) != self._settings():
             raise UserError(f"{self.folder.path}: holds a trial with other settings; move it away")
-        state = load_checkpoint(self.folder, self.model, self.optimizer, self.workers)
-        if state is None:
+        restored = load_checkpoint(self.folder, self.model, self.optimizer, self.workers)
+        if restored is None:
             return
+        state = restored
         del state["settings"]
         self.schedule.load_state_dict(state.pop("schedule"))
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
@@ -222,7 +224,7 @@ class Run:
             "rows_dropped": sum(split.dropped for split in self.data.truncation.values()),
         }
         if torch.cuda.is_available():
-            metrics["gpu_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            metrics["gpu_memory_gib"] = max(self.workers.gather(torch.cuda.max_memory_allocated() / 2**30))
         metrics |= self.optimizer.metrics()
         metrics |= evaluate(self.network.evaluated, self.data.validation, self.config, self.tokenizer, self.workers)
         if not math.isfinite(metrics["eval_loss"]):

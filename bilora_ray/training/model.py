@@ -124,7 +124,8 @@ def _without_weights(config: TrialConfig, arguments: dict[str, Any]) -> PreTrain
     model_config = AutoConfig.from_pretrained(source(config), **arguments)
     chosen = {} if attention is None else {"attn_implementation": attention}
     with torch.device("meta"):
-        return AUTO_CLASS[config.task].from_config(model_config, dtype=dtype, **chosen)
+        code = config.trust_remote_code
+        return AUTO_CLASS[config.task].from_config(model_config, dtype=dtype, trust_remote_code=code, **chosen)
 
 
 def _quantization(config: TrialConfig) -> BitsAndBytesConfig:

@@ -91,10 +91,12 @@ def test_weak_trials_of_several_workers_are_stopped_and_the_next_ones_run(tiny: 
 @pytest.mark.slow
 def test_a_killed_worker_costs_no_evaluation(tiny: Tiny, tmp_path: Path) -> None:
     killer = Killer()
-    (record,) = search(tiny, tmp_path, killer).records()
+    made = search(tiny, tmp_path, killer)
+    (record,) = made.records()
     assert killer.killed == 1
     assert record.status is Status.COMPLETE
     assert [metrics["step"] for metrics in record.history] == [2, 4, 6]
+    assert made.folder(0).state()["resumed_at"]
 
 
 @pytest.mark.slow

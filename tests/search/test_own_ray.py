@@ -60,7 +60,9 @@ def test_each_cluster_has_a_token_of_its_own_and_leaves_environment_and_files_as
     assert (users_file.read_text(), users_file.stat().st_mode & 0o777) == ("theirs", 0o644)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["one worker", "several workers"])
+@pytest.fixture(
+    scope="module", params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["one worker", "several workers"]
+)
 def workers(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """How many workers the trials of the running cluster have. It was started by a user without any Ray files."""
     with pytest.MonkeyPatch.context() as patch:

@@ -114,6 +114,7 @@ def test_interrupted_workers_go_on_exactly_and_generate_what_one_generates(
     begun = together(2, fit_together, settings, path, 2, sharded, 2)
     ended = together(2, fit_together, settings, path, 2, sharded)
     assert [report["step"] for report in begun[0]] == [3, 6]
+    assert TrialFolder(tmp_path / "two").state()["resumed_at"] == [3]
     check_alike(one, ended[0], tmp_path / "one", tmp_path / "two")
     assert [report["eval_exact_match"] for report in ended[0]] == [report["eval_exact_match"] for report in one]
 
@@ -123,6 +124,7 @@ def test_one_worker_goes_on_where_two_were(tiny: Tiny, tmp_path: Path) -> None:
     settings, path = settings_of(tiny, "causal-lm", rows=3), str(tmp_path / "two")
     together(2, fit_together, settings, path, 2, False, 2)
     ended = fit_together(settings, path, planned=2, sharded=False)
+    assert TrialFolder(tmp_path / "two").state()["resumed_at"]
     check_alike(one, ended, tmp_path / "one", tmp_path / "two")
 
 
