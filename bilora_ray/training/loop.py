@@ -72,6 +72,7 @@ class Run:
         self.config = config
         self.folder = folder
         self.workers = workers
+        folder.make()
         rows = load_rows(config)
         self.label_names = rows.label_names
         self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(config)
@@ -260,7 +261,6 @@ def fit(config: TrialConfig, folder: TrialFolder, report: Report, workers: Worke
         UserError: a row, a column, the model or a target module is not as the settings say.
         TrialFailure: the loss became NaN or infinite, or memory ran out.
     """
-    folder.make()
     try:
         run = Run(config, folder, workers)
         run.resume()
