@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import (
@@ -162,6 +162,8 @@ class TrialConfig(Settings):
             known = self.metric in (*LM_METRICS, EXACT_MATCH, *LABEL_METRICS)
             allowed = f"allowed: {', '.join(sorted(self.available_metrics))}"
             hint = allowed if known else nearest(self.metric, self.available_metrics)
+            if self.metric == EXACT_MATCH and self.task != "sequence-classification":
+                hint = "it needs predict_with_generate: true"
             raise ValueError(f"metric: '{self.metric}' is not measured here; {hint}")
         if self.task == "sequence-classification" and self.predict_with_generate:
             raise ValueError("predict_with_generate: sequence-classification generates no text")
@@ -241,12 +243,22 @@ def applies(setting: str, method: str) -> bool:
     return setting not in METHOD_SETTINGS or method in METHOD_SETTINGS[setting]
 
 
-def build(kind: type[SettingsT], values: Mapping[str, Any], where: str) -> SettingsT:
-    """`kind` from plain `values`, or UserError with one line that starts with `where`."""
+def build(kind: type[SettingsT], values: Mapping[str, Any], where: str, overridden: Container[str] = ()) -> SettingsT:
+    """`kind` from plain `values`, or UserError with one line that starts with `where` the wrong one is.
+
+    Args:
+        kind: of settings.
+        values: by key.
+        where: the values were read, such as `my_space.yaml: trial`.
+        overridden: the keys whose values came from `--set` instead.
+    """
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(kind, error)}") from None
+        problem = _first_problem(kind, error)
+        # A problem starts with its key, or names it in quotes where it is unknown.
+        key = problem.partition(":")[0].partition(".")[0].removeprefix("unknown key '").partition("'")[0]
+        raise UserError(f"{'--set' if key in overridden else where}: {problem}") from None
 
 
 def _first_problem(kind: type[Settings], error: ValidationError) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bilora_ray import builtin
 from bilora_ray.errors import UserError
 
 BUILTIN = "builtin:"
@@ -21,10 +22,17 @@ Locate = Callable[[str, Path, str, bool], str]
 
 def locate_here(name: str, base: Path, where: str, is_data: bool) -> str:
     """The absolute path of a local source, the name of one elsewhere. UserError if it can be neither."""
-    if not name or name.startswith(BUILTIN):
+    if not name:
+        return name
+    if name.startswith(BUILTIN):
+        _check_builtin(name, where, is_data)
         return name
     try:
         path = Path(base, Path(name).expanduser())
+        if is_data and path.is_dir():
+            raise UserError(f"{where}: {path} is a folder; a file is needed ({', '.join(DATA_SUFFIXES)})")
+        if not is_data and path.is_file():
+            raise UserError(f"{where}: {path} is a file; a model is a folder")
         if path.exists():
             return str(path.resolve())
     except (OSError, RuntimeError) as error:
@@ -33,6 +41,15 @@ def locate_here(name: str, base: Path, where: str, is_data: bool) -> str:
     if looks_local or not HUB_NAME.fullmatch(name):
         raise UserError(f"{where}: no such {'file' if is_data else 'folder'}: {path}")
     return name
+
+
+def _check_builtin(name: str, where: str, is_data: bool) -> None:
+    try:
+        found = builtin.path(name.removeprefix(BUILTIN))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if found.is_dir() is is_data:
+        raise UserError(f"{where}: '{name}' is {'a model' if is_data else 'data'}")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def refused(settings: dict[str, Any], base: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("setting", SOURCES)
+@pytest.mark.parametrize("setting", DATA)
 @pytest.mark.parametrize("name", ["data/train.jsonl", "./data/train.jsonl", "data/../data/train.jsonl"])
 def test_a_relative_path_starts_at_the_given_folder_wherever_the_process_is(
     setting: str, name: str, base: Path, monkeypatch: pytest.MonkeyPatch
@@ -52,10 +52,33 @@ def test_a_tilde_is_the_home_folder(base: Path, monkeypatch: pytest.MonkeyPatch)
     }
 
 
-@pytest.mark.parametrize("setting", SOURCES)
-@pytest.mark.parametrize("name", ["builtin:quickstart/train", "builtin:no such thing"])
+@pytest.mark.parametrize(
+    ("setting", "name"),
+    [
+        ("model_name_or_path", "builtin:quickstart/model"),
+        *((setting, "builtin:quickstart/test.jsonl") for setting in DATA),
+    ],
+)
 def test_a_builtin_name_stays(setting: str, name: str, base: Path) -> None:
     assert absolute_sources({setting: name}, base, "W") == {setting: name}
+
+
+@pytest.mark.parametrize(
+    ("setting", "name", "problem"),
+    [
+        (
+            "model_name_or_path",
+            "builtin:quickstart/modle",
+            "no built-in 'quickstart/modle'; did you mean 'quickstart/model'?",
+        ),
+        ("model_name_or_path", "builtin:quickstart/test.jsonl", "'builtin:quickstart/test.jsonl' is data"),
+        ("train_data", "builtin:quickstart/model", "'builtin:quickstart/model' is a model"),
+        ("train_data", "data", "{base}/data is a folder; a file is needed (.jsonl, .json, .csv, .tsv, .parquet)"),
+        ("model_name_or_path", "data/train.jsonl", "{base}/data/train.jsonl is a file; a model is a folder"),
+    ],
+)
+def test_what_cannot_be_such_a_source_is_refused(setting: str, name: str, problem: str, base: Path) -> None:
+    assert refused({setting: name}, base) == f"W.{setting}: {problem.format(base=base)}"
 
 
 @pytest.mark.parametrize("setting", SOURCES)
@@ -95,11 +118,11 @@ def test_a_path_that_the_system_refuses_is_told_without_a_traceback(base: Path) 
 
 
 def test_every_value_of_a_choice_is_treated(base: Path) -> None:
-    choice = {"choice": ["data/train.jsonl", "builtin:quickstart/train", "nyu-mll/glue", "../beside.csv"]}
+    choice = {"choice": ["data/train.jsonl", "builtin:quickstart/train.jsonl", "nyu-mll/glue", "../beside.csv"]}
     assert absolute_sources({"train_data": choice}, base, "W")["train_data"] == {
         "choice": [
             str(base / "data" / "train.jsonl"),
-            "builtin:quickstart/train",
+            "builtin:quickstart/train.jsonl",
             "nyu-mll/glue",
             str(base.parent / "beside.csv"),
         ]

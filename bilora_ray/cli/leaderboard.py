@@ -5,60 +5,45 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from bilora_ray.cli.progress import settings_in_words
+from bilora_ray.cli.progress import STATUS_WORDS
+from bilora_ray.cli.tables import TrialTable, in_short, step_of
 from bilora_ray.tracking.records import Status, TrialRecord
 
 if TYPE_CHECKING:
     from bilora_ray.search.study import SearchStudy
 
-STATUS_STYLE = {Status.COMPLETE: "green", Status.PRUNED: "default", Status.FAILED: "red", Status.RUNNING: "yellow"}
-STATUS_WORDS = {
-    Status.COMPLETE: "complete",
-    Status.PRUNED: "stopped early",
-    Status.FAILED: "failed",
-    Status.RUNNING: "running",
+STATUS_STYLE = {
+    Status.COMPLETE: "green",
+    Status.PRUNED: "default",
+    Status.FAILED: "red",
+    Status.RUNNING: "yellow",
+    Status.INTERRUPTED: "yellow",
 }
 
 
-def ranked(records: Sequence[TrialRecord], metric: str, greater_is_better: bool) -> list[TrialRecord]:
-    """Complete trials by value, then the others by their last evaluation, those without one at the end."""
+def ranked(records: Sequence[TrialRecord], greater_is_better: bool) -> list[TrialRecord]:
+    """Complete trials by value, then the others by theirs, those without one at the end."""
     sign = -1 if greater_is_better else 1
 
     def key(record: TrialRecord) -> tuple[int, float, int]:
-        value = shown_value(record, metric)
-        order = 0 if record.status is Status.COMPLETE else 1 if value is not None else 2
-        return order, sign * (value if value is not None else 0.0), record.number
+        order = 0 if record.status is Status.COMPLETE else 1 if record.value is not None else 2
+        return order, sign * (record.value or 0.0), record.number
 
     return sorted(records, key=key)
-
-
-def shown_value(record: TrialRecord, metric: str) -> float | None:
-    """The value of a complete trial; of another one its last evaluation's."""
-    if record.value is not None:
-        return record.value
-    return record.history[-1][metric] if record.history else None
 
 
 def print_leaderboard(
     console: Console, records: Sequence[TrialRecord], metric: str, greater_is_better: bool, most: int | None = None
 ) -> None:
     """Print the best `most` trials, or all."""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for column in ("trial", "status", metric, "step"):
-        table.add_column(column, justify="left" if column == "status" else "right", no_wrap=True)
-    table.add_column("settings", overflow="fold")
-    rows = ranked(records, metric, greater_is_better)
+    rows = ranked(records, greater_is_better)
+    table = TrialTable("trial", "status", metric, "step")
     for record in rows[:most]:
-        value = shown_value(record, metric)
-        step = f"{record.history[-1]['step']:.0f}/{record.history[-1]['max_steps']:.0f}" if record.history else ""
+        step = step_of(record.history[-1]) if record.history else ""
         status = f"[{STATUS_STYLE[record.status]}]{STATUS_WORDS[record.status]}[/]"
-        shown = "" if value is None else f"{value:.4g}"
-        table.add_row(str(record.number), status, shown, step, Text(settings_in_words(record.sampled)))
+        table.add(str(record.number), status, in_short(record.value), step, sampled=record.sampled)
     console.print(table)
     if most is not None and len(rows) > most:
         console.print(f"[dim]and {len(rows) - most} more[/]")
@@ -84,7 +69,7 @@ def study_as_json(study: SearchStudy) -> dict[str, Any]:
         "num_trials": study.space.study.num_trials,
         "best": None if best is None else as_json(best, study.metric),
         "importances": study.importances(),
-        "trials": [as_json(record, study.metric) for record in study.records()],
+        "trials": [as_json(record, study.metric) for record in study.records_now()],
     }
 
 
@@ -93,7 +78,7 @@ def as_json(record: TrialRecord, metric: str) -> dict[str, Any]:
     return {
         "number": record.number,
         "status": record.status.value,
-        metric: shown_value(record, metric),
+        metric: record.value,
         "sampled": dict(record.sampled),
         "evaluations": [dict(metrics) for metrics in record.history],
         "adapter": str(record.adapter) if record.adapter else None,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import click
 
 from bilora_ray import __version__
-from bilora_ray.errors import UserError
+from bilora_ray.errors import UserError, nearest
 
 # Verb -> its line in `bilora-ray --help`. The module of a verb is imported only when it is called.
 COMMANDS = {
@@ -46,18 +49,47 @@ class LazyGroup(click.Group):
             return None
         return importlib.import_module(f"bilora_ray.cli.{cmd_name}").command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that was typed. UserError with the nearest one if there is none of that name."""
+        if args[0] not in COMMANDS:
+            raise UserError(f"no command '{args[0]}'; {nearest(args[0], COMMANDS)}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the verbs without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the options before the verb."""
+        with _one_line():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: click.Context) -> object:
-        """Run a command; a UserError becomes its line on stderr and exit code 2."""
-        try:
+        """Read a command's options and run it."""
+        with _one_line():
             return super().invoke(ctx)
-        except UserError as error:
-            click.echo(f"Error: {error}", err=True)
-            sys.exit(2)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """A mistake of the user in the block becomes its line on stderr and exit code 2."""
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        see = f" See '{error.ctx.command_path} --help'." if error.ctx else ""
+        _refuse(f"{error.format_message()}{see}")
+    except UserError as error:
+        _refuse(str(error))
+
+
+def _refuse(line: str) -> NoReturn:
+    click.echo(f"Error: {line}", err=True)
+    sys.exit(2)
 
 
 @click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})

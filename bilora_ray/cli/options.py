@@ -78,16 +78,23 @@ insecure_option = click.option(
 SEARCH_OPTIONS = (
     space_option,
     set_option,
-    click.option("--num-trials", type=int, metavar="N", help="Trials to finish.  [default: the space file's]"),
     click.option(
-        "--max-concurrent", type=int, metavar="N", help="Trials at one time.  [default: what there is room for]"
+        "--num-trials", type=click.IntRange(min=1), metavar="N", help="Trials to finish.  [default: the space file's]"
+    ),
+    click.option(
+        "--max-concurrent",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Trials at one time.  [default: what there is room for]",
     ),
     click.option("--resume", is_flag=True, help="Go on with the study after an interruption, or with more trials."),
     storage_option,
     study_database_option,
     mlflow_option,
     insecure_option,
-    click.option("--dry-run", is_flag=True, help="Check space and data, say what would run, and stop."),
+    click.option(
+        "--dry-run", is_flag=True, help="Check all that can be checked without training, say what would run, and stop."
+    ),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 study_argument = click.argument("study", shell_complete=_complete_study)

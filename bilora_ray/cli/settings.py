@@ -10,6 +10,7 @@ from pydantic_core import PydanticUndefined
 
 from bilora_ray.cli.options import json_option, print_json
 from bilora_ray.config import Settings, TrialConfig
+from bilora_ray.errors import UserError, nearest
 from bilora_ray.search.space import ResourceConfig, StudyConfig
 
 EPILOG = """\b
@@ -27,6 +28,8 @@ SECTIONS: dict[str, type[Settings]] = {"study": StudyConfig, "trial": TrialConfi
 def command(word: str | None, as_json: bool) -> None:
     """List the keys of a space file with their defaults, or those that WORD occurs in."""
     found = [row for row in rows() if word is None or word in row["key"] or word in row["description"]]
+    if not found:
+        raise UserError(f"no key '{word}'; {nearest(word or '', {row['key'] for row in rows()})}")
     if as_json:
         print_json(found)
         return

@@ -51,7 +51,7 @@ def command(study: str | None, storage_path: Path, study_database: str | None, a
         print_json(study_as_json(found))
         return
     console = Console(highlight=False)
-    records = found.records()
+    records = found.records_now()
     counts = {words: sum(record.status is status for record in records) for status, words in STATUS_WORDS.items()}
     summary = ", ".join(f"{count} {words}" for words, count in counts.items() if count) or "no trials"
     console.print(f"Study '{study}': {summary} of {found.space.study.num_trials}", style="bold", markup=False)
@@ -60,6 +60,8 @@ def command(study: str | None, storage_path: Path, study_database: str | None, a
     if importances:
         console.print(f"What mattered, by the variance of {found.metric} among complete trials:", markup=False)
         print_settings(console, {key: f"{share:.0%}" for key, share in importances.items()})
+    elif found.space.distributions:
+        console.print("What mattered cannot be told before four trials are complete, with different values.")
     best = found.best()
     if best is not None:
         console.print(f"\nBest: trial {best.number}, {found.metric} {best.value:.6g}", style="bold green", markup=False)

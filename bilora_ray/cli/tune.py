@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,8 @@ from bilora_ray.cli.options import (
     say_how_to_go_on,
     search_options,
 )
-from bilora_ray.cli.progress import SearchProgress, duration
+from bilora_ray.cli.progress import SearchProgress
+from bilora_ray.cli.tables import duration
 from bilora_ray.cli.validate import describe, in_words
 from bilora_ray.errors import UserError
 from bilora_ray.paths import Locate, locate_here
@@ -30,6 +31,7 @@ from bilora_ray.search.space_file import load_space
 
 if TYPE_CHECKING:
     from bilora_ray.search.study import SearchStudy
+    from bilora_ray.training.data import Truncation
 
 EPILOG = """\b
 Examples:
@@ -76,11 +78,12 @@ def command(
 
     space = pinned(space, layout if resume else None)
     digests = preflight(space)
-    if dry_run and as_json:
-        print_json(describe(space))
-    elif dry_run:
-        _print_plan(space)
     if dry_run:
+        read = _rehearse(space, layout, resume, ray_address, digests)
+        if as_json:
+            print_json({**describe(space), "rows": {split: asdict(rows) for split, rows in read.items()}})
+        else:
+            _print_plan(space, read)
         return
     space, digests = keep_inputs(space, digests, absolute(storage_path))
     started = time.monotonic()
@@ -123,14 +126,37 @@ def _not_shrunk(space: Space, layout: Layout) -> Space:
     return replace(space, study=space.study.model_copy(update={"num_trials": num_trials}))
 
 
-def _print_plan(space: Space) -> None:
+def _rehearse(
+    space: Space, layout: Layout, resume: bool, ray_address: str | None, digests: Mapping[str, str]
+) -> Mapping[str, Truncation]:
+    """Whatever can be tried of a search before it begins, but for a cluster that is elsewhere."""
+    from bilora_ray.search.cluster import capacity, check_address, is_own, this_machine
+    from bilora_ray.search.storage import naming_the_database
+    from bilora_ray.search.studies import check_study
+    from bilora_ray.training.quiet import quiet
+    from bilora_ray.training.rehearsal import rehearse
+
+    with naming_the_database(layout):
+        check_study(space, layout, resume, digests)
+    check_address(ray_address)
+    if is_own(ray_address):
+        capacity(space.resources, this_machine())
+    quiet()
+    return rehearse(space.first_config())
+
+
+def _print_plan(space: Space, read: Mapping[str, Truncation]) -> None:
     study, resources = space.study, space.resources
     click.echo(f"Study '{study.name}' would run {study.num_trials} trials ({study.sampler}, {study.scheduler}) over")
     for key, distribution in space.distributions.items():
         click.echo(f"  {key:<28} {in_words(distribution)}")
     workers = f"{resources.workers} workers, each with " if resources.workers > 1 else ""
     room = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
-    click.echo(f"each on {workers}{room}. Nothing was started.")
+    click.echo(f"each on {workers}{room}.")
+    for split, rows in read.items():
+        dropped = f", {rows.dropped} have nothing to predict and are left out" if rows.dropped else ""
+        click.echo(f"{split} rows: {rows.rows}; {rows.cut} are cut to max_length{dropped}")
+    click.echo("Nothing was started.")
 
 
 def _search(

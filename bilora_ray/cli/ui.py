@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import click
@@ -28,5 +29,20 @@ def command(storage_path: Path, mlflow_uri: str | None, port: int) -> None:
     if mlflow_uri is None and not (folder / "mlflow.db").exists():
         raise UserError(f"--storage-path {storage_path}: no runs here yet; `bilora-ray tune` makes them")
     command_line, environment = ui_command(mlflow_uri or default_uri(folder), port)
-    click.echo(f"MLflow opens on http://127.0.0.1:{port} in some seconds; Ctrl-C ends it.", err=True)
+    _check_free(port)
+    # MLflow's first page is of another kind of work; this one lists the runs of training.
+    click.echo(
+        f"In some seconds MLflow is on http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning; "
+        "Ctrl-C ends it.",
+        err=True,
+    )
     os.execve(command_line[0], command_line, {**os.environ, **environment})
+
+
+def _check_free(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise UserError(f"--port {port}: cannot be taken ({error.strerror}); choose another one") from None

@@ -6,8 +6,9 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from urllib.parse import urlsplit
 
 import ray
@@ -64,9 +65,10 @@ def cluster(address: str | None, nested: bool = False) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 include_dashboard=nested if own else None,
-                runtime_env=NESTED if nested else None,
+                runtime_env=deepcopy(NESTED) if nested else None,  # Ray writes into it
             )
         except (OSError, ValueError, RuntimeError, AuthenticationError) as error:
+            ray.shutdown()  # of a cluster of our own some processes may run already
             if AuthenticationError.__name__ in f"{error!r} {error.__context__!r}":
                 hint = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's"
                 raise UserError(f"--ray-address {address}: the cluster wants its token; {hint}") from None
@@ -87,6 +89,13 @@ def is_own(address: str | None) -> bool:
     return address in (None, "local")
 
 
+def this_machine() -> dict[str, float]:
+    """What a cluster of our own would have, or somewhat more: Ray leaves out what a container may not use."""
+    import torch
+
+    return {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+
+
 def check_address(address: str | None) -> None:
     """Refuse an address, host:port or ray://host:port, where nothing listens: Ray itself would try it for minutes.
 
@@ -104,9 +113,8 @@ def check_address(address: str | None) -> None:
         raise UserError(f"--ray-address {address}: no Ray cluster answers ({reason})") from None
 
 
-def capacity(resources: ResourceConfig) -> int:
-    """How many trials the cluster can run at one time. UserError if it is none."""
-    total = ray.cluster_resources()
+def capacity(resources: ResourceConfig, total: Mapping[str, float]) -> int:
+    """How many trials have room at one time in a cluster with `total` resources. UserError if it is none."""
     wanted = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
     room = [int(total.get(name, 0) // amount) for name, amount in wanted.items() if amount]
     if min(room) < (resources.min_workers or resources.workers):

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import NoReturn
 
+import ray
 from ray import tune
 from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.tune.progress_reporter import ProgressReporter
@@ -83,7 +84,7 @@ def search(
             stack.enter_context(cluster(ray_address, nested))
         stack.enter_context(head_watched(lambda: _end(running, ray_address)))
         study, observers = running.study, running.observers()
-        concurrent = space.study.max_concurrent or capacity(space.resources)
+        concurrent = space.study.max_concurrent or capacity(space.resources, ray.cluster_resources())
         run_trials(study, observers, concurrent)
         while study.await_others():
             run_trials(study, observers, concurrent)

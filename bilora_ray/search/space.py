@@ -133,6 +133,7 @@ class Space:
         fixed: settings that all trials share.
         distributions: setting -> Choice or Range, in the file's order, `method` first.
         points_to_evaluate: settings to try first, each inside its distribution.
+        overridden: the trial's settings that are not the file's, for errors.
     """
 
     path: Path
@@ -141,10 +142,11 @@ class Space:
     fixed: dict[str, Any]
     distributions: dict[str, Distribution]
     points_to_evaluate: tuple[dict[str, Value], ...]
+    overridden: frozenset[str] = frozenset()
 
     def trial_config(self, sampled: Mapping[str, Value]) -> TrialConfig:
         """The settings of the trial that got `sampled`; UserError if they do not go together."""
-        return build(TrialConfig, {**self.fixed, **sampled}, f"{self.path}: trial")
+        return build(TrialConfig, {**self.fixed, **sampled}, f"{self.path}: trial", self.overridden)
 
     def first_config(self) -> TrialConfig:
         """The settings of a trial that gets the first choice, or the low end, of every distribution."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,22 @@ DECIDE_THE_SPLIT = frozenset({"seed", "train_data"})
 YAML_ERRORS = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which PyYAML would take the last value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As PyYAML asks for it."""
+        seen: set[Hashable] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                break  # refused below
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"'{key}' is given twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
 def load_space(path: Path | None, overrides: Sequence[str] = (), locate: Locate = locate_here) -> Space:
     """Read and check a space file.
 
@@ -69,16 +85,21 @@ def load_space(path: Path | None, overrides: Sequence[str] = (), locate: Locate 
         **absolute_sources(kept, path.resolve().parent, f"{path}: trial", locate),
         **absolute_sources(given["trial"], Path.cwd(), "--set trial", locate),
     }
-    study = build(StudyConfig, {**sections["study"], **given["study"]}, f"{path}: study")
-    resources = build(ResourceConfig, {**sections["resources"], **given["resources"]}, f"{path}: resources")
-    distributions = {key: _distribution(path, key, value) for key, value in trial.items() if isinstance(value, dict)}
+    study = build(StudyConfig, {**sections["study"], **given["study"]}, f"{path}: study", given["study"])
+    of_resources = {**sections["resources"], **given["resources"]}
+    resources = build(ResourceConfig, of_resources, f"{path}: resources", given["resources"])
+    distributions = {
+        key: _distribution("--set" if key in given["trial"] else f"{path}: trial", key, value)
+        for key, value in trial.items()
+        if isinstance(value, dict)
+    }
     distributions = dict(sorted(distributions.items(), key=lambda item: item[0] != "method"))
     fixed = {key: value for key, value in trial.items() if key not in distributions}
     if "points_to_evaluate" in given["study"]:
-        points = _points(study, Path.cwd(), path, distributions, locate)
+        points = _points(study, Path.cwd(), Path("--set"), distributions, locate)
     else:
         points = _points(study, path.resolve().parent, path, distributions, locate, replaced=given["trial"])
-    space = Space(path, study, resources, fixed, distributions, points)
+    space = Space(path, study, resources, fixed, distributions, points, frozenset(given["trial"]))
     _check_settings(space)
     _check_split(space)
     return space
@@ -86,7 +107,7 @@ def load_space(path: Path | None, overrides: Sequence[str] = (), locate: Locate 
 
 def _read_sections(path: Path) -> dict[str, dict[str, Any]]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _Loader(path.read_text(encoding="utf-8")).get_single_data()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -138,10 +159,13 @@ def parse_override(text: str) -> tuple[str, str, Any]:
         raise UserError(f"--set {text}: the value is not valid YAML") from None
 
 
-def _distribution(path: Path, key: str, value: dict[str, Any]) -> Distribution:
-    where = f"{path}: trial.{key}"
+def _distribution(section: str, key: str, value: dict[str, Any]) -> Distribution:
+    where = f"{section}.{key}" if section != "--set" else f"--set {key}"
     if key not in TrialConfig.model_fields:
-        raise UserError(f"{path}: trial: unknown key '{key}'; {nearest(key, TrialConfig.model_fields)}")
+        raise UserError(f"{section}: unknown key '{key}'; {nearest(key, TrialConfig.model_fields)}")
+    if all(item is None for item in value.values()):  # {answer} is a mapping to YAML
+        braces = "{" + ", ".join(map(str, value)) + "}"
+        raise UserError(f'{where}: a text that starts with a brace needs quotes: "{braces}"')
     if key in NOT_SEARCHED:
         raise UserError(f"{where}: must have one value: trials that differ in it cannot be compared")
     if "choice" in value:
@@ -154,9 +178,7 @@ def _distribution(path: Path, key: str, value: dict[str, Any]) -> Distribution:
         if is_integer(key) and found.step is not None and not found.step.is_integer():
             raise UserError(f"{where}: step must be a whole number, got {found.step:g}")
         return found
-    unquoted = all(item is None for item in value.values())
-    hint = "; a text that starts with a brace needs quotes" if unquoted else ""
-    raise UserError(f"{where}: a distribution is {{choice: [...]}} or {{low: ..., high: ...}}, got {value}{hint}")
+    raise UserError(f"{where}: a distribution is {{choice: [...]}} or {{low: ..., high: ...}}, got {value}")
 
 
 def _check_settings(space: Space) -> None:

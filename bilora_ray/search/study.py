@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import optuna
@@ -21,7 +22,7 @@ from bilora_ray.search.layout import Layout
 from bilora_ray.search.proposals import is_weak, propose
 from bilora_ray.search.space import Space
 from bilora_ray.search.storage import Claims
-from bilora_ray.tracking.records import Status, TrialRecord
+from bilora_ray.tracking.records import Status, TrialRecord, best_of
 from bilora_ray.training.folder import TrialFolder
 
 ID, ERROR = "id", "error"
@@ -108,6 +109,16 @@ class SearchStudy:
                 self._claims.release(number)
         return running - self._live.keys() - set(orphans)
 
+    def records_now(self) -> list[TrialRecord]:
+        """As `records`, with those interrupted that are running in the database and in no process."""
+        records, running = self.records(), self.elsewhere() | self._live.keys()
+        return [
+            replace(record, status=Status.INTERRUPTED)
+            if record.status is Status.RUNNING and record.number not in running
+            else record
+            for record in records
+        ]
+
     def release(self) -> None:
         """Leave the running trials of this process to whoever asks for them next."""
         self._live.clear()
@@ -172,9 +183,7 @@ class SearchStudy:
 
     def best(self) -> TrialRecord | None:
         """The complete trial with the best value; the earliest of equals."""
-        complete = [record for record in self.records() if record.value is not None]
-        sign = -1 if self.greater_is_better else 1
-        return min(complete, key=lambda record: sign * (record.value or 0.0), default=None)
+        return best_of(self.records(), self.greater_is_better)
 
     @property
     def id(self) -> str:
@@ -227,7 +236,8 @@ class SearchStudy:
     def _record(self, trial: FrozenTrial) -> TrialRecord:
         folder = self.folder(trial.number)
         state = folder.state()
-        best_step = state.get("best_step")
+        history, best_step = state.get("history", ()), state.get("best_step")
+        kept = [metrics[self.metric] for metrics in history if metrics["step"] == best_step]
         settings: dict[str, Any] = {**self.space.fixed, **trial.params}
         if all(key in trial.params for key in self.space.distributions if self.space.asked(key, trial.params)):
             config = self.space.trial_config(trial.params)
@@ -237,8 +247,8 @@ class SearchStudy:
             status=STATUS[trial.state],
             settings=settings,
             sampled=dict(trial.params),
-            history=state.get("history", ()),
-            value=trial.value if trial.state == TrialState.COMPLETE else None,
+            history=history,
+            value=trial.value if trial.state == TrialState.COMPLETE else next(iter(kept), None),
             adapter=None if best_step is None else folder.adapter_at(best_step),
             error=trial.user_attrs.get(ERROR),
         )

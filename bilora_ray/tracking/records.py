@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -13,6 +13,7 @@ class Status(Enum):
     """Where a trial stands. The words are the same on the terminal, in JSON and in MLflow's tags."""
 
     RUNNING = "running"
+    INTERRUPTED = "interrupted"
     COMPLETE = "complete"
     PRUNED = "pruned"
     FAILED = "failed"
@@ -28,8 +29,8 @@ class TrialRecord:
         settings: all of its settings that its method reads.
         sampled: those that the search chose.
         history: the metrics of each evaluation, in order; each has `step`.
-        value: of the study's metric at the kept checkpoint; None until complete.
-        adapter: folder of the best adapter so far.
+        value: of the study's metric with the best adapter so far; None before the first evaluation.
+        adapter: folder of that adapter.
         error: why it failed, one line.
     """
 
@@ -41,6 +42,13 @@ class TrialRecord:
     value: float | None = None
     adapter: Path | None = None
     error: str | None = None
+
+
+def best_of(records: Iterable[TrialRecord], greater_is_better: bool) -> TrialRecord | None:
+    """The complete trial with the best value; the earliest of equals."""
+    complete = [record for record in records if record.status is Status.COMPLETE]
+    sign = -1 if greater_is_better else 1
+    return min(complete, key=lambda record: (sign * (record.value or 0.0), record.number), default=None)
 
 
 class Observer(Protocol):

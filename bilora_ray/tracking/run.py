@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run as MlflowRun
 
 STATUS = "bilora_ray.status"
-RUNNING, COMPLETE, INTERRUPTED = Status.RUNNING.value, Status.COMPLETE.value, "interrupted"
+RUNNING, COMPLETE, INTERRUPTED = Status.RUNNING.value, Status.COMPLETE.value, Status.INTERRUPTED.value
 MLFLOW_STATUS = {
     RUNNING: "RUNNING",
     COMPLETE: "FINISHED",

@@ -173,5 +173,5 @@ def _points(trial: TrialRecord) -> Iterator[Point]:
 
 
 def _result(trial: TrialRecord, step: int) -> Iterator[Point]:
-    if trial.value is not None:
+    if trial.status is not Status.RUNNING and trial.value is not None:
         yield f"best_{trial.settings['metric']}", step, trial.value

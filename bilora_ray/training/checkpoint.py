@@ -96,6 +96,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         yield unfinished
         for path_inside in (*unfinished.rglob("*"), unfinished):
+            if path_inside.is_file():  # safetensors makes a file for its owner alone
+                path_inside.chmod(unfinished.stat().st_mode & 0o666)
             _sync(path_inside)
         shutil.rmtree(path, ignore_errors=True)
         unfinished.rename(path)

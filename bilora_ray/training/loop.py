@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, get_scheduler
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import NonFiniteLoss, TrialFailure, UserError
-from bilora_ray.method import MethodAdamW, build_method, export_primary
+from bilora_ray.method import export_primary
 from bilora_ray.paths import cached_commit
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import atomic_folder, load_checkpoint, save_checkpoint, trainable
@@ -79,7 +79,7 @@ class Run:
         self.data: Prepared = prepare(rows, config, self.tokenizer)
         base, fresh = models.load_base(config, self.tokenizer, rows.label_names, workers)
         self.model = models.add_primary(base, config, fresh)
-        self.optimizer = self._build_method()
+        self.optimizer = models.build_optimizer(self.model, config, self._place)
         if config.gradient_checkpointing:
             models.enable_gradient_checkpointing(self.model)
         self.network = Network(self.model, workers)
@@ -163,23 +163,6 @@ class Run:
 
     def _settings(self) -> dict[str, Any]:
         return {**self.config.model_dump(mode="json"), "workers": self.workers.planned}
-
-    def _build_method(self) -> MethodAdamW:
-        config = self.config
-        try:
-            return build_method(
-                config.method,
-                self.model,
-                self._place,
-                learning_rate=config.learning_rate,
-                weight_decay=config.weight_decay,
-                max_grad_norm=config.max_grad_norm,
-                auxiliary_rank=config.auxiliary_rank,
-                auxiliary_learning_rate=config.resolved_auxiliary_learning_rate,
-                rho=config.rho,
-            )
-        except ValueError as error:  # the settings are checked, so what doesn't fit is a module
-            raise UserError(f"target_modules: {error}") from None
 
     def _closure(self) -> torch.Tensor:
         """The mean loss of the current step's rows, over its target tokens or rows, with its gradient."""

@@ -25,6 +25,8 @@ from transformers import (
 from bilora_ray import builtin
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError, first_line
+from bilora_ray.method import MethodAdamW, build_method
+from bilora_ray.method.registry import Place
 from bilora_ray.paths import BUILTIN
 from bilora_ray.training.workers import ALONE, Workers
 
@@ -79,12 +81,7 @@ def load_base(
     if workers.sharded and config.quantization is not None:
         raise UserError("quantization: quantised weights cannot be cut into parts; use parallelism: ddp")
     torch.manual_seed(config.seed)
-    arguments: dict[str, Any] = {"dtype": DTYPE[config.precision], **_hub_arguments(config)}
-    if config.attn_implementation is not None:
-        arguments["attn_implementation"] = config.attn_implementation
-    if config.task == "sequence-classification":
-        names = dict(enumerate(label_names or ()))
-        arguments |= {"num_labels": len(names), "id2label": names, "label2id": {n: i for i, n in names.items()}}
+    arguments = _base_arguments(config, label_names)
     fresh: list[str] = []
     with _naming_the_model(config):
         if workers.sharded and not workers.is_first:
@@ -92,16 +89,38 @@ def load_base(
         else:
             model, fresh = _with_weights(config, arguments, workers)
     fresh = workers.gather(fresh)[0] if workers.sharded else fresh
+    _check_length(model, config)
     text_config = model.config.get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", None)
-    if positions is not None and config.max_length > positions:
-        raise UserError(f"max_length: {config.max_length} is more than the model's {positions} positions")
     if text_config.pad_token_id is None:
         text_config.pad_token_id = tokenizer.pad_token_id
     heads = [name for name in HEADS if config.task == "sequence-classification" and hasattr(model, name)]
     for name in (*fresh, *heads):
         _keep_fp32(model.get_submodule(name))
     return model, fresh
+
+
+def load_shape(config: TrialConfig, label_names: Sequence[str] | None) -> PreTrainedModel:
+    """As `load_base`, but without any weights: its modules show what a trial would refuse."""
+    with _naming_the_model(config):
+        model = _without_weights(config, _base_arguments(config, label_names))
+    _check_length(model, config)
+    return model
+
+
+def _base_arguments(config: TrialConfig, label_names: Sequence[str] | None) -> dict[str, Any]:
+    arguments: dict[str, Any] = {"dtype": DTYPE[config.precision], **_hub_arguments(config)}
+    if config.attn_implementation is not None:
+        arguments["attn_implementation"] = config.attn_implementation
+    if config.task == "sequence-classification":
+        names = dict(enumerate(label_names or ()))
+        arguments |= {"num_labels": len(names), "id2label": names, "label2id": {n: i for i, n in names.items()}}
+    return arguments
+
+
+def _check_length(model: PreTrainedModel, config: TrialConfig) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and config.max_length > positions:
+        raise UserError(f"max_length: {config.max_length} is more than the model's {positions} positions")
 
 
 def _with_weights(
@@ -159,6 +178,30 @@ def add_primary(model: PreTrainedModel, config: TrialConfig, fresh: Sequence[str
         return get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(f"target_modules: {first_line(error)}") from None
+
+
+def build_optimizer(model: PeftModel, config: TrialConfig, place: Place) -> MethodAdamW:
+    """The optimizer of the settings' method, with all that it adds to `model`. UserError if it cannot train that.
+
+    Args:
+        model: with its primary adapter.
+        config: the settings.
+        place: see `build_method`.
+    """
+    try:
+        return build_method(
+            config.method,
+            model,
+            place,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            auxiliary_rank=config.auxiliary_rank,
+            auxiliary_learning_rate=config.resolved_auxiliary_learning_rate,
+            rho=config.rho,
+        )
+    except ValueError as error:  # the settings are checked, so what doesn't fit is a module
+        raise UserError(f"target_modules: {error}") from None
 
 
 def enable_gradient_checkpointing(model: PeftModel) -> None:

@@ -85,8 +85,7 @@ CASES = {
     ),
     "metric that is not measured": Case(
         TUNE,
-        "space.yaml: trial: metric: 'eval_exact_match' is not measured here; allowed: eval_loss, eval_perplexity, "
-        "eval_token_accuracy",
+        "space.yaml: trial: metric: 'eval_exact_match' is not measured here; it needs predict_with_generate: true",
         trial={"metric": "eval_exact_match"},
     ),
     "space without distributions": Case(
@@ -148,7 +147,7 @@ CASES = {
     ),
     "unknown built-in": Case(
         TUNE,
-        "model_name_or_path: no built-in 'quickstart/modle'; did you mean 'quickstart/model'?",
+        "space.yaml: trial.model_name_or_path: no built-in 'quickstart/modle'; did you mean 'quickstart/model'?",
         trial={"model_name_or_path": "builtin:quickstart/modle"},
     ),
     "unknown Hub model": Case(
@@ -170,15 +169,48 @@ CASES = {
         trial={"max_length": {"choice": [64, 128]}},
     ),
     "--set without a value": Case(f"{TUNE} --set rho", "--set rho: must be key=value"),
-    "--set of an unknown key": Case(
-        f"{TUNE} --set rank_=4", "space.yaml: trial: unknown key 'rank_'; did you mean 'rank'?"
-    ),
+    "--set of an unknown key": Case(f"{TUNE} --set rank_=4", "--set: unknown key 'rank_'; did you mean 'rank'?"),
     "--set of an unknown section": Case(
         f"{TUNE} --set stud.seed=4", "--set stud.seed=4: unknown section 'stud'; did you mean 'study'?"
     ),
     "too few trials": Case(
         f"{TUNE} --num-trials 0",
-        "space.yaml: study: num_trials: should be greater than or equal to 1, got 0",
+        "Invalid value for '--num-trials': 0 is not in the range x>=1. See 'main tune --help'.",
+    ),
+    "--num-trials that is no number": Case(
+        f"{TUNE} --num-trials ten",
+        "Invalid value for '--num-trials': 'ten' is not a valid integer range. See 'main tune --help'.",
+    ),
+    "unknown option": Case(
+        "tune --spcae space.yaml", "No such option '--spcae'. (Did you mean one of: '--set', '--space'?) See 'main tune --help'."
+    ),
+    "option without its verb": Case("--space space.yaml", "No such option '--space'. See 'main --help'."),
+    "unknown verb": Case("tun", "no command 'tun'; did you mean 'tune'?"),
+    "unknown key of settings": Case("settings rhoo", "no key 'rhoo'; did you mean 'rho'?"),
+    "key that is given twice": Case(
+        TUNE,
+        "space.yaml, line 4: not valid YAML ('rank' is given twice)",
+        files={"space.yaml": "study: {name: s}\ntrial:\n  rank: 8\n  rank: 4\n"},
+    ),
+    "text in braces without quotes": Case(
+        f"{TUNE} --set completion_template={{answer}}",
+        '--set completion_template: a text that starts with a brace needs quotes: "{{answer}}"',
+    ),
+    "dry run of more workers than there is room for": Case(
+        f"{TUNE} --dry-run --set resources.workers=999",
+        "resources: a trial wants 999 workers with 1 CPUs and 0 GPUs each, "
+        f"the cluster has {os.cpu_count()} CPUs and 0 GPUs",
+    ),
+    "dry run with a target module that is not there": Case(
+        f"{TUNE} --dry-run --set max_length=64 --set target_modules=[qq_proj]",
+        "target_modules: Target modules {{'qq_proj'}} not found in the base model. "
+        "Please check the target modules and try again.",
+        trial={"model_name_or_path": "builtin:quickstart/model"},
+    ),
+    "dry run that reads on behind the last position": Case(
+        f"{TUNE} --dry-run --set max_length=100000",
+        "max_length: 100000 is more than the model's 128 positions",
+        trial={"model_name_or_path": "builtin:quickstart/model"},
     ),
     "resume of nothing": Case(f"{TUNE} --resume", "study 'bad': nothing to resume in {here}/runs"),
     "storage path that is a file": Case(
@@ -226,6 +258,7 @@ def test_bad_input_is_one_line_and_exit_code_2(name: str, tmp_path: Path, monkey
     case = CASES[name]
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     _prepare(case, tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     result = _run(case.typed)

@@ -95,16 +95,16 @@ def test_a_mistake_is_told_before_any_heavy_library_is_imported(words: tuple[str
     assert imported(*words, exit_code=2) & HEAVY == set()
 
 
-def test_a_dry_run_imports_no_heavy_library(tmp_path: Path) -> None:
+def test_a_wrong_row_is_told_before_any_heavy_library_is_imported(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 20)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
     space = tmp_path / "space.yaml"
     space.write_text(
         "study: {name: s}\n"
         "trial: {model_name_or_path: model, train_data: data.jsonl, task: causal-lm, rank: {choice: [4, 8]}}\n"
     )
-    assert imported("tune", "--space", str(space), "--dry-run") & HEAVY == set()
+    assert imported("tune", "--space", str(space), exit_code=2) & HEAVY == set()
 
 
 def test_the_probe_sees_what_is_imported() -> None:

@@ -70,11 +70,18 @@ def mlflow_uri(url: str) -> str:
 
 def running(url: str) -> int:
     """How many trials of the study run, and have told of an evaluation; 0 before there is a study."""
+    state = [optuna.trial.TrialState.RUNNING]
     try:
-        study = optuna.load_study(study_name="shared", storage=url.replace("://", "+psycopg://"))
-    except Exception:  # not there yet, or being made at this moment
+        storage = optuna.storages.RDBStorage(url.replace("://", "+psycopg://"))
+    except Exception:  # being made at this moment
         return 0
-    return sum(bool(trial.intermediate_values) for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]))
+    try:
+        study = optuna.load_study(study_name="shared", storage=storage)
+        return sum(bool(trial.intermediate_values) for trial in study.get_trials(states=state))
+    except KeyError:  # not there yet
+        return 0
+    finally:  # each has connections of its own, and the server not many
+        storage.engine.dispose()
 
 
 def wait_for(url: str, count: int, processes: list[subprocess.Popen[bytes]], log: Path) -> None:

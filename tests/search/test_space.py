@@ -269,7 +269,7 @@ def test_overrides_alone_make_a_space(file: Path) -> None:
     [
         ((), "--set: study: 'name' is missing"),
         (("study.name=s",), "--set: trial: 'model_name_or_path' is missing"),
-        (("study.name=s", "rnak=8"), "--set: trial: unknown key 'rnak'; did you mean 'rank'?"),
+        (("study.name=s", "rnak=8"), "--set: unknown key 'rnak'; did you mean 'rank'?"),
     ],
 )
 def test_overrides_alone_must_say_all(overrides: tuple[str, ...], problem: str) -> None:
@@ -287,19 +287,17 @@ def test_overrides_alone_must_say_all(overrides: tuple[str, ...], problem: str) 
         ("rank.x=1", "--set rank.x=1: unknown section 'rank'; allowed: resources, study, trial"),
         ("rank=[4", "--set rank=[4: the value is not valid YAML"),
         ("seed=2024-02-30", "--set seed=2024-02-30: the value is not valid YAML"),
-        ("rnak=8", ": trial: unknown key 'rnak'; did you mean 'rank'?"),
-        ("rank=eight", ": trial: rank: should be a valid integer, unable to parse string as an integer, got 'eight'"),
-        ("study.seed=true", ": study: seed: must be a number, not true or false, got True"),
-        ("study.num_trial=3", ": study: unknown key 'num_trial'; did you mean 'num_trials'?"),
+        ("rnak=8", "--set: unknown key 'rnak'; did you mean 'rank'?"),
+        ("rank=eight", "--set: rank: should be a valid integer, unable to parse string as an integer, got 'eight'"),
+        ("study.seed=true", "--set: seed: must be a number, not true or false, got True"),
+        ("study.num_trial=3", "--set: unknown key 'num_trial'; did you mean 'num_trials'?"),
         (
             "resources.gpu=1",
-            ": resources: unknown key 'gpu'; "
-            "allowed: cpus_per_worker, gpus_per_worker, min_workers, parallelism, workers",
+            "--set: unknown key 'gpu'; allowed: cpus_per_worker, gpus_per_worker, min_workers, parallelism, workers",
         ),
         (
             "prompt_template={question}",
-            ": trial.prompt_template: a distribution is {choice: [...]} or {low: ..., high: ...}, "
-            "got {'question': None}; a text that starts with a brace needs quotes",
+            '--set prompt_template: a text that starts with a brace needs quotes: "{question}"',
         ),
     ],
 )
@@ -385,7 +383,7 @@ def test_a_point_gives_way_to_an_override(load: Load, overrides: tuple[str, ...]
 
 def test_a_point_that_is_itself_an_override_gives_way_to_nothing(refused: Refuse) -> None:
     assert refused(RANGES, overrides=("rank=8", "study.points_to_evaluate=[{rank: 8}]")) == (
-        ": study.points_to_evaluate[0]: 'rank' has no distribution; allowed: rho"
+        "--set: study.points_to_evaluate[0]: 'rank' has no distribution; allowed: rho"
     )
 
 

@@ -1,0 +1,91 @@
+"""Trials in a table, as wide as the terminal allows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+# Longer names are broken behind an underscore: the numbers below them are short.
+HEADER_WIDTH = 10
+
+
+class TrialTable:
+    """A table of trials; where its columns are too many for the terminal, a trial's settings share one.
+
+    Args:
+        columns: names of what all trials have.
+    """
+
+    def __init__(self, *columns: str) -> None:
+        self.columns = columns
+        self.rows: list[tuple[tuple[str, ...], Mapping[str, Any]]] = []
+
+    def add(self, *cells: str, sampled: Mapping[str, Any]) -> None:
+        """Add a trial: what belongs to `columns`, and the settings that the search chose."""
+        self.rows.append((cells, sampled))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """As rich asks for it."""
+        wide = self._wide()
+        needs = Measurement.get(console, options.update_width(10_000), wide).maximum
+        yield wide if needs <= options.max_width else self._narrow()
+
+    def _wide(self) -> Table:
+        keys = list(dict.fromkeys(key for _, sampled in self.rows for key in sampled))
+        table = self._table()
+        for key in keys:
+            table.add_column(_broken(key), justify="right", no_wrap=True)
+        for cells, sampled in self.rows:
+            table.add_row(*cells, *(_setting(sampled[key]) if key in sampled else "" for key in keys))
+        return table
+
+    def _narrow(self) -> Table:
+        table = self._table()
+        table.add_column("settings", overflow="fold")
+        for cells, sampled in self.rows:
+            table.add_row(*cells, Text("  ".join(f"{key}={_setting(value)}" for key, value in sampled.items())))
+        return table
+
+    def _table(self) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+        for name in self.columns:
+            table.add_column(_broken(name), justify="left" if name == "status" else "right", no_wrap=True)
+        return table
+
+
+def in_short(value: float | None) -> str:
+    """A metric's value; empty if there is none."""
+    return "" if value is None else f"{value:.4g}"
+
+
+def step_of(metrics: Mapping[str, float]) -> str:
+    """Of how many steps an evaluation came after how many."""
+    return f"{metrics['step']:.0f}/{metrics['max_steps']:.0f}"
+
+
+def duration(seconds: float) -> str:
+    """`75.2` as `1 min 15 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _setting(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _broken(name: str) -> str:
+    lines = [""]
+    for part in name.replace("_", "_ ").split():
+        if lines[-1] and len(lines[-1] + part) > HEADER_WIDTH:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
