@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import sqlite3
 import sys
 from collections.abc import Callable
@@ -125,7 +126,13 @@ def search_options(command: Command) -> Command:
 def command_that_resumes() -> str:
     """The command line that was typed, with --resume and without passwords."""
     arguments = [masked(argument) for argument in sys.argv[1:] if argument != "--resume"]
-    return shlex.join(["bilora-ray", *arguments, "--resume"])
+    return shlex.join([program(), *arguments, "--resume"])
+
+
+def program() -> str:
+    """How the command line was called: by a path, where it may be that `bilora-ray` alone is not found."""
+    called = sys.argv[0]
+    return called if Path(called).name == "bilora-ray" and not shutil.which("bilora-ray") else "bilora-ray"
 
 
 def say_how_to_go_on() -> NoReturn:
@@ -136,6 +143,7 @@ def say_how_to_go_on() -> NoReturn:
 
 def print_next(study: str, storage_path: Path, study_database: str | None, adapter: Path | None) -> None:
     """Print where the best adapter is and what can be done next."""
+    command = shlex.quote(program())
     runs = "" if storage_path == Path("runs") else f" --storage-path {shlex.quote(str(storage_path))}"
     where = runs
     if study_database is not None and study_database != os.environ.get("BILORA_RAY_STUDY_DATABASE"):
@@ -145,9 +153,9 @@ def print_next(study: str, storage_path: Path, study_database: str | None, adapt
         where += f" --study-database {database}"
     for what, line in (
         ("Adapter", str(adapter)),
-        ("More", f"bilora-ray show {study}{where}"),
-        ("Take it", f"bilora-ray export {study}{where} --output {study}-adapter"),
-        ("Browse", f"bilora-ray ui{runs}"),
+        ("More", f"{command} show {study}{where}"),
+        ("Take it", f"{command} export {study}{where} --output {study}-adapter"),
+        ("Browse", f"{command} ui{runs}"),
     ):
         click.echo(f"{what:<8} {line}")
 

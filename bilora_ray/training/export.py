@@ -54,15 +54,16 @@ def evaluation_config(adapter: Path, settings: Mapping[str, Any]) -> TrialConfig
 
 
 def export_adapter(adapter: Path, output: Path, origin: Mapping[str, Any]) -> None:
-    """Copy `adapter` to the new folder `output`, and note in its recipe where it came from."""
+    """Copy `adapter` to the new folder `output`, and note in its recipe and its card where it came from."""
+    from bilora_ray.training.card import write_card
     from bilora_ray.training.checkpoint import atomic_folder
 
     recipe = read_recipe(adapter)
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(output) as unfinished:
         shutil.copytree(adapter, unfinished, dirs_exist_ok=True)
-        recipe = {**origin, **recipe}
-        (unfinished / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+        (unfinished / RECIPE).write_text(json.dumps({**origin, **recipe}, indent=2) + "\n", encoding="utf-8")
+        write_card(unfinished, build(TrialConfig, recipe["settings"], f"{adapter / RECIPE}: settings"), origin)
 
 
 def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> None:

@@ -182,7 +182,8 @@ CASES = {
         "Invalid value for '--num-trials': 'ten' is not a valid integer range. See 'main tune --help'.",
     ),
     "unknown option": Case(
-        "tune --spcae space.yaml", "No such option '--spcae'. (Did you mean one of: '--set', '--space'?) See 'main tune --help'."
+        "tune --spcae space.yaml",
+        "No such option '--spcae'. (Did you mean one of: '--set', '--space'?) See 'main tune --help'.",
     ),
     "option without its verb": Case("--space space.yaml", "No such option '--space'. See 'main --help'."),
     "unknown verb": Case("tun", "no command 'tun'; did you mean 'tune'?"),

@@ -1,6 +1,8 @@
 """What leaves training: an adapter that plain PEFT loads, with the very logits that were evaluated."""
 
 import json
+import re
+import runpy
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_trials import METHODS, TASKS, Tiny, run_fit
@@ -24,12 +27,14 @@ from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run
 from bilora_ray.training.model import AUTO_CLASS
 
+ORIGIN = {"study": "s", "trial": 3}
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "bilora_ray.json"]
 
 # What somebody without this package does with the adapters.
 PLAIN = """
 import sys
 import torch
+from huggingface_hub import ModelCard
 import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -216,12 +221,34 @@ def test_the_recipe_says_where_an_adapter_comes_from(trained: dict[Task, Trained
 def test_export_adapter_copies_the_adapter_and_adds_its_origin(trained: dict[Task, Trained], tmp_path: Path) -> None:
     trial = trained["causal-lm"]
     output = tmp_path / "a" / "adapter"
-    export_adapter(trial.adapter, output, {"study": "s", "trial": 3})
+    export_adapter(trial.adapter, output, ORIGIN)
     assert sorted(path.name for path in output.iterdir()) == FILES
-    assert read_recipe(output) == {"study": "s", "trial": 3, **read_recipe(trial.adapter)}
-    for name in FILES[:-1]:
+    assert read_recipe(output) == {**ORIGIN, **read_recipe(trial.adapter)}
+    for name in FILES[1:-1]:
         assert (output / name).read_bytes() == (trial.adapter / name).read_bytes()
     assert [path.name for path in output.parent.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_card_says_what_was_trained_and_its_code_loads_the_adapter(
+    task: Task, trained: dict[Task, Trained], tmp_path: Path
+) -> None:
+    trial = trained[task]
+    export_adapter(trial.adapter, tmp_path / "x", {**ORIGIN, trial.config.metric: 0.25})
+    card, before = ModelCard.load(tmp_path / "x" / "README.md"), ModelCard.load(trial.adapter / "README.md")
+    assert card.data.to_dict() == before.data.to_dict()
+    assert f"trial 3 of study `s`, with {trial.config.metric} 0.25 on its validation rows." in card.text
+    assert f"| rho | {trial.config.rho} |" in card.text
+    assert "More Information Needed" not in card.text
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    (tmp_path / "load.py").write_text(code.replace("PATH", str(tmp_path / "x")))
+    model = runpy.run_path(str(tmp_path / "load.py"))["model"]
+    assert float((logits_of(model, trial) - trial.logits).abs().max()) <= 1e-5
+
+
+def test_others_may_read_an_adapter(trained: dict[Task, Trained]) -> None:
+    modes = {path.name: path.stat().st_mode & 0o777 for path in trained["causal-lm"].adapter.iterdir()}
+    assert modes == dict.fromkeys(FILES, trained["causal-lm"].adapter.stat().st_mode & 0o666)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -275,7 +302,7 @@ def test_an_evaluation_takes_other_data_and_settings(trained: dict[Task, Trained
 
 
 def test_a_recipe_cannot_turn_remote_code_on(trained: dict[Task, Trained], tmp_path: Path) -> None:
-    export_adapter(trained["causal-lm"].adapter, tmp_path / "theirs", {})
+    export_adapter(trained["causal-lm"].adapter, tmp_path / "theirs", ORIGIN)
     recipe = read_recipe(tmp_path / "theirs")
     recipe["settings"]["trust_remote_code"] = True
     (tmp_path / "theirs" / "bilora_ray.json").write_text(json.dumps(recipe))
@@ -290,7 +317,7 @@ def test_an_evaluation_survives_the_loss_of_the_training_data(
     only_good = tmp_path / "good.jsonl"
     only_good.write_text('{"text": "lovely red", "label": "good"}\n')
     lost = tmp_path / "adapter"
-    export_adapter(trial.adapter, lost, {})
+    export_adapter(trial.adapter, lost, ORIGIN)
     recipe = read_recipe(lost)
     recipe["settings"] |= {"train_data": str(tmp_path / "gone.jsonl"), "validation_data": None}
     (lost / "bilora_ray.json").write_text(json.dumps(recipe))
@@ -314,7 +341,7 @@ def line_of(adapter: Path, **settings: Any) -> str:
 
 def test_a_folder_that_is_no_adapter_of_ours_is_named(trained: dict[Task, Trained], tmp_path: Path) -> None:
     assert line_of(tmp_path) == f"{tmp_path}: no adapter here (adapter_config.json is missing)"
-    export_adapter(trained["causal-lm"].adapter, tmp_path / "x", {})
+    export_adapter(trained["causal-lm"].adapter, tmp_path / "x", ORIGIN)
     (tmp_path / "x" / "bilora_ray.json").unlink()
     assert line_of(tmp_path / "x") == (
         f"{tmp_path / 'x'}: bilora_ray.json is missing: this adapter was not trained here, so give its settings"

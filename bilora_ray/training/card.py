@@ -1,0 +1,76 @@
+"""The model card of an exported adapter: what the Hub shows of it, and what a person reads first."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+
+from bilora_ray.config import TrialConfig, applies
+from bilora_ray.training.model import AUTO_CLASS
+
+CARD = "README.md"
+METHOD = {
+    "lora": "LoRA",
+    "bilora": "Bi-LoRA (sharpness-aware LoRA, [arXiv 2508.19564](https://arxiv.org/abs/2508.19564))",
+}
+SHOWN = (
+    "rank",
+    "lora_alpha",
+    "target_modules",
+    "auxiliary_rank",
+    "rho",
+    "learning_rate",
+    "auxiliary_learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "precision",
+    "quantization",
+    "seed",
+)
+
+
+def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) -> None:
+    """Put a card in the place of PEFT's, which has only headings; its metadata, which the Hub reads, stay.
+
+    Args:
+        adapter: the folder, as PEFT wrote it.
+        config: the settings of the trial.
+        origin: the study, the trial's number and the value of its metric.
+    """
+    base, labels, model_class = config.model_name_or_path, "", AUTO_CLASS[config.task].__name__
+    if config.task == "sequence-classification":
+        labels = f", num_labels={len(config.label_names or ())}"
+    settings = {key: value for key, value in config.model_dump().items() if applies(key, config.method)}
+    rows = "\n".join(f"| {key} | {settings[key]} |" for key in SHOWN if settings.get(key) is not None)
+    value = origin.get(config.metric)
+    result = "" if value is None else f", with {config.metric} {value:.6g} on its validation rows"
+    metadata = ModelCard.load(adapter / CARD, ignore_metadata_errors=True).data.to_yaml()
+    (adapter / CARD).write_text(
+        f"""---
+{metadata}
+---
+
+# LoRA adapter of `{base}`
+
+Trained with {METHOD[config.method]} by bilora-ray: trial {origin["trial"]} of study `{origin["study"]}`{result}.
+`bilora_ray.json` has all of its settings.
+
+| setting | value |
+| --- | --- |
+{rows}
+
+```python
+from peft import PeftModel
+from transformers import {model_class}
+
+base = {model_class}.from_pretrained("{base}"{labels})
+model = PeftModel.from_pretrained(base, "PATH")
+```
+""",
+        encoding="utf-8",
+    )

@@ -1,0 +1,94 @@
+"""What a search and a study look like on a terminal and in a log."""
+
+from __future__ import annotations
+
+from io import StringIO
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bilora_ray.cli.leaderboard import print_leaderboard
+from bilora_ray.cli.progress import SearchProgress
+from bilora_ray.tracking.records import Status, TrialRecord, best_of
+
+METRIC = "eval_exact_match"
+SAMPLED = {"rank": 16, "auxiliary_rank": 8, "rho": 0.0123456, "learning_rate": 0.00123}
+MORE = {"method": "bilora", **SAMPLED, "auxiliary_learning_rate": 0.01}
+
+
+def record(number: int, status: Status, value: float | None = None, **more: Any) -> TrialRecord:
+    history = () if value is None else ({"step": 46.0, "max_steps": 180.0, METRIC: value / 2},)
+    settings = {"max_length": 128, **SAMPLED}
+    return TrialRecord(number, status, settings, SAMPLED, history=history, value=value, **more)
+
+
+def leaderboard(records: list[TrialRecord], width: int) -> list[str]:
+    console = Console(file=StringIO(), width=width)
+    print_leaderboard(console, records, METRIC, greater_is_better=True)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+
+
+def test_four_settings_have_columns_of_their_own_on_80_characters() -> None:
+    lines = leaderboard([record(4, Status.PRUNED, 0.61)], width=80)
+    assert lines[1:] == [
+        "                        eval_",
+        "                       exact_                auxiliary_          learning_",
+        " trial  status          match    step  rank        rank     rho       rate",
+        " " + "─" * 73,
+        "     4  stopped early    0.61  46/180    16           8  0.0123    0.00123",
+        "",
+    ]
+
+
+def test_more_settings_than_have_room_are_whole_in_one_column() -> None:
+    many = TrialRecord(0, Status.COMPLETE, MORE, MORE, value=0.5)
+    narrow = " ".join(" ".join(leaderboard([many], width=80)).split())
+    assert "method=bilora rank=16 auxiliary_rank=8 rho=0.0123 learning_rate=0.00123" in narrow
+    assert all(len(line) <= 80 for line in leaderboard([many], width=80))
+    assert "method=" not in " ".join(leaderboard([many], width=120))
+
+
+def test_a_trial_without_a_setting_has_an_empty_cell() -> None:
+    plain = TrialRecord(1, Status.COMPLETE, {}, {"rank": 4}, value=0.4)
+    lines = leaderboard([record(0, Status.COMPLETE, 0.5), plain], width=100)
+    assert lines[-2].split() == ["1", "complete", "0.4", "4"]
+
+
+def test_complete_trials_come_first_and_the_others_by_the_value_of_their_adapter() -> None:
+    records = [
+        record(0, Status.FAILED, error="loss is nan"),
+        record(1, Status.PRUNED, 0.7),
+        record(2, Status.COMPLETE, 0.4),
+        record(3, Status.PRUNED, 0.8),
+        record(4, Status.COMPLETE, 0.5),
+    ]
+    lines = [line.split()[0] for line in leaderboard(records, width=80)[5:] if line]
+    assert lines == ["4", "2", "3", "1", "0", "trial"]
+    best = best_of(records, greater_is_better=True)
+    assert best is not None
+    assert best.number == 4
+    assert best_of(records[:2], greater_is_better=True) is None
+
+
+def test_where_there_is_no_terminal_each_ended_trial_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with SearchProgress(3, METRIC, greater_is_better=True) as progress:
+        progress.start([record(0, Status.COMPLETE, 0.5)])
+        progress.trial_started(record(1, Status.RUNNING))
+        progress.trial_reported(record(1, Status.RUNNING, 0.25), {"step": 1.0, "max_steps": 2.0, METRIC: 0.25})
+        progress.trial_ended(record(1, Status.PRUNED, 0.25))
+        progress.trial_ended(record(2, Status.FAILED, error="loss is nan at step 3"))
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == (
+        "2 of 3 trials done: trial 1 stopped early, eval_exact_match 0.25\n"
+        "3 of 3 trials done: trial 2 failed: loss is nan at step 3\n"
+    )
+
+
+def test_rows_that_are_cut_are_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = SearchProgress(3, METRIC, greater_is_better=True)
+    for number in range(2):
+        metrics = {"step": 1.0, "max_steps": 2.0, METRIC: 0.25, "rows_cut": 7.0}
+        progress.trial_reported(record(number, Status.RUNNING, 0.25), metrics)
+    assert capsys.readouterr().err == "7 rows have more than max_length (128) tokens and are cut\n"

@@ -1,0 +1,58 @@
+"""A dry run refuses what a trial would refuse, and loads no weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_trials import METHODS, TASKS, Tiny
+
+from bilora_ray.config import Task
+from bilora_ray.errors import UserError
+from bilora_ray.training.data import Truncation
+from bilora_ray.training.folder import TrialFolder
+from bilora_ray.training.loop import fit
+from bilora_ray.training.rehearsal import rehearse
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("task", TASKS)
+def test_what_a_trial_takes_is_taken(task: Task, method: str, tiny: Tiny) -> None:
+    found = rehearse(tiny.config(task, method=method))
+    assert found.keys() == {"train", "validation"}
+    assert all(split.rows > 0 and split.cut == split.dropped == 0 for split in found.values())
+
+
+def test_rows_that_are_cut_are_counted(tiny: Tiny) -> None:
+    found = rehearse(tiny.config("causal-lm", max_length=4))
+    assert found["train"] == Truncation(found["train"].rows, found["train"].rows, 0)
+
+
+def test_it_needs_no_weights(tiny: Tiny, tmp_path: Path) -> None:
+    folder = Path(tiny.model("causal-lm"))
+    shape = tmp_path / "shape"
+    shape.mkdir()
+    for file in folder.iterdir():
+        if not file.name.endswith(".safetensors"):
+            (shape / file.name).write_bytes(file.read_bytes())
+    rehearse(tiny.config("causal-lm", model_name_or_path=str(shape)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"target_modules": ["nothing"]},
+        {"target_modules": ["embed_tokens"]},
+        {"max_length": 1_000_000},
+        {"task": "seq2seq-lm"},
+        {"prompt_template": "{nothing}"},
+    ],
+    ids=lambda wrong: " ".join(wrong),
+)
+def test_it_refuses_with_the_line_of_a_trial(wrong: dict[str, object], tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny.config("causal-lm").model_copy(update=wrong)
+    with pytest.raises(UserError) as now:
+        rehearse(config)
+    with pytest.raises(UserError) as later:
+        fit(config, TrialFolder(tmp_path), lambda _: None)
+    assert str(now.value) == str(later.value)
