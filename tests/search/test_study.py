@@ -387,3 +387,34 @@ def test_importances_need_four_complete_trials(layout: Layout) -> None:
     assert set(importances) == {"rho", "rank"}
     assert importances["rho"] > importances["rank"]
     assert study.study.direction == optuna.study.StudyDirection.MINIMIZE
+
+
+def test_a_trial_that_is_stopped_early_has_the_value_of_the_adapter_that_it_keeps(layout: Layout) -> None:
+    study = open_study(space({"scheduler": "asha", "grace_period": 2, "reduction_factor": 2}), layout)
+    run(study, study.next_trial() or 0, [0.1] * 4)
+    number = study.next_trial()
+    assert number == 1
+    history = [{"step": step, "max_steps": 4, "eval_loss": loss} for step, loss in ((1, 0.5), (2, 0.9))]
+    checkpoint = study.folder(number).checkpoint_at(2)
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"history": history, "best_step": 1}))
+    assert [study.report(number, metrics) for metrics in history] == [Status.RUNNING, Status.PRUNED]
+    record = study.record(number)
+    assert (record.value, record.adapter) == (0.5, study.folder(number).adapter_at(1))
+    best = study.best()
+    assert best is not None
+    assert best.number == 0
+
+
+def test_a_trial_that_no_process_runs_is_shown_as_interrupted(layout: Layout) -> None:
+    study = open_study(space(), layout)
+    study.next_trial()
+    study.next_trial()
+    run(study, 0, [1.0])
+    shown = load_study(layout, "s")
+    assert [record.status for record in shown.records_now()] == [Status.COMPLETE, Status.RUNNING]
+    study.release()
+    assert [record.status for record in shown.records_now()] == [Status.COMPLETE, Status.INTERRUPTED]
+    again = open_study(space(), layout)
+    assert again.next_trial() == 1
+    assert [record.status for record in again.records_now()] == [Status.COMPLETE, Status.RUNNING]
