@@ -139,7 +139,8 @@ class SearchStudy:
             self._end(number, TrialState.COMPLETE, best([*known.values(), value]))
             return Status.COMPLETE
         newest = step >= max(known, default=0)
-        if newest and is_weak(trial, step, int(metrics["max_steps"]), self.space.study):
+        choosing = self.layout.choosing(self.study.study_name)
+        if newest and is_weak(trial, step, int(metrics["max_steps"]), self.space.study, choosing):
             self._end(number, TrialState.PRUNED)
             return Status.PRUNED
         return Status.RUNNING

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,22 @@ def test_the_first_rung_is_a_ninth_of_a_trial_unless_said(layout: Layout) -> Non
     study.next_trial()
     assert study.report(1, {"step": 9, "max_steps": 90, "eval_loss": 2.0}) is Status.RUNNING
     assert study.report(1, {"step": 10, "max_steps": 90, "eval_loss": 2.0}) is Status.PRUNED
+
+
+def test_the_first_rung_is_decided_by_one_search_at_a_time(layout: Layout) -> None:
+    study = open_study(space({"scheduler": "asha"}), layout)
+    study.next_trial()
+    with ThreadPoolExecutor() as threads:
+        with layout.choosing("s"):  # another search has found no first rung, and is about to decide
+            report = threads.submit(study.report, 0, {"step": 10, "max_steps": 90, "eval_loss": 1.0})
+            wait([report], timeout=1.0)
+            study.study.set_user_attr("grace_period", 40)
+        assert report.result() is Status.RUNNING
+    assert study.report(0, {"step": 40, "max_steps": 90, "eval_loss": 1.0}) is Status.RUNNING
+    study.next_trial()
+    assert study.report(1, {"step": 10, "max_steps": 90, "eval_loss": 2.0}) is Status.RUNNING
+    assert study.report(1, {"step": 40, "max_steps": 90, "eval_loss": 2.0}) is Status.PRUNED
+    assert study.study.user_attrs["grace_period"] == 40
 
 
 def test_settings_of_another_method_are_not_searched(layout: Layout) -> None:
