@@ -13,12 +13,13 @@ from optuna.exceptions import StorageInternalError
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError
 
-from bilora_ray.addresses import masked
+from bilora_ray.addresses import is_local, masked
 from bilora_ray.errors import MachineError, UserError, first_line
 from bilora_ray.search.layout import WAIT_S, Layout
 from bilora_ray.training.folder import locked
 
 CONNECT_TIMEOUT_S = 5
+PORT = 5432
 
 
 class Claims:
@@ -124,6 +125,24 @@ def naming_the_database(layout: Layout) -> Iterator[None]:
             raise
         line = f"--storage-path {layout.storage_path}: {error.strerror}: {error.filename}"
         raise MachineError(f"{line}; mend that and go on with --resume") from None
+
+
+def is_database(uri: str, database: str) -> bool:
+    """Whether `uri`, of any kind, is the PostgreSQL database of the URL `database`, whoever asks by whatever driver."""
+    return _place(uri) == _place(database)
+
+
+def _place(uri: str) -> tuple[str, int, str | None] | None:
+    """Host, port and name of a PostgreSQL database; None for anything else."""
+    try:
+        url = make_url(uri)
+    except (ArgumentError, ValueError):
+        return None
+    if url.get_backend_name() != "postgresql":
+        return None
+    # Without a host PostgreSQL is asked on this machine, and without a name for the user's own database.
+    host = (url.host or "localhost").lower()
+    return "localhost" if is_local(host) else host, url.port or PORT, url.database or url.username
 
 
 def _server(database: str) -> tuple[str, dict[str, Any]]:

@@ -18,7 +18,7 @@ from tiny_trials import Tiny
 
 from bilora_ray.errors import UserError
 from bilora_ray.search.layout import Layout
-from bilora_ray.search.storage import open_storage, study_names
+from bilora_ray.search.storage import is_database, open_storage, study_names
 from bilora_ray.search.studies import load_study
 from bilora_ray.tracking.records import Status
 
@@ -168,6 +168,31 @@ def test_the_studies_database_is_not_offered_to_mlflow(database: Server, tiny: T
     line = f"Error: --mlflow-uri {shown}: holds the studies; MLflow needs a database of its own\n"
     assert (tmp_path / "log").read_text() == line
     assert study_names(Layout(tmp_path / "runs", database.url)) == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "same"),
+    [
+        ("postgresql://u@h/d", True),
+        ("postgresql+psycopg://other:secret@h:5432/d?sslmode=require", True),
+        ("postgresql://u@H/d", True),
+        ("postgresql://u@h:5433/d", False),
+        ("postgresql://u@h2/d", False),
+        ("postgresql://u@h/d_mlflow", False),
+        ("mysql://u@h:5432/d", False),
+        ("sqlite:///d", False),
+        ("http://h:5432/d", False),
+        ("postgresql://u@h:port/d", False),
+        ("databricks", False),
+    ],
+)
+def test_a_database_is_known_by_its_host_port_and_name(uri: str, same: bool) -> None:
+    assert is_database(uri, "postgresql://u@h/d") is same
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]", ""])
+def test_this_machine_has_several_names(host: str) -> None:
+    assert is_database(f"postgresql+psycopg://{host}/d", "postgresql://u@localhost:5432/d")
 
 
 def test_another_storage_path_is_refused(database: Server, tiny: Tiny, tmp_path: Path) -> None:
