@@ -85,10 +85,8 @@ def command(
     space, digests = keep_inputs(space, digests, absolute(storage_path))
     started = time.monotonic()
     try:
-        study, finished = _search(space, layout, resume, mlflow_uri, ray_address, digests)
+        study = _search(space, layout, resume, mlflow_uri, ray_address, digests)
     except KeyboardInterrupt:
-        say_how_to_go_on()
-    if not finished:
         say_how_to_go_on()
     if as_json:
         print_json(study_as_json(study))
@@ -140,7 +138,7 @@ def _search(
     mlflow_uri: str | None,
     ray_address: str | None,
     digests: Mapping[str, str],
-) -> tuple[SearchStudy, bool]:
+) -> SearchStudy:
     from bilora_ray.search.run import search
 
     config = space.first_config()

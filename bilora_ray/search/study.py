@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.samplers import RandomSampler
@@ -23,6 +23,9 @@ from bilora_ray.search.space import Space
 from bilora_ray.search.storage import Claims
 from bilora_ray.tracking.records import Status, TrialRecord
 from bilora_ray.training.folder import TrialFolder
+
+if TYPE_CHECKING:
+    from bilora_ray.search.session import Watcher
 
 ID, ERROR = "id", "error"
 STATUS = {
@@ -75,20 +78,32 @@ class SearchStudy:
                 self._live[number] = propose(self.study, self.space, number)
         return number
 
-    def await_others(self) -> bool:
+    def await_others(self, watcher: Watcher) -> bool:
         """Wait while other processes run all that is left.
 
+        Args:
+            watcher: hears of it, and of the trials that have ended.
+
         Returns:
-            Whether one of them died, so that there is a trial to go on with. False at once if this process was
-            interrupted, with trials of its own or before all were given.
+            Whether one of them died, so that there is a trial to go on with.
         """
-        while not (self._live or self.finished()) and self._all_given():
+        told: set[int] = set()
+        waits = False
+        while True:
+            ended = {trial.number: trial for trial in self._trials(*ENDED)}
+            for number in ended.keys() - told:
+                watcher.trial_ended(self._record(ended[number]))
+            told.update(ended)
+            if len(ended) >= self.space.study.num_trials:
+                return False
             with self.layout.choosing(self.study.study_name):
                 for number in self._orphans():
                     self._claims.release(number)
                     return True
+            if not waits:
+                waits = True
+                watcher.say(f"waiting for other searches: they run {len(self._trials(TrialState.RUNNING))} of the trials")
             time.sleep(POLL_S)
-        return False
 
     def own_records(self) -> list[TrialRecord]:
         """All trials but those that other processes run, and track."""
@@ -107,6 +122,10 @@ class SearchStudy:
             for number in orphans:
                 self._claims.release(number)
         return running - self._live.keys() - set(orphans)
+
+    def in_hand(self) -> set[int]:
+        """The running trials that are this process's."""
+        return set(self._live)
 
     def release(self) -> None:
         """Leave the running trials of this process to whoever asks for them next."""
