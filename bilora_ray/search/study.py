@@ -102,7 +102,8 @@ class SearchStudy:
                     return True
             if not waits:
                 waits = True
-                watcher.say(f"waiting for other searches: they run {len(self._trials(TrialState.RUNNING))} of the trials")
+                running = len(self._trials(TrialState.RUNNING))
+                watcher.say(f"waiting for other searches: they run {running} of the trials")
             time.sleep(POLL_S)
 
     def own_records(self) -> list[TrialRecord]:
