@@ -15,7 +15,7 @@ from ray.tune.progress_reporter import ProgressReporter
 
 from bilora_ray.errors import MachineError
 from bilora_ray.scale.trial import run_trial, run_trial_on_workers
-from bilora_ray.search.cluster import capacity, check_address, cluster, is_own
+from bilora_ray.search.cluster import ON_HEAD, capacity, check_address, check_dashboard, cluster, is_own
 from bilora_ray.search.layout import Layout
 from bilora_ray.search.session import Observers, Session, Watcher, session
 from bilora_ray.search.shared_storage import check_shared
@@ -25,10 +25,6 @@ from bilora_ray.search.studies import check_study
 from bilora_ray.search.study import SearchStudy
 from bilora_ray.search.tuning import MAX_FAILURES, StudyScheduler, StudySearcher
 from bilora_ray.search.watchdog import head_watched
-
-# What a trial's own process takes while its workers train: next to nothing, and no CPU that they need.
-COORDINATOR = {"node:__internal_head__": 0.001}
-
 
 # Tune would hand these on in a runtime environment, which Ray writes into its logs. No trial needs them.
 SECRETS_OF_TUNE = frozenset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"})
@@ -78,6 +74,8 @@ def search(
         if not is_own(ray_address):
             stack.enter_context(cluster(ray_address, nested))
             check_shared(layout.storage_path)
+            if nested:
+                check_dashboard(ray_address)
         running = stack.enter_context(session(space, layout, mlflow_uri, digests, watcher))
         if is_own(ray_address):
             stack.enter_context(cluster(ray_address, nested))
@@ -115,7 +113,8 @@ def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> Non
     ENV_VARS_TO_PROPAGATE.difference_update(SECRETS_OF_TUNE)
     resources = study.space.resources
     alone = resources.workers == 1
-    own = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker} if alone else COORDINATOR
+    # A trial's own process waits while its workers train: it takes no CPU that they need.
+    own = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker} if alone else ON_HEAD
     scheduler = StudyScheduler(study, observers)
     with tempfile.TemporaryDirectory(prefix="bilora-ray-") as scratch, _heeding_ctrl_c():
         tune.Tuner(
