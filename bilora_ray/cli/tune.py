@@ -91,7 +91,7 @@ def command(
     if as_json:
         print_json(study_as_json(study))
     else:
-        _print_result(study, storage_path, study_database, time.monotonic() - started)
+        _print_result(study, storage_path, study_database, mlflow_uri, time.monotonic() - started)
     if study.best() is None:
         raise UserError(f"study '{space.study.name}': no trial is complete; `bilora-ray show` says how each ended")
 
@@ -154,7 +154,9 @@ def _search(
     )
 
 
-def _print_result(study: SearchStudy, storage_path: Path, study_database: str | None, seconds: float) -> None:
+def _print_result(
+    study: SearchStudy, storage_path: Path, study_database: str | None, mlflow_uri: str | None, seconds: float
+) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -166,4 +168,4 @@ def _print_result(study: SearchStudy, storage_path: Path, study_database: str | 
         return
     console.print(f"Best: trial {best.number}, {study.metric} {best.value:.6g}", style="bold green", markup=False)
     print_settings(console, best.sampled)
-    print_next(name, storage_path, study_database, best.adapter)
+    print_next(name, storage_path, study_database, best.adapter, mlflow_uri)
