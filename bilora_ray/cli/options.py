@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 import click
 
 from bilora_ray.addresses import masked
+from bilora_ray.tracking.store import SERVERS
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -141,23 +142,34 @@ def say_how_to_go_on() -> NoReturn:
     sys.exit(130)
 
 
-def print_next(study: str, storage_path: Path, study_database: str | None, adapter: Path | None) -> None:
+def print_next(
+    study: str, storage_path: Path, study_database: str | None, adapter: Path | None, mlflow_uri: str | None = None
+) -> None:
     """Print where the best adapter is and what can be done next."""
     command = shlex.quote(program())
     runs = "" if storage_path == Path("runs") else f" --storage-path {shlex.quote(str(storage_path))}"
-    where = runs
-    if study_database is not None and study_database != os.environ.get("BILORA_RAY_STUDY_DATABASE"):
-        shown = masked(study_database)
-        # A password is not printed: the command wants it from the environment.
-        database = shlex.quote(shown) if shown == study_database else '"$BILORA_RAY_STUDY_DATABASE"'
-        where += f" --study-database {database}"
+    where = runs + _again("--study-database", study_database, "BILORA_RAY_STUDY_DATABASE")
+    pages = f"{command} ui{runs}"
+    if mlflow_uri is not None:
+        pages = f"{command} ui{_again('--mlflow-uri', mlflow_uri, 'MLFLOW_TRACKING_URI')}"
+        if mlflow_uri.partition("://")[0] in SERVERS:  # it has pages of its own, which `ui` does not show
+            pages = masked(mlflow_uri)
     for what, line in (
         ("Adapter", str(adapter)),
         ("More", f"{command} show {study}{where}"),
         ("Take it", f"{command} export {study}{where} --output {study}-adapter"),
-        ("Browse", f"{command} ui{runs}"),
+        ("Browse", pages),
     ):
         click.echo(f"{what:<8} {line}")
+
+
+def _again(option: str, uri: str | None, variable: str) -> str:
+    """What gives `option` to another command; nothing if it has no value, or the environment gives it."""
+    if uri is None or uri == os.environ.get(variable):
+        return ""
+    shown = masked(uri)
+    # A password is not printed: the command wants it from the environment.
+    return f" {option} {shlex.quote(shown)}" if shown == uri else f' {option} "${variable}"'
 
 
 def absolute(path: Path) -> Path:

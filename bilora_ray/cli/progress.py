@@ -72,10 +72,11 @@ class SearchProgress:
             self.say(f"{metrics['rows_cut']:.0f} rows have more than max_length ({longest}) tokens and are cut")
 
     def trial_ended(self, trial: TrialRecord) -> None:
-        """Count the trial."""
+        """Count the trial, if this is the first that is heard of its end."""
         self.running.pop(trial.number, None)
+        known = trial.number in self.ended
         self.ended[trial.number] = trial
-        if self._live is None:
+        if self._live is None and not known:
             self._print(f"{len(self.ended)} of {self.num_trials} trials done: {self._in_words(trial)}")
 
     def say(self, line: str) -> None:

@@ -88,4 +88,4 @@ def command(
         raise UserError(f"run '{name}' failed: {record.error}")
     if not as_json:
         click.secho(f"{study.metric} {record.value:.6g}", fg="green", bold=True)
-        print_next(name, storage_path, study_database, record.adapter)
+        print_next(name, storage_path, study_database, record.adapter, mlflow_uri)

@@ -88,15 +88,13 @@ def command(
     space, digests = keep_inputs(space, digests, absolute(storage_path))
     started = time.monotonic()
     try:
-        study, finished = _search(space, layout, resume, mlflow_uri, ray_address, digests)
+        study = _search(space, layout, resume, mlflow_uri, ray_address, digests)
     except KeyboardInterrupt:
-        say_how_to_go_on()
-    if not finished:
         say_how_to_go_on()
     if as_json:
         print_json(study_as_json(study))
     else:
-        _print_result(study, storage_path, study_database, time.monotonic() - started)
+        _print_result(study, storage_path, study_database, mlflow_uri, time.monotonic() - started)
     if study.best() is None:
         raise UserError(f"study '{space.study.name}': no trial is complete; `bilora-ray show` says how each ended")
 
@@ -166,7 +164,7 @@ def _search(
     mlflow_uri: str | None,
     ray_address: str | None,
     digests: Mapping[str, str],
-) -> tuple[SearchStudy, bool]:
+) -> SearchStudy:
     from bilora_ray.search.run import search
 
     config = space.first_config()
@@ -182,7 +180,9 @@ def _search(
     )
 
 
-def _print_result(study: SearchStudy, storage_path: Path, study_database: str | None, seconds: float) -> None:
+def _print_result(
+    study: SearchStudy, storage_path: Path, study_database: str | None, mlflow_uri: str | None, seconds: float
+) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
@@ -194,4 +194,4 @@ def _print_result(study: SearchStudy, storage_path: Path, study_database: str | 
         return
     console.print(f"Best: trial {best.number}, {study.metric} {best.value:.6g}", style="bold green", markup=False)
     print_settings(console, best.sampled)
-    print_next(name, storage_path, study_database, best.adapter)
+    print_next(name, storage_path, study_database, best.adapter, mlflow_uri)

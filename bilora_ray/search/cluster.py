@@ -12,7 +12,7 @@ from copy import deepcopy
 from urllib.parse import urlsplit
 
 import ray
-from ray.exceptions import AuthenticationError
+from ray.exceptions import AuthenticationError, RayError
 
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.scale.trial import name_cluster
@@ -21,6 +21,10 @@ from bilora_ray.search.space import ResourceConfig
 
 CLIENT_PORT = 10001
 PROBE_TIMEOUT_S = 5.0
+# A node may have to start a process first.
+ANSWER_TIMEOUT_S = 60.0
+# What a process asks for that is to be on the head: next to nothing of it.
+ON_HEAD = {"node:__internal_head__": 0.001}
 TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -111,6 +115,29 @@ def check_address(address: str | None) -> None:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--ray-address {address}: no Ray cluster answers ({reason})") from None
+
+
+def check_dashboard(address: str | None) -> None:
+    """Refuse the connected cluster, for trials with workers of their own, if its dashboard does not answer.
+
+    Raises:
+        UserError: it does not answer there where Ray Train asks it, on the head.
+    """
+    task = ray.remote(_ask_dashboard).options(num_cpus=0, max_retries=0, resources=ON_HEAD)
+    try:
+        ray.get(task.remote(), timeout=ANSWER_TIMEOUT_S)
+    except RayError:
+        raise UserError(
+            f"--ray-address {address}: its dashboard does not answer, and trials of several workers need it; "
+            "start the head with --include-dashboard=true and ray[default]"
+        ) from None
+
+
+def _ask_dashboard() -> None:
+    """Runs on the cluster: ask as Ray Train does. Raises whatever Ray does without an answer."""
+    from ray.util.state import list_nodes
+
+    list_nodes(limit=1)
 
 
 def capacity(resources: ResourceConfig, total: Mapping[str, float]) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import numpy as np
 import optuna
 from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
@@ -41,18 +43,28 @@ def propose(study: optuna.Study, space: Space, number: int) -> Trial:
     return trial
 
 
-def is_weak(trial: Trial, step: int, max_steps: int, settings: StudyConfig) -> bool:
+def is_weak(
+    trial: Trial, step: int, max_steps: int, settings: StudyConfig, choosing: AbstractContextManager[None]
+) -> bool:
     """Whether asynchronous successive halving stops `trial` after its evaluation at `step`, which the study knows.
 
     Rungs and verdicts are kept in the study, so a resumed search stops the trials that the first would have stopped. A
     process that died between Optuna's note of a rung and ours of the verdict leaves the rung without one: the
     comparison is made again.
+
+    Args:
+        trial: of the study.
+        step: of the evaluation.
+        max_steps: the trial's.
+        settings: the study's.
+        choosing: in it no other process decides where the study's first rung is.
     """
     if settings.scheduler == "none" or trial.user_attrs.get(JUDGED, -1) >= step:
         return False
     study = trial.study
     if isinstance(study.pruner, NopPruner):
-        study.pruner = _pruner(study, max_steps, settings)
+        with choosing:
+            study.pruner = _pruner(study, max_steps, settings)
     weak = trial.should_prune() or _lost_a_rung(trial, step, settings.reduction_factor)
     if not weak:
         trial.set_user_attr(JUDGED, step)
@@ -78,6 +90,7 @@ def _lost_a_rung(trial: Trial, step: int, reduction_factor: int) -> bool:
 
 def _pruner(study: optuna.Study, max_steps: int, settings: StudyConfig) -> BasePruner:
     default = settings.grace_period or max(1, max_steps // settings.reduction_factor**2)
+    # Trials may differ in their steps: the first that any search of the study asks about decides for all.
     grace_period = study.user_attrs.get(GRACE_PERIOD, default)
     study.set_user_attr(GRACE_PERIOD, grace_period)
     return SuccessiveHalvingPruner(min_resource=grace_period, reduction_factor=settings.reduction_factor)

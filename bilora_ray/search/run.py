@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import NoReturn
 
 import ray
@@ -13,8 +14,9 @@ from ray import tune
 from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.tune.progress_reporter import ProgressReporter
 
+from bilora_ray.errors import MachineError
 from bilora_ray.scale.trial import run_trial, run_trial_on_workers
-from bilora_ray.search.cluster import capacity, check_address, cluster, is_own
+from bilora_ray.search.cluster import ON_HEAD, capacity, check_address, check_dashboard, cluster, is_own
 from bilora_ray.search.layout import Layout
 from bilora_ray.search.session import Observers, Session, Watcher, session
 from bilora_ray.search.shared_storage import check_shared
@@ -24,10 +26,6 @@ from bilora_ray.search.studies import check_study
 from bilora_ray.search.study import SearchStudy
 from bilora_ray.search.tuning import MAX_FAILURES, StudyScheduler, StudySearcher
 from bilora_ray.search.watchdog import head_watched
-
-# What a trial's own process takes while its workers train: next to nothing, and no CPU that they need.
-COORDINATOR = {"node:__internal_head__": 0.001}
-
 
 # Tune would hand these on in a runtime environment, which Ray writes into its logs. No trial needs them.
 SECRETS_OF_TUNE = frozenset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"})
@@ -50,8 +48,8 @@ def search(
     mlflow_uri: str | None,
     digests: Mapping[str, str],
     watcher: Watcher,
-) -> tuple[SearchStudy, bool]:
-    """Begin the study of `space`, or go on with it, until every trial has ended or Ctrl-C.
+) -> SearchStudy:
+    """Begin the study of `space`, or go on with it, until every trial has ended.
 
     Args:
         space: the checked space.
@@ -62,12 +60,10 @@ def search(
         digests: data source -> digest of its content.
         watcher: who shows the search to a person.
 
-    Returns:
-        The study, and whether all of its trials have ended.
-
     Raises:
         UserError: the study, the cluster or MLflow are not there as said, and nothing was begun; or a trial met bad
             input; or the study database is gone.
+        KeyboardInterrupt: of Ctrl-C, once the trials are stopped and MLflow knows it.
     """
     with naming_the_database(layout):
         check_study(space, layout, resume, digests)
@@ -79,6 +75,8 @@ def search(
         if not is_own(ray_address):
             stack.enter_context(cluster(ray_address, nested))
             check_shared(layout.storage_path)
+            if nested:
+                check_dashboard(ray_address)
         running = stack.enter_context(session(space, layout, mlflow_uri, digests, watcher))
         if is_own(ray_address):
             stack.enter_context(cluster(ray_address, nested))
@@ -86,9 +84,9 @@ def search(
         study, observers = running.study, running.observers()
         concurrent = space.study.max_concurrent or capacity(space.resources, ray.cluster_resources())
         run_trials(study, observers, concurrent)
-        while study.await_others():
+        while study.await_others(watcher):
             run_trials(study, observers, concurrent)
-    return study, study.finished()
+    return study
 
 
 def _end(running: Session, address: str | None) -> NoReturn:
@@ -105,15 +103,21 @@ def _end(running: Session, address: str | None) -> NoReturn:
 
 
 def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> None:
-    """Run the study's remaining trials with Tune. UserError if a trial met what stops all of them."""
+    """Run the study's remaining trials with Tune.
+
+    Raises:
+        UserError: a trial met what stops all of them.
+        KeyboardInterrupt: of Ctrl-C, once Tune has stopped the trials.
+    """
     if study.finished():
         return
     ENV_VARS_TO_PROPAGATE.difference_update(SECRETS_OF_TUNE)
     resources = study.space.resources
     alone = resources.workers == 1
-    own = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker} if alone else COORDINATOR
+    # A trial's own process waits while its workers train: it takes no CPU that they need.
+    own = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker} if alone else ON_HEAD
     scheduler = StudyScheduler(study, observers)
-    with tempfile.TemporaryDirectory(prefix="bilora-ray-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="bilora-ray-") as scratch, _heeding_ctrl_c():
         tune.Tuner(
             tune.with_resources(
                 run_trial if alone else run_trial_on_workers,
@@ -136,3 +140,24 @@ def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> Non
         ).fit()
     if scheduler.halted is not None:
         raise scheduler.halted
+    if study.in_hand():
+        numbers = ", ".join(map(str, study.in_hand()))
+        raise MachineError(f"Ray ended trials that are not done ({numbers}); go on with --resume")
+
+
+@contextmanager
+def _heeding_ctrl_c() -> Iterator[None]:
+    """Raise KeyboardInterrupt after the block, in which Tune runs, if Ctrl-C came in it.
+
+    Tune takes Ctrl-C for itself, and returns then as if all were done. If none came, it does not give Ctrl-C back, and
+    would swallow the next one although it runs no more.
+    """
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "0"
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+        came = signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt

@@ -13,7 +13,7 @@ from bilora_ray.addresses import masked
 from bilora_ray.errors import MachineError, TrialFailure, UserError
 from bilora_ray.search.layout import WAIT_S, Layout
 from bilora_ray.search.space import Space
-from bilora_ray.search.storage import naming_the_database, running_study, study_names
+from bilora_ray.search.storage import is_database, naming_the_database, running_study, study_names
 from bilora_ray.search.studies import check_study, delete_study, open_study
 from bilora_ray.search.study import SearchStudy
 from bilora_ray.tracking.mlflow_tracker import MlflowTracker, default_uri
@@ -117,7 +117,7 @@ def session(
     MLflow is opened beside the block, since both it and a cluster take seconds to start. If the block raises UserError
     in a study that began here, and no trial is complete, the study is removed again: bad input leaves nothing behind.
     """
-    if mlflow_uri and layout.study_database and _place(mlflow_uri) == _place(layout.study_database):
+    if mlflow_uri and layout.study_database and is_database(mlflow_uri, layout.study_database):
         raise UserError(f"--mlflow-uri {masked(mlflow_uri)}: holds the studies; MLflow needs a database of its own")
     begins = space.study.name not in study_names(layout)
     study = open_study(space, layout, digests)
@@ -133,11 +133,6 @@ def session(
             if ours and study.best() is None and not isinstance(error, MachineError):
                 delete_study(space, layout)
             raise
-
-
-def _place(uri: str) -> str:
-    """`uri` without the name of its driver."""
-    return uri.partition("://")[2]
 
 
 def _tracker(study: SearchStudy, mlflow_uri: str | None, digests: Mapping[str, str], watcher: Watcher) -> MlflowTracker:

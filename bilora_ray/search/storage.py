@@ -10,15 +10,18 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import StorageInternalError
+from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DatabaseError
+from sqlalchemy.pool import NullPool
 
-from bilora_ray.addresses import masked
+from bilora_ray.addresses import is_local, masked
 from bilora_ray.errors import MachineError, UserError, first_line
 from bilora_ray.search.layout import WAIT_S, Layout
 from bilora_ray.training.folder import locked
 
 CONNECT_TIMEOUT_S = 5
+PORT = 5432
 
 
 class Claims:
@@ -66,13 +69,28 @@ def open_storage(layout: Layout) -> optuna.storages.RDBStorage:
         url, engine = _server(layout.study_database)
     layout.storage_path.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(layout.storage_path / "studies.db.lock", WAIT_S):
+        with locked(layout.storage_path / "studies.db.lock", WAIT_S), making(layout, "tables"):
             return optuna.storages.RDBStorage(url, engine_kwargs=engine)
     except (DatabaseError, RuntimeError) as error:
         if layout.study_database is not None:
             reason = first_line(getattr(error, "orig", None) or error)
             raise UserError(f"--study-database {layout.database}: cannot be used ({reason})") from None
         raise UserError(f"{layout.database_file}: is not a database of studies that this version can read") from None
+
+
+@contextmanager
+def making(layout: Layout, what: str) -> Iterator[None]:
+    """For the block, no other process makes `what` in the same PostgreSQL database, whatever its storage path.
+
+    Locks in files keep apart the processes of one storage path only.
+    """
+    if layout.study_database is None:
+        yield
+        return
+    url, arguments = _server(layout.study_database)
+    with create_engine(url, poolclass=NullPool, **arguments).begin() as connection:
+        connection.execute(text("SELECT pg_advisory_xact_lock(hashtext(:what))"), {"what": f"bilora-ray {what}"})
+        yield
 
 
 def study_names(layout: Layout) -> list[str]:
@@ -124,6 +142,24 @@ def naming_the_database(layout: Layout) -> Iterator[None]:
             raise
         line = f"--storage-path {layout.storage_path}: {error.strerror}: {error.filename}"
         raise MachineError(f"{line}; mend that and go on with --resume") from None
+
+
+def is_database(uri: str, database: str) -> bool:
+    """Whether `uri`, of any kind, is the PostgreSQL database of the URL `database`, whoever asks by whatever driver."""
+    return _place(uri) == _place(database)
+
+
+def _place(uri: str) -> tuple[str, int, str | None] | None:
+    """Host, port and name of a PostgreSQL database; None for anything else."""
+    try:
+        url = make_url(uri)
+    except (ArgumentError, ValueError):
+        return None
+    if url.get_backend_name() != "postgresql":
+        return None
+    # Without a host PostgreSQL is asked on this machine, and without a name for the user's own database.
+    host = (url.host or "localhost").lower()
+    return "localhost" if is_local(host) else host, url.port or PORT, url.database or url.username
 
 
 def _server(database: str) -> tuple[str, dict[str, Any]]:

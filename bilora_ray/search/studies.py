@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.search.layout import Layout
 from bilora_ray.search.space import Choice, Range, ResourceConfig, Space, StudyConfig
-from bilora_ray.search.storage import open_storage, study_names
+from bilora_ray.search.storage import making, open_storage, study_names
 from bilora_ray.search.study import ID, SearchStudy
 
 SPACE, DIGESTS = "space", "digests"
@@ -60,10 +60,10 @@ def open_study(space: Space, layout: Layout, digests: Mapping[str, str]) -> Sear
     """The study of `space`, created if `check_study` found none. One that was made but never begun is made anew.
 
     Raises:
-        UserError: another process has begun it since `check_study`, with another space.
+        UserError: another process has begun it since `check_study`, with another space or in another storage path.
     """
     layout.make(space.study.name)
-    with layout.choosing(space.study.name):
+    with layout.choosing(space.study.name), making(layout, f"study {space.study.name}"):
         opened = SearchStudy(_made(space, layout, digests), space, layout)
     opened.adopt()
     return opened

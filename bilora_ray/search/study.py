@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.samplers import RandomSampler
@@ -24,6 +24,9 @@ from bilora_ray.search.space import Space
 from bilora_ray.search.storage import Claims
 from bilora_ray.tracking.records import Status, TrialRecord, best_of
 from bilora_ray.training.folder import TrialFolder
+
+if TYPE_CHECKING:
+    from bilora_ray.search.session import Watcher
 
 ID, ERROR = "id", "error"
 STATUS = {
@@ -76,48 +79,55 @@ class SearchStudy:
                 self._live[number] = propose(self.study, self.space, number)
         return number
 
-    def await_others(self) -> bool:
+    def await_others(self, watcher: Watcher) -> bool:
         """Wait while other processes run all that is left.
 
+        Args:
+            watcher: hears of it, and of the trials that have ended.
+
         Returns:
-            Whether one of them died, so that there is a trial to go on with. False at once if this process was
-            interrupted, with trials of its own or before all were given.
+            Whether one of them died, so that there is a trial to go on with.
         """
-        while not (self._live or self.finished()) and self._all_given():
+        told: set[int] = set()
+        waits = False
+        while True:
+            ended = {trial.number: trial for trial in self._trials(*ENDED)}
+            for number in ended.keys() - told:
+                watcher.trial_ended(self._record(ended[number]))
+            told.update(ended)
+            if len(ended) >= self.space.study.num_trials:
+                return False
             with self.layout.choosing(self.study.study_name):
                 for number in self._orphans():
                     self._claims.release(number)
                     return True
+            if not waits:
+                waits = True
+                running = len(self._trials(TrialState.RUNNING))
+                watcher.say(f"waiting for other searches: they run {running} of the trials")
             time.sleep(POLL_S)
-        return False
 
     def own_records(self) -> list[TrialRecord]:
         """All trials but those that other processes run, and track."""
-        with self.layout.choosing(self.study.study_name):
-            records, orphans = self.records(), list(self._orphans())
-            for number in orphans:
-                self._claims.release(number)
-        ours = {*self._live, *orphans}
+        records, orphans = self._survey()
+        ours = orphans | self._live.keys()
         return [record for record in records if record.status is not Status.RUNNING or record.number in ours]
 
     def elsewhere(self) -> set[int]:
         """The running trials that are other processes'."""
-        with self.layout.choosing(self.study.study_name):
-            running = {trial.number for trial in self._trials(TrialState.RUNNING)}
-            orphans = list(self._orphans())
-            for number in orphans:
-                self._claims.release(number)
-        return running - self._live.keys() - set(orphans)
+        records, orphans = self._survey()
+        running = {record.number for record in records if record.status is Status.RUNNING}
+        return running - self._live.keys() - orphans
 
     def records_now(self) -> list[TrialRecord]:
         """As `records`, with those interrupted that are running in the database and in no process."""
-        records, running = self.records(), self.elsewhere() | self._live.keys()
-        return [
-            replace(record, status=Status.INTERRUPTED)
-            if record.status is Status.RUNNING and record.number not in running
-            else record
-            for record in records
-        ]
+        records, orphans = self._survey()
+        interrupted = Status.INTERRUPTED
+        return [replace(record, status=interrupted) if record.number in orphans else record for record in records]
+
+    def in_hand(self) -> set[int]:
+        """The running trials that are this process's."""
+        return set(self._live)
 
     def release(self) -> None:
         """Leave the running trials of this process to whoever asks for them next."""
@@ -150,7 +160,8 @@ class SearchStudy:
             self._end(number, TrialState.COMPLETE, best([*known.values(), value]))
             return Status.COMPLETE
         newest = step >= max(known, default=0)
-        if newest and is_weak(trial, step, int(metrics["max_steps"]), self.space.study):
+        choosing = self.layout.choosing(self.study.study_name)
+        if newest and is_weak(trial, step, int(metrics["max_steps"]), self.space.study, choosing):
             self._end(number, TrialState.PRUNED)
             return Status.PRUNED
         return Status.RUNNING
@@ -206,6 +217,14 @@ class SearchStudy:
         if len(self._trials(TrialState.COMPLETE)) < 4 or len(values) < 2:
             return {}
         return optuna.importance.get_param_importances(self.study)
+
+    def _survey(self) -> tuple[list[TrialRecord], set[int]]:
+        """All trials, and the numbers of the running ones that no process has a claim to."""
+        with self.layout.choosing(self.study.study_name):
+            records, orphans = self.records(), set(self._orphans())
+            for number in orphans:
+                self._claims.release(number)
+        return records, orphans
 
     def _trial(self, number: int) -> FrozenTrial:
         """One trial, read by itself: what a report costs must not grow with the study."""

@@ -16,7 +16,7 @@ from bilora_ray.addresses import masked
 from bilora_ray.errors import UserError
 from bilora_ray.tracking.guard import Guard, reason
 from bilora_ray.tracking.provenance import provenance
-from bilora_ray.tracking.records import TrialRecord
+from bilora_ray.tracking.records import Status, TrialRecord
 from bilora_ray.tracking.store import SERVERS, connect, make_store
 from bilora_ray.tracking.study_runs import StudyInfo, StudyRuns
 
@@ -41,6 +41,7 @@ class MlflowTracker:
         self._connect_runs = connect_runs
         self._guard = Guard(say)
         self._pending: dict[int, TrialRecord] = {}
+        self._running: set[int] = set()
         self._runs: StudyRuns | None = connect_runs()
 
     @classmethod
@@ -120,7 +121,7 @@ class MlflowTracker:
     def interrupt(self) -> None:
         """End the runs that were begun here, and the study's, as interrupted: the study cannot be asked any more."""
         with self._guard.attempt(AT_RESUME):
-            self._flush(lambda runs: runs.interrupt())
+            self._flush(lambda runs: runs.interrupt(self._running))
 
     def _send(self, trials: Iterable[TrialRecord]) -> None:
         self._keep(trials)
@@ -134,6 +135,10 @@ class MlflowTracker:
             waiting = self._pending.get(trial.number, trial)
             by_step = {metrics["step"]: metrics for metrics in (*waiting.history, *trial.history)}
             self._pending[trial.number] = replace(trial, history=tuple(by_step.values()))
+            if trial.status is Status.RUNNING:
+                self._running.add(trial.number)
+            else:
+                self._running.discard(trial.number)
 
     def _flush(self, then: Callable[[StudyRuns], None] = lambda runs: None) -> None:
         # What is left half-done, by an error or by Ctrl-C, is not trusted: MLflow is asked again what it holds.

@@ -113,11 +113,11 @@ class StudyRuns:
         if not others:
             self._parent.end(INTERRUPTED if interrupted else COMPLETE, {})
 
-    def interrupt(self) -> None:
-        """End what is live, and the parent, until the study is resumed."""
-        for run in (*self._trials.values(), self._parent):
-            if run.live:
-                run.end(INTERRUPTED, {})
+    def interrupt(self, numbers: Iterable[int]) -> None:
+        """End the runs of the trials `numbers`, each in sync, and the parent, until the study is resumed."""
+        runs = [self._trials[number] for number in numbers if number in self._trials]
+        for run in (*runs, self._parent):
+            run.end(INTERRUPTED, {})
 
     def _tell_best(self, trial: TrialRecord) -> None:
         run = self._trials[trial.number]

@@ -74,10 +74,12 @@ class Nodes:
     Args:
         cpus: of each node.
         others: nodes beside the head.
+        dashboard: whether the head has one.
     """
 
-    def __init__(self, cpus: int = 2, others: int = 0) -> None:
+    def __init__(self, cpus: int = 2, others: int = 0, dashboard: bool = True) -> None:
         self.cpus = cpus
+        self.dashboard = dashboard
         self.port = free_port()
         self.head: subprocess.Popen[bytes] | None = None
         self.others: list[subprocess.Popen[bytes]] = []
@@ -107,7 +109,8 @@ class Nodes:
     def start_head(self) -> None:
         """Start the head, and wait until it listens."""
         ports = [f"--{what}-port={free_port()}" for what in ("dashboard", "ray-client-server")]
-        self.head = self._start("--head", f"--port={self.port}", f"--temp-dir={self._folder.name}", *ports)
+        options = [f"--temp-dir={self._folder.name}", f"--include-dashboard={str(self.dashboard).lower()}", *ports]
+        self.head = self._start("--head", f"--port={self.port}", *options)
         wait_for_port(self.port, self.head)
 
     def add(self) -> subprocess.Popen[bytes]:

@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import optuna
 import psycopg
@@ -18,8 +20,9 @@ from tiny_trials import Tiny
 
 from bilora_ray.errors import UserError
 from bilora_ray.search.layout import Layout
-from bilora_ray.search.storage import open_storage, study_names
-from bilora_ray.search.studies import load_study
+from bilora_ray.search.space_file import load_space
+from bilora_ray.search.storage import is_database, open_storage, study_names
+from bilora_ray.search.studies import check_study, load_study, open_study
 from bilora_ray.tracking.records import Status
 
 COMMAND = Path(sys.executable).with_name("bilora-ray")
@@ -177,10 +180,32 @@ def test_the_studies_database_is_not_offered_to_mlflow(database: Server, tiny: T
     assert study_names(Layout(tmp_path / "runs", database.url)) == []
 
 
-def test_another_storage_path_is_refused(database: Server, tiny: Tiny, tmp_path: Path) -> None:
-    from bilora_ray.search.space_file import load_space
-    from bilora_ray.search.studies import check_study, open_study
+@pytest.mark.parametrize(
+    ("uri", "same"),
+    [
+        ("postgresql://u@h/d", True),
+        ("postgresql+psycopg://other:secret@h:5432/d?sslmode=require", True),
+        ("postgresql://u@H/d", True),
+        ("postgresql://u@h:5433/d", False),
+        ("postgresql://u@h2/d", False),
+        ("postgresql://u@h/d_mlflow", False),
+        ("mysql://u@h:5432/d", False),
+        ("sqlite:///d", False),
+        ("http://h:5432/d", False),
+        ("postgresql://u@h:port/d", False),
+        ("databricks", False),
+    ],
+)
+def test_a_database_is_known_by_its_host_port_and_name(uri: str, same: bool) -> None:
+    assert is_database(uri, "postgresql://u@h/d") is same
 
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "[::1]", ""])
+def test_this_machine_has_several_names(host: str) -> None:
+    assert is_database(f"postgresql+psycopg://{host}/d", "postgresql://u@localhost:5432/d")
+
+
+def test_another_storage_path_is_refused(database: Server, tiny: Tiny, tmp_path: Path) -> None:
     write_space(tmp_path, tiny, num_trials=1)
     url = new_database(database, "elsewhere")
     space = load_space(tmp_path / "space.yaml")
@@ -192,3 +217,23 @@ def test_another_storage_path_is_refused(database: Server, tiny: Tiny, tmp_path:
     assert str(error.value) == (
         f"--storage-path {tmp_path / 'others'}: study 'shared' of {shown} keeps its trials in another folder"
     )
+
+
+def test_of_two_first_starts_from_different_storage_paths_one_is_refused(
+    database: Server, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_study = optuna.create_study
+
+    def late(**arguments: Any) -> optuna.Study:
+        time.sleep(1)  # both have looked for the study by now, unless one is kept waiting
+        return create_study(**arguments)
+
+    write_space(tmp_path, tiny, num_trials=1)
+    url, space = new_database(database, "twice"), load_space(tmp_path / "space.yaml")
+    monkeypatch.setattr(optuna, "create_study", late)
+    with ThreadPoolExecutor() as threads:
+        starts = [threads.submit(open_study, space, Layout(tmp_path / name, url), {}) for name in ("one", "other")]
+    refused = [start.exception() for start in starts if start.exception()]
+    (error,) = refused
+    assert isinstance(error, UserError)
+    assert "keeps its trials in another folder" in str(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
@@ -159,6 +160,40 @@ def test_an_observer_that_raises_is_told_no_more_and_the_search_goes_on(tiny: Ti
     assert study.finished()
     assert broken.told == [("started", 0)]
     assert ("ended", 1) in spy.told
+
+
+class Interrupter(Spy):
+    """Presses Ctrl-C at the first report."""
+
+    def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
+        super().trial_reported(trial, metrics)
+        if len(self.told) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_is_an_interruption_although_tune_takes_it(tiny: Tiny, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    spy = Interrupter()
+    study = open_study(space(tiny), Layout(tmp_path / "runs"), {})
+    with pytest.raises(KeyboardInterrupt):
+        run_trials(study, Observers([spy]), 1)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert study.record(0).status is Status.RUNNING
+
+
+def test_ctrl_c_is_given_back_after_trials_that_nobody_interrupted(tiny: Tiny, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    assert run(space(tiny, {"num_trials": 1}), tmp_path).finished()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_trials_that_end_without_their_last_evaluation_are_named(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bilora_ray.search.run.run_trial", lambda task: None)
+    with pytest.raises(MachineError) as error:
+        run(space(tiny, {"num_trials": 2}), tmp_path)
+    assert str(error.value) == "Ray ended trials that are not done (0, 1); go on with --resume"
 
 
 def test_weak_trials_are_stopped_early(tiny: Tiny, tmp_path: Path) -> None:

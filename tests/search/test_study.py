@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import optuna
 import pytest
 
 from bilora_ray.errors import UserError
+from bilora_ray.search import study as study_module
 from bilora_ray.search.layout import Layout
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
@@ -17,7 +21,7 @@ from bilora_ray.search.storage import open_storage, running_study, study_names
 from bilora_ray.search.studies import check_study, delete_study, load_study
 from bilora_ray.search.studies import open_study as open_study_on
 from bilora_ray.search.study import SearchStudy
-from bilora_ray.tracking.records import Status
+from bilora_ray.tracking.records import Status, TrialRecord
 
 STUDY = {"name": "s", "num_trials": 4, "scheduler": "none"}
 DIGESTS = {"org/data": "0123"}
@@ -224,6 +228,22 @@ def test_the_first_rung_is_a_ninth_of_a_trial_unless_said(layout: Layout) -> Non
     assert study.report(1, {"step": 10, "max_steps": 90, "eval_loss": 2.0}) is Status.PRUNED
 
 
+def test_the_first_rung_is_decided_by_one_search_at_a_time(layout: Layout) -> None:
+    study = open_study(space({"scheduler": "asha"}), layout)
+    study.next_trial()
+    with ThreadPoolExecutor() as threads:
+        with layout.choosing("s"):  # another search has found no first rung, and is about to decide
+            report = threads.submit(study.report, 0, {"step": 10, "max_steps": 90, "eval_loss": 1.0})
+            wait([report], timeout=1.0)
+            study.study.set_user_attr("grace_period", 40)
+        assert report.result() is Status.RUNNING
+    assert study.report(0, {"step": 40, "max_steps": 90, "eval_loss": 1.0}) is Status.RUNNING
+    study.next_trial()
+    assert study.report(1, {"step": 10, "max_steps": 90, "eval_loss": 2.0}) is Status.RUNNING
+    assert study.report(1, {"step": 40, "max_steps": 90, "eval_loss": 2.0}) is Status.PRUNED
+    assert study.study.user_attrs["grace_period"] == 40
+
+
 def test_settings_of_another_method_are_not_searched(layout: Layout) -> None:
     study = open_study(space({"num_trials": 12}, {"method": "{choice: [lora, bilora]}"}), layout)
     while study.next_trial() is not None:
@@ -358,6 +378,55 @@ def test_a_study_has_one_search_at_a_time(layout: Layout) -> None:
     assert str(error.value) == "study 's' is being searched by another process"
     with running_study(layout, "s"):
         pass
+
+
+class Watch:
+    """A watcher that remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.ended: list[int] = []
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+    def trial_ended(self, trial: TrialRecord) -> None:
+        self.ended.append(trial.number)
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_who_waits_for_another_search_hears_of_it_and_of_its_trials(
+    layout: Layout, dies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_module, "POLL_S", 0.05)
+    three, watch = space({"num_trials": 3}), Watch()
+    mine, other = (open_study_on(three, layout, DIGESTS) for _ in range(2))
+    assert [mine.next_trial(), other.next_trial(), other.next_trial()] == [0, 1, 2]
+    run(mine, 0, [1.0])
+    with ThreadPoolExecutor() as threads:
+        waiting = threads.submit(mine.await_others, watch)  # type: ignore[arg-type]
+        _until(lambda: bool(watch.said))
+        run(other, 1, [1.0])
+        _until(lambda: 1 in watch.ended)
+        other.release() if dies else run(other, 2, [1.0])
+        assert waiting.result(timeout=20) is dies
+    assert watch.said == ["waiting for other searches: they run 2 of the trials"]
+    assert watch.ended == ([0, 1] if dies else [0, 1, 2])
+
+
+def _until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_who_has_nobody_to_wait_for_says_nothing(layout: Layout) -> None:
+    study, watch = open_study(space({"num_trials": 1}), layout), Watch()
+    study.next_trial()
+    run(study, 0, [1.0])
+    assert not study.await_others(watch)  # type: ignore[arg-type]
+    assert watch.said == []
 
 
 def test_a_deleted_study_leaves_nothing(layout: Layout) -> None:

@@ -98,11 +98,8 @@ def test_store_that_goes_away_is_not_made_anew(
 
 
 def test_close_says_that_a_resume_sends_the_rest(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: object, **__: object) -> None:
-        raise ConnectionRefusedError(111, "Connection refused")
-
     tracker = project.open()
-    monkeypatch.setattr(MlflowClient, "create_run", refused)
+    monkeypatch.setattr(MlflowClient, "create_run", _refused)
     tracker.trial_started(record())
     tracker.close([record(0, Status.PRUNED)], None, interrupted=False)
     assert project.said[1:] == [
@@ -117,3 +114,59 @@ def test_nothing_is_called_during_the_pause(project: Project, counted: dict[str,
     tracker.trial_started(record(1))
     tracker.trial_reported(record(1), evaluation(10))
     assert counted == {}
+
+
+def test_interrupt_leaves_no_run_running_and_ended_ones_as_they_are(project: Project, adapter: Path) -> None:
+    tracker = project.open()
+    tracker.trial_ended(record(0, Status.COMPLETE, steps=3, value=0.1, adapter=adapter))
+    tracker.trial_started(record(1))
+    tracker.trial_reported(record(1), evaluation(10))
+    tracker.interrupt()
+    assert "RUNNING" not in {run.info.status for run in project.runs()}
+    statuses = {number: run.data.tags["bilora_ray.status"] for number, run in project.trials().items()}
+    assert statuses == {0: "complete", 1: "interrupted"}
+    parent = project.parent()
+    assert (parent.info.status, parent.data.tags["bilora_ray.status"]) == ("KILLED", "interrupted")
+    assert project.steps(1) == [(10, 1 / 10)]
+    assert project.said == []
+
+
+def test_interrupt_after_a_failure_ends_all_that_was_begun_here_and_no_more(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.open().trial_started(record(2))  # another process's, which tells of its own end
+    tracker = project.open()
+    tracker.trial_started(record(0))
+    tracker.trial_started(record(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", _refused)
+        tracker.trial_reported(record(1), evaluation(10))
+    tracker.interrupt()
+    statuses = {number: run.info.status for number, run in project.trials().items()}
+    assert statuses == {0: "KILLED", 1: "KILLED", 2: "RUNNING"}
+    assert project.parent().info.status == "KILLED"
+    assert project.steps(1) == [(10, 1 / 10)]
+
+
+@pytest.mark.parametrize("call", ["set_terminated", "search_runs"])
+def test_interrupt_while_nothing_answers_is_one_line(
+    call: str, project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = project.open()
+    tracker.trial_started(record())
+    if call == "search_runs":
+        tracker._runs = None  # as after a failure: it connects again
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, call, _refused)
+        for _ in range(2):
+            tracker.interrupt()
+    assert project.said == [
+        "MLflow stopped answering (connection refused); `bilora-ray tune --resume` sends what is missing"
+    ]
+    assert project.trials()[0].info.status == "RUNNING"
+    tracker.interrupt()
+    assert project.trials()[0].info.status == "KILLED"
+
+
+def _refused(*_: object, **__: object) -> None:
+    raise ConnectionRefusedError(111, "Connection refused")

@@ -52,6 +52,7 @@ def test_search_outlives_the_server_and_catches_up(
         assert project.trials()[1].data.tags["bilora_ray.status"] == "pruned"
     assert not (tmp_path / "never").exists()
     tracker.close([done], 0, interrupted=False)
+    tracker.interrupt()
     assert project.said[2:] == [
         "MLflow stopped answering (connection refused); `bilora-ray tune --resume` sends what is missing"
     ]

@@ -1,0 +1,59 @@
+"""The commands that a study's end offers: with what was given, without what the environment gives, and no password."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bilora_ray.cli.options import print_next
+
+VARIABLES = {"mlflow_uri": "MLFLOW_TRACKING_URI", "study_database": "BILORA_RAY_STUDY_DATABASE"}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in VARIABLES.values():
+        monkeypatch.delenv(variable, raising=False)
+
+
+def told(capsys: pytest.CaptureFixture[str], **given: str) -> dict[str, str]:
+    """What is printed -> its line."""
+    storage_path, database = Path(given.get("storage_path", "runs")), given.get("study_database")
+    print_next("s", storage_path, database, Path("adapter"), given.get("mlflow_uri"))
+    return {line[:8].strip(): line[9:] for line in capsys.readouterr().out.splitlines()}
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({}, "bilora-ray ui"),
+        ({"storage_path": "my runs"}, "bilora-ray ui --storage-path 'my runs'"),
+        ({"mlflow_uri": "sqlite:///m.db"}, "bilora-ray ui --mlflow-uri sqlite:///m.db"),
+        ({"mlflow_uri": "sqlite:///my m.db", "storage_path": "r"}, "bilora-ray ui --mlflow-uri 'sqlite:///my m.db'"),
+        ({"mlflow_uri": "postgresql://u@h/d"}, "bilora-ray ui --mlflow-uri postgresql://u@h/d"),
+        ({"mlflow_uri": "postgresql://u:SECRET@h/d"}, 'bilora-ray ui --mlflow-uri "$MLFLOW_TRACKING_URI"'),
+        ({"mlflow_uri": "http://127.0.0.1:5000"}, "http://127.0.0.1:5000"),
+        ({"mlflow_uri": "https://u:SECRET@h"}, "https://u:***@h"),
+    ],
+)
+def test_browse_shows_the_store_that_was_given(
+    given: dict[str, str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert told(capsys, **given)["Browse"] == line
+
+
+@pytest.mark.parametrize("uri", ["postgresql://u@h/d", "postgresql://u:SECRET@h/d"])
+def test_what_the_environment_gives_is_not_repeated(
+    uri: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in VARIABLES.values():
+        monkeypatch.setenv(variable, uri)
+    lines = told(capsys, mlflow_uri=uri, study_database=uri)
+    assert (lines["Browse"], lines["More"]) == ("bilora-ray ui", "bilora-ray show s")
+
+
+def test_the_study_database_is_named_without_its_password(capsys: pytest.CaptureFixture[str]) -> None:
+    assert told(capsys, study_database="postgresql://u@h/d")["More"].endswith("--study-database postgresql://u@h/d")
+    secret = told(capsys, study_database="postgresql://u:SECRET@h/d")
+    assert secret["More"] == 'bilora-ray show s --study-database "$BILORA_RAY_STUDY_DATABASE"'
