@@ -124,9 +124,9 @@ class SearchStudy:
                 self._claims.release(number)
         return running - self._live.keys() - set(orphans)
 
-    def in_hand(self) -> set[int]:
+    def in_hand(self) -> list[int]:
         """The running trials that are this process's."""
-        return set(self._live)
+        return sorted(self._live)
 
     def release(self) -> None:
         """Leave the running trials of this process to whoever asks for them next."""
