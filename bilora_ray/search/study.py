@@ -125,9 +125,9 @@ class SearchStudy:
         interrupted = Status.INTERRUPTED
         return [replace(record, status=interrupted) if record.number in orphans else record for record in records]
 
-    def in_hand(self) -> set[int]:
+    def in_hand(self) -> list[int]:
         """The running trials that are this process's."""
-        return set(self._live)
+        return sorted(self._live)
 
     def release(self) -> None:
         """Leave the running trials of this process to whoever asks for them next."""

@@ -109,8 +109,8 @@ class Nodes:
     def start_head(self) -> None:
         """Start the head, and wait until it listens."""
         ports = [f"--{what}-port={free_port()}" for what in ("dashboard", "ray-client-server")]
-        options = [f"--temp-dir={self._folder.name}", f"--include-dashboard={str(self.dashboard).lower()}", *ports]
-        self.head = self._start("--head", f"--port={self.port}", *options)
+        options = ports if self.dashboard else [*ports, "--include-dashboard=false"]
+        self.head = self._start("--head", f"--port={self.port}", f"--temp-dir={self._folder.name}", *options)
         wait_for_port(self.port, self.head)
 
     def add(self) -> subprocess.Popen[bytes]:
