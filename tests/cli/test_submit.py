@@ -177,12 +177,12 @@ def test_a_relative_storage_path_is_refused(here: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--set=rnak=4"], "space.yaml: trial: unknown key 'rnak'; did you mean 'rank'?"),
+        (["--set=rnak=4"], "--set: unknown key 'rnak'; did you mean 'rank'?"),
         (
             ["--set=rank=4"],
             "space.yaml: no setting has a distribution, so there is nothing to search: bilora-ray train",
         ),
-        (["--num-trials=0"], "space.yaml: study: num_trials: should be greater than or equal to 1, got 0"),
+        (["--num-trials=0"], "Invalid value for '--num-trials': 0 is not in the range x>=1. See 'main submit --help'."),
         (["--set=train_data=nope.jsonl"], "--set trial.train_data: no such file: {here}/nope.jsonl"),
         (["--working-dir=nope"], "--working-dir nope: no such folder"),
     ],
