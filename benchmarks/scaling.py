@@ -2,7 +2,7 @@
 
 The trials are real to Ray Tune, the study database and MLflow, and train nothing: what is left is overhead. First whole
 searches, in which each trial reports as fast as it is taken; then, without Ray, the driver's own work on a study
-that grows, in SQLite and, where --postgresql names a server, there too.
+that grows, with early stops and without, in SQLite and, where --postgresql names a server, there too.
 
     python benchmarks/scaling.py [--concurrent 1 2 4 8 16] [--trials 10 100 1000] [--postgresql URL]
 """
@@ -14,14 +14,17 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import psutil
 from ray import tune
+from sqlalchemy import event
 
 from bilora_ray.scale.trial import EVALUATION
 from bilora_ray.search.cluster import cluster
@@ -33,6 +36,7 @@ from bilora_ray.search.space_file import load_space
 from bilora_ray.search.studies import delete_study, open_study
 from bilora_ray.search.study import SearchStudy
 from bilora_ray.tracking.mlflow_tracker import MlflowTracker, default_uri
+from bilora_ray.tracking.records import Status
 
 REPORTS = 20
 SPACE = Path(__file__).resolve().parents[1] / "search_spaces" / "quickstart.yaml"
@@ -59,9 +63,10 @@ def evaluation(step: int, number: int) -> dict[str, float]:
     return {"step": step, "max_steps": REPORTS, "eval_exact_match": value, **dict.fromkeys(names, value)}
 
 
-def space(num_trials: int) -> Space:
-    """The quickstart's space, with `num_trials` trials and no early stops."""
-    overrides = [f"study.num_trials={num_trials}", "study.scheduler=none", "resources.cpus_per_worker=0.01"]
+def space(num_trials: int, scheduler: str) -> Space:
+    """The quickstart's space, with `num_trials` trials."""
+    study = {"num_trials": num_trials, "scheduler": scheduler, "grace_period": 2}
+    overrides = [*(f"study.{key}={value}" for key, value in study.items()), "resources.cpus_per_worker=0.01"]
     return load_space(SPACE, overrides)
 
 
@@ -73,22 +78,24 @@ def tracker(study: SearchStudy) -> MlflowTracker:
     )
 
 
-def measure_searches(counts: list[int]) -> None:
-    """Print seconds a trial and a report of whole searches, for each number of trials at one time."""
-    print("| at one time | trials | wall (s) | a trial (s) | reports a second | a report in the driver (ms) |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for concurrent in counts:
-        trials = max(8, 2 * concurrent)
-        with tempfile.TemporaryDirectory() as folder:
-            study = open_study(space(trials), Layout(Path(folder)), {})
-            observers = Observers([tracker(study)])
-            with timed(study, "report") as in_study, timed(observers, "trial_reported") as in_mlflow:
-                started = time.perf_counter()
-                run_trials(study, observers, concurrent)
-                wall = time.perf_counter() - started
-        driver = 1000 * (sum(in_study) + sum(in_mlflow)) / len(in_study)
-        rate = trials * REPORTS / wall
-        print(f"| {concurrent} | {trials} | {wall:.1f} | {wall / trials:.2f} | {rate:.0f} | {driver:.0f} |", flush=True)
+def measure_search(concurrent: int) -> str:
+    """A row of a whole search without early stops: seconds a trial, and what a report costs the driver."""
+    trials = max(8, 2 * concurrent)
+    with (
+        cluster(None),
+        mock.patch("bilora_ray.search.run.run_trial", null_trial),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        study = open_study(space(trials, "none"), Layout(Path(folder)), {})
+        observers = Observers([tracker(study)])
+        with timed(study, "report") as in_study, timed(observers, "trial_reported") as in_mlflow:
+            started = time.perf_counter()
+            run_trials(study, observers, concurrent)
+            wall = time.perf_counter() - started
+    in_driver = " | ".join(f"{1000 * statistics.median(seconds):.1f}" for seconds in (in_study, in_mlflow))
+    return (
+        f"| {concurrent} | {trials} | {wall:.1f} | {wall / trials:.2f} | {trials * REPORTS / wall:.0f} | {in_driver} |"
+    )
 
 
 @contextmanager
@@ -108,49 +115,84 @@ def timed(target: Any, name: str) -> Iterator[list[float]]:
         yield seconds
 
 
-def measure_studies(sizes: list[int], database: str | None) -> None:
-    """Print what the driver's work on the last ten trials of a study costs, and its memory, as the study grows."""
-    kind = "SQLite" if database is None else "PostgreSQL"
-    for size in sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            layout = Layout(Path(folder), database)
-            growing = replace(space(size), study=space(size).study.model_copy(update={"name": f"scaling-{size}"}))
-            study = open_study(growing, layout, {})
-            asks, reports = [], []
-            while True:
-                started = time.perf_counter()
-                number = study.next_trial()
-                if number is None:
-                    break
-                asks.append(time.perf_counter() - started)
+def measure_study(size: int, scheduler: str, database: str | None) -> str:
+    """A row of the driver's own work on a study: what its last ten trials cost, and its memory at the end."""
+    with tempfile.TemporaryDirectory() as folder:
+        layout = Layout(Path(folder), database)
+        growing = space(size, scheduler)
+        growing = replace(growing, study=growing.study.model_copy(update={"name": f"scaling-{size}-{scheduler}"}))
+        study = open_study(growing, layout, {})
+        asks: list[float] = []
+        reports: list[float] = []
+        with writes_of(study) as writes:
+            while (number := clocked(asks, study.next_trial)) is not None:
                 for step in range(1, REPORTS + 1):
-                    started = time.perf_counter()
-                    study.report(number, evaluation(step, number))
-                    reports.append(time.perf_counter() - started)
-            memory = psutil.Process().memory_info().rss / 2**20
-            ask = statistics.median(asks[-10:]) * 1000
-            report = statistics.median(reports[-10 * REPORTS :]) * 1000
-            print(
-                f"| {kind} | {size} | {ask:.0f} | {report:.1f} | {sum(asks) + sum(reports):.0f} | {memory:.0f} |",
-                flush=True,
-            )
-            delete_study(growing, layout)
+                    if clocked(reports, study.report, number, evaluation(step, number)) is not Status.RUNNING:
+                        break
+        memory = psutil.Process().memory_info().rss / 2**20
+        ask, report = (1000 * statistics.median(seconds[-10:]) for seconds in (asks, reports))
+        share, total = len(writes) / len(reports), sum(asks) + sum(reports)
+        delete_study(growing, layout)
+    kind = "SQLite" if database is None else "PostgreSQL"
+    figures = f"{len(reports)} | {ask:.0f} | {report:.1f} | {share:.1f} | {total:.0f} | {memory:.0f}"
+    return f"| {kind} | {scheduler} | {size} | {figures} |"
+
+
+def clocked(seconds: list[float], call: Callable[..., Any], *arguments: Any) -> Any:
+    """What `call` returns; how long it took goes to `seconds`."""
+    started = time.perf_counter()
+    result = call(*arguments)
+    seconds.append(time.perf_counter() - started)
+    return result
+
+
+@contextmanager
+def writes_of(study: SearchStudy) -> Iterator[list[str]]:
+    """The statements of the block that change the study database."""
+    writes: list[str] = []
+
+    def note(*arguments: Any) -> None:
+        statement = str(arguments[2])
+        if statement.startswith(("INSERT", "UPDATE", "DELETE")):
+            writes.append(statement)
+
+    engine = study.study._storage._backend.engine
+    event.listen(engine, "before_cursor_execute", note)
+    try:
+        yield writes
+    finally:
+        event.remove(engine, "before_cursor_execute", note)
 
 
 def main() -> None:
-    """Print the two tables."""
+    """Print the two tables, each row from a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concurrent", type=int, nargs="*", default=[1, 2, 4, 8, 16])
     parser.add_argument("--trials", type=int, nargs="*", default=[10, 100, 1000])
     parser.add_argument("--postgresql", metavar="URL", help="database for the second table, besides SQLite")
     arguments = parser.parse_args()
-    if arguments.concurrent:
-        with cluster(None), mock.patch("bilora_ray.search.run.run_trial", null_trial):
-            measure_searches(arguments.concurrent)
-    print("\n| database | trials | ask for a trial (ms) | a report (ms) | database time in all (s) | driver (MiB) |")
-    print("| --- | --- | --- | --- | --- | --- |")
-    for database in (None, arguments.postgresql) if arguments.postgresql else (None,):
-        measure_studies(arguments.trials, database)
+    databases = (None, arguments.postgresql) if arguments.postgresql else (None,)
+    tables = (
+        (
+            "at one time | trials | wall (s) | a trial (s) | reports a second | a report: study (ms) | MLflow (ms)",
+            [(measure_search, concurrent) for concurrent in arguments.concurrent],
+        ),
+        (
+            "database | scheduler | trials | reports | ask for a trial (ms) | a report (ms) | writes a report"
+            " | database time in all (s) | driver (MiB)",
+            [
+                (measure_study, size, scheduler, database)
+                for database in databases
+                for scheduler in ("none", "asha")
+                for size in arguments.trials
+            ],
+        ),
+    )
+    for head, rows in tables:
+        print(f"\n| {head} |\n|{' --- |' * len(head.split(' | '))}")
+        for measure, *values in rows:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                print(process.submit(measure, *values).result(), flush=True)
 
 
 if __name__ == "__main__":

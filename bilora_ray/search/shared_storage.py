@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bilora_ray.errors import UserError
@@ -26,7 +26,7 @@ def check_shared(storage_path: Path) -> None:
     Raises:
         UserError: some do not, each by its address; or this process cannot write there.
     """
-    nodes = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+    nodes = _nodes()
     if len(nodes) < 2:
         return
     try:
@@ -42,19 +42,29 @@ def check_shared(storage_path: Path) -> None:
         )
 
 
+def _nodes() -> dict[str, str]:
+    """Id -> address of the nodes that are there."""
+    return {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+
+
 def _blind(nodes: dict[str, str], folder: Path) -> list[str]:
-    """The addresses of the nodes that do not find the question in `folder`, or whose answer is not found here."""
+    """The addresses of the nodes that do not find the question in `folder`, or whose answer is not found here.
+
+    A node that is lost while it is asked is none of them: whatever it saw, no trial will run there.
+    """
     (folder / QUESTION).write_text(folder.name)
     asked = {node: _ask(node, folder) for node in nodes}
     tasks = list(asked.values())
     answered, _ = ray.wait(tasks, num_returns=len(tasks), timeout=ANSWER_TIMEOUT_S)
-    blind = []
+    blind = {}
     for node, address in nodes.items():
-        if asked[node] not in answered:
-            blind.append(f"{address} (no answer)")
-        elif not (_said_yes(asked[node]) and _reads(folder / f"{ANSWER}-{node}", folder.name)):
-            blind.append(address)
-    return blind
+        said = _said(asked[node]) if asked[node] in answered else None
+        if said is None:
+            blind[node] = f"{address} (no answer)"
+        elif not (said and _reads(folder / f"{ANSWER}-{node}", folder.name)):
+            blind[node] = address
+    there = _nodes() if blind else {}
+    return [address for node, address in blind.items() if node in there]
 
 
 def _ask(node: str, folder: Path) -> ray.ObjectRef:
@@ -72,11 +82,14 @@ def _answer(folder: str, answer: str) -> bool:
     return seen
 
 
-def _said_yes(task: ray.ObjectRef) -> bool:
+def _said(task: ray.ObjectRef) -> bool | None:
+    """What a node answered; None if its process or the node itself was lost."""
     try:
         return bool(ray.get(task))
-    except RayError:  # it may not write there, or the node was lost
+    except RayTaskError:  # it may not write there
         return False
+    except RayError:
+        return None
 
 
 def _reads(file: Path, content: str) -> bool:
