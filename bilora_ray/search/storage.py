@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,10 @@ def open_storage(layout: Layout) -> optuna.storages.RDBStorage:
     Raises:
         UserError: the file is something else, or the server does not answer.
     """
+    return _open(layout) if layout.study_database is None else _open_once(layout)
+
+
+def _open(layout: Layout) -> optuna.storages.RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     url, engine = f"sqlite:///{layout.database_file}", {"connect_args": {"timeout": WAIT_S}}
     if layout.study_database is not None:
@@ -76,6 +81,10 @@ def open_storage(layout: Layout) -> optuna.storages.RDBStorage:
             reason = first_line(getattr(error, "orig", None) or error)
             raise UserError(f"--study-database {layout.database}: cannot be used ({reason})") from None
         raise UserError(f"{layout.database_file}: is not a database of studies that this version can read") from None
+
+
+# Each storage has connections of its own, and a server has not many for all of its searches.
+_open_once = lru_cache(_open)
 
 
 @contextmanager

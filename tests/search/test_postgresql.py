@@ -237,3 +237,12 @@ def test_of_two_first_starts_from_different_storage_paths_one_is_refused(
     (error,) = refused
     assert isinstance(error, UserError)
     assert "keeps its trials in another folder" in str(error)
+
+
+def test_a_process_has_few_connections_whatever_it_asks(database: Server, tmp_path: Path) -> None:
+    layout = Layout(tmp_path, new_database(database, "few"))
+    for _ in range(5):
+        assert study_names(layout) == []
+    with psycopg.connect(database.url) as connection:
+        (count,) = connection.execute("SELECT count(*) FROM pg_stat_activity WHERE datname = 'few'").fetchone() or (0,)
+    assert count <= 2
