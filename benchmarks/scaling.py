@@ -79,7 +79,7 @@ def tracker(study: SearchStudy) -> MlflowTracker:
 
 
 def measure_search(concurrent: int) -> str:
-    """A row of a whole search without early stops: seconds a trial, and what a report costs the driver."""
+    """A row of a whole search without early stops. What a trial costs is counted from the first report on."""
     trials = max(8, 2 * concurrent)
     with (
         cluster(None),
@@ -91,17 +91,17 @@ def measure_search(concurrent: int) -> str:
         with timed(study, "report") as in_study, timed(observers, "trial_reported") as in_mlflow:
             started = time.perf_counter()
             run_trials(study, observers, concurrent)
-            wall = time.perf_counter() - started
-    in_driver = " | ".join(f"{1000 * statistics.median(seconds):.1f}" for seconds in (in_study, in_mlflow))
-    return (
-        f"| {concurrent} | {trials} | {wall:.1f} | {wall / trials:.2f} | {trials * REPORTS / wall:.0f} | {in_driver} |"
-    )
+            ended = time.perf_counter()
+    first = min(in_study)
+    in_driver = " | ".join(f"{1000 * statistics.median(calls.values()):.1f}" for calls in (in_study, in_mlflow))
+    rates = f"{(ended - first) / trials:.2f} | {len(in_study) / (max(in_study) - first):.0f}"
+    return f"| {concurrent} | {trials} | {first - started:.1f} | {rates} | {in_driver} |"
 
 
 @contextmanager
-def timed(target: Any, name: str) -> Iterator[list[float]]:
-    """The seconds of each call of a method, for the block."""
-    seconds: list[float] = []
+def timed(target: Any, name: str) -> Iterator[dict[float, float]]:
+    """When each call of a method began in the block -> its seconds."""
+    seconds: dict[float, float] = {}
     real: Callable[..., Any] = getattr(target, name)
 
     def call(*arguments: Any) -> Any:
@@ -109,7 +109,7 @@ def timed(target: Any, name: str) -> Iterator[list[float]]:
         try:
             return real(*arguments)
         finally:
-            seconds.append(time.perf_counter() - started)
+            seconds[started] = time.perf_counter() - started
 
     with mock.patch.object(target, name, call):
         yield seconds
@@ -122,28 +122,24 @@ def measure_study(size: int, scheduler: str, database: str | None) -> str:
         growing = space(size, scheduler)
         growing = replace(growing, study=growing.study.model_copy(update={"name": f"scaling-{size}-{scheduler}"}))
         study = open_study(growing, layout, {})
-        asks: list[float] = []
-        reports: list[float] = []
-        with writes_of(study) as writes:
-            while (number := clocked(asks, study.next_trial)) is not None:
+        with writes_of(study) as writes, timed(study, "next_trial") as asks, timed(study, "report") as reports:
+            began, written = [], 0
+            while (number := study.next_trial()) is not None:
+                began.append(time.perf_counter())
+                before = len(writes)
                 for step in range(1, REPORTS + 1):
-                    if clocked(reports, study.report, number, evaluation(step, number)) is not Status.RUNNING:
+                    if study.report(number, evaluation(step, number)) is not Status.RUNNING:
                         break
+                written += len(writes) - before
         memory = psutil.Process().memory_info().rss / 2**20
-        ask, report = (1000 * statistics.median(seconds[-10:]) for seconds in (asks, reports))
-        share, total = len(writes) / len(reports), sum(asks) + sum(reports)
         delete_study(growing, layout)
+    # The last call of next_trial finds nothing left.
+    ask = statistics.median(list(asks.values())[-11:-1])
+    report = statistics.median(seconds for at, seconds in reports.items() if at >= began[-min(10, size)])
+    total = sum(asks.values()) + sum(reports.values())
     kind = "SQLite" if database is None else "PostgreSQL"
-    figures = f"{len(reports)} | {ask:.0f} | {report:.1f} | {share:.1f} | {total:.0f} | {memory:.0f}"
-    return f"| {kind} | {scheduler} | {size} | {figures} |"
-
-
-def clocked(seconds: list[float], call: Callable[..., Any], *arguments: Any) -> Any:
-    """What `call` returns; how long it took goes to `seconds`."""
-    started = time.perf_counter()
-    result = call(*arguments)
-    seconds.append(time.perf_counter() - started)
-    return result
+    figures = f"{len(reports)} | {1000 * ask:.0f} | {1000 * report:.1f} | {written / len(reports):.1f}"
+    return f"| {kind} | {scheduler} | {size} | {figures} | {total:.0f} | {memory:.0f} |"
 
 
 @contextmanager
@@ -174,7 +170,8 @@ def main() -> None:
     databases = (None, arguments.postgresql) if arguments.postgresql else (None,)
     tables = (
         (
-            "at one time | trials | wall (s) | a trial (s) | reports a second | a report: study (ms) | MLflow (ms)",
+            "at one time | trials | until the first report (s) | a trial (s) | reports a second"
+            " | a report: study (ms) | MLflow (ms)",
             [(measure_search, concurrent) for concurrent in arguments.concurrent],
         ),
         (
@@ -191,7 +188,7 @@ def main() -> None:
     for head, rows in tables:
         print(f"\n| {head} |\n|{' --- |' * len(head.split(' | '))}")
         for measure, *values in rows:
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            with ProcessPoolExecutor(1, mp_context=get_context("fork")) as process:
                 print(process.submit(measure, *values).result(), flush=True)
 
 
