@@ -22,6 +22,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from bilora_ray.errors import UserError, nearest
 
@@ -235,7 +236,7 @@ def coerce(setting: str, value: Any, where: str) -> Any:
         adapter: TypeAdapter[Any] = TypeAdapter(kind, config=TrialConfig.model_config)
         return adapter.validate_python(value)
     except ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(TrialConfig, error)}") from None
+        raise UserError(f"{where}: {_in_words(TrialConfig, _first(error))}") from None
 
 
 def applies(setting: str, method: str) -> bool:
@@ -255,15 +256,21 @@ def build(kind: type[SettingsT], values: Mapping[str, Any], where: str, overridd
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        problem = _first_problem(kind, error)
-        # A problem starts with its key, or names it in quotes where it is unknown.
-        key = problem.partition(":")[0].partition(".")[0].removeprefix("unknown key '").partition("'")[0]
-        raise UserError(f"{'--set' if key in overridden else where}: {problem}") from None
+        problem = _first(error)
+        if problem["loc"] and problem["loc"][0] in overridden:
+            where = f"--set {where.rpartition(' ')[2]}"
+        elif not problem["loc"] and overridden:  # settings that do not go together, of either origin
+            where = f"{where}, with --set"
+        raise UserError(f"{where}: {_in_words(kind, problem)}") from None
 
 
-def _first_problem(kind: type[Settings], error: ValidationError) -> str:
+def _first(error: ValidationError) -> ErrorDetails:
+    """The first problem that `error` has, or an unknown key if there is one: it is often why another is missing."""
     problems = error.errors(include_url=False)
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    return next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
+
+
+def _in_words(kind: type[Settings], problem: ErrorDetails) -> str:
     key = ".".join(str(part) for part in problem["loc"] if not _is_union_branch(part))
     message = re.sub(r"^(Value error, |Input |String |Tuple )", "", problem["msg"])
     if problem["type"] == "extra_forbidden":

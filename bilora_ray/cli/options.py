@@ -95,7 +95,9 @@ SEARCH_OPTIONS = (
     mlflow_option,
     insecure_option,
     click.option(
-        "--dry-run", is_flag=True, help="Check all that can be checked without training, say what would run, and stop."
+        "--dry-run",
+        is_flag=True,
+        help="Check data, tokenizer, the model's shape and the study, say what would run, and stop.",
     ),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
@@ -149,8 +151,10 @@ def print_next(
     command = shlex.quote(program())
     runs = "" if storage_path == Path("runs") else f" --storage-path {shlex.quote(str(storage_path))}"
     where = runs + _again("--study-database", study_database, "BILORA_RAY_STUDY_DATABASE")
-    pages = f"{command} ui{runs}"
-    if mlflow_uri is not None:
+    pages: str | None = f"{command} ui{runs}"
+    if mlflow_uri is None and not (absolute(storage_path) / "mlflow.db").exists():
+        pages = None  # the runs are in an MLflow that this command was not told of
+    elif mlflow_uri is not None:
         pages = f"{command} ui{_again('--mlflow-uri', mlflow_uri, 'MLFLOW_TRACKING_URI')}"
         if mlflow_uri.partition("://")[0] in SERVERS:  # it has pages of its own, which `ui` does not show
             pages = masked(mlflow_uri)
@@ -160,7 +164,8 @@ def print_next(
         ("Take it", f"{command} export {study}{where} --output {study}-adapter"),
         ("Browse", pages),
     ):
-        click.echo(f"{what:<8} {line}")
+        if line is not None:
+            click.echo(f"{what:<8} {line}")
 
 
 def _again(option: str, uri: str | None, variable: str) -> str:

@@ -35,7 +35,7 @@ def command(study: str | None, storage_path: Path, study_database: str | None, a
     from rich.console import Console
 
     from bilora_ray.search.layout import Layout
-    from bilora_ray.search.storage import study_names
+    from bilora_ray.search.storage import naming_the_database, study_names
     from bilora_ray.search.studies import load_study
 
     layout = Layout(absolute(storage_path), study_database)
@@ -51,7 +51,8 @@ def command(study: str | None, storage_path: Path, study_database: str | None, a
         print_json(study_as_json(found))
         return
     console = Console(highlight=False)
-    records = found.records_now()
+    with naming_the_database(layout):
+        records = found.records_now()
     counts = {words: sum(record.status is status for record in records) for status, words in STATUS_WORDS.items()}
     summary = ", ".join(f"{count} {words}" for words, count in counts.items() if count) or "no trials"
     console.print(f"Study '{study}': {summary} of {found.space.study.num_trials}", style="bold", markup=False)

@@ -42,14 +42,14 @@ class TrialTable:
         for key in keys:
             table.add_column(_broken(key), justify="right", no_wrap=True)
         for cells, sampled in self.rows:
-            table.add_row(*cells, *(_setting(sampled[key]) if key in sampled else "" for key in keys))
+            table.add_row(*cells, *(_setting(sampled[key]) if key in sampled else Text() for key in keys))
         return table
 
     def _narrow(self) -> Table:
         table = self._table()
         table.add_column("settings", overflow="fold")
         for cells, sampled in self.rows:
-            table.add_row(*cells, Text("  ".join(f"{key}={_setting(value)}" for key, value in sampled.items())))
+            table.add_row(*cells, Text("  ").join(Text(f"{key}=") + _setting(value) for key, value in sampled.items()))
         return table
 
     def _table(self) -> Table:
@@ -78,8 +78,9 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-def _setting(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+def _setting(value: Any) -> Text:
+    """A setting's value in as few characters as tell it; not markup, which a template may look like."""
+    return Text(f"{value:.3g}" if isinstance(value, float) else str(value))
 
 
 def _broken(name: str) -> str:

@@ -140,7 +140,12 @@ def _rehearse(
     if is_own(ray_address):
         capacity(space.resources, this_machine())
     quiet()
-    return rehearse(space.first_config())
+    configs = [space.first_config()]
+    for key in ("model_name_or_path", "target_modules"):
+        if key in space.distributions:
+            configs += [configs[0].model_copy(update={key: value}) for value in space.distributions[key].ends()[1:]]
+    first, *_ = [rehearse(config) for config in configs]
+    return first
 
 
 def _print_plan(space: Space, read: Mapping[str, Truncation]) -> None:

@@ -13,16 +13,16 @@ from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import AuthenticationError, RayError
+from ray.util.state.exception import RayStateApiException
 
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.scale.trial import name_cluster
 from bilora_ray.search.own_ray import private_ray
+from bilora_ray.search.shared_storage import ANSWER_TIMEOUT_S
 from bilora_ray.search.space import ResourceConfig
 
-CLIENT_PORT = 10001
+PORT = 6379
 PROBE_TIMEOUT_S = 5.0
-# A node may have to start a process first.
-ANSWER_TIMEOUT_S = 60.0
 # What a process asks for that is to be on the head: next to nothing of it.
 ON_HEAD = {"node:__internal_head__": 0.001}
 TUNE_ENVIRONMENT = {
@@ -101,16 +101,18 @@ def this_machine() -> dict[str, float]:
 
 
 def check_address(address: str | None) -> None:
-    """Refuse an address, host:port or ray://host:port, where nothing listens: Ray itself would try it for minutes.
+    """Refuse an address where nothing listens: Ray itself would try it for minutes.
 
     Raises:
-        UserError: nothing listens there, or it is no such address.
+        UserError: nothing listens there, or it is not host:port.
     """
     if address in (None, "auto", "local"):
         return
+    if address.startswith("ray://"):  # Tune would run on the head, where it finds no study
+        raise UserError(f"--ray-address {address}: a search does not run over Ray Client; use bilora-ray submit")
     try:
         parts = urlsplit(address if "://" in address else f"//{address}")
-        with socket.create_connection((parts.hostname or "", parts.port or CLIENT_PORT), PROBE_TIMEOUT_S):
+        with socket.create_connection((parts.hostname or "", parts.port or PORT), PROBE_TIMEOUT_S):
             pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -121,16 +123,20 @@ def check_dashboard(address: str | None) -> None:
     """Refuse the connected cluster, for trials with workers of their own, if its dashboard does not answer.
 
     Raises:
-        UserError: it does not answer there where Ray Train asks it, on the head.
+        UserError: it does not answer there where Ray Train asks it, on the head; or nothing of ours runs there.
     """
     task = ray.remote(_ask_dashboard).options(num_cpus=0, max_retries=0, resources=ON_HEAD)
     try:
         ray.get(task.remote(), timeout=ANSWER_TIMEOUT_S)
-    except RayError:
-        raise UserError(
-            f"--ray-address {address}: its dashboard does not answer, and trials of several workers need it; "
-            "start the head with --include-dashboard=true and ray[default]"
-        ) from None
+    except RayError as error:
+        cause = getattr(error, "cause", error)
+        line = f"its head cannot run this search ({first_line(cause)})"
+        if isinstance(cause, RayStateApiException):
+            line = (
+                "its dashboard does not answer, and trials of several workers need it; "
+                "start the head with --include-dashboard=true and ray[default]"
+            )
+        raise UserError(f"--ray-address {address}: {line}") from None
 
 
 def _ask_dashboard() -> None:

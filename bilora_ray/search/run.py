@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import NoReturn
 
@@ -84,7 +84,7 @@ def search(
         study, observers = running.study, running.observers()
         concurrent = space.study.max_concurrent or capacity(space.resources, ray.cluster_resources())
         run_trials(study, observers, concurrent)
-        while study.await_others(watcher):
+        while study.await_others(Observers([watcher]), watcher.say):
             run_trials(study, observers, concurrent)
     return study
 
@@ -117,7 +117,7 @@ def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> Non
     # A trial's own process waits while its workers train: it takes no CPU that they need.
     own = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker} if alone else ON_HEAD
     scheduler = StudyScheduler(study, observers)
-    with tempfile.TemporaryDirectory(prefix="bilora-ray-") as scratch, _heeding_ctrl_c():
+    with tempfile.TemporaryDirectory(prefix="bilora-ray-") as scratch, _heeding_ctrl_c(unless=study.finished):
         tune.Tuner(
             tune.with_resources(
                 run_trial if alone else run_trial_on_workers,
@@ -146,8 +146,8 @@ def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> Non
 
 
 @contextmanager
-def _heeding_ctrl_c() -> Iterator[None]:
-    """Raise KeyboardInterrupt after the block, in which Tune runs, if Ctrl-C came in it.
+def _heeding_ctrl_c(unless: Callable[[], bool]) -> Iterator[None]:
+    """Raise KeyboardInterrupt after the block, in which Tune runs, if Ctrl-C came in it and all is not done.
 
     Tune takes Ctrl-C for itself, and returns then as if all were done. If none came, it does not give Ctrl-C back, and
     would swallow the next one although it runs no more.
@@ -159,5 +159,5 @@ def _heeding_ctrl_c() -> Iterator[None]:
         came = signal.getsignal(signal.SIGINT) is before
     finally:
         signal.signal(signal.SIGINT, before)
-    if came:
+    if came and not unless():
         raise KeyboardInterrupt

@@ -42,6 +42,7 @@ NOT_SEARCHED = frozenset(
 )
 # These decide which rows are held out, unless validation data is named.
 DECIDE_THE_SPLIT = frozenset({"seed", "train_data"})
+MERGE = "tag:yaml.org,2002:merge"
 # What PyYAML raises: its own errors, and Python's on values such as the date 2024-02-30.
 YAML_ERRORS = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
 
@@ -53,6 +54,8 @@ class _Loader(yaml.SafeLoader):
         """As PyYAML asks for it."""
         seen: set[Hashable] = set()
         for key_node, _ in node.value:
+            if key_node.tag == MERGE:  # which may stand beside what it brings
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 break  # refused below
@@ -89,7 +92,7 @@ def load_space(path: Path | None, overrides: Sequence[str] = (), locate: Locate 
     of_resources = {**sections["resources"], **given["resources"]}
     resources = build(ResourceConfig, of_resources, f"{path}: resources", given["resources"])
     distributions = {
-        key: _distribution("--set" if key in given["trial"] else f"{path}: trial", key, value)
+        key: _distribution("--set trial" if key in given["trial"] else f"{path}: trial", key, value)
         for key, value in trial.items()
         if isinstance(value, dict)
     }
@@ -154,16 +157,17 @@ def parse_override(text: str) -> tuple[str, str, Any]:
     if section not in SECTIONS:
         raise UserError(f"--set {text}: unknown section '{section}'; {nearest(section, SECTIONS)}")
     try:
-        return section, name, yaml.safe_load(value)
+        return section, name, _Loader(value).get_single_data()
     except YAML_ERRORS:
         raise UserError(f"--set {text}: the value is not valid YAML") from None
 
 
 def _distribution(section: str, key: str, value: dict[str, Any]) -> Distribution:
-    where = f"{section}.{key}" if section != "--set" else f"--set {key}"
+    where = f"{section}.{key}"
     if key not in TrialConfig.model_fields:
         raise UserError(f"{section}: unknown key '{key}'; {nearest(key, TrialConfig.model_fields)}")
-    if all(item is None for item in value.values()):  # {answer} is a mapping to YAML
+    begun = bool(value.keys() & {"choice", "low", "high"})
+    if value and not begun and all(item is None for item in value.values()):  # {answer} is a mapping to YAML
         braces = "{" + ", ".join(map(str, value)) + "}"
         raise UserError(f'{where}: a text that starts with a brace needs quotes: "{braces}"')
     if key in NOT_SEARCHED:

@@ -166,9 +166,11 @@ def _place(uri: str) -> tuple[str, int, str | None] | None:
         return None
     if url.get_backend_name() != "postgresql":
         return None
-    # Without a host PostgreSQL is asked on this machine, and without a name for the user's own database.
-    host = (url.host or "localhost").lower()
-    return "localhost" if is_local(host) else host, url.port or PORT, url.database or url.username
+    # Without a host PostgreSQL is asked on this machine, and without a name for the user's own database. Both may stand
+    # in the query instead: the folder of a socket, or a list, which is taken as one name.
+    host = str(url.host or url.query.get("host") or "localhost").lower()
+    port = url.port or int(str(url.query.get("port", PORT)))
+    return "localhost" if is_local(host) else host, port, url.database or url.username
 
 
 def _server(database: str) -> tuple[str, dict[str, Any]]:

@@ -7,9 +7,9 @@ claim to it was interrupted; it is handed out again, under its own number, befor
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import optuna
 from optuna.samplers import RandomSampler
@@ -22,11 +22,8 @@ from bilora_ray.search.layout import Layout
 from bilora_ray.search.proposals import is_weak, propose
 from bilora_ray.search.space import Space
 from bilora_ray.search.storage import Claims
-from bilora_ray.tracking.records import Status, TrialRecord, best_of
+from bilora_ray.tracking.records import Observer, Status, TrialRecord, best_of
 from bilora_ray.training.folder import TrialFolder
-
-if TYPE_CHECKING:
-    from bilora_ray.search.session import Watcher
 
 ID, ERROR = "id", "error"
 STATUS = {
@@ -79,11 +76,12 @@ class SearchStudy:
                 self._live[number] = propose(self.study, self.space, number)
         return number
 
-    def await_others(self, watcher: Watcher) -> bool:
+    def await_others(self, observer: Observer, say: Callable[[str], None]) -> bool:
         """Wait while other processes run all that is left.
 
         Args:
-            watcher: hears of it, and of the trials that have ended.
+            observer: hears of the trials that have ended.
+            say: shows a person, once, that this process waits.
 
         Returns:
             Whether one of them died, so that there is a trial to go on with.
@@ -93,7 +91,7 @@ class SearchStudy:
         while True:
             ended = {trial.number: trial for trial in self._trials(*ENDED)}
             for number in ended.keys() - told:
-                watcher.trial_ended(self._record(ended[number]))
+                observer.trial_ended(self._record(ended[number]))
             told.update(ended)
             if len(ended) >= self.space.study.num_trials:
                 return False
@@ -101,10 +99,10 @@ class SearchStudy:
                 for number in self._orphans():
                     self._claims.release(number)
                     return True
-            if not waits:
+            running = len(self._trials(TrialState.RUNNING))
+            if running and not waits:
                 waits = True
-                running = len(self._trials(TrialState.RUNNING))
-                watcher.say(f"waiting for other searches: they run {running} of the trials")
+                say(f"waiting for other searches: they run {running} of the trials")
             time.sleep(POLL_S)
 
     def own_records(self) -> list[TrialRecord]:
@@ -122,8 +120,12 @@ class SearchStudy:
     def records_now(self) -> list[TrialRecord]:
         """As `records`, with those interrupted that are running in the database and in no process."""
         records, orphans = self._survey()
-        interrupted = Status.INTERRUPTED
-        return [replace(record, status=interrupted) if record.number in orphans else record for record in records]
+        return [
+            replace(record, status=Status.INTERRUPTED)
+            if record.status is Status.RUNNING and record.number in orphans
+            else record
+            for record in records
+        ]
 
     def in_hand(self) -> list[int]:
         """The running trials that are this process's."""
@@ -221,10 +223,10 @@ class SearchStudy:
     def _survey(self) -> tuple[list[TrialRecord], set[int]]:
         """All trials, and the numbers of the running ones that no process has a claim to."""
         with self.layout.choosing(self.study.study_name):
-            records, orphans = self.records(), set(self._orphans())
+            orphans = set(self._orphans())
             for number in orphans:
                 self._claims.release(number)
-        return records, orphans
+        return self.records(), orphans
 
     def _trial(self, number: int) -> FrozenTrial:
         """One trial, read by itself: what a report costs must not grow with the study."""

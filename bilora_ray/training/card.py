@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from bilora_ray.config import TrialConfig, applies
+from bilora_ray.paths import BUILTIN
 from bilora_ray.training.model import AUTO_CLASS
 
 CARD = "README.md"
@@ -42,11 +43,19 @@ def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) ->
         config: the settings of the trial.
         origin: the study, the trial's number and the value of its metric.
     """
-    base, labels, model_class = config.model_name_or_path, "", AUTO_CLASS[config.task].__name__
+    base, model_class = config.model_name_or_path, AUTO_CLASS[config.task].__name__
+    arguments, imports = [f'"{base}"'], ""
+    if base.startswith(BUILTIN):
+        imports, arguments = "from bilora_ray import builtin\n", [f'builtin.path("{base.removeprefix(BUILTIN)}")']
+    if config.model_revision is not None:
+        arguments.append(f'revision="{config.model_revision}"')
+    if config.trust_remote_code:
+        arguments.append("trust_remote_code=True")
     if config.task == "sequence-classification":
-        labels = f", num_labels={len(config.label_names or ())}"
+        arguments.append(f"num_labels={len(config.label_names or ())}")
     settings = {key: value for key, value in config.model_dump().items() if applies(key, config.method)}
-    rows = "\n".join(f"| {key} | {settings[key]} |" for key in SHOWN if settings.get(key) is not None)
+    shown = {key: str(settings[key]).replace("|", "\\|") for key in SHOWN if settings.get(key) is not None}
+    rows = "\n".join(f"| {key} | {value} |" for key, value in shown.items())
     value = origin.get(config.metric)
     result = "" if value is None else f", with {config.metric} {value:.6g} on its validation rows"
     metadata = ModelCard.load(adapter / CARD, ignore_metadata_errors=True).data.to_yaml()
@@ -65,10 +74,10 @@ Trained with {METHOD[config.method]} by bilora-ray: trial {origin["trial"]} of s
 {rows}
 
 ```python
-from peft import PeftModel
+{imports}from peft import PeftModel
 from transformers import {model_class}
 
-base = {model_class}.from_pretrained("{base}"{labels})
+base = {model_class}.from_pretrained({", ".join(arguments)})
 model = PeftModel.from_pretrained(base, "PATH")
 ```
 """,

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,6 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         yield unfinished
         for path_inside in (*unfinished.rglob("*"), unfinished):
-            if path_inside.is_file():  # safetensors makes a file for its owner alone
-                path_inside.chmod(unfinished.stat().st_mode & 0o666)
             _sync(path_inside)
         shutil.rmtree(path, ignore_errors=True)
         unfinished.rename(path)
@@ -105,6 +103,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     except BaseException:  # Ctrl-C and a stopped trial too: nothing half-written stays, and all is raised again
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def readable(folder: Path) -> None:
+    """Let who may read `folder` read its files: safetensors makes its own for their owner alone."""
+    for file in folder.iterdir():
+        with suppress(OSError):  # some mounts have no such modes
+            file.chmod(folder.stat().st_mode & 0o666)
 
 
 def _sync(path: Path) -> None:

@@ -74,7 +74,7 @@ def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> Non
     from peft import PeftModel
 
     from bilora_ray.training import model as models
-    from bilora_ray.training.checkpoint import atomic_folder
+    from bilora_ray.training.checkpoint import atomic_folder, readable
 
     settings = {**read_recipe(adapter)["settings"], "quantization": None}
     config = build(TrialConfig, settings, f"{adapter / RECIPE}: settings")
@@ -86,3 +86,4 @@ def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> Non
         merged.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         write_recipe(unfinished, config, {**origin, "merged": True})
+        readable(unfinished)

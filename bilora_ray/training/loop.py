@@ -23,7 +23,7 @@ from bilora_ray.errors import NonFiniteLoss, TrialFailure, UserError
 from bilora_ray.method import export_primary
 from bilora_ray.paths import cached_commit
 from bilora_ray.training import model as models
-from bilora_ray.training.checkpoint import atomic_folder, load_checkpoint, save_checkpoint, trainable
+from bilora_ray.training.checkpoint import atomic_folder, load_checkpoint, readable, save_checkpoint, trainable
 from bilora_ray.training.data import Prepared, collate, prepare, target_count, train_batches
 from bilora_ray.training.evaluate import evaluate
 from bilora_ray.training.export import write_recipe
@@ -225,6 +225,7 @@ class Run:
             settings = self.config.model_copy(update={"label_names": self.label_names})
             commit = cached_commit(settings.model_name_or_path, settings.model_revision)
             write_recipe(unfinished, settings, {"step": self.progress.step, "model_commit": commit})
+            readable(unfinished)
 
 
 def fit(config: TrialConfig, folder: TrialFolder, report: Report, workers: Workers = ALONE) -> Progress:

@@ -101,8 +101,12 @@ def load_base(
 
 def load_shape(config: TrialConfig, label_names: Sequence[str] | None) -> PreTrainedModel:
     """As `load_base`, but without any weights: its modules show what a trial would refuse."""
+    if config.quantization is not None:
+        _quantization(config)
+    # Which attention there is depends on the GPU, which the trials may have elsewhere.
+    anywhere = config.model_copy(update={"attn_implementation": None})
     with _naming_the_model(config):
-        model = _without_weights(config, _base_arguments(config, label_names))
+        model = _without_weights(config, _base_arguments(anywhere, label_names))
     _check_length(model, config)
     return model
 
@@ -142,6 +146,8 @@ def _without_weights(config: TrialConfig, arguments: dict[str, Any]) -> PreTrain
     dtype, attention = arguments.pop("dtype"), arguments.pop("attn_implementation", None)
     model_config = AutoConfig.from_pretrained(source(config), **arguments)
     chosen = {} if attention is None else {"attn_implementation": attention}
+    if config.trust_remote_code and hasattr(model_config, "auto_map"):
+        chosen["code_revision"] = config.model_revision
     with torch.device("meta"):
         code = config.trust_remote_code
         return AUTO_CLASS[config.task].from_config(model_config, dtype=dtype, trust_remote_code=code, **chosen)

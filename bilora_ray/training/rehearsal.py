@@ -1,4 +1,4 @@
-"""A trial without its weights and its steps: what it would refuse shows in seconds."""
+"""A trial without its weights and its steps: most of what it would refuse shows in seconds."""
 
 from __future__ import annotations
 

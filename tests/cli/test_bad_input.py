@@ -169,7 +169,7 @@ CASES = {
         trial={"max_length": {"choice": [64, 128]}},
     ),
     "--set without a value": Case(f"{TUNE} --set rho", "--set rho: must be key=value"),
-    "--set of an unknown key": Case(f"{TUNE} --set rank_=4", "--set: unknown key 'rank_'; did you mean 'rank'?"),
+    "--set of an unknown key": Case(f"{TUNE} --set rank_=4", "--set trial: unknown key 'rank_'; did you mean 'rank'?"),
     "--set of an unknown section": Case(
         f"{TUNE} --set stud.seed=4", "--set stud.seed=4: unknown section 'stud'; did you mean 'study'?"
     ),
@@ -193,9 +193,24 @@ CASES = {
         "space.yaml, line 4: not valid YAML ('rank' is given twice)",
         files={"space.yaml": "study: {name: s}\ntrial:\n  rank: 8\n  rank: 4\n"},
     ),
+    "--set that does not go with the file": Case(
+        f"{TUNE} --set predict_with_generate=false",
+        "space.yaml: trial, with --set: metric: 'eval_exact_match' is not measured here; it needs "
+        "predict_with_generate: true",
+        trial={"metric": "eval_exact_match", "predict_with_generate": True},
+    ),
+    "choice without values": Case(
+        TUNE,
+        "space.yaml: trial.rank: choice: should be a valid tuple, got None",
+        files={"space.yaml": "study: {name: s}\ntrial:\n  rank: {choice: }\n"},
+    ),
+    "Ray Client": Case(
+        f"{TUNE} --ray-address ray://127.0.0.1:10001",
+        "--ray-address ray://127.0.0.1:10001: a search does not run over Ray Client; use bilora-ray submit",
+    ),
     "text in braces without quotes": Case(
         f"{TUNE} --set completion_template={{answer}}",
-        '--set completion_template: a text that starts with a brace needs quotes: "{{answer}}"',
+        '--set trial.completion_template: a text that starts with a brace needs quotes: "{{answer}}"',
     ),
     "dry run of more workers than there is room for": Case(
         f"{TUNE} --dry-run --set resources.workers=999",

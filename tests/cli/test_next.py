@@ -12,9 +12,13 @@ VARIABLES = {"mlflow_uri": "MLFLOW_TRACKING_URI", "study_database": "BILORA_RAY_
 
 
 @pytest.fixture(autouse=True)
-def _nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def _runs_and_nothing_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in VARIABLES.values():
         monkeypatch.delenv(variable, raising=False)
+    monkeypatch.chdir(tmp_path)
+    for runs in ("runs", "my runs"):
+        (tmp_path / runs).mkdir()
+        (tmp_path / runs / "mlflow.db").touch()
 
 
 def told(capsys: pytest.CaptureFixture[str], **given: str) -> dict[str, str]:
@@ -41,6 +45,10 @@ def test_browse_shows_the_store_that_was_given(
     given: dict[str, str], line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert told(capsys, **given)["Browse"] == line
+
+
+def test_a_store_that_is_not_there_is_not_offered(capsys: pytest.CaptureFixture[str]) -> None:
+    assert told(capsys, storage_path="elsewhere").keys() == {"Adapter", "More", "Take it"}
 
 
 @pytest.mark.parametrize("uri", ["postgresql://u@h/d", "postgresql://u:SECRET@h/d"])

@@ -177,7 +177,7 @@ def test_a_relative_storage_path_is_refused(here: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--set=rnak=4"], "--set: unknown key 'rnak'; did you mean 'rank'?"),
+        (["--set=rnak=4"], "--set trial: unknown key 'rnak'; did you mean 'rank'?"),
         (
             ["--set=rank=4"],
             "space.yaml: no setting has a distribution, so there is nothing to search: bilora-ray train",

@@ -55,6 +55,13 @@ def test_a_trial_without_a_setting_has_an_empty_cell() -> None:
     assert lines[-2].split() == ["1", "complete", "0.4", "4"]
 
 
+@pytest.mark.parametrize("width", [40, 120])
+def test_a_setting_is_text_whatever_it_looks_like(width: int) -> None:
+    template = {"prompt_template": "[INST] {q} [/INST]"}
+    lines = leaderboard([TrialRecord(0, Status.COMPLETE, template, template, value=0.5)], width)
+    assert "[INST]{q}[/INST]" in "".join("".join(lines).split())
+
+
 def test_complete_trials_come_first_and_the_others_by_the_value_of_their_adapter() -> None:
     records = [
         record(0, Status.FAILED, error="loss is nan"),

@@ -241,8 +241,8 @@ def test_of_two_first_starts_from_different_storage_paths_one_is_refused(
 
 def test_a_process_has_few_connections_whatever_it_asks(database: Server, tmp_path: Path) -> None:
     layout = Layout(tmp_path, new_database(database, "few"))
-    for _ in range(5):
-        assert study_names(layout) == []
+    kept = [open_storage(layout) for _ in range(5)]
+    assert [study_names(layout) for _ in kept] == [[]] * 5
     with psycopg.connect(database.url) as connection:
         (count,) = connection.execute("SELECT count(*) FROM pg_stat_activity WHERE datname = 'few'").fetchone() or (0,)
     assert count <= 2

@@ -269,7 +269,7 @@ def test_overrides_alone_make_a_space(file: Path) -> None:
     [
         ((), "--set: study: 'name' is missing"),
         (("study.name=s",), "--set: trial: 'model_name_or_path' is missing"),
-        (("study.name=s", "rnak=8"), "--set: unknown key 'rnak'; did you mean 'rank'?"),
+        (("study.name=s", "rnak=8"), "--set trial: unknown key 'rnak'; did you mean 'rank'?"),
     ],
 )
 def test_overrides_alone_must_say_all(overrides: tuple[str, ...], problem: str) -> None:
@@ -287,17 +287,21 @@ def test_overrides_alone_must_say_all(overrides: tuple[str, ...], problem: str) 
         ("rank.x=1", "--set rank.x=1: unknown section 'rank'; allowed: resources, study, trial"),
         ("rank=[4", "--set rank=[4: the value is not valid YAML"),
         ("seed=2024-02-30", "--set seed=2024-02-30: the value is not valid YAML"),
-        ("rnak=8", "--set: unknown key 'rnak'; did you mean 'rank'?"),
-        ("rank=eight", "--set: rank: should be a valid integer, unable to parse string as an integer, got 'eight'"),
-        ("study.seed=true", "--set: seed: must be a number, not true or false, got True"),
-        ("study.num_trial=3", "--set: unknown key 'num_trial'; did you mean 'num_trials'?"),
+        ("rnak=8", "--set trial: unknown key 'rnak'; did you mean 'rank'?"),
+        (
+            "rank=eight",
+            "--set trial: rank: should be a valid integer, unable to parse string as an integer, got 'eight'",
+        ),
+        ("study.seed=true", "--set study: seed: must be a number, not true or false, got True"),
+        ("study.num_trial=3", "--set study: unknown key 'num_trial'; did you mean 'num_trials'?"),
         (
             "resources.gpu=1",
-            "--set: unknown key 'gpu'; allowed: cpus_per_worker, gpus_per_worker, min_workers, parallelism, workers",
+            "--set resources: unknown key 'gpu'; "
+            "allowed: cpus_per_worker, gpus_per_worker, min_workers, parallelism, workers",
         ),
         (
             "prompt_template={question}",
-            '--set prompt_template: a text that starts with a brace needs quotes: "{question}"',
+            '--set trial.prompt_template: a text that starts with a brace needs quotes: "{question}"',
         ),
     ],
 )
@@ -309,6 +313,21 @@ def test_a_missing_path_of_an_override_is_told_as_one(refused: Refuse) -> None:
     assert refused(overrides=("train_data=./gone.jsonl",)) == (
         f"--set trial.train_data: no such file: {Path.cwd() / 'gone.jsonl'}"
     )
+
+
+def test_a_file_may_merge_mappings(tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(
+        "study: {name: s}\n"
+        "trial:\n"
+        "  <<: &base {model_name_or_path: org/model, task: causal-lm, train_data: org/data, rank: 4}\n"
+        "  rank: 8\n"
+    )
+    assert load_space(tmp_path / "space.yaml").fixed["rank"] == 8
+
+
+def test_a_key_that_an_override_gives_twice_is_refused(refused: Refuse) -> None:
+    override = "rank={choice: [4], choice: [8]}"
+    assert refused(overrides=(override,)) == f"--set {override}: the value is not valid YAML"
 
 
 # Points to evaluate first

@@ -404,7 +404,7 @@ def test_who_waits_for_another_search_hears_of_it_and_of_its_trials(
     assert [mine.next_trial(), other.next_trial(), other.next_trial()] == [0, 1, 2]
     run(mine, 0, [1.0])
     with ThreadPoolExecutor() as threads:
-        waiting = threads.submit(mine.await_others, watch)  # type: ignore[arg-type]
+        waiting = threads.submit(mine.await_others, watch, watch.say)
         _until(lambda: bool(watch.said))
         run(other, 1, [1.0])
         _until(lambda: 1 in watch.ended)
@@ -425,7 +425,7 @@ def test_who_has_nobody_to_wait_for_says_nothing(layout: Layout) -> None:
     study, watch = open_study(space({"num_trials": 1}), layout), Watch()
     study.next_trial()
     run(study, 0, [1.0])
-    assert not study.await_others(watch)  # type: ignore[arg-type]
+    assert not study.await_others(watch, watch.say)
     assert watch.said == []
 
 

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel
 
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.training.card import write_card
 from bilora_ray.training.data import collate
 from bilora_ray.training.evaluate import evaluate_adapter
 from bilora_ray.training.export import evaluation_config, export_adapter, export_merged, read_recipe
@@ -244,6 +245,20 @@ def test_the_card_says_what_was_trained_and_its_code_loads_the_adapter(
     (tmp_path / "load.py").write_text(code.replace("PATH", str(tmp_path / "x")))
     model = runpy.run_path(str(tmp_path / "load.py"))["model"]
     assert float((logits_of(model, trial) - trial.logits).abs().max()) <= 1e-5
+
+
+def test_the_card_loads_the_base_as_it_was_trained_on(trained: dict[Task, Trained], tmp_path: Path) -> None:
+    export_adapter(trained["causal-lm"].adapter, tmp_path / "x", ORIGIN)
+    settings = {"model_revision": "0" * 40, "trust_remote_code": True, "target_modules": "q_proj|v_proj"}
+    write_card(tmp_path / "x", trained["causal-lm"].config.model_copy(update=settings), ORIGIN)
+    text = (tmp_path / "x" / "README.md").read_text()
+    assert f', revision="{"0" * 40}", trust_remote_code=True)' in text
+    assert "| target_modules | q_proj\\|v_proj |" in text
+    built_in = {"model_name_or_path": "builtin:quickstart/model"}
+    write_card(tmp_path / "x", trained["causal-lm"].config.model_copy(update=built_in), ORIGIN)
+    (code,) = re.findall(r"```python\n(.*?)model =", (tmp_path / "x" / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "load.py").write_text(code)
+    assert runpy.run_path(str(tmp_path / "load.py"))["base"].config.model_type == "llama"
 
 
 def test_others_may_read_an_adapter(trained: dict[Task, Trained]) -> None:
