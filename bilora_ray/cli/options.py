@@ -149,6 +149,8 @@ def print_next(
 ) -> None:
     """Print where the best adapter is and what can be done next."""
     command = shlex.quote(program())
+    if adapter is not None and adapter.is_relative_to(Path.cwd()):
+        adapter = adapter.relative_to(Path.cwd())
     runs = "" if storage_path == Path("runs") else f" --storage-path {shlex.quote(str(storage_path))}"
     where = runs + _again("--study-database", study_database, "BILORA_RAY_STUDY_DATABASE")
     pages: str | None = f"{command} ui{runs}"

@@ -61,6 +61,14 @@ def test_what_the_environment_gives_is_not_repeated(
     assert (lines["Browse"], lines["More"]) == ("bilora-ray ui", "bilora-ray show s")
 
 
+def test_an_adapter_below_the_current_folder_is_told_from_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for adapter, line in ((tmp_path / "runs" / "a", "runs/a"), (tmp_path.parent / "a", str(tmp_path.parent / "a"))):
+        print_next("s", Path("runs"), None, adapter)
+        assert capsys.readouterr().out.startswith(f"Adapter  {line}\n")
+
+
 def test_the_study_database_is_named_without_its_password(capsys: pytest.CaptureFixture[str]) -> None:
     assert told(capsys, study_database="postgresql://u@h/d")["More"].endswith("--study-database postgresql://u@h/d")
     secret = told(capsys, study_database="postgresql://u:SECRET@h/d")
