@@ -19,9 +19,9 @@ DEPTH = {
     "method": 5,
     "config": 6,
     "paths": 6,
-    "builtin": 6,
-    "errors": 7,
-    "addresses": 7,
+    "builtin": 7,
+    "errors": 8,
+    "addresses": 8,
 }
 # Tracking stands beside them: these it may import, and these may import it.
 TRACKING_KNOWS = {"addresses", "config", "errors", "tracking"}
