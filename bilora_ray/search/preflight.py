@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bilora_ray import builtin
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import BUILTIN, cached_commit
@@ -84,10 +83,6 @@ def check_model(config: TrialConfig) -> str | None:
     """
     name, where = config.model_name_or_path, "model_name_or_path"
     if name.startswith(BUILTIN):
-        try:
-            builtin.path(name.removeprefix(BUILTIN))
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
         return None
     if Path(name).is_dir():
         if not Path(name, "config.json").is_file():

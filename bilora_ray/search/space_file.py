@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Container, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -157,9 +158,14 @@ def parse_override(text: str) -> tuple[str, str, Any]:
     if section not in SECTIONS:
         raise UserError(f"--set {text}: unknown section '{section}'; {nearest(section, SECTIONS)}")
     try:
-        return section, name, _Loader(value).get_single_data()
+        node = yaml.compose(value, _Loader)
+        parsed = _Loader(value).get_single_data()
     except YAML_ERRORS:
         raise UserError(f"--set {text}: the value is not valid YAML") from None
+    if value.strip() and (node is None or node.end_mark.index < len(value.rstrip())):
+        # YAML takes the rest for a comment, which nobody writes in an argument.
+        raise UserError(f"--set {text}: a text with # needs quotes: {key}={json.dumps(value)}")
+    return section, name, parsed
 
 
 def _distribution(section: str, key: str, value: dict[str, Any]) -> Distribution:

@@ -1,5 +1,6 @@
 """A space file: what is read from it, what `--set` changes, and one line for whatever is wrong."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import yaml
 
 from bilora_ray.errors import UserError
 from bilora_ray.search.space import Choice, Distribution, Range, Space
-from bilora_ray.search.space_file import load_space
+from bilora_ray.search.space_file import load_space, parse_override
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((REPOSITORY / "search_spaces").glob("*.yaml"))
@@ -323,6 +324,16 @@ def test_a_file_may_merge_mappings(tmp_path: Path) -> None:
         "  rank: 8\n"
     )
     assert load_space(tmp_path / "space.yaml").fixed["rank"] == 8
+
+
+@pytest.mark.parametrize("value", [r"#### (-?\d+)", "Q #1: {q}", "# x"])
+def test_an_override_loses_nothing_to_a_comment(refused: Refuse, value: str) -> None:
+    override = f"prompt_template={value}"
+    quoted = f"prompt_template={json.dumps(value)}"
+    assert refused(overrides=(override,)) == f"--set {override}: a text with # needs quotes: {quoted}"
+    assert parse_override(quoted) == ("trial", "prompt_template", value)
+    assert parse_override("prompt_template=a#b") == ("trial", "prompt_template", "a#b")
+    assert parse_override("validation_data=") == ("trial", "validation_data", None)
 
 
 def test_a_key_that_an_override_gives_twice_is_refused(refused: Refuse) -> None:
