@@ -128,6 +128,40 @@ def test_one_worker_goes_on_where_two_were(tiny: Tiny, tmp_path: Path) -> None:
     check_alike(one, ended, tmp_path / "one", tmp_path / "two")
 
 
+def pages_of_base(settings: dict[str, Any], path: str, planned: int) -> tuple[int, list[str], int]:
+    """How many frozen tensors a trained and evaluated model has; where those lie that are in no file's memory; and
+    the bytes of that memory that are this process's own."""
+    from bilora_ray.training.loop import Run
+
+    run = Run(TrialConfig(**settings), TrialFolder(Path(path)), Workers.joined(planned, False))
+    run.train_step()
+    run.evaluate()
+    ranges, own = mappings("model.safetensors")
+    frozen = {name: parameter for name, parameter in run.model.named_parameters() if not parameter.requires_grad}
+    elsewhere = [n for n, p in frozen.items() if not any(start <= p.data_ptr() < end for start, end in ranges)]
+    return len(frozen), elsewhere, own
+
+
+def mappings(file: str) -> tuple[list[tuple[int, int]], int]:
+    """The address ranges of this process that are `file`, and the bytes in them that were written to."""
+    ranges, own, inside = [], 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            inside = line.endswith(file)
+            ranges += [tuple(int(end, 16) for end in first.split("-"))] if inside else []
+        elif inside and first == "Private_Dirty:":
+            own += int(rest[0]) * 1024
+    return ranges, own
+
+
+def test_the_base_weights_are_in_a_nodes_memory_once(tiny: Tiny, tmp_path: Path) -> None:
+    settings = settings_of(tiny, "causal-lm", rows=3)
+    for frozen, elsewhere, own in together(2, pages_of_base, settings, str(tmp_path), 2):
+        assert frozen > 0
+        assert (elsewhere, own) == ([], 0)
+
+
 def test_what_workers_share_is_neither_lost_nor_repeated() -> None:
     for count in range(1, 12):
         for world_size in range(1, 5):
