@@ -148,8 +148,11 @@ def _ask_dashboard() -> None:
 
 def capacity(resources: ResourceConfig, total: Mapping[str, float]) -> int:
     """How many trials have room at one time in a cluster with `total` resources. UserError if it is none."""
-    wanted = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
-    room = [int(total.get(name, 0) // amount) for name, amount in wanted.items() if amount]
+    # 1 // 0.2 is 4: the float is a little more than a fifth.
+    room = [int(total.get("CPU", 0) / resources.cpus_per_worker + 1e-9)]
+    if gpus := resources.gpus_per_worker:
+        whole = max(gpus, 1.0)  # a part is one of a single GPU: two GPUs are four times 0.4
+        room.append(int(whole / gpus + 1e-9) * int(total.get("GPU", 0) / whole))
     if min(room) < (resources.min_workers or resources.workers):
         have = f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs"
         each = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"

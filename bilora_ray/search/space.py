@@ -66,6 +66,13 @@ class ResourceConfig(Settings):
     cpus_per_worker: Float = Field(1, gt=0, description="CPU cores")
     gpus_per_worker: Float = Field(0, ge=0, description="GPUs; a fraction shares one")
 
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _whole_gpus(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError("must be a part of one GPU, below 1, or whole GPUs")
+        return value
+
     @model_validator(mode="after")
     def _possible(self) -> ResourceConfig:
         if self.min_workers is not None and self.min_workers > self.workers:
@@ -73,6 +80,8 @@ class ResourceConfig(Settings):
         if self.workers == 1 and (self.min_workers is not None or self.parallelism == "fsdp"):
             key = "min_workers" if self.min_workers is not None else "parallelism: fsdp"
             raise ValueError(f"{key} needs workers: 2 or more")
+        if self.workers > 1 and 0 < self.gpus_per_worker < 1:
+            raise ValueError("gpus_per_worker: workers of one trial cannot share a GPU; give each 1")
         return self
 
 

@@ -73,6 +73,9 @@ class Run:
         self.folder = folder
         self.workers = workers
         folder.make()
+        if torch.cuda.is_available():  # this process may have had another trial before
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         rows = load_rows(config)
         self.label_names = rows.label_names
         self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(config)
@@ -94,8 +97,6 @@ class Run:
         )
         # Methods draw differently many numbers while they are built; dropout must not depend on that.
         seed_worker(config.seed, workers.rank)
-        if torch.cuda.is_available():  # this process may have had another trial before
-            torch.cuda.reset_peak_memory_stats()
         self.learning_rate = 0.0
         self.progress = Progress()
         self.window = Window()
@@ -208,7 +209,8 @@ class Run:
             "rows_dropped": sum(split.dropped for split in self.data.truncation.values()),
         }
         if torch.cuda.is_available():
-            metrics["gpu_memory_gib"] = max(self.workers.gather(torch.cuda.max_memory_allocated() / 2**30))
+            # With what the allocator keeps: that is what a trial with a part of a GPU may have no more of.
+            metrics["gpu_memory_gib"] = max(self.workers.gather(torch.cuda.max_memory_reserved() / 2**30))
         metrics |= self.optimizer.metrics()
         metrics |= evaluate(self.network.evaluated, self.data.validation, self.config, self.tokenizer, self.workers)
         if not math.isfinite(metrics["eval_loss"]):

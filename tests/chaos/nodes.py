@@ -73,12 +73,14 @@ class Nodes:
 
     Args:
         cpus: of each node.
+        gpus: that Ray is told of each node; there need not be any.
         others: nodes beside the head.
         dashboard: whether the head has one.
     """
 
-    def __init__(self, cpus: int = 2, others: int = 0, dashboard: bool = True) -> None:
+    def __init__(self, cpus: int = 2, gpus: int = 0, others: int = 0, dashboard: bool = True) -> None:
         self.cpus = cpus
+        self.gpus = gpus
         self.dashboard = dashboard
         self.port = free_port()
         self.head: subprocess.Popen[bytes] | None = None
@@ -141,7 +143,8 @@ class Nodes:
         return [process for node in nodes for process in ray_processes(node.pid, what)]
 
     def _start(self, *options: str) -> subprocess.Popen[bytes]:
-        command = [RAY, "start", "--block", f"--num-cpus={self.cpus}", f"--object-store-memory={100 * 1024**2}"]
+        amounts = [f"--num-cpus={self.cpus}", f"--num-gpus={self.gpus}", f"--object-store-memory={100 * 1024**2}"]
+        command = [RAY, "start", "--block", *amounts]
         with Path(self._folder.name, "nodes.log").open("ab") as log:
             return subprocess.Popen(
                 [*command, f"--dashboard-agent-listen-port={free_port()}", *options],

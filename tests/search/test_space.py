@@ -296,6 +296,10 @@ def test_overrides_alone_must_say_all(overrides: tuple[str, ...], problem: str) 
         ("study.seed=true", "--set study: seed: must be a number, not true or false, got True"),
         ("study.num_trial=3", "--set study: unknown key 'num_trial'; did you mean 'num_trials'?"),
         (
+            "resources.gpus_per_worker=1.5",
+            "--set resources: gpus_per_worker: must be a part of one GPU, below 1, or whole GPUs, got 1.5",
+        ),
+        (
             "resources.gpu=1",
             "--set resources: unknown key 'gpu'; "
             "allowed: cpus_per_worker, gpus_per_worker, min_workers, parallelism, workers",
@@ -308,6 +312,11 @@ def test_overrides_alone_must_say_all(overrides: tuple[str, ...], problem: str) 
 )
 def test_a_wrong_override_is_refused(refused: Refuse, override: str, problem: str) -> None:
     assert refused(overrides=(override,)) == problem
+
+
+def test_workers_of_one_trial_share_no_gpu(refused: Refuse) -> None:
+    problem = refused(overrides=("resources.workers=2", "resources.gpus_per_worker=0.5"))
+    assert problem.endswith("gpus_per_worker: workers of one trial cannot share a GPU; give each 1")
 
 
 def test_a_missing_path_of_an_override_is_told_as_one(refused: Refuse) -> None:
