@@ -35,6 +35,30 @@ METHOD_SETTINGS: dict[str, frozenset[str]] = {
     "auxiliary_rank": frozenset({"bilora"}),
     "auxiliary_learning_rate": frozenset({"bilora"}),
 }
+# What an evaluation does not read: all that is about how an adapter was trained.
+TRAINING_SETTINGS = frozenset(
+    {
+        *METHOD_SETTINGS,
+        "eval_steps",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "learning_rate",
+        "lora_alpha",
+        "lora_dropout",
+        "lr_scheduler_type",
+        "max_grad_norm",
+        "max_steps",
+        "max_train_samples",
+        "method",
+        "metric",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "rank",
+        "target_modules",
+        "warmup_ratio",
+        "weight_decay",
+    }
+)
 
 LOSS_METRICS = ("eval_loss",)
 LM_METRICS = ("eval_loss", "eval_perplexity", "eval_token_accuracy")

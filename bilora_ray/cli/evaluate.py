@@ -8,8 +8,9 @@ from typing import Any
 import click
 
 from bilora_ray.cli.options import json_option, print_json, set_option
+from bilora_ray.config import TRAINING_SETTINGS
 from bilora_ray.errors import UserError
-from bilora_ray.paths import absolute_sources
+from bilora_ray.paths import absolute_sources, locate_here
 from bilora_ray.search.space_file import parse_override
 
 EPILOG = """\b
@@ -23,30 +24,31 @@ Examples:
 @click.command(epilog=EPILOG)
 @click.argument("adapter", type=click.Path(path_type=Path), metavar="ADAPTER")
 @click.option("--data", metavar="FILE", help="Data to measure on.  [default: the validation rows of its training]")
-@click.option("--base-model", is_flag=True, help="Measure the base model without the adapter, to compare with.")
+@click.option("--base-model", is_flag=True, help="Measure the base model alone, to compare with.")
 @set_option
 @json_option
 def command(adapter: Path, data: str | None, base_model: bool, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Measure the adapter in folder ADAPTER with the metrics that it was trained with."""
-    from bilora_ray.training.export import evaluation_config
-
+    """Measure the adapter in folder ADAPTER, or a merged model, with the metrics that it was trained with."""
     settings: dict[str, Any] = {}
     for override in overrides:
         section, key, value = parse_override(override)
         if section != "trial":
             raise UserError(f"--set {override}: an evaluation has settings of a trial only")
+        if key in TRAINING_SETTINGS:
+            raise UserError(f"--set {override}: changes nothing in an evaluation, which trains nothing")
         settings |= absolute_sources({key: value}, Path.cwd(), "--set trial")
     if data is not None:
         # The training data may be gone by now, and nothing of it is needed: the labels are in the recipe.
-        source = absolute_sources({"validation_data": data}, Path.cwd(), "--data")["validation_data"]
+        source = locate_here(data, Path.cwd(), "--data", True)
         settings |= {"train_data": source, "validation_data": source, "max_eval_samples": None}
-    config = evaluation_config(adapter, settings)
-
-    from bilora_ray.training.evaluate import evaluate_adapter
     from bilora_ray.training.quiet import quiet
 
     quiet()
-    metrics = evaluate_adapter(None if base_model else adapter, config)
+    from bilora_ray.training.evaluate import evaluate_adapter
+    from bilora_ray.training.export import evaluation_config, is_merged
+
+    config = evaluation_config(adapter, settings, base_model)
+    metrics = evaluate_adapter(None if base_model or is_merged(adapter) else adapter, config)
     if as_json:
         print_json(metrics)
     else:

@@ -48,11 +48,7 @@ def command(
     found = load_study(Layout(absolute(storage_path), study_database), study)
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         raise UserError(f"--output {output}: exists already")
-    best = found.best()
-    if number is None and best is None:
-        raise UserError(f"study '{study}': no trial is complete yet; name one with --trial")
-    record = found.find(number) if number is not None else best
-    assert record is not None
+    record = found.chosen(number)
     if record.adapter is None:
         raise UserError(f"study '{study}': trial {record.number} has no adapter; it ended before its first evaluation")
 

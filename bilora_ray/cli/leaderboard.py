@@ -24,11 +24,14 @@ STATUS_STYLE = {
 
 
 def ranked(records: Sequence[TrialRecord], greater_is_better: bool) -> list[TrialRecord]:
-    """Complete trials by value, then the others by theirs, those without one at the end."""
+    """Complete trials by value, then those that are neither complete nor failed by theirs, then the rest."""
     sign = -1 if greater_is_better else 1
 
     def key(record: TrialRecord) -> tuple[int, float, int]:
-        order = 0 if record.status is Status.COMPLETE else 1 if record.value is not None else 2
+        if record.status is Status.COMPLETE:
+            order = 0
+        else:
+            order = 2 if record.status is Status.FAILED or record.value is None else 1
         return order, sign * (record.value or 0.0), record.number
 
     return sorted(records, key=key)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -30,17 +30,19 @@ class SearchProgress:
         num_trials: how many trials the study finishes.
         metric: what trials are judged by.
         greater_is_better: whether a larger value is a better trial.
+        notes: lines to show as the first trial starts.
     """
 
-    def __init__(self, num_trials: int, metric: str, greater_is_better: bool) -> None:
+    def __init__(self, num_trials: int, metric: str, greater_is_better: bool, notes: Sequence[str] = ()) -> None:
         self.num_trials = num_trials
         self.metric = metric
         self.greater_is_better = greater_is_better
+        self.notes = notes
         self.ended: dict[int, TrialRecord] = {}
         self.ended_before = 0
         self.running: dict[int, tuple[TrialRecord, Mapping[str, float]]] = {}
         self.started = time.monotonic()
-        self._said_cut = False
+        self._said_start = self._said_cut = False
         self._console = Console(stderr=True, highlight=False)
         self._live = Live(self, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
 
@@ -60,7 +62,13 @@ class SearchProgress:
             self._live.stop()
 
     def trial_started(self, trial: TrialRecord) -> None:
-        """Show the trial's line."""
+        """Show the trial's line; before the first one, what there is to say of all."""
+        if not self._said_start:
+            self._said_start = True
+            for note in self.notes:
+                self.say(f"Note: {note}")
+            if self._live is None:
+                self._print(f"{len(self.ended)} of {self.num_trials} trials done; running")
         self.running[trial.number] = (trial, trial.history[-1] if trial.history else {})
 
     def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:

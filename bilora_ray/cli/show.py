@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +19,15 @@ from bilora_ray.cli.options import (
     storage_option,
     study_database_option,
 )
+from bilora_ray.cli.tables import in_short
+from bilora_ray.config import TrialConfig
+from bilora_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from bilora_ray.search.layout import Layout
+    from bilora_ray.search.studies import StudySummary
 
 EPILOG = """\b
 Examples:
@@ -35,22 +47,24 @@ def command(study: str | None, storage_path: Path, study_database: str | None, a
     from rich.console import Console
 
     from bilora_ray.search.layout import Layout
-    from bilora_ray.search.storage import naming_the_database, study_names
-    from bilora_ray.search.studies import load_study
+    from bilora_ray.search.storage import naming_the_database
+    from bilora_ray.search.studies import load_study, summarise
 
     layout = Layout(absolute(storage_path), study_database)
+    console = Console(highlight=False)
     if study is None:
-        names = study_names(layout)
+        if study_database is None and not layout.storage_path.is_dir():
+            raise UserError(f"--storage-path {storage_path}: no such folder; `bilora-ray tune` makes it")
+        summaries = summarise(layout)
         if as_json:
-            print_json(names)
+            print_json([asdict(summary) for summary in summaries])
         else:
-            click.echo("\n".join(names) or f"no studies in {storage_path}")
+            _print_studies(console, summaries, layout)
         return
     found = load_study(layout, study)
     if as_json:
         print_json(study_as_json(found))
         return
-    console = Console(highlight=False)
     with naming_the_database(layout):
         records = found.records_now()
     counts = {words: sum(record.status is status for record in records) for status, words in STATUS_WORDS.items()}
@@ -63,8 +77,31 @@ def command(study: str | None, storage_path: Path, study_database: str | None, a
         print_settings(console, {key: f"{share:.0%}" for key, share in importances.items()})
     elif found.space.distributions:
         console.print("What mattered cannot be told before four trials are complete, with different values.")
+    peak = max((metrics.get("gpu_memory_gib", 0) for record in records for metrics in record.history), default=0)
+    if peak:
+        console.print(f"GPU memory of a worker: {peak:.1f} GiB at the most")
     best = found.best()
     if best is not None:
         console.print(f"\nBest: trial {best.number}, {found.metric} {best.value:.6g}", style="bold green", markup=False)
-        print_settings(console, best.sampled)
+        print_settings(console, best.sampled or _given(found.space.fixed))
         print_next(study, storage_path, study_database, best.adapter)
+
+
+def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` without those that have their default."""
+    fields = TrialConfig.model_fields
+    return {key: value for key, value in settings.items() if value != fields[key].default}
+
+
+def _print_studies(console: Console, summaries: Sequence[StudySummary], layout: Layout) -> None:
+    from rich import box
+    from rich.table import Table
+
+    if not summaries:
+        console.print(f"no studies in {layout.database}", markup=False, soft_wrap=True)
+        return
+    table = Table("study", "trials ended", "metric", "best", box=box.SIMPLE_HEAD, pad_edge=False)
+    for summary in summaries:
+        ended = f"{summary.ended} of {summary.num_trials}"
+        table.add_row(summary.study, ended, summary.metric, in_short(summary.best))
+    console.print(table)

@@ -19,6 +19,7 @@ from bilora_ray.cli.options import (
     set_option,
     storage_option,
     study_database_option,
+    trial_option,
 )
 from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.errors import UserError
@@ -31,11 +32,14 @@ Examples:
   bilora-ray train --set model_name_or_path=meta-llama/Llama-3.1-8B --set task=causal-lm --set train_data=mine.jsonl
   bilora-ray train --space search_spaces/quickstart.yaml --name once --set rank=8 --set learning_rate=2e-3 \\
       --set rho=0.05 --set auxiliary_rank=8
+  bilora-ray train --study quickstart --name longer --set num_train_epochs=24
 """
 
 
 @click.command(epilog=EPILOG)
 @click.option("--space", "space_path", type=click.Path(path_type=Path), metavar="FILE", help="Take settings from here.")
+@click.option("--study", metavar="STUDY", help="Take settings from a trial of this study, to train it anew.")
+@trial_option
 @set_option
 @click.option("--name", default="train", show_default=True, metavar="NAME", help="Name of the run, a study of one.")
 @click.option("--resume", is_flag=True, help="Go on with the run after an interruption.")
@@ -46,6 +50,8 @@ Examples:
 @json_option
 def command(
     space_path: Path | None,
+    study: str | None,
+    number: int | None,
     overrides: tuple[str, ...],
     name: str,
     resume: bool,
@@ -55,14 +61,20 @@ def command(
     insecure: bool,
     as_json: bool,
 ) -> None:
-    """Train one adapter with given settings, from a space file, from --set, or both.
+    """Train one adapter with given settings: of a space file, of a trial of a study, of --set.
 
-    The run is kept and tracked like a study with one trial, so show, export and evaluate take its NAME.
+    The run is kept and tracked like a study with one trial, so show and export take its NAME.
     """
+    if space_path is not None and study is not None:
+        raise UserError("--study: --space says the settings already; give one of the two")
+    if number is not None and study is None:
+        raise UserError("--trial: needs --study")
     if not insecure:
         check_mlflow(mlflow_uri)
     single = {"name": json.dumps(name), "num_trials": 1, "scheduler": "none", "points_to_evaluate": "[]"}
-    space = load_space(space_path, [*overrides, *(f"study.{key}={value}" for key, value in single.items())])
+    layout = Layout(absolute(storage_path), study_database)
+    earlier = [] if study is None else _settings_of(layout, study, number)
+    space = load_space(space_path, [*earlier, *overrides, *(f"study.{key}={value}" for key, value in single.items())])
     if space.distributions:
         keys = ", ".join(f"--set {key}=VALUE" for key in space.distributions)
         raise UserError(f"{space.path}: one run needs one value for each setting; give {keys}")
@@ -71,21 +83,31 @@ def command(
     from bilora_ray.search.session import train
     from bilora_ray.training.quiet import quiet
 
-    layout = Layout(absolute(storage_path), study_database)
     space = pinned(space, layout if resume else None)
-    digests = preflight(space)
+    checked = preflight(space)
     quiet()
     config = space.trial_config({})
-    watcher = SearchProgress(1, config.metric, config.greater_is_better)
+    watcher = SearchProgress(1, config.metric, config.greater_is_better, checked.doubts)
     try:
-        study = train(space, layout, resume=resume, mlflow_uri=mlflow_uri, digests=digests, watcher=watcher)
+        trained = train(space, layout, resume=resume, mlflow_uri=mlflow_uri, digests=checked.digests, watcher=watcher)
     except KeyboardInterrupt:
         say_how_to_go_on()
-    record = study.record(0)
+    record = trained.record(0)
     if as_json:
-        print_json(trial_as_json(record, study.metric))
+        print_json(trial_as_json(record, trained.metric))
     if record.error:
         raise UserError(f"run '{name}' failed: {record.error}")
     if not as_json:
-        click.secho(f"{study.metric} {record.value:.6g}", fg="green", bold=True)
+        click.secho(f"{trained.metric} {record.value:.6g}", fg="green", bold=True)
         print_next(name, storage_path, study_database, record.adapter, mlflow_uri)
+
+
+def _settings_of(layout: Layout, study: str, number: int | None) -> list[str]:
+    """The settings of a trial and its workers, as texts of --set."""
+    from bilora_ray.search.studies import load_study
+
+    found = load_study(layout, study)
+    settings = found.chosen(number).settings
+    resources = found.space.resources.model_dump(exclude_defaults=True)
+    values = {**settings, **{f"resources.{key}": value for key, value in resources.items()}}
+    return [f"{key}={json.dumps(value)}" for key, value in values.items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +31,10 @@ from bilora_ray.search.space_file import load_space
 
 if TYPE_CHECKING:
     from bilora_ray.search.study import SearchStudy
-    from bilora_ray.training.data import Truncation
+    from bilora_ray.training.rehearsal import Rehearsal
+
+# Characters of a row that a dry run shows, at its start and at its end.
+SHOWN = 200
 
 EPILOG = """\b
 Examples:
@@ -77,18 +80,18 @@ def command(
     from bilora_ray.search.preflight import pinned, preflight
 
     space = pinned(space, layout if resume else None)
-    digests = preflight(space)
+    checked = preflight(space)
     if dry_run:
-        read = _rehearse(space, layout, resume, ray_address, digests)
+        rehearsal = _rehearse(space, layout, resume, ray_address, checked.digests)
         if as_json:
-            print_json({**describe(space), "rows": {split: asdict(rows) for split, rows in read.items()}})
+            print_json({**describe(space), **asdict(rehearsal), "doubts": checked.doubts})
         else:
-            _print_plan(space, read)
+            _print_plan(space, rehearsal, checked.doubts)
         return
-    space, digests = keep_inputs(space, digests, absolute(storage_path))
+    space, digests = keep_inputs(space, checked.digests, absolute(storage_path))
     started = time.monotonic()
     try:
-        study = _search(space, layout, resume, mlflow_uri, ray_address, digests)
+        study = _search(space, layout, resume, mlflow_uri, ray_address, digests, checked.doubts)
     except KeyboardInterrupt:
         say_how_to_go_on()
     if as_json:
@@ -126,13 +129,12 @@ def _not_shrunk(space: Space, layout: Layout) -> Space:
 
 def _rehearse(
     space: Space, layout: Layout, resume: bool, ray_address: str | None, digests: Mapping[str, str]
-) -> Mapping[str, Truncation]:
+) -> Rehearsal:
     """Whatever can be tried of a search before it begins, but for a cluster that is elsewhere."""
     from bilora_ray.search.cluster import capacity, check_address, is_own, this_machine
     from bilora_ray.search.storage import naming_the_database
     from bilora_ray.search.studies import check_study
     from bilora_ray.training.quiet import quiet
-    from bilora_ray.training.rehearsal import rehearse
 
     with naming_the_database(layout):
         check_study(space, layout, resume, digests)
@@ -140,6 +142,8 @@ def _rehearse(
     if is_own(ray_address):
         capacity(space.resources, this_machine())
     quiet()
+    from bilora_ray.training.rehearsal import rehearse
+
     configs = [space.first_config()]
     for key in ("model_name_or_path", "target_modules"):
         if key in space.distributions:
@@ -148,7 +152,7 @@ def _rehearse(
     return first
 
 
-def _print_plan(space: Space, read: Mapping[str, Truncation]) -> None:
+def _print_plan(space: Space, rehearsal: Rehearsal, doubts: Sequence[str]) -> None:
     study, resources = space.study, space.resources
     click.echo(f"Study '{study.name}' would run {study.num_trials} trials ({study.sampler}, {study.scheduler}) over")
     for key, distribution in space.distributions.items():
@@ -156,10 +160,19 @@ def _print_plan(space: Space, read: Mapping[str, Truncation]) -> None:
     workers = f"{resources.workers} workers, each with " if resources.workers > 1 else ""
     room = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
     click.echo(f"each on {workers}{room}.")
-    for split, rows in read.items():
+    for split, rows in rehearsal.rows.items():
         dropped = f", {rows.dropped} have nothing to predict and are left out" if rows.dropped else ""
         click.echo(f"{split} rows: {rows.rows}; {rows.cut} are cut to max_length{dropped}")
+    click.echo(f"the first training row is {_shortened(rehearsal.reads)}")
+    click.echo(f"of which is learned {_shortened(rehearsal.learns)}")
+    for line in doubts:
+        click.secho(f"Note: {line}", fg="yellow")
     click.echo("Nothing was started.")
+
+
+def _shortened(text: str) -> str:
+    """`text` in quotes; of a long one the start and the end."""
+    return repr(text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]} ... {text[-SHOWN:]}")
 
 
 def _search(
@@ -169,11 +182,12 @@ def _search(
     mlflow_uri: str | None,
     ray_address: str | None,
     digests: Mapping[str, str],
+    doubts: Sequence[str],
 ) -> SearchStudy:
     from bilora_ray.search.run import search
 
     config = space.first_config()
-    progress = SearchProgress(space.study.num_trials, config.metric, config.greater_is_better)
+    progress = SearchProgress(space.study.num_trials, config.metric, config.greater_is_better, doubts)
     return search(
         space,
         layout,

@@ -30,10 +30,11 @@ def run_trial(task: Mapping[str, Any]) -> None:
         task: `number` of the trial, its `folder` (an absolute path), its `settings` (those of a TrialConfig), and its
             `resources` (those of a ResourceConfig).
     """
-    from bilora_ray.training.loop import fit
     from bilora_ray.training.quiet import quiet
 
     quiet()
+    from bilora_ray.training.loop import fit
+
     _keep_to_share(task[RESOURCES]["gpus_per_worker"])
     try:
         folder = _folder(task)
@@ -106,11 +107,12 @@ def _train_on_worker(task: Mapping[str, Any]) -> None:
     from ray import train
     from ray.train.torch import get_device
 
-    from bilora_ray.training.loop import fit
     from bilora_ray.training.quiet import quiet
-    from bilora_ray.training.workers import Workers
 
     quiet()
+    from bilora_ray.training.loop import fit
+    from bilora_ray.training.workers import Workers
+
     resources = task[RESOURCES]
     if resources["gpus_per_worker"] > 0:
         torch.cuda.set_device(get_device())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,37 @@ from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import BUILTIN, cached_commit
 from bilora_ray.search.layout import Layout
 from bilora_ray.search.space import Space
+from bilora_ray.training.doubts import doubts
 from bilora_ray.training.rows import load_rows
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_TIMEOUT_S = 10
 
 
-def preflight(space: Space) -> dict[str, str]:
-    """Read and check the data and look for the model, with the space's first settings.
+@dataclass(frozen=True)
+class Checked:
+    """What a search is about to use.
 
-    Returns:
-        The data: source -> digest of its content.
+    Attributes:
+        digests: data source -> digest of its content.
+        doubts: lines about what is allowed and yet seldom meant.
+    """
+
+    digests: dict[str, str]
+    doubts: tuple[str, ...]
+
+
+def preflight(space: Space) -> Checked:
+    """Read and check the data and look for the model, with the space's first settings.
 
     Raises:
         UserError: a file, row, column, label or model is not as the space says.
     """
     config = space.first_config()
     check_model(config)
-    digests = load_rows(config).digests
-    return {_source(config, setting): digest for setting, digest in digests.items()}
+    rows = load_rows(config)
+    digests = {_source(config, setting): digest for setting, digest in rows.digests.items()}
+    return Checked(digests, tuple(doubts(rows, config, space.resources.workers)))
 
 
 def _source(config: TrialConfig, setting: str) -> str:

@@ -7,6 +7,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,25 @@ from bilora_ray.search.study import ID, SearchStudy
 SPACE, DIGESTS = "space", "digests"
 # What may differ between the first start of a study and its resume.
 FREE_TO_CHANGE = frozenset({"num_trials", "max_concurrent"})
+
+
+@dataclass(frozen=True)
+class StudySummary:
+    """A study among others.
+
+    Attributes:
+        study: its name.
+        num_trials: how many trials it is to finish.
+        ended: how many have ended.
+        metric: what they are judged by.
+        best: the best value of a complete trial; None before there is one.
+    """
+
+    study: str
+    num_trials: int
+    ended: int
+    metric: str
+    best: float | None
 
 
 def check_study(space: Space, layout: Layout, resume: bool, digests: Mapping[str, str]) -> None:
@@ -46,8 +66,8 @@ def check_study(space: Space, layout: Layout, resume: bool, digests: Mapping[str
     if resume:
         study = optuna.load_study(study_name=name, storage=open_storage(layout))
         _check_place(study, layout)
-        _check_same(name, "space", study.user_attrs[SPACE], _described(space))
-        _check_same(name, "data", {"content": study.user_attrs[DIGESTS]}, {"content": dict(digests)})
+        _check_same(name, "space", _comparable(study.user_attrs[SPACE]), _comparable(_described(space)))
+        _check_same(name, "data", study.user_attrs[DIGESTS], dict(digests))
     elif begun:
         raise UserError(
             f"study '{name}' exists in {layout.database}: go on with --resume, or give this one another name"
@@ -75,8 +95,8 @@ def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.St
     if begun:
         study = optuna.load_study(study_name=name, storage=storage)
         _check_place(study, layout)
-        _check_same(name, "space", study.user_attrs[SPACE], _described(space))
-        _check_same(name, "data", {"content": study.user_attrs[DIGESTS]}, {"content": dict(digests)})
+        _check_same(name, "space", _comparable(study.user_attrs[SPACE]), _comparable(_described(space)))
+        _check_same(name, "data", study.user_attrs[DIGESTS], dict(digests))
     elif name in study_names(layout):
         optuna.delete_study(study_name=name, storage=storage)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -108,6 +128,22 @@ def load_study(layout: Layout, name: str) -> SearchStudy:
         raise UserError(f"study '{name}': was never begun")
     _check_place(study, layout)
     return SearchStudy(study, _space(study), layout)
+
+
+def summarise(layout: Layout) -> list[StudySummary]:
+    """The studies that have begun, by name. Reads the database alone: the trials may be kept elsewhere."""
+    loaded = (optuna.load_study(study_name=name, storage=open_storage(layout)) for name in study_names(layout))
+    begun = [SearchStudy(study, _space(study), layout) for study in loaded if SPACE in study.user_attrs]
+    return [
+        StudySummary(
+            study=study.space.study.name,
+            num_trials=study.space.study.num_trials,
+            ended=study.ended(),
+            metric=study.metric,
+            best=study.best_value(),
+        )
+        for study in begun
+    ]
 
 
 def settings_before(layout: Layout, name: str) -> dict[str, Any] | None:
@@ -175,12 +211,32 @@ def _space(study: optuna.Study) -> Space:
 
 
 def _check_same(name: str, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    for section in now:
-        was, given = before.get(section, {}), now[section]
-        # Of the resources, the number of workers alone changes what a trial computes: its batches.
-        for key in ("workers",) if section == "resources" else {**was, **given}:
-            if key not in FREE_TO_CHANGE and was.get(key) != given.get(key):
-                raise UserError(
-                    f"study '{name}' began with other {what}: {key} was {was.get(key)!r}, is {given.get(key)!r}; "
-                    f"of a study only {' and '.join(sorted(FREE_TO_CHANGE))} may change"
-                )
+    """Refuse what would give trials of one study that cannot be compared.
+
+    Args:
+        name: of the study.
+        what: is compared.
+        before: key -> value when the study began.
+        now: key -> value.
+    """
+    for key in {**before, **now}:
+        if before.get(key) != now.get(key):
+            was, given = (_in_short(values[key]) if key in values else "absent" for values in (before, now))
+            raise UserError(
+                f"study '{name}' began with other {what}: {key} was {was}, is {given}; "
+                f"of a study only {' and '.join(sorted(FREE_TO_CHANGE))} may change"
+            )
+
+
+def _comparable(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a described space what decides its trials: of the resources the number of workers, which is their batches."""
+    workers = described["resources"].get("workers")
+    study = {f"study.{key}": value for key, value in described["study"].items() if key not in FREE_TO_CHANGE}
+    return {**study, "resources.workers": workers, **described["fixed"], **described["distributions"]}
+
+
+def _in_short(value: Any) -> str:
+    """A value, or a distribution without what it leaves out."""
+    if not isinstance(value, dict):
+        return repr(value)
+    return "{" + ", ".join(f"{key}: {item}" for key, item in value.items() if item not in (None, False)) + "}"

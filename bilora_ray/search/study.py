@@ -177,9 +177,14 @@ class SearchStudy:
         """What the study and the trial's folder know of one trial."""
         return self._record(self._trial(number))
 
-    def find(self, number: int) -> TrialRecord:
-        """As `record`, for a number that a user gave. UserError if there is no such trial."""
+    def chosen(self, number: int | None) -> TrialRecord:
+        """As `record`, for a number that a user gave; None: the best. UserError if there is no such trial."""
         records = self.records()
+        if number is None:
+            best = best_of(records, self.greater_is_better)
+            if best is None:
+                raise UserError(f"study '{self.study.study_name}': no trial is complete; name one with --trial")
+            return best
         for record in records:
             if record.number == number:
                 return record
@@ -192,7 +197,17 @@ class SearchStudy:
 
     def finished(self) -> bool:
         """Whether as many trials have ended as the study asks for."""
-        return len(self._trials(*ENDED)) >= self.space.study.num_trials
+        return self.ended() >= self.space.study.num_trials
+
+    def ended(self) -> int:
+        """How many trials have ended."""
+        return len(self._trials(*ENDED))
+
+    def best_value(self) -> float | None:
+        """The value of the best complete trial."""
+        better = max if self.greater_is_better else min
+        values = (trial.value for trial in self._trials(TrialState.COMPLETE))
+        return better((value for value in values if value is not None), default=None)
 
     def best(self) -> TrialRecord | None:
         """The complete trial with the best value; the earliest of equals."""

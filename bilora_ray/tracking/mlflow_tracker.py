@@ -169,7 +169,8 @@ def ui_command(uri: str, port: int) -> tuple[list[str], dict[str, str]]:
     """
     if uri.partition("://")[0] in SERVERS:
         raise UserError(f"--mlflow-uri {masked(uri)}: a server with pages of its own; open it in a browser")
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--registry-store-uri", uri]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level=warning"]
     # The job runner is not needed to look at runs, and would be most of the time until the first page.
-    return command, {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    return command, {**environment, "PYTHONWARNINGS": "ignore"}

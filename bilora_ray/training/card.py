@@ -54,14 +54,19 @@ def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) ->
     if config.task == "sequence-classification":
         arguments.append(f"num_labels={len(config.label_names or ())}")
     settings = {key: value for key, value in config.model_dump().items() if applies(key, config.method)}
+    if config.max_steps is not None:
+        del settings["num_train_epochs"]
     shown = {key: str(settings[key]).replace("|", "\\|") for key in SHOWN if settings.get(key) is not None}
     rows = "\n".join(f"| {key} | {value} |" for key, value in shown.items())
     value = origin.get(config.metric)
     result = "" if value is None else f", with {config.metric} {value:.6g} on its validation rows"
-    metadata = ModelCard.load(adapter / CARD, ignore_metadata_errors=True).data.to_yaml()
+    metadata = ModelCard.load(adapter / CARD, ignore_metadata_errors=True).data
+    if base.startswith(BUILTIN) or Path(base).is_absolute():  # a path of this machine, at which the Hub would stop
+        metadata.base_model = None
+        metadata.tags = [tag for tag in metadata.tags or () if not tag.startswith("base_model:")]
     (adapter / CARD).write_text(
         f"""---
-{metadata}
+{metadata.to_yaml()}
 ---
 
 # LoRA adapter of `{base}`
@@ -78,7 +83,7 @@ Trained with {METHOD[config.method]} by bilora-ray: trial {origin["trial"]} of s
 from transformers import {model_class}
 
 base = {model_class}.from_pretrained({", ".join(arguments)})
-model = PeftModel.from_pretrained(base, "PATH")
+model = PeftModel.from_pretrained(base, ".")  # the folder of this file
 ```
 """,
         encoding="utf-8",

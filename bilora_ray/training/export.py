@@ -28,11 +28,16 @@ def write_recipe(adapter: Path, settings: TrialConfig, origin: Mapping[str, Any]
     (adapter / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 
 
+def is_merged(exported: Path) -> bool:
+    """Whether a folder with a recipe is a whole model and no adapter."""
+    return not (exported / CONFIG).is_file()
+
+
 def read_recipe(adapter: Path) -> dict[str, Any]:
-    """What `write_recipe` kept. UserError if `adapter` is no adapter, or not one of ours."""
-    if not (adapter / CONFIG).is_file():
+    """What `write_recipe` kept. UserError if `adapter` is no adapter and no merged model, or not one of ours."""
+    if is_merged(adapter) and not (adapter / RECIPE).is_file():
         raise UserError(f"{adapter}: no adapter here ({CONFIG} is missing)")
-    if not (adapter / WEIGHTS).is_file():
+    if not is_merged(adapter) and not (adapter / WEIGHTS).is_file():
         raise UserError(f"{adapter}: {WEIGHTS} is missing; weights in another format are not read")
     if not (adapter / RECIPE).is_file():
         raise UserError(f"{adapter}: {RECIPE} is missing: this adapter was not trained here, so give its settings")
@@ -43,13 +48,20 @@ def read_recipe(adapter: Path) -> dict[str, Any]:
         raise UserError(f"{adapter / RECIPE}: is not what was exported; export the adapter again") from None
 
 
-def evaluation_config(adapter: Path, settings: Mapping[str, Any]) -> TrialConfig:
-    """The settings to evaluate an exported adapter with: those of its training, with `settings` on top.
+def evaluation_config(adapter: Path, settings: Mapping[str, Any], base_model: bool = False) -> TrialConfig:
+    """The settings to evaluate an exported adapter, or a merged model, with: those of its training, `settings` on top.
 
     Without any, the evaluation is that of the training: on its validation rows. Only `settings` can allow remote code:
     an adapter may be a stranger's.
+
+    Args:
+        adapter: the folder.
+        settings: instead of the training's.
+        base_model: of a merged model, name the one that it was made from.
     """
     recipe = {**read_recipe(adapter)["settings"], "trust_remote_code": False}
+    if is_merged(adapter) and not base_model:
+        recipe |= {"model_name_or_path": str(adapter.resolve()), "model_revision": None}
     return build(TrialConfig, {**recipe, **settings}, f"{adapter / RECIPE}: settings")
 
 

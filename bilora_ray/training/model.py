@@ -245,6 +245,8 @@ def _naming_the_model(config: TrialConfig) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError) as error:
+        if "Unrecognized configuration class" in str(error):  # the class's name would follow, and all that are known
+            raise UserError(f"task: '{name}' is no model for {config.task}") from error
         raise UserError(f"model_name_or_path: cannot load '{name}' ({first_line(error)})") from error
 
 

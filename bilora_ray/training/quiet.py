@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 import datasets
+import huggingface_hub
 import transformers
 
 
 def quiet() -> None:
-    """No progress bars, no load reports, no warnings of transformers and datasets in this process."""
+    """No progress bars, no load reports, no warnings of the libraries beneath in this process.
+
+    To be called before PEFT is imported, which imports bitsandbytes wherever it is installed.
+    """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    huggingface_hub.logging.set_verbosity_error()
+    # It says at its import which kernels it does without.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")

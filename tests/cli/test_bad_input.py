@@ -235,6 +235,18 @@ CASES = {
     "train with distributions": Case(
         "train --space space.yaml", "space.yaml: one run needs one value for each setting; give --set rho=VALUE"
     ),
+    "show without runs": Case("show", "--storage-path runs: no such folder; `bilora-ray tune` makes it"),
+    "train of a study and a space": Case(
+        "train --space space.yaml --study s", "--study: --space says the settings already; give one of the two"
+    ),
+    "train of a trial of no study": Case("train --trial 3", "--trial: needs --study"),
+    "train of an unknown study": Case("train --study nope", "study 'nope': not in {here}/runs"),
+    "evaluate with a setting of training": Case(
+        "evaluate model --set rank=4", "--set rank=4: changes nothing in an evaluation, which trains nothing"
+    ),
+    "evaluate on a file that is not there": Case(
+        "evaluate model --data gone.jsonl", "--data: no such file: {here}/gone.jsonl"
+    ),
     "show of an unknown study": Case("show nope", "study 'nope': not in {here}/runs"),
     "export of an unknown study": Case("export nope --output out", "study 'nope': not in {here}/runs"),
     "evaluate of no adapter": Case("evaluate model", "model: no adapter here (adapter_config.json is missing)"),
@@ -303,4 +315,4 @@ def test_an_mlflow_that_cannot_be_used_is_one_line_and_begins_no_study(
     result = _run(f"train --space space.yaml --set rho=0.05 --mlflow-uri {uri}")
     assert result.stderr == f"Error: {line.format(here=os.path.realpath(tmp_path))}\n"
     assert (result.stdout, result.exit_code) == ("", 2)
-    assert _run("show").stdout == "no studies in runs\n"
+    assert _run("show").stdout == f"no studies in {os.path.realpath(tmp_path)}/runs\n"

@@ -88,9 +88,19 @@ def test_where_there_is_no_terminal_each_ended_trial_is_a_line(capsys: pytest.Ca
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err == (
+        "1 of 3 trials done; running\n"
         "2 of 3 trials done: trial 1 stopped early, eval_exact_match 0.25\n"
         "3 of 3 trials done: trial 2 failed: loss is nan at step 3\n"
     )
+
+
+def test_notes_are_told_once_before_the_first_trial(capsys: pytest.CaptureFixture[str]) -> None:
+    with SearchProgress(3, METRIC, greater_is_better=True, notes=["rho: is odd"]) as progress:
+        progress.start([])
+        assert capsys.readouterr().err == ""
+        progress.trial_started(record(0, Status.RUNNING))
+        progress.trial_started(record(1, Status.RUNNING))
+    assert capsys.readouterr().err == "Note: rho: is odd\n0 of 3 trials done; running\n"
 
 
 def test_rows_that_are_cut_are_told_once(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -306,7 +307,7 @@ def test_a_study_is_shown_without_its_space_file(layout: Layout) -> None:
             True,
             {},
             {"seed": 1},
-            "study 's' began with other space: seed was 0, is 1; "
+            "study 's' began with other space: study.seed was 0, is 1; "
             "of a study only max_concurrent and num_trials may change",
         ),
     ],
@@ -322,6 +323,21 @@ def test_a_wrong_start_is_refused_before_anything_is_written(
     assert str(error.value) == line.format(storage=layout.storage_path)
     assert before is None or sorted(layout.storage_path.rglob("*")) == before
     assert begun is not None or not layout.storage_path.exists()
+
+
+@pytest.mark.parametrize(
+    ("trial", "difference"),
+    [
+        ({"rho": 0.05}, "rho was {low: 0.01, high: 0.2, log: True}, is 0.05"),
+        ({"rank": 4}, "rank was {choice: [4, 8, 16]}, is 4"),
+        ({"weight_decay": 0.1}, "weight_decay was absent, is 0.1"),
+        ({"seed": 1}, "seed was absent, is 1"),
+    ],
+)
+def test_a_resume_with_another_setting_says_what_it_was(layout: Layout, trial: dict[str, Any], difference: str) -> None:
+    open_study(space(), layout).next_trial()
+    with pytest.raises(UserError, match=re.escape(f"began with other space: {difference}; of a study only")):
+        check_study(space(trial=trial), layout, True, DIGESTS)
 
 
 def test_a_study_that_never_handed_out_a_trial_is_made_anew(layout: Layout) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,27 @@ from bilora_ray.training.rehearsal import rehearse
 @pytest.mark.parametrize("task", TASKS)
 def test_what_a_trial_takes_is_taken(task: Task, method: str, tiny: Tiny) -> None:
     found = rehearse(tiny.config(task, method=method))
-    assert found.keys() == {"train", "validation"}
-    assert all(split.rows > 0 and split.cut == split.dropped == 0 for split in found.values())
+    assert found.rows.keys() == {"train", "validation"}
+    assert all(split.rows > 0 and split.cut == split.dropped == 0 for split in found.rows.values())
+
+
+@pytest.mark.parametrize(
+    ("task", "reads", "learns"),
+    [
+        ("causal-lm", "<s>{prompt}{completion}</s>", "{completion}</s>"),
+        ("seq2seq-lm", "{prompt}</s>", "{completion}</s>"),
+        ("sequence-classification", "<s>{text}</s>", "{label}"),
+    ],
+)
+def test_it_shows_what_the_model_reads_and_learns(task: Task, reads: str, learns: str, tiny: Tiny) -> None:
+    config = tiny.config(task)
+    row = json.loads(Path(config.train_data).read_text().splitlines()[0])
+    found = rehearse(config)
+    assert (found.reads, found.learns) == (reads.format(**row), learns.format(**row))
 
 
 def test_rows_that_are_cut_are_counted(tiny: Tiny) -> None:
-    found = rehearse(tiny.config("causal-lm", max_length=4))
+    found = rehearse(tiny.config("causal-lm", max_length=4)).rows
     assert found["train"] == Truncation(found["train"].rows, found["train"].rows, 0)
 
 
