@@ -131,7 +131,7 @@ def load_study(layout: Layout, name: str) -> SearchStudy:
 
 
 def summarise(layout: Layout) -> list[StudySummary]:
-    """The studies that have begun, by name. Reads the database alone: the trials may be kept elsewhere."""
+    """The studies that have begun, oldest first. Reads the database alone: the trials may be kept elsewhere."""
     loaded = (optuna.load_study(study_name=name, storage=open_storage(layout)) for name in study_names(layout))
     begun = [SearchStudy(study, _space(study), layout) for study in loaded if SPACE in study.user_attrs]
     return [

@@ -49,6 +49,18 @@ def test_more_settings_than_have_room_are_whole_in_one_column() -> None:
     assert "method=" not in " ".join(leaderboard([many], width=120))
 
 
+def test_a_failed_trial_is_below_those_that_were_stopped() -> None:
+    failed = record(1, Status.FAILED, 0.9, error="loss is nan at step 3")
+    records = [
+        record(0, Status.FAILED, error="x"),
+        failed,
+        record(2, Status.PRUNED, 0.1),
+        record(3, Status.COMPLETE, 0.0),
+    ]
+    rows = [line.split() for line in leaderboard(records, width=80)]
+    assert [row[0] for row in rows if row and row[0].isdigit()] == ["3", "2", "1", "0"]
+
+
 def test_a_trial_without_a_setting_has_an_empty_cell() -> None:
     plain = TrialRecord(1, Status.COMPLETE, {}, {"rank": 4}, value=0.4)
     lines = leaderboard([record(0, Status.COMPLETE, 0.5), plain], width=100)

@@ -1,0 +1,52 @@
+"""A run is taken up again: listed, trained anew with its settings, merged, and measured as a merged model."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from tiny_trials import Tiny
+
+from bilora_ray.cli.main import main
+
+
+def bilora_ray(*arguments: str) -> str:
+    """What a command prints on stdout."""
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def best_of(study: str) -> dict[str, Any]:
+    """The best trial of a study, as JSON."""
+    return json.loads(bilora_ray("show", study, "--json"))["best"]
+
+
+@pytest.fixture
+def trained(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = tiny.config("causal-lm", rank=3, max_steps=4).model_dump(exclude_unset=True)
+    bilora_ray("train", "--name=once", *(f"--set={key}={json.dumps(value)}" for key, value in settings.items()))
+
+
+def test_a_run_is_listed_trained_anew_and_measured_merged(trained: None) -> None:
+    first = best_of("once")
+    listed = {"num_trials": 1, "ended": 1, "metric": "eval_loss"}
+    assert json.loads(bilora_ray("show", "--json")) == [{"study": "once", **listed, "best": first["eval_loss"]}]
+    assert re.search(r"^ +rank +3$", bilora_ray("show", "once"), re.M)
+
+    bilora_ray("train", "--study=once", "--name=same")
+    assert best_of("same")["eval_loss"] == first["eval_loss"]
+    bilora_ray("train", "--study=once", "--trial=0", "--name=longer", "--set=max_steps=6")
+    assert best_of("longer")["evaluations"][-1]["max_steps"] == 6
+    assert [row.split()[0] for row in bilora_ray("show").splitlines()[3:6]] == ["once", "same", "longer"]
+
+    bilora_ray("export", "once", "--output=merged", "--merge")
+    merged = json.loads(bilora_ray("evaluate", "merged", "--json"))
+    assert merged["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-4)
+    base = json.loads(bilora_ray("evaluate", "merged", "--base-model", "--json"))
+    assert base["eval_loss"] > merged["eval_loss"]
