@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,6 +70,35 @@ class Observers:
                 self.observers.remove(observer)
 
 
+class Aside:
+    """Tells an observer in a thread, in order: an adapter on its way to a slow server holds up no trial.
+
+    Args:
+        observer: who is told.
+        thread: of one worker. Once it is shut down, nothing more is told.
+    """
+
+    def __init__(self, observer: Observer, thread: Executor) -> None:
+        self._observers = Observers([observer])
+        self._thread = thread
+
+    def trial_started(self, trial: TrialRecord) -> None:
+        """A trial begins, or goes on."""
+        self._later(self._observers.trial_started, trial)
+
+    def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
+        """An evaluation is done."""
+        self._later(self._observers.trial_reported, trial, metrics)
+
+    def trial_ended(self, trial: TrialRecord) -> None:
+        """A trial has ended."""
+        self._later(self._observers.trial_ended, trial)
+
+    def _later(self, call: Callable[..., None], *arguments: object) -> None:
+        with suppress(RuntimeError):  # the search is being closed, which tells all that is left
+            self._thread.submit(call, *arguments)
+
+
 @dataclass(frozen=True)
 class Session:
     """A study that is being run.
@@ -78,21 +107,25 @@ class Session:
         study: the study.
         watcher: who shows it to a person.
         tracking: gives the tracker, once MLflow has answered.
+        thread: of one worker, which MLflow is told in.
     """
 
     study: SearchStudy
     watcher: Watcher
     tracking: Future[MlflowTracker]
+    thread: Executor
 
     def observers(self) -> Observers:
         """Who observes the trials. Waits for MLflow, which learns what it missed; UserError if it cannot be used."""
         tracker = self.tracking.result()
-        tracker.reconcile(self.study.own_records())
-        return Observers([tracker, self.watcher])
+        self.thread.submit(tracker.reconcile, self.study.own_records())
+        return Observers([Aside(tracker, self.thread), self.watcher])
 
     def close(self) -> None:
         """End the study's run in MLflow, unless MLflow could not be opened, and give up this process's trials."""
         try:
+            # What waits to be sent is sent with all else when the tracker is closed, in fewer calls.
+            self.thread.shutdown(wait=True, cancel_futures=True)
             if self.tracking.exception() is None:
                 self._close(self.tracking.result())
         finally:
@@ -121,8 +154,8 @@ def session(
         raise UserError(f"--mlflow-uri {masked(mlflow_uri)}: holds the studies; MLflow needs a database of its own")
     begins = space.study.name not in study_names(layout)
     study = open_study(space, layout, digests)
-    with ThreadPoolExecutor(max_workers=1) as executor:
-        running = Session(study, watcher, executor.submit(_tracker, study, mlflow_uri, digests, watcher))
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        running = Session(study, watcher, thread.submit(_tracker, study, mlflow_uri, digests, watcher), thread)
         try:
             with closing(running), watcher:
                 watcher.start(study.records())
