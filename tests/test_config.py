@@ -6,6 +6,7 @@ import pytest
 
 from bilora_ray.config import (
     METHOD_SETTINGS,
+    TRAINING_SETTINGS,
     Settings,
     TrialConfig,
     applies,
@@ -374,4 +375,4 @@ def test_the_primarys_settings_apply_to_every_method(method: str) -> None:
 
 
 def test_settings_that_depend_on_the_method_exist() -> None:
-    assert set(METHOD_SETTINGS) <= set(TrialConfig.model_fields)
+    assert set(METHOD_SETTINGS) <= TRAINING_SETTINGS <= set(TrialConfig.model_fields)

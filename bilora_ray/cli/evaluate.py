@@ -29,6 +29,8 @@ Examples:
 @json_option
 def command(adapter: Path, data: str | None, base_model: bool, overrides: tuple[str, ...], as_json: bool) -> None:
     """Measure the adapter in folder ADAPTER, or a merged model, with the metrics that it was trained with."""
+    from bilora_ray.training.export import evaluation_config, is_merged
+
     settings: dict[str, Any] = {}
     for override in overrides:
         section, key, value = parse_override(override)
@@ -41,13 +43,13 @@ def command(adapter: Path, data: str | None, base_model: bool, overrides: tuple[
         # The training data may be gone by now, and nothing of it is needed: the labels are in the recipe.
         source = locate_here(data, Path.cwd(), "--data", True)
         settings |= {"train_data": source, "validation_data": source, "max_eval_samples": None}
+    config = evaluation_config(adapter, settings, base_model)
+
     from bilora_ray.training.quiet import quiet
 
     quiet()
     from bilora_ray.training.evaluate import evaluate_adapter
-    from bilora_ray.training.export import evaluation_config, is_merged
 
-    config = evaluation_config(adapter, settings, base_model)
     metrics = evaluate_adapter(None if base_model or is_merged(adapter) else adapter, config)
     if as_json:
         print_json(metrics)

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from bilora_ray.cli.progress import STATUS_WORDS
 from bilora_ray.cli.tables import TrialTable, in_short, step_of
+from bilora_ray.config import TrialConfig
 from bilora_ray.tracking.records import Status, TrialRecord
 
 if TYPE_CHECKING:
@@ -60,6 +61,11 @@ def print_settings(console: Console, settings: Mapping[str, Any]) -> None:
     width = max((len(key) for key in settings), default=0)
     for key, value in settings.items():
         console.print(f"  {key:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def non_default(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a trial's `settings` that have not their default."""
+    return {key: value for key, value in settings.items() if value != TrialConfig.model_fields[key].default}
 
 
 def study_as_json(study: SearchStudy) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from bilora_ray.tracking.store import SERVERS
 Command = TypeVar("Command", bound=Callable[..., None])
 
 
-def _complete_study(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+def complete_study(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[str]:
+    """The names of the storage path's studies that begin with `incomplete`, for the shell."""
     database = Path(ctx.params.get("storage_path") or "runs") / "studies.db"
     if not database.exists():
         return []
@@ -101,8 +102,8 @@ SEARCH_OPTIONS = (
     ),
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
-study_argument = click.argument("study", shell_complete=_complete_study)
-optional_study_argument = click.argument("study", required=False, shell_complete=_complete_study)
+study_argument = click.argument("study", shell_complete=complete_study)
+optional_study_argument = click.argument("study", required=False, shell_complete=complete_study)
 trial_option = click.option("--trial", "number", type=int, metavar="N", help="A trial's number.  [default: the best]")
 
 
@@ -126,10 +127,10 @@ def search_options(command: Command) -> Command:
     return command
 
 
-def command_that_resumes() -> str:
-    """The command line that was typed, with --resume and without passwords."""
-    arguments = [masked(argument) for argument in sys.argv[1:] if argument != "--resume"]
-    return shlex.join([program(), *arguments, "--resume"])
+def command_that_resumes(*more: str) -> str:
+    """The command line that was typed, with `more`, with --resume and without passwords."""
+    arguments = [masked(argument) for argument in sys.argv[1:] if argument not in (*more, "--resume")]
+    return shlex.join([program(), *arguments, *more, "--resume"])
 
 
 def program() -> str:
@@ -138,9 +139,13 @@ def program() -> str:
     return called if Path(called).name == "bilora-ray" and not shutil.which("bilora-ray") else "bilora-ray"
 
 
-def say_how_to_go_on() -> NoReturn:
-    """Say after an interruption that nothing is lost, with the command that goes on; exit code 130."""
-    click.echo(f"\nInterrupted; what is done is kept. Go on: {command_that_resumes()}", err=True)
+def say_how_to_go_on(*more: str) -> NoReturn:
+    """Say after an interruption that nothing is lost, with the command that goes on; exit code 130.
+
+    Args:
+        more: what that command has beside what was typed.
+    """
+    click.echo(f"\nInterrupted; what is done is kept. Go on: {command_that_resumes(*more)}", err=True)
     sys.exit(130)
 
 

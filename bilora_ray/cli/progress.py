@@ -24,7 +24,8 @@ STATUS_WORDS = {
 
 
 class SearchProgress:
-    """An observer that draws the search on a terminal; where there is none it prints a line for each ended trial.
+    """An observer that draws the search on a terminal; where there is none it prints a line at the start and for each
+    trial that ends.
 
     Args:
         num_trials: how many trials the study finishes.

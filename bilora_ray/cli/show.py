@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from bilora_ray.cli.leaderboard import STATUS_WORDS, print_leaderboard, print_settings, study_as_json
+from bilora_ray.cli.leaderboard import STATUS_WORDS, non_default, print_leaderboard, print_settings, study_as_json
 from bilora_ray.cli.options import (
     absolute,
     json_option,
@@ -20,7 +20,6 @@ from bilora_ray.cli.options import (
     study_database_option,
 )
 from bilora_ray.cli.tables import in_short
-from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,8 +53,9 @@ def command(study: str | None, storage_path: Path, study_database: str | None, a
     console = Console(highlight=False)
     if study is None:
         if study_database is None and not layout.storage_path.is_dir():
-            raise UserError(f"--storage-path {storage_path}: no such folder; `bilora-ray tune` makes it")
-        summaries = summarise(layout)
+            raise UserError(f"--storage-path {storage_path}: no such folder; `bilora-ray tune` and `train` make it")
+        with naming_the_database(layout):
+            summaries = summarise(layout)
         if as_json:
             print_json([asdict(summary) for summary in summaries])
         else:
@@ -79,28 +79,23 @@ def command(study: str | None, storage_path: Path, study_database: str | None, a
         console.print("What mattered cannot be told before four trials are complete, with different values.")
     peak = max((metrics.get("gpu_memory_gib", 0) for record in records for metrics in record.history), default=0)
     if peak:
-        console.print(f"GPU memory of a worker: {peak:.1f} GiB at the most")
+        console.print(f"GPU memory that torch took in a worker: {peak:.1f} GiB at the most")
     best = found.best()
     if best is not None:
         console.print(f"\nBest: trial {best.number}, {found.metric} {best.value:.6g}", style="bold green", markup=False)
-        print_settings(console, best.sampled or _given(found.space.fixed))
+        print_settings(console, best.sampled or non_default(found.space.fixed))
         print_next(study, storage_path, study_database, best.adapter)
-
-
-def _given(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` without those that have their default."""
-    fields = TrialConfig.model_fields
-    return {key: value for key, value in settings.items() if value != fields[key].default}
 
 
 def _print_studies(console: Console, summaries: Sequence[StudySummary], layout: Layout) -> None:
     from rich import box
-    from rich.table import Table
+    from rich.table import Column, Table
 
     if not summaries:
         console.print(f"no studies in {layout.database}", markup=False, soft_wrap=True)
         return
-    table = Table("study", "trials ended", "metric", "best", box=box.SIMPLE_HEAD, pad_edge=False)
+    name = Column("study", overflow="fold")
+    table = Table(name, "trials ended", "metric", "best", box=box.SIMPLE_HEAD, pad_edge=False)
     for summary in summaries:
         ended = f"{summary.ended} of {summary.num_trials}"
         table.add_row(summary.study, ended, summary.metric, in_short(summary.best))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 
 from bilora_ray.cli.leaderboard import as_json as trial_as_json
+from bilora_ray.cli.leaderboard import non_default
 from bilora_ray.cli.options import (
     absolute,
+    complete_study,
     insecure_option,
     json_option,
     mlflow_option,
@@ -25,7 +28,8 @@ from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.errors import UserError
 from bilora_ray.search.layout import Layout
 from bilora_ray.search.protection import check_mlflow
-from bilora_ray.search.space_file import load_space
+from bilora_ray.search.space import Space
+from bilora_ray.search.space_file import checked_space, load_space
 
 EPILOG = """\b
 Examples:
@@ -38,7 +42,12 @@ Examples:
 
 @click.command(epilog=EPILOG)
 @click.option("--space", "space_path", type=click.Path(path_type=Path), metavar="FILE", help="Take settings from here.")
-@click.option("--study", metavar="STUDY", help="Take settings from a trial of this study, to train it anew.")
+@click.option(
+    "--study",
+    metavar="STUDY",
+    shell_complete=complete_study,
+    help="Take settings from a trial of this study, to train it anew.",
+)
 @trial_option
 @set_option
 @click.option("--name", default="train", show_default=True, metavar="NAME", help="Name of the run, a study of one.")
@@ -73,8 +82,12 @@ def command(
         check_mlflow(mlflow_uri)
     single = {"name": json.dumps(name), "num_trials": 1, "scheduler": "none", "points_to_evaluate": "[]"}
     layout = Layout(absolute(storage_path), study_database)
-    earlier = [] if study is None else _settings_of(layout, study, number)
-    space = load_space(space_path, [*earlier, *overrides, *(f"study.{key}={value}" for key, value in single.items())])
+    everything = [*overrides, *(f"study.{key}={value}" for key, value in single.items())]
+    if study is None:
+        space, again = load_space(space_path, everything), []
+    else:
+        space, number = _space_of(layout, study, number, everything)
+        again = [f"--trial={number}"]  # which one is the best may be another by then
     if space.distributions:
         keys = ", ".join(f"--set {key}=VALUE" for key in space.distributions)
         raise UserError(f"{space.path}: one run needs one value for each setting; give {keys}")
@@ -87,11 +100,11 @@ def command(
     checked = preflight(space)
     quiet()
     config = space.trial_config({})
-    watcher = SearchProgress(1, config.metric, config.greater_is_better, checked.doubts)
+    watcher = SearchProgress(1, config.metric, config.greater_is_better, checked.notes)
     try:
         trained = train(space, layout, resume=resume, mlflow_uri=mlflow_uri, digests=checked.digests, watcher=watcher)
     except KeyboardInterrupt:
-        say_how_to_go_on()
+        say_how_to_go_on(*again)
     record = trained.record(0)
     if as_json:
         print_json(trial_as_json(record, trained.metric))
@@ -102,12 +115,16 @@ def command(
         print_next(name, storage_path, study_database, record.adapter, mlflow_uri)
 
 
-def _settings_of(layout: Layout, study: str, number: int | None) -> list[str]:
-    """The settings of a trial and its workers, as texts of --set."""
+def _space_of(layout: Layout, study: str, number: int | None, overrides: Sequence[str]) -> tuple[Space, int]:
+    """The settings of a trial of `study`, the best as a rule, with `overrides` on top; and the trial's number."""
     from bilora_ray.search.studies import load_study
 
     found = load_study(layout, study)
-    settings = found.chosen(number).settings
-    resources = found.space.resources.model_dump(exclude_defaults=True)
-    values = {**settings, **{f"resources.{key}": value for key, value in resources.items()}}
-    return [f"{key}={json.dumps(value)}" for key, value in values.items()]
+    record = found.chosen(number)
+    sections = {
+        "study": {"project": found.space.study.project},
+        "trial": non_default(record.settings),
+        "resources": found.space.resources.model_dump(),
+    }
+    click.echo(f"Settings of trial {record.number} of study '{study}'", err=True)
+    return checked_space(sections, Path(f"study '{study}', trial {record.number}"), overrides), record.number

@@ -21,7 +21,7 @@ from bilora_ray.cli.options import (
 )
 from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.cli.tables import duration
-from bilora_ray.cli.validate import describe, in_words
+from bilora_ray.cli.validate import describe
 from bilora_ray.errors import UserError
 from bilora_ray.paths import Locate, locate_here
 from bilora_ray.search.layout import Layout
@@ -84,14 +84,14 @@ def command(
     if dry_run:
         rehearsal = _rehearse(space, layout, resume, ray_address, checked.digests)
         if as_json:
-            print_json({**describe(space), **asdict(rehearsal), "doubts": checked.doubts})
+            print_json({**describe(space), **asdict(rehearsal), "notes": checked.notes})
         else:
-            _print_plan(space, rehearsal, checked.doubts)
+            _print_plan(space, rehearsal, checked.notes)
         return
     space, digests = keep_inputs(space, checked.digests, absolute(storage_path))
     started = time.monotonic()
     try:
-        study = _search(space, layout, resume, mlflow_uri, ray_address, digests, checked.doubts)
+        study = _search(space, layout, resume, mlflow_uri, ray_address, digests, checked.notes)
     except KeyboardInterrupt:
         say_how_to_go_on()
     if as_json:
@@ -152,20 +152,20 @@ def _rehearse(
     return first
 
 
-def _print_plan(space: Space, rehearsal: Rehearsal, doubts: Sequence[str]) -> None:
+def _print_plan(space: Space, rehearsal: Rehearsal, notes: Sequence[str]) -> None:
     study, resources = space.study, space.resources
     click.echo(f"Study '{study.name}' would run {study.num_trials} trials ({study.sampler}, {study.scheduler}) over")
     for key, distribution in space.distributions.items():
-        click.echo(f"  {key:<28} {in_words(distribution)}")
+        click.echo(f"  {key:<28} {distribution}")
     workers = f"{resources.workers} workers, each with " if resources.workers > 1 else ""
     room = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
     click.echo(f"each on {workers}{room}.")
     for split, rows in rehearsal.rows.items():
         dropped = f", {rows.dropped} have nothing to predict and are left out" if rows.dropped else ""
         click.echo(f"{split} rows: {rows.rows}; {rows.cut} are cut to max_length{dropped}")
-    click.echo(f"the first training row is {_shortened(rehearsal.reads)}")
-    click.echo(f"of which is learned {_shortened(rehearsal.learns)}")
-    for line in doubts:
+    click.echo(f"of the first training row the model reads {_shortened(rehearsal.reads)}")
+    click.echo(f"and learns {_shortened(rehearsal.learns)}")
+    for line in notes:
         click.secho(f"Note: {line}", fg="yellow")
     click.echo("Nothing was started.")
 
@@ -182,12 +182,12 @@ def _search(
     mlflow_uri: str | None,
     ray_address: str | None,
     digests: Mapping[str, str],
-    doubts: Sequence[str],
+    notes: Sequence[str],
 ) -> SearchStudy:
     from bilora_ray.search.run import search
 
     config = space.first_config()
-    progress = SearchProgress(space.study.num_trials, config.metric, config.greater_is_better, doubts)
+    progress = SearchProgress(space.study.num_trials, config.metric, config.greater_is_better, notes)
     return search(
         space,
         layout,

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from bilora_ray.cli.options import json_option, print_json, set_option
-from bilora_ray.search.space import Choice, Distribution, Space
+from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
 
 EPILOG = """\b
@@ -28,7 +28,7 @@ def command(space_path: Path, overrides: tuple[str, ...], as_json: bool) -> None
         return
     click.echo(f"{space_path} is valid: study '{space.study.name}', {space.study.num_trials} trials over")
     for key, distribution in space.distributions.items():
-        click.echo(f"  {key:<28} {in_words(distribution)}")
+        click.echo(f"  {key:<28} {distribution}")
     if not space.distributions:
         click.echo("  nothing: no setting has a distribution, so `bilora-ray train` runs it and `tune` does not")
 
@@ -41,12 +41,3 @@ def describe(space: Space) -> dict[str, object]:
         "fixed": space.fixed,
         "distributions": {key: d.model_dump(exclude_none=True) for key, d in space.distributions.items()},
     }
-
-
-def in_words(distribution: Distribution) -> str:
-    """A distribution as a person reads it."""
-    if isinstance(distribution, Choice):
-        return "one of " + ", ".join(str(value) for value in distribution.choice)
-    scale = ", on a log scale" if distribution.log else ""
-    step = f", in steps of {distribution.step:g}" if distribution.step else ""
-    return f"{distribution.low:g} to {distribution.high:g}{scale}{step}"

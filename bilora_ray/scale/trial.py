@@ -20,6 +20,8 @@ NUMBER, FOLDER, SETTINGS, RESOURCES = "number", "folder", "settings", "resources
 # The key of a report: an evaluation's metrics; or why this trial cannot go on; or what is wrong with its settings or
 # data; or what is wrong with the machine, so that the trial may go on another time.
 EVALUATION, FAILURE, BAD_INPUT, BROKEN = "evaluation", "failure", "bad_input", "broken"
+# What CUDA takes of a GPU for a process, beside what torch allocates.
+CUDA_BYTES = 2**29
 EXPECTED = (TrialFailure, UserError, OSError, SafetensorError)
 
 
@@ -116,7 +118,6 @@ def _train_on_worker(task: Mapping[str, Any]) -> None:
     resources = task[RESOURCES]
     if resources["gpus_per_worker"] > 0:
         torch.cuda.set_device(get_device())
-    _keep_to_share(resources["gpus_per_worker"])
     workers = Workers.joined(resources["workers"], resources["parallelism"] == "fsdp")
     folder = _folder(task)
     with workers.first(folder.lock(ORPHAN_WAIT_S)):
@@ -136,7 +137,8 @@ def _keep_to_share(gpus: float) -> None:
     import torch
 
     if 0 < gpus < 1 and torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(gpus)
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(max(gpus - CUDA_BYTES / total, 0.01))
 
 
 def _failures(error: BaseException) -> list[BaseException]:

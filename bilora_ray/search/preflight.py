@@ -12,11 +12,12 @@ from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import BUILTIN, cached_commit
 from bilora_ray.search.layout import Layout
 from bilora_ray.search.space import Space
-from bilora_ray.training.doubts import doubts
+from bilora_ray.training.notes import notes
 from bilora_ray.training.rows import load_rows
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_TIMEOUT_S = 10
+ROWS_OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,11 @@ class Checked:
 
     Attributes:
         digests: data source -> digest of its content.
-        doubts: lines about what is allowed and yet seldom meant.
+        notes: lines about what is allowed and yet seldom meant.
     """
 
     digests: dict[str, str]
-    doubts: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def preflight(space: Space) -> Checked:
@@ -42,7 +43,14 @@ def preflight(space: Space) -> Checked:
     check_model(config)
     rows = load_rows(config)
     digests = {_source(config, setting): digest for setting, digest in rows.digests.items()}
-    return Checked(digests, tuple(doubts(rows, config, space.resources.workers)))
+    return Checked(digests, tuple(notes(rows, _with_most_rows(config, space), space.resources.workers)))
+
+
+def _with_most_rows(config: TrialConfig, space: Space) -> TrialConfig:
+    """`config` as in the trial whose steps take the most rows."""
+    ends = {key: space.distributions[key].ends() for key in ROWS_OF_A_STEP if key in space.distributions}
+    most = {key: int(max(end for end in both if isinstance(end, int | float))) for key, both in ends.items()}
+    return config.model_copy(update=most)
 
 
 def _source(config: TrialConfig, setting: str) -> str:

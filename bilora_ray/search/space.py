@@ -90,6 +90,9 @@ class Choice(Settings):
 
     choice: tuple[OneValue, ...] = Field(min_length=1)
 
+    def __str__(self) -> str:
+        return "one of " + ", ".join(str(value) for value in self.choice)
+
     def ends(self) -> Sequence[Value]:
         """The values that must be allowed for the setting if every value is to be."""
         return self.choice
@@ -117,6 +120,11 @@ class Range(Settings):
                 f"got low {self.low:g}, high {self.high:g} and step {self.step:g}"
             )
         return self
+
+    def __str__(self) -> str:
+        scale = ", on a log scale" if self.log else ""
+        step = f", in steps of {self.step:g}" if self.step else ""
+        return f"{self.low:g} to {self.high:g}{scale}{step}"
 
     def holds(self, value: float) -> bool:
         """Whether `value` can be drawn."""

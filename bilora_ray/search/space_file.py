@@ -78,8 +78,15 @@ def load_space(path: Path | None, overrides: Sequence[str] = (), locate: Locate 
     Raises:
         UserError: one line that names the file, the key and what is allowed.
     """
-    sections = {name: {} for name in SECTIONS} if path is None else _read_sections(path)
-    path = path or Path("--set")
+    sections = {} if path is None else _read_sections(path)
+    return checked_space(sections, path or Path("--set"), overrides, locate)
+
+
+def checked_space(
+    sections: Mapping[str, Mapping[str, Any]], path: Path, overrides: Sequence[str], locate: Locate = locate_here
+) -> Space:
+    """As `load_space`, of `sections` that are read already; `path` says where, for errors."""
+    sections = {name: dict(sections.get(name, {})) for name in SECTIONS}
     given: dict[str, dict[str, Any]] = {name: {} for name in SECTIONS}
     for override in overrides:
         section, key, value = parse_override(override)

@@ -16,9 +16,10 @@ from optuna.pruners import NopPruner
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.search.layout import Layout
-from bilora_ray.search.space import Choice, Range, ResourceConfig, Space, StudyConfig
+from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig, Space, StudyConfig
 from bilora_ray.search.storage import making, open_storage, study_names
 from bilora_ray.search.study import ID, SearchStudy
 
@@ -132,18 +133,25 @@ def load_study(layout: Layout, name: str) -> SearchStudy:
 
 def summarise(layout: Layout) -> list[StudySummary]:
     """The studies that have begun, oldest first. Reads the database alone: the trials may be kept elsewhere."""
-    loaded = (optuna.load_study(study_name=name, storage=open_storage(layout)) for name in study_names(layout))
-    begun = [SearchStudy(study, _space(study), layout) for study in loaded if SPACE in study.user_attrs]
-    return [
-        StudySummary(
-            study=study.space.study.name,
-            num_trials=study.space.study.num_trials,
-            ended=study.ended(),
-            metric=study.metric,
-            best=study.best_value(),
-        )
-        for study in begun
-    ]
+    if not (names := study_names(layout)):
+        return []
+    storage = open_storage(layout)
+    loaded = (optuna.load_study(study_name=name, storage=storage) for name in names)
+    return [_summary(study) for study in loaded if SPACE in study.user_attrs]
+
+
+def _summary(study: optuna.Study) -> StudySummary:
+    described = study.user_attrs[SPACE]
+    trials = study.get_trials(deepcopy=False)
+    values = [trial.value for trial in trials if trial.state == TrialState.COMPLETE and trial.value is not None]
+    better = max if study.direction == StudyDirection.MAXIMIZE else min
+    return StudySummary(
+        study=study.study_name,
+        num_trials=described["study"]["num_trials"],
+        ended=sum(trial.state.is_finished() for trial in trials),
+        metric=described["fixed"].get("metric", TrialConfig.model_fields["metric"].default),
+        best=better(values, default=None),
+    )
 
 
 def settings_before(layout: Layout, name: str) -> dict[str, Any] | None:
@@ -202,10 +210,7 @@ def _space(study: optuna.Study) -> Space:
         study=StudyConfig(**described["study"]),
         resources=ResourceConfig(**described["resources"]),
         fixed=described["fixed"],
-        distributions={
-            key: Choice(**values) if "choice" in values else Range(**values)
-            for key, values in described["distributions"].items()
-        },
+        distributions={key: _distribution(values) for key, values in described["distributions"].items()},
         points_to_evaluate=(),
     )
 
@@ -221,7 +226,7 @@ def _check_same(name: str, what: str, before: Mapping[str, Any], now: Mapping[st
     """
     for key in {**before, **now}:
         if before.get(key) != now.get(key):
-            was, given = (_in_short(values[key]) if key in values else "absent" for values in (before, now))
+            was, given = (_in_words(values[key]) if key in values else "absent" for values in (before, now))
             raise UserError(
                 f"study '{name}' began with other {what}: {key} was {was}, is {given}; "
                 f"of a study only {' and '.join(sorted(FREE_TO_CHANGE))} may change"
@@ -235,8 +240,9 @@ def _comparable(described: Mapping[str, Any]) -> dict[str, Any]:
     return {**study, "resources.workers": workers, **described["fixed"], **described["distributions"]}
 
 
-def _in_short(value: Any) -> str:
-    """A value, or a distribution without what it leaves out."""
-    if not isinstance(value, dict):
-        return repr(value)
-    return "{" + ", ".join(f"{key}: {item}" for key, item in value.items() if item not in (None, False)) + "}"
+def _in_words(value: Any) -> str:
+    return str(_distribution(value)) if isinstance(value, dict) else repr(value)
+
+
+def _distribution(described: Mapping[str, Any]) -> Distribution:
+    return Choice(**described) if "choice" in described else Range(**described)

@@ -197,17 +197,7 @@ class SearchStudy:
 
     def finished(self) -> bool:
         """Whether as many trials have ended as the study asks for."""
-        return self.ended() >= self.space.study.num_trials
-
-    def ended(self) -> int:
-        """How many trials have ended."""
-        return len(self._trials(*ENDED))
-
-    def best_value(self) -> float | None:
-        """The value of the best complete trial."""
-        better = max if self.greater_is_better else min
-        values = (trial.value for trial in self._trials(TrialState.COMPLETE))
-        return better((value for value in values if value is not None), default=None)
+        return len(self._trials(*ENDED)) >= self.space.study.num_trials
 
     def best(self) -> TrialRecord | None:
         """The complete trial with the best value; the earliest of equals."""

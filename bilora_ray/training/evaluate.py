@@ -13,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.training import model as models
-from bilora_ray.training.data import collate, collate_prompts, eval_batches, in_row_order, prepare
+from bilora_ray.training.data import collate, collate_prompts, eval_batches, in_row_order
 from bilora_ray.training.examples import Example
+from bilora_ray.training.loading import load_data
 from bilora_ray.training.metrics import LossSum, exact_match, label_index, label_metrics
-from bilora_ray.training.rows import load_rows
 from bilora_ray.training.workers import ALONE, Workers
 
 # A transformers model or a PEFT model around one: neither's stubs know what the other adds.
@@ -59,13 +59,11 @@ def evaluate_adapter(adapter: Path | None, config: TrialConfig) -> dict[str, flo
     Raises:
         UserError: the data or the base model are not as `config` says.
     """
-    rows = load_rows(config)
-    tokenizer = models.load_tokenizer(config)
-    examples = prepare(rows, config, tokenizer).validation
-    model: Model = models.load_base(config, tokenizer, rows.label_names)[0]
+    data = load_data(config)
+    model: Model = models.load_base(config, data.tokenizer, data.label_names)[0]
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
-    return evaluate(model, examples, config, tokenizer)
+    return evaluate(model, data.validation, config, data.tokenizer)
 
 
 def _losses(

@@ -11,7 +11,7 @@ from typing import Any
 from bilora_ray.config import TrialConfig, build
 from bilora_ray.errors import UserError
 
-RECIPE = "bilora_ray.json"
+RECIPE, MERGED = "bilora_ray.json", "merged"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
@@ -28,41 +28,53 @@ def write_recipe(adapter: Path, settings: TrialConfig, origin: Mapping[str, Any]
     (adapter / RECIPE).write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
 
 
-def is_merged(exported: Path) -> bool:
-    """Whether a folder with a recipe is a whole model and no adapter."""
-    return not (exported / CONFIG).is_file()
-
-
 def read_recipe(adapter: Path) -> dict[str, Any]:
-    """What `write_recipe` kept. UserError if `adapter` is no adapter and no merged model, or not one of ours."""
-    if is_merged(adapter) and not (adapter / RECIPE).is_file():
+    """What `write_recipe` kept. UserError if `adapter` is no adapter, or not one of ours."""
+    if not (adapter / CONFIG).is_file():
         raise UserError(f"{adapter}: no adapter here ({CONFIG} is missing)")
-    if not is_merged(adapter) and not (adapter / WEIGHTS).is_file():
+    if not (adapter / WEIGHTS).is_file():
         raise UserError(f"{adapter}: {WEIGHTS} is missing; weights in another format are not read")
     if not (adapter / RECIPE).is_file():
         raise UserError(f"{adapter}: {RECIPE} is missing: this adapter was not trained here, so give its settings")
-    try:
-        recipe = json.loads((adapter / RECIPE).read_text(encoding="utf-8"))
-        return {**recipe, "settings": dict(recipe["settings"])}
-    except (ValueError, TypeError, KeyError):
-        raise UserError(f"{adapter / RECIPE}: is not what was exported; export the adapter again") from None
+    return _recipe(adapter)
 
 
-def evaluation_config(adapter: Path, settings: Mapping[str, Any], base_model: bool = False) -> TrialConfig:
+def is_merged(folder: Path) -> bool:
+    """Whether `export_merged` wrote `folder`."""
+    return (folder / RECIPE).is_file() and bool(_recipe(folder).get(MERGED))
+
+
+def evaluation_config(exported: Path, settings: Mapping[str, Any], base_model: bool = False) -> TrialConfig:
     """The settings to evaluate an exported adapter, or a merged model, with: those of its training, `settings` on top.
 
     Without any, the evaluation is that of the training: on its validation rows. Only `settings` can allow remote code:
     an adapter may be a stranger's.
 
     Args:
-        adapter: the folder.
+        exported: the folder.
         settings: instead of the training's.
         base_model: of a merged model, name the one that it was made from.
+
+    Raises:
+        UserError: the folder is neither, or the settings do not go together.
     """
-    recipe = {**read_recipe(adapter)["settings"], "trust_remote_code": False}
-    if is_merged(adapter) and not base_model:
-        recipe |= {"model_name_or_path": str(adapter.resolve()), "model_revision": None}
-    return build(TrialConfig, {**recipe, **settings}, f"{adapter / RECIPE}: settings")
+    merged = is_merged(exported)
+    recipe = {**(_recipe(exported) if merged else read_recipe(exported))["settings"], "trust_remote_code": False}
+    # Nothing is judged by it, and an evaluation without generation may not know it.
+    recipe.pop("metric", None)
+    if merged and not base_model:
+        if "model_name_or_path" in settings:
+            raise UserError(f"{exported}: is a whole model, so model_name_or_path says nothing")
+        recipe |= {"model_name_or_path": str(exported.resolve()), "model_revision": None}
+    return build(TrialConfig, {**recipe, **settings}, f"{exported / RECIPE}: settings")
+
+
+def _recipe(folder: Path) -> dict[str, Any]:
+    try:
+        recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+        return {**recipe, "settings": dict(recipe["settings"])}
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{folder / RECIPE}: is not what was exported; export the adapter again") from None
 
 
 def export_adapter(adapter: Path, output: Path, origin: Mapping[str, Any]) -> None:
@@ -97,5 +109,5 @@ def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> Non
     with atomic_folder(output) as unfinished:
         merged.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        write_recipe(unfinished, config, {**origin, "merged": True})
+        write_recipe(unfinished, config, {**origin, MERGED: True})
         readable(unfinished)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import get_scheduler
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import NonFiniteLoss, TrialFailure, UserError
@@ -24,13 +24,13 @@ from bilora_ray.method import export_primary
 from bilora_ray.paths import cached_commit
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import atomic_folder, load_checkpoint, readable, save_checkpoint, trainable
-from bilora_ray.training.data import Prepared, collate, prepare, target_count, train_batches
+from bilora_ray.training.data import collate, target_count, train_batches
 from bilora_ray.training.evaluate import evaluate
 from bilora_ray.training.export import write_recipe
 from bilora_ray.training.folder import TrialFolder
+from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.metrics import is_better
 from bilora_ray.training.parallel import Network, shard, whole
-from bilora_ray.training.rows import load_rows
 from bilora_ray.training.workers import ALONE, Workers, seed_worker
 
 Report = Callable[[dict[str, float]], None]
@@ -76,11 +76,8 @@ class Run:
         if torch.cuda.is_available():  # this process may have had another trial before
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        rows = load_rows(config)
-        self.label_names = rows.label_names
-        self.tokenizer: PreTrainedTokenizerBase = models.load_tokenizer(config)
-        self.data: Prepared = prepare(rows, config, self.tokenizer)
-        base, fresh = models.load_base(config, self.tokenizer, rows.label_names, workers)
+        self.data: Loaded = load_data(config)
+        base, fresh = models.load_base(config, self.data.tokenizer, self.data.label_names, workers)
         self.model = models.add_primary(base, config, fresh)
         self.optimizer = models.build_optimizer(self.model, config, self._place)
         if config.gradient_checkpointing:
@@ -194,7 +191,7 @@ class Run:
             shard(model, self.workers)
 
     def _batch(self, examples: list[Any]) -> dict[str, torch.Tensor]:
-        return collate(examples, self.config.task, self.tokenizer.pad_token_id)
+        return collate(examples, self.config.task, self.data.tokenizer.pad_token_id)
 
     def _metrics(self) -> dict[str, float]:
         window, step = self.window, self.progress.step
@@ -212,7 +209,9 @@ class Run:
             # With what the allocator keeps: that is what a trial with a part of a GPU may have no more of.
             metrics["gpu_memory_gib"] = max(self.workers.gather(torch.cuda.max_memory_reserved() / 2**30))
         metrics |= self.optimizer.metrics()
-        metrics |= evaluate(self.network.evaluated, self.data.validation, self.config, self.tokenizer, self.workers)
+        metrics |= evaluate(
+            self.network.evaluated, self.data.validation, self.config, self.data.tokenizer, self.workers
+        )
         if not math.isfinite(metrics["eval_loss"]):
             raise NonFiniteLoss(step, metrics["eval_loss"])
         return metrics
@@ -224,7 +223,7 @@ class Run:
         with atomic_folder(path) as unfinished:
             export_primary(self.model, unfinished, weights if self.workers.sharded else None)
             # With the labels in the recipe, an evaluation elsewhere does not need the training data.
-            settings = self.config.model_copy(update={"label_names": self.label_names})
+            settings = self.config.model_copy(update={"label_names": self.data.label_names})
             commit = cached_commit(settings.model_name_or_path, settings.model_revision)
             write_recipe(unfinished, settings, {"step": self.progress.step, "model_commit": commit})
             readable(unfinished)

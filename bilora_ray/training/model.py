@@ -42,6 +42,8 @@ TASK_TYPE = {
 }
 # The heads that PEFT trains and saves by itself.
 HEADS = ("classifier", "score")
+# On some CPUs bitsandbytes packs 4-bit weights for an evaluation, and unpacks them for training to others than before.
+PACKS = "support_avx512bf16_for_cpu"
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -138,6 +140,9 @@ def _with_weights(
     model, loading = AUTO_CLASS[config.task].from_pretrained(
         source(config), output_loading_info=True, use_safetensors=True, **arguments
     )
+    for module in model.modules():
+        if hasattr(module, PACKS):
+            setattr(module, PACKS, False)
     return model, _modules(model, loading["missing_keys"])
 
 

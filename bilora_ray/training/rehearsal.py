@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.training import model as models
-from bilora_ray.training.data import Truncation, prepare
+from bilora_ray.training.data import Truncation
+from bilora_ray.training.loading import load_data
 from bilora_ray.training.metrics import IGNORED
-from bilora_ray.training.rows import load_rows
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ def rehearse(config: TrialConfig) -> Rehearsal:
     Raises:
         UserError: the data, the tokenizer, the model, `max_length` or a target module is not as the settings say.
     """
-    rows = load_rows(config)
-    tokenizer = models.load_tokenizer(config)
-    prepared = prepare(rows, config, tokenizer)
-    model = models.add_primary(models.load_shape(config, rows.label_names), config, fresh=())
+    data = load_data(config)
+    model = models.add_primary(models.load_shape(config, data.label_names), config, fresh=())
     models.build_optimizer(model, config, _nowhere)
-    first = prepared.train[0]
-    learns = _text(first.labels, tokenizer) if rows.label_names is None else rows.label_names[first.labels[0]]
-    return Rehearsal(prepared.truncation, _text(first.input_ids, tokenizer), learns)
+    first = data.train[0]
+    learns = _text(first.labels, data.tokenizer)
+    if config.task == "sequence-classification" and data.label_names is not None:
+        learns = data.label_names[first.labels[0]]
+    return Rehearsal(data.truncation, _text(first.input_ids, data.tokenizer), learns)
 
 
 def _text(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> str:

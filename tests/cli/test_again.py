@@ -12,6 +12,8 @@ from click.testing import CliRunner
 from tiny_trials import Tiny
 
 from bilora_ray.cli.main import main
+from bilora_ray.search.layout import Layout
+from bilora_ray.search.studies import load_study
 
 
 def bilora_ray(*arguments: str) -> str:
@@ -29,8 +31,15 @@ def best_of(study: str) -> dict[str, Any]:
 @pytest.fixture
 def trained(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    settings = tiny.config("causal-lm", rank=3, max_steps=4).model_dump(exclude_unset=True)
-    bilora_ray("train", "--name=once", *(f"--set={key}={json.dumps(value)}" for key, value in settings.items()))
+    changes: dict[str, Any] = {
+        "rank": 3,
+        "max_steps": 4,
+        "learning_rate": 1e-5,
+        "prompt_template": "\U0001f642 {prompt}",
+    }
+    settings = tiny.config("causal-lm", **changes).model_dump(exclude_unset=True)
+    sets = (f"--set={key}={json.dumps(value, ensure_ascii=False)}" for key, value in settings.items())
+    bilora_ray("train", "--name=once", "--set=study.project=mine", *sets)
 
 
 def test_a_run_is_listed_trained_anew_and_measured_merged(trained: None) -> None:
@@ -41,6 +50,7 @@ def test_a_run_is_listed_trained_anew_and_measured_merged(trained: None) -> None
 
     bilora_ray("train", "--study=once", "--name=same")
     assert best_of("same")["eval_loss"] == first["eval_loss"]
+    assert load_study(Layout(Path.cwd() / "runs"), "same").space.study.project == "mine"
     bilora_ray("train", "--study=once", "--trial=0", "--name=longer", "--set=max_steps=6")
     assert best_of("longer")["evaluations"][-1]["max_steps"] == 6
     assert [row.split()[0] for row in bilora_ray("show").splitlines()[3:6]] == ["once", "same", "longer"]

@@ -235,7 +235,7 @@ CASES = {
     "train with distributions": Case(
         "train --space space.yaml", "space.yaml: one run needs one value for each setting; give --set rho=VALUE"
     ),
-    "show without runs": Case("show", "--storage-path runs: no such folder; `bilora-ray tune` makes it"),
+    "show without runs": Case("show", "--storage-path runs: no such folder; `bilora-ray tune` and `train` make it"),
     "train of a study and a space": Case(
         "train --space space.yaml --study s", "--study: --space says the settings already; give one of the two"
     ),

@@ -62,6 +62,10 @@ def examples(name: str) -> Iterator[list[str]]:
 # Light
 
 
+def test_an_adapter_that_is_not_there_is_told_without_heavy_libraries() -> None:
+    assert imported("evaluate", "nowhere", exit_code=2) & HEAVY == set()
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -48,12 +49,13 @@ def test_a_part_of_a_gpu_that_is_not_there_is_no_room() -> None:
     assert str(caught.value) == "resources: a trial wants 1 CPUs and 0.5 GPUs, the cluster has 8 CPUs and 0 GPUs"
 
 
-@pytest.mark.parametrize(("gpus", "limits"), [(0, []), (0.25, [0.25]), (1, []), (2, [])])
-def test_a_trial_with_a_part_of_a_gpu_keeps_to_that_part_of_its_memory(
+@pytest.mark.parametrize(("gpus", "limits"), [(0, []), (0.25, [0.1875]), (0.01, [0.01]), (1, []), (2, [])])
+def test_a_trial_with_a_part_of_a_gpu_keeps_to_that_part_of_its_memory_less_what_cuda_takes(
     gpus: float, limits: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     set_limits: list[float] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=8 * 2**30))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", set_limits.append)
     trials._keep_to_share(gpus)
     assert set_limits == limits

@@ -328,8 +328,8 @@ def test_a_wrong_start_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("trial", "difference"),
     [
-        ({"rho": 0.05}, "rho was {low: 0.01, high: 0.2, log: True}, is 0.05"),
-        ({"rank": 4}, "rank was {choice: [4, 8, 16]}, is 4"),
+        ({"rho": 0.05}, "rho was 0.01 to 0.2, on a log scale, is 0.05"),
+        ({"rank": 4}, "rank was one of 4, 8, 16, is 4"),
         ({"weight_decay": 0.1}, "weight_decay was absent, is 0.1"),
         ({"seed": 1}, "seed was absent, is 1"),
     ],

@@ -98,7 +98,7 @@ def test_without_labels_only_exact_match_is_added(tiny: Tiny, tmp_path: Path) ->
 def test_the_loss_is_the_mean_over_all_target_tokens(task: Task, tiny: Tiny, tmp_path: Path) -> None:
     run = Run(tiny.config(task, per_device_eval_batch_size=5), TrialFolder(tmp_path))
     run.train_step()
-    metrics = evaluate(run.model, run.data.validation, run.config, run.tokenizer)
+    metrics = evaluate(run.model, run.data.validation, run.config, run.data.tokenizer)
     run.model.eval()
     losses, hits = [], []
     for example in run.data.validation:
@@ -120,7 +120,7 @@ def test_the_loss_is_the_mean_over_all_target_tokens(task: Task, tiny: Tiny, tmp
 def test_the_model_is_left_in_its_mode(training: bool, tiny: Tiny, tmp_path: Path) -> None:
     run = Run(tiny.config("causal-lm"), TrialFolder(tmp_path))
     run.model.train(training)
-    evaluate(run.model, run.data.validation, run.config, run.tokenizer)
+    evaluate(run.model, run.data.validation, run.config, run.data.tokenizer)
     assert {module.training for module in run.model.modules()} == {training}
     for parameter in run.model.parameters():
         assert not parameter.is_inference()
@@ -130,7 +130,7 @@ def test_the_mode_is_restored_when_an_evaluation_fails(tiny: Tiny, tmp_path: Pat
     run = Run(tiny.config("causal-lm"), TrialFolder(tmp_path))
     run.model.train()
     with pytest.raises(AttributeError):
-        evaluate(run.model, [None], run.config, run.tokenizer)  # type: ignore[list-item]
+        evaluate(run.model, [None], run.config, run.data.tokenizer)  # type: ignore[list-item]
     assert run.model.training
 
 
@@ -139,22 +139,22 @@ def test_an_evaluation_draws_no_random_numbers_and_changes_no_weight(tiny: Tiny,
     run.train_step()
     random = torch.get_rng_state()
     before = {name: parameter.clone() for name, parameter in run.model.named_parameters()}
-    first = evaluate(run.model, run.data.validation, run.config, run.tokenizer)
+    first = evaluate(run.model, run.data.validation, run.config, run.data.tokenizer)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(before[name], parameter) for name, parameter in run.model.named_parameters())
-    assert evaluate(run.model, run.data.validation, run.config, run.tokenizer) == first
+    assert evaluate(run.model, run.data.validation, run.config, run.data.tokenizer) == first
 
 
 @pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm", "sequence-classification"])
 def test_the_auxiliary_does_not_count(task: Task, tiny: Tiny, tmp_path: Path) -> None:
     run = Run(tiny.config(task, rho=5.0, warmup_ratio=0), TrialFolder(tmp_path))
     run.train_step()
-    before = evaluate(run.model, run.data.validation, run.config, run.tokenizer)
+    before = evaluate(run.model, run.data.validation, run.config, run.data.tokenizer)
     with torch.no_grad():
         for name, parameter in run.model.named_parameters():
             if "auxiliary" in name:
                 parameter.normal_()
-    assert evaluate(run.model, run.data.validation, run.config, run.tokenizer) == before
+    assert evaluate(run.model, run.data.validation, run.config, run.data.tokenizer) == before
 
 
 def test_the_batch_size_does_not_matter(tiny: Tiny, tmp_path: Path) -> None:
@@ -171,5 +171,5 @@ def test_validation_rows_are_those_of_the_recipe(tiny: Tiny, tmp_path: Path) -> 
     config = tiny.config("causal-lm", validation_data=None, validation_fraction=0.3, max_eval_samples=9, seed=4)
     run = Run(config, TrialFolder(tmp_path))
     assert len(run.data.validation) == 9
-    again = prepare(load_rows(config), config, run.tokenizer)
+    again = prepare(load_rows(config), config, run.data.tokenizer)
     assert again.validation == run.data.validation

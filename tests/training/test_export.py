@@ -23,7 +23,7 @@ from bilora_ray.errors import UserError
 from bilora_ray.training.card import write_card
 from bilora_ray.training.data import collate
 from bilora_ray.training.evaluate import evaluate_adapter
-from bilora_ray.training.export import evaluation_config, export_adapter, export_merged, read_recipe
+from bilora_ray.training.export import evaluation_config, export_adapter, export_merged, is_merged, read_recipe
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run
 from bilora_ray.training.model import AUTO_CLASS
@@ -69,7 +69,7 @@ def train(config: TrialConfig, path: Path) -> Trained:
     metrics = run.evaluate()
     adapter = run.folder.best_adapter()
     assert adapter == run.folder.adapter_at(run.max_steps)
-    batch = collate(run.data.validation, config.task, run.tokenizer.pad_token_id)
+    batch = collate(run.data.validation, config.task, run.data.tokenizer.pad_token_id)
     run.model.eval()
     with torch.inference_mode():
         logits = run.model(**batch).logits
@@ -287,6 +287,46 @@ def test_a_merged_model_needs_no_peft(task: Task, trained: dict[Task, Trained], 
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     if task == "sequence-classification":
         assert model.config.id2label == {0: "bad", 1: "good"}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_merged_model_measures_what_its_adapter_does(
+    task: Task, trained: dict[Task, Trained], tmp_path: Path
+) -> None:
+    trial, merged = trained[task], tmp_path / "merged"
+    export_merged(trial.adapter, merged, {"study": "s"})
+    assert is_merged(merged)
+    assert not is_merged(trial.adapter)
+    measured = evaluate_adapter(None, evaluation_config(merged, {}))
+    assert measured == pytest.approx({name: trial.metrics[name] for name in measured}, rel=1e-4)
+    base = evaluation_config(merged, {}, base_model=True)
+    assert base.model_name_or_path == trial.config.model_name_or_path
+    assert line_of(merged, model_name_or_path="x") == (
+        f"{merged}: is a whole model, so model_name_or_path says nothing"
+    )
+
+
+def test_only_an_adapter_is_exported(trained: dict[Task, Trained], tmp_path: Path) -> None:
+    export_merged(trained["causal-lm"].adapter, tmp_path / "merged", {})
+    torn = tmp_path / "torn"
+    export_adapter(trained["causal-lm"].adapter, torn, ORIGIN)
+    (torn / "adapter_config.json").unlink()
+    for folder in (torn, tmp_path / "merged"):
+        for export in (export_adapter, export_merged):
+            with pytest.raises(UserError, match=r"no adapter here \(adapter_config.json is missing\)$"):
+                export(folder, tmp_path / "out", ORIGIN)
+    assert not (tmp_path / "out").exists()
+    assert line_of(torn) == f"{torn}: no adapter here (adapter_config.json is missing)"
+
+
+def test_an_evaluation_without_generation_needs_no_other_metric(trained: dict[Task, Trained], tmp_path: Path) -> None:
+    export_adapter(trained["causal-lm"].adapter, tmp_path / "x", ORIGIN)
+    recipe = read_recipe(tmp_path / "x")
+    recipe["settings"] |= {"metric": "eval_exact_match", "predict_with_generate": True}
+    (tmp_path / "x" / "bilora_ray.json").write_text(json.dumps(recipe))
+    assert "eval_exact_match" in evaluation_config(tmp_path / "x", {}).available_metrics
+    config = evaluation_config(tmp_path / "x", {"predict_with_generate": False})
+    assert "eval_exact_match" not in config.available_metrics
 
 
 def model_folder(trial: Trained) -> str:

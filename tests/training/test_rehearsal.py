@@ -32,8 +32,11 @@ def test_what_a_trial_takes_is_taken(task: Task, method: str, tiny: Tiny) -> Non
         ("sequence-classification", "<s>{text}</s>", "{label}"),
     ],
 )
-def test_it_shows_what_the_model_reads_and_learns(task: Task, reads: str, learns: str, tiny: Tiny) -> None:
-    config = tiny.config(task)
+@pytest.mark.parametrize("label_names", [None, ("bad", "good")])
+def test_it_shows_what_the_model_reads_and_learns(
+    task: Task, reads: str, learns: str, label_names: tuple[str, ...] | None, tiny: Tiny
+) -> None:
+    config = tiny.config(task, label_names=label_names)
     row = json.loads(Path(config.train_data).read_text().splitlines()[0])
     found = rehearse(config)
     assert (found.reads, found.learns) == (reads.format(**row), learns.format(**row))

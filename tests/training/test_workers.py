@@ -74,7 +74,7 @@ def settings_of(tiny: Tiny, task: Task, rows: int, **settings: Any) -> dict[str,
 
 
 def check_alike(one: list[dict[str, float]], several: list[dict[str, float]], path: Path, other: Path) -> None:
-    """Equal reports within 1e-4, and equal adapters."""
+    """Equal reports within 1e-4, and adapters within 1e-3."""
     assert len(one) == len(several)
     for wanted, given in zip(reproducible(one), reproducible(several), strict=True):
         assert given == pytest.approx(wanted, abs=1e-4, rel=1e-4)
@@ -84,7 +84,8 @@ def check_alike(one: list[dict[str, float]], several: list[dict[str, float]], pa
     weights, others = (load_file(folder / "adapter_model.safetensors") for folder in (adapter, same))
     assert weights.keys() == others.keys()
     for name, tensor in weights.items():
-        assert torch.allclose(tensor, others[name], atol=1e-4), name
+        # Not each value: AdamW makes a whole step of a gradient that is zero but for its rounding.
+        assert (tensor - others[name]).norm() <= 1e-3 * tensor.norm(), name
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])

@@ -1,4 +1,4 @@
-"""What is allowed and yet seldom meant: told to a person before a search, which goes on."""
+"""What is allowed and yet seldom meant: a person hears of it as a search starts, which goes on."""
 
 from __future__ import annotations
 
@@ -8,26 +8,31 @@ from bilora_ray.config import TrialConfig, template_columns
 from bilora_ray.training.rows import Dataset, LabelledRow, Row
 
 
-def doubts(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:
-    """Lines about the rows and the settings of a trial, each of which names a setting.
+def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:
+    """Lines about the rows and the settings of a trial, each of which begins with a setting.
 
     Args:
         dataset: the rows.
         config: the settings.
         workers: how many train the trial together.
     """
-    digests = dataset.digests
-    if digests["train_data"] == digests.get("validation_data") and not config.validation_split:
+    validation_data = "validation_data" if "validation_data" in dataset.digests else "train_data"
+    if dataset.digests["train_data"] == dataset.digests.get("validation_data"):
         yield "validation_data: holds the rows of train_data, so that no metric shows what generalises"
     is_text = config.task != "sequence-classification" and config.messages_column is None
     if is_text and not template_columns(config.completion_template):
         yield "completion_template: names no column, so that every row has the same completion"
-    for setting, rows in (("train_data", dataset.train), ("validation_data", dataset.validation)):
+    for setting, kind, rows in (
+        ("train_data", "training", dataset.train),
+        (validation_data, "validation", dataset.validation),
+    ):
         if empty := _empty(rows):
-            yield f"{setting}: {empty} of {len(rows)} completions are empty"
+            yield f"{setting}: {empty} of {len(rows)} {kind} rows have an empty completion"
     step = workers * config.per_device_train_batch_size * config.gradient_accumulation_steps
     if step > len(dataset.train):
         yield f"per_device_train_batch_size: a step would take {step} rows, and there are {len(dataset.train)}"
+    if config.max_steps is not None and "num_train_epochs" in config.model_fields_set:
+        yield f"num_train_epochs: changes nothing beside max_steps ({config.max_steps})"
 
 
 def _empty(rows: Sequence[Row]) -> int:

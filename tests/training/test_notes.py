@@ -8,15 +8,18 @@ from typing import Any
 import pytest
 from tiny_trials import Tiny, write_rows
 
-from bilora_ray.training.doubts import doubts
+from bilora_ray.training.notes import notes
 from bilora_ray.training.rows import load_rows
 
 ROWS = [{"prompt": f"{number}?", "completion": f"{number}!"} for number in range(20)]
 
 
+EMPTY = "train_data: 3 of 23 training rows have an empty completion"
+
+
 def told(tiny: Tiny, workers: int = 1, **settings: Any) -> list[str]:
     config = tiny.config("causal-lm", **settings)
-    return list(doubts(load_rows(config), config, workers))
+    return list(notes(load_rows(config), config, workers))
 
 
 def test_nothing_is_told_of_common_data(tiny: Tiny) -> None:
@@ -35,7 +38,22 @@ def test_validation_on_the_training_rows_is_told_also_of_a_copy(tiny: Tiny, tmp_
 def test_empty_completions_are_counted(tiny: Tiny, tmp_path: Path) -> None:
     empty = [{"prompt": "a", "completion": text} for text in ("", " ", "\n")]
     write_rows(tmp_path / "train.jsonl", ROWS + empty)
-    assert told(tiny, train_data=str(tmp_path / "train.jsonl")) == ["train_data: 3 of 23 completions are empty"]
+    assert told(tiny, train_data=str(tmp_path / "train.jsonl")) == [EMPTY]
+
+
+def test_rows_that_are_held_out_are_those_of_the_training_data(tiny: Tiny, tmp_path: Path) -> None:
+    write_rows(tmp_path / "train.jsonl", [{"prompt": "a", "completion": " "}] * 8)
+    lines = told(tiny, train_data=str(tmp_path / "train.jsonl"), validation_data=None, validation_fraction=0.25)
+    assert lines[:2] == [
+        "train_data: 6 of 6 training rows have an empty completion",
+        "train_data: 2 of 2 validation rows have an empty completion",
+    ]
+
+
+def test_epochs_beside_steps_are_told(tiny: Tiny) -> None:
+    line = "num_train_epochs: changes nothing beside max_steps (8)"
+    assert told(tiny, num_train_epochs=3.0) == [line]
+    assert told(tiny, num_train_epochs=3.0, max_steps=None) == []
 
 
 def test_a_completion_without_a_column_is_told(tiny: Tiny) -> None:

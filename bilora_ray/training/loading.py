@@ -1,0 +1,71 @@
+"""What a trial learns from, ready to be batched, and kept for the next trial of the process.
+
+Tokenizing takes some tenths of a millisecond a row, a minute of a large data set, and the trials of a search mostly
+differ in what does not touch it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from bilora_ray.config import TRAINING_SETTINGS, TrialConfig
+from bilora_ray.training.data import Truncation, prepare
+from bilora_ray.training.examples import Example
+from bilora_ray.training.model import load_tokenizer
+from bilora_ray.training.rows import load_rows
+
+# All settings but these decide the examples, or could.
+WITHOUT_EFFECT = {key: TrialConfig.model_fields[key].default for key in TRAINING_SETTINGS - {"max_train_samples"}}
+
+# What tells a file from the same one after it was written again.
+Stamp = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The data of a trial.
+
+    Attributes:
+        tokenizer: the base model's.
+        label_names: names by label index; None where the task has no labels.
+        train: examples to train on.
+        validation: examples to evaluate on.
+        truncation: what `max_length` did, by split: `train` and `validation`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    label_names: tuple[str, ...] | None
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    truncation: Mapping[str, Truncation]
+
+
+def load_data(config: TrialConfig) -> Loaded:
+    """Read, check and tokenize the rows; or what was loaded last, if it would be the same.
+
+    Raises:
+        UserError: the data or the tokenizer are not as the settings say.
+    """
+    names = (config.train_data, config.validation_data)
+    return _load(config.model_copy(update=WITHOUT_EFFECT), tuple(map(_stamp, names)))
+
+
+@lru_cache(maxsize=1)
+def _load(config: TrialConfig, _: tuple[Stamp | None, ...]) -> Loaded:
+    rows = load_rows(config)
+    tokenizer = load_tokenizer(config)
+    prepared = prepare(rows, config, tokenizer)
+    return Loaded(tokenizer, rows.label_names, prepared.train, prepared.validation, prepared.truncation)
+
+
+def _stamp(name: str | None) -> Stamp | None:
+    path = Path(name or "")
+    if name is None or not path.is_file():
+        return None
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size

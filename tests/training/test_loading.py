@@ -1,0 +1,60 @@
+"""Data that are loaded once for all trials of a process, and anew where they would be others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_trials import Tiny, write_rows
+
+from bilora_ray.config import TRAINING_SETTINGS, TrialConfig
+from bilora_ray.errors import UserError
+from bilora_ray.training.loading import load_data
+
+OTHERS: dict[str, Any] = {
+    "method": "lora",
+    "lr_scheduler_type": "linear",
+    "metric": "eval_perplexity",
+    "target_modules": ("q_proj",),
+    "gradient_checkpointing": True,
+}
+
+
+def other(setting: str, value: Any) -> Any:
+    """Another value of `setting`."""
+    if setting in OTHERS:
+        return OTHERS[setting]
+    return 0.25 if value is None or isinstance(value, float) else value + 1
+
+
+@pytest.mark.parametrize("setting", sorted(TRAINING_SETTINGS - {"max_train_samples"}))
+def test_trials_that_differ_in_their_training_share_their_data(setting: str, tiny: Tiny) -> None:
+    config = tiny.config("causal-lm", max_steps=None)
+    changed = {setting: 3 if setting == "max_steps" else other(setting, getattr(config, setting))}
+    assert load_data(config) is load_data(TrialConfig(**{**config.model_dump(), **changed}))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"max_train_samples": 5}, {"max_length": 16}, {"prompt_template": "{prompt}?"}, {"max_eval_samples": 3}],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_other_data_settings_have_data_of_their_own(changed: dict[str, Any], tiny: Tiny) -> None:
+    config = tiny.config("causal-lm")
+    first, second = load_data(config), load_data(config.model_copy(update=changed))
+    assert (first.train, first.validation) != (second.train, second.validation)
+    assert (load_data(config).train, load_data(config).validation) == (first.train, first.validation)
+
+
+def test_a_file_that_was_written_again_is_read_again(tiny: Tiny, tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "completion": f"{number}"} for number in range(4)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    config = tiny.config("causal-lm", train_data=str(path))
+    assert len(load_data(config).train) == 4
+    path.write_text(path.read_text() + json.dumps(rows[0]) + "\n")
+    assert len(load_data(config).train) == 5
+    path.unlink()
+    with pytest.raises(UserError):
+        load_data(config)
