@@ -29,6 +29,13 @@ from bilora_ray.errors import UserError, nearest
 Task = Literal["causal-lm", "seq2seq-lm", "sequence-classification"]
 MethodName = Literal["lora", "bilora"]
 
+# What transformers calls the models of a task.
+MODEL_CLASS: dict[Task, str] = {
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+}
+
 # A setting that only some methods read; a search does not vary it for the others.
 METHOD_SETTINGS: dict[str, frozenset[str]] = {
     "rho": frozenset({"bilora"}),
@@ -298,13 +305,21 @@ def _in_words(kind: type[Settings], problem: ErrorDetails) -> str:
     key = ".".join(str(part) for part in problem["loc"] if not _is_union_branch(part))
     message = re.sub(r"^(Value error, |Input |String |Tuple )", "", problem["msg"])
     if problem["type"] == "extra_forbidden":
-        return f"unknown key '{key}'; {nearest(key, kind.model_fields)}"
+        return f"unknown key '{key}'; {nearest_setting(key, kind)}"
     if problem["type"] == "missing":
         return f"'{key}' is missing"
     if problem["type"] == "value_error" and not key:
         return message
     message = f"{message}, got {problem['input']!r}"
+    if isinstance(problem["input"], list) and problem["type"] in {"int_type", "float_type", "bool_type"}:
+        message += "; several values to choose from are {choice: [...]}"
     return f"{key}: {message}" if key else message
+
+
+def nearest_setting(key: str, kind: type[Settings]) -> str:
+    """As `nearest`, of the settings of a `kind`; where they are too many to list, who lists them."""
+    hint = nearest(key, kind.model_fields)
+    return "`bilora-ray settings` lists the keys" if hint.startswith("none") else hint
 
 
 def _is_union_branch(part: int | str) -> bool:

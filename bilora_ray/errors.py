@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+# So many names are listed in a line.
+MOST_NAMES = 20
+
 
 class UserError(Exception):
     """Bad input. Its text is one line: what is wrong, where, and what is allowed.
@@ -34,11 +37,13 @@ class NonFiniteLoss(TrialFailure):
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
-    """A hint for a misspelt `name`: the nearest of `allowed`, or the whole list when nothing is near."""
+    """A hint for a misspelt `name`: the nearest of `allowed`, or the list when nothing is near, if a line holds it."""
     names = sorted(allowed)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if close:
         return f"did you mean '{close[0]}'?"
+    if len(names) > MOST_NAMES:
+        return f"none of the {len(names)} allowed names is like it"
     return f"allowed: {', '.join(names)}"
 
 

@@ -54,5 +54,7 @@ def command(adapter: Path, data: str | None, base_model: bool, overrides: tuple[
     if as_json:
         print_json(metrics)
     else:
+        what = f"base model {config.model_name_or_path}" if base_model else str(adapter)
+        click.echo(f"{what} on {config.validation_data or 'the rows held out of ' + config.train_data}:")
         for key, value in metrics.items():
             click.echo(f"{key:<28} {value:.6g}")

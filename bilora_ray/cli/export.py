@@ -53,9 +53,11 @@ def command(
         raise UserError(f"study '{study}': trial {record.number} has no adapter; it ended before its first evaluation")
 
     from bilora_ray.training.export import export_adapter, export_merged
-    from bilora_ray.training.quiet import quiet
 
-    quiet()
+    if merge:
+        from bilora_ray.training.quiet import quiet
+
+        quiet()
     origin = {"study": study, "trial": record.number, found.metric: record.value}
     try:
         (export_merged if merge else export_adapter)(record.adapter, absolute(output), origin)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from bilora_ray.cli.progress import STATUS_WORDS
 from bilora_ray.cli.tables import TrialTable, in_short, step_of
 from bilora_ray.config import TrialConfig
-from bilora_ray.tracking.records import Status, TrialRecord
+from bilora_ray.tracking.records import Status, TrialRecord, best_of
 
 if TYPE_CHECKING:
     from bilora_ray.search.study import SearchStudy
@@ -28,12 +29,12 @@ def ranked(records: Sequence[TrialRecord], greater_is_better: bool) -> list[Tria
     """Complete trials by value, then those that are neither complete nor failed by theirs, then the rest."""
     sign = -1 if greater_is_better else 1
 
-    def key(record: TrialRecord) -> tuple[int, float, int]:
+    def key(record: TrialRecord) -> tuple[int, float, float, int]:
         if record.status is Status.COMPLETE:
             order = 0
         else:
             order = 2 if record.status is Status.FAILED or record.value is None else 1
-        return order, sign * (record.value or 0.0), record.number
+        return order, sign * (record.value or 0.0), record.loss or 0.0, record.number
 
     return sorted(records, key=key)
 
@@ -57,10 +58,34 @@ def print_leaderboard(
 
 
 def print_settings(console: Console, settings: Mapping[str, Any]) -> None:
-    """Print settings, one a line, in full precision."""
+    """Print settings, one a line, as a space file has them."""
     width = max((len(key) for key in settings), default=0)
     for key, value in settings.items():
-        console.print(f"  {key:<{width}}  {value}", markup=False, highlight=False, soft_wrap=True)
+        plain = isinstance(value, str) and value.isprintable() and value == value.strip()
+        text = value if plain else json.dumps(value, ensure_ascii=False)
+        console.print(f"  {key:<{width}}  {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_best(console: Console, study: SearchStudy) -> TrialRecord | None:
+    """Print the best trial, how many are equal to it, and its settings; return it. Nothing if none is complete."""
+    records = study.records()
+    best = best_of(records, study.greater_is_better)
+    if best is None:
+        return None
+    assert best.value is not None
+    line = f"Best: trial {best.number}, {study.metric} {best.value:.6g}"
+    equal = sum(record.status is Status.COMPLETE and record.value == best.value for record in records) - 1
+    if equal:
+        line += f" (as {equal} other{'s' if equal > 1 else ''}; its eval_loss is the lowest)"
+    console.print(line, style="bold green", markup=False)
+    shown = {key: value for key, value in best.settings.items() if key in best.sampled}
+    print_settings(console, shown or {**non_default(best.settings), **_of_the_adapter(best.settings)})
+    return best
+
+
+def _of_the_adapter(settings: Mapping[str, Any]) -> dict[str, Any]:
+    keys = ("method", "rank", "auxiliary_rank", "rho", "learning_rate")
+    return {key: settings[key] for key in keys if key in settings}
 
 
 def non_default(settings: Mapping[str, Any]) -> dict[str, Any]:

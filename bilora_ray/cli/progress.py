@@ -14,6 +14,9 @@ from rich.text import Text
 from bilora_ray.cli.tables import TrialTable, duration, in_short, step_of
 from bilora_ray.tracking.records import Status, TrialRecord, best_of
 
+# In a log, so often at the most is it said how a running trial stands.
+REPORT_EVERY_S = 60.0
+
 STATUS_WORDS = {
     Status.COMPLETE: "complete",
     Status.PRUNED: "stopped early",
@@ -24,8 +27,8 @@ STATUS_WORDS = {
 
 
 class SearchProgress:
-    """An observer that draws the search on a terminal; where there is none it prints a line at the start and for each
-    trial that ends.
+    """An observer that draws the search on a terminal; where there is none it prints lines for a log: at the start,
+    for each trial that ends, and now and then for one that runs.
 
     Args:
         num_trials: how many trials the study finishes.
@@ -44,6 +47,7 @@ class SearchProgress:
         self.running: dict[int, tuple[TrialRecord, Mapping[str, float]]] = {}
         self.started = time.monotonic()
         self._said_start = self._said_cut = False
+        self._reported = time.monotonic()
         self._console = Console(stderr=True, highlight=False)
         self._live = Live(self, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
 
@@ -75,6 +79,11 @@ class SearchProgress:
     def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
         """Move the trial's line on."""
         self.running[trial.number] = (trial, metrics)
+        if self._live is None and time.monotonic() >= self._reported + REPORT_EVERY_S:
+            self._reported = time.monotonic()
+            self._print(
+                f"trial {trial.number} at step {step_of(metrics)}, {self.metric} {in_short(metrics[self.metric])}"
+            )
         if metrics.get("rows_cut") and not self._said_cut:
             self._said_cut = True
             longest = trial.settings["max_length"]
@@ -96,7 +105,7 @@ class SearchProgress:
         """The picture; drawn some times a second."""
         bar = Table.grid()
         bar.add_row(ProgressBar(self.num_trials, len(self.ended), width=60))
-        return Group(self._headline(), bar, self._table())
+        return Group(self._headline(), bar, self._table() if self.running else "")
 
     def _print(self, line: str, style: str | None = None) -> None:
         self._console.print(line, style=style, markup=False, soft_wrap=True)
@@ -112,7 +121,8 @@ class SearchProgress:
         text.append(f"  {counts[Status.COMPLETE]} complete, {counts[Status.PRUNED]} stopped early", style="default")
         if counts[Status.FAILED]:
             text.append(f", {counts[Status.FAILED]} failed", style="red")
-        text.append(f", {len(self.running)} running\n{duration(time.monotonic() - self.started)}", style="dim")
+        running = f"{len(self.running)} running" if self._said_start else "starting"
+        text.append(f", {running}\n{duration(time.monotonic() - self.started)}", style="dim")
         left = self._seconds_left()
         if left is not None:
             text.append(f", about {duration(left)} left", style="dim")

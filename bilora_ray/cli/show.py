@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from bilora_ray.cli.leaderboard import STATUS_WORDS, non_default, print_leaderboard, print_settings, study_as_json
+from bilora_ray.cli.leaderboard import STATUS_WORDS, print_best, print_leaderboard, print_settings, study_as_json
 from bilora_ray.cli.options import (
     absolute,
     json_option,
@@ -21,6 +21,7 @@ from bilora_ray.cli.options import (
 )
 from bilora_ray.cli.tables import in_short
 from bilora_ray.errors import UserError
+from bilora_ray.tracking.records import LEAST_FOR_IMPORTANCES, Status
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -76,15 +77,23 @@ def command(study: str | None, storage_path: Path, study_database: str | None, a
         console.print(f"What mattered, by the variance of {found.metric} among complete trials:", markup=False)
         print_settings(console, {key: f"{share:.0%}" for key, share in importances.items()})
     elif found.space.distributions:
-        console.print("What mattered cannot be told before four trials are complete, with different values.")
+        console.print(f"What mattered: {_why_unknown(counts)}")
     peak = max((metrics.get("gpu_memory_gib", 0) for record in records for metrics in record.history), default=0)
     if peak:
         console.print(f"GPU memory that torch took in a worker: {peak:.1f} GiB at the most")
-    best = found.best()
+    if any(record.status is Status.INTERRUPTED for record in records):
+        console.print("The interrupted trials go on with `bilora-ray tune --resume` and the study's space file.")
+    console.print()
+    best = print_best(console, found)
     if best is not None:
-        console.print(f"\nBest: trial {best.number}, {found.metric} {best.value:.6g}", style="bold green", markup=False)
-        print_settings(console, best.sampled or non_default(found.space.fixed))
         print_next(study, storage_path, study_database, best.adapter)
+
+
+def _why_unknown(counts: Mapping[str, int]) -> str:
+    complete = counts[STATUS_WORDS[Status.COMPLETE]]
+    if complete < LEAST_FOR_IMPORTANCES:
+        return f"known from {LEAST_FOR_IMPORTANCES} complete trials on; there are {complete}"
+    return "unknown: all complete trials have the same value"
 
 
 def _print_studies(console: Console, summaries: Sequence[StudySummary], layout: Layout) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bilora_ray.cli.leaderboard import print_leaderboard, print_settings, study_as_json
+from bilora_ray.cli.leaderboard import print_best, print_leaderboard, study_as_json
 from bilora_ray.cli.options import (
     absolute,
     json_option,
@@ -97,7 +97,8 @@ def command(
     if as_json:
         print_json(study_as_json(study))
     else:
-        _print_result(study, storage_path, study_database, mlflow_uri, time.monotonic() - started)
+        spent = f"{'since the resume' if resume else 'in'} {duration(time.monotonic() - started)}"
+        _print_result(study, storage_path, study_database, mlflow_uri, spent)
     if study.best() is None:
         raise UserError(f"study '{space.study.name}': no trial is complete; `bilora-ray show` says how each ended")
 
@@ -163,7 +164,7 @@ def _print_plan(space: Space, rehearsal: Rehearsal, notes: Sequence[str]) -> Non
     for split, rows in rehearsal.rows.items():
         dropped = f", {rows.dropped} have nothing to predict and are left out" if rows.dropped else ""
         click.echo(f"{split} rows: {rows.rows}; {rows.cut} are cut to max_length{dropped}")
-    click.echo(f"of the first training row the model reads {_shortened(rehearsal.reads)}")
+    click.echo(f"of a training row the model reads {_shortened(rehearsal.reads)}")
     click.echo(f"and learns {_shortened(rehearsal.learns)}")
     for line in notes:
         click.secho(f"Note: {line}", fg="yellow")
@@ -200,17 +201,14 @@ def _search(
 
 
 def _print_result(
-    study: SearchStudy, storage_path: Path, study_database: str | None, mlflow_uri: str | None, seconds: float
+    study: SearchStudy, storage_path: Path, study_database: str | None, mlflow_uri: str | None, spent: str
 ) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
     records, name = study.records(), study.space.study.name
-    console.print(f"\nStudy '{name}': {len(records)} trials in {duration(seconds)}", style="bold", markup=False)
+    console.print(f"\nStudy '{name}': {len(records)} trials {spent}", style="bold", markup=False)
     print_leaderboard(console, records, study.metric, study.greater_is_better, most=10)
-    best = study.best()
-    if best is None:
-        return
-    console.print(f"Best: trial {best.number}, {study.metric} {best.value:.6g}", style="bold green", markup=False)
-    print_settings(console, best.sampled)
-    print_next(name, storage_path, study_database, best.adapter, mlflow_uri)
+    best = print_best(console, study)
+    if best is not None:
+        print_next(name, storage_path, study_database, best.adapter, mlflow_uri)

@@ -157,5 +157,6 @@ def capacity(resources: ResourceConfig, total: Mapping[str, float]) -> int:
         have = f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs"
         each = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
         workers = f"{resources.workers} workers with {each} each" if resources.workers > 1 else each
-        raise UserError(f"resources: a trial wants {workers}, the cluster has {have}")
+        hint = "" if total.get("GPU") or not gpus else "; without GPUs say resources.gpus_per_worker: 0"
+        raise UserError(f"resources: a trial wants {workers}, and here are {have}{hint}")
     return max(1, min(room) // resources.workers)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from bilora_ray.config import TrialConfig, build, coerce, is_integer, is_number
+from bilora_ray.config import TrialConfig, build, coerce, is_integer, is_number, nearest_setting
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.paths import Locate, absolute_sources, locate_here
 from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig, Space, StudyConfig, Value
@@ -162,6 +162,9 @@ def parse_override(text: str) -> tuple[str, str, Any]:
     section, dot, name = key.partition(".")
     if not dot:
         section, name = "trial", key
+        for other, kind in (("study", StudyConfig), ("resources", ResourceConfig)):
+            if key in kind.model_fields and key not in TrialConfig.model_fields:
+                raise UserError(f"--set {text}: write {other}.{key}")
     if section not in SECTIONS:
         raise UserError(f"--set {text}: unknown section '{section}'; {nearest(section, SECTIONS)}")
     try:
@@ -178,7 +181,7 @@ def parse_override(text: str) -> tuple[str, str, Any]:
 def _distribution(section: str, key: str, value: dict[str, Any]) -> Distribution:
     where = f"{section}.{key}"
     if key not in TrialConfig.model_fields:
-        raise UserError(f"{section}: unknown key '{key}'; {nearest(key, TrialConfig.model_fields)}")
+        raise UserError(f"{section}: unknown key '{key}'; {nearest_setting(key, TrialConfig)}")
     begun = bool(value.keys() & {"choice", "low", "high"})
     if value and not begun and all(item is None for item in value.values()):  # {answer} is a mapping to YAML
         braces = "{" + ", ".join(map(str, value)) + "}"

@@ -22,7 +22,7 @@ from bilora_ray.search.layout import Layout
 from bilora_ray.search.proposals import is_weak, propose
 from bilora_ray.search.space import Space
 from bilora_ray.search.storage import Claims
-from bilora_ray.tracking.records import Observer, Status, TrialRecord, best_of
+from bilora_ray.tracking.records import LEAST_FOR_IMPORTANCES, Observer, Status, TrialRecord, best_of
 from bilora_ray.training.folder import TrialFolder
 
 ID, ERROR = "id", "error"
@@ -183,7 +183,9 @@ class SearchStudy:
         if number is None:
             best = best_of(records, self.greater_is_better)
             if best is None:
-                raise UserError(f"study '{self.study.study_name}': no trial is complete; name one with --trial")
+                raise UserError(
+                    f"study '{self.study.study_name}': no trial is complete; name one with --trial, or finish it"
+                )
             return best
         for record in records:
             if record.number == number:
@@ -200,7 +202,7 @@ class SearchStudy:
         return len(self._trials(*ENDED)) >= self.space.study.num_trials
 
     def best(self) -> TrialRecord | None:
-        """The complete trial with the best value; the earliest of equals."""
+        """See `best_of`."""
         return best_of(self.records(), self.greater_is_better)
 
     @property
@@ -219,9 +221,9 @@ class SearchStudy:
         return self.study.direction == StudyDirection.MAXIMIZE
 
     def importances(self) -> dict[str, float]:
-        """How much of the values' variance each searched setting explains; empty below four complete trials."""
-        values = {trial.value for trial in self._trials(TrialState.COMPLETE)}
-        if len(self._trials(TrialState.COMPLETE)) < 4 or len(values) < 2:
+        """How much of the values' variance each searched setting explains; empty if too few trials are complete."""
+        values = [trial.value for trial in self._trials(TrialState.COMPLETE)]
+        if len(values) < LEAST_FOR_IMPORTANCES or len(set(values)) < 2:
             return {}
         return optuna.importance.get_param_importances(self.study)
 
@@ -263,7 +265,7 @@ class SearchStudy:
         folder = self.folder(trial.number)
         state = folder.state()
         history, best_step = state.get("history", ()), state.get("best_step")
-        kept = [metrics[self.metric] for metrics in history if metrics["step"] == best_step]
+        kept: Mapping[str, float] = next((metrics for metrics in history if metrics["step"] == best_step), {})
         settings: dict[str, Any] = {**self.space.fixed, **trial.params}
         if all(key in trial.params for key in self.space.distributions if self.space.asked(key, trial.params)):
             config = self.space.trial_config(trial.params)
@@ -274,7 +276,8 @@ class SearchStudy:
             settings=settings,
             sampled=dict(trial.params),
             history=history,
-            value=trial.value if trial.state == TrialState.COMPLETE else next(iter(kept), None),
+            value=trial.value if trial.state == TrialState.COMPLETE else kept.get(self.metric),
+            loss=kept.get("eval_loss"),
             adapter=None if best_step is None else folder.adapter_at(best_step),
             error=trial.user_attrs.get(ERROR),
         )

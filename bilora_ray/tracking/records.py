@@ -8,6 +8,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
+# Fewer complete trials say nothing of which setting mattered.
+LEAST_FOR_IMPORTANCES = 4
+
 
 class Status(Enum):
     """Where a trial stands. The words are the same on the terminal, in JSON and in MLflow's tags."""
@@ -30,7 +33,8 @@ class TrialRecord:
         sampled: those that the search chose.
         history: the metrics of each evaluation, in order; each has `step`.
         value: of the study's metric with the best adapter so far; None before the first evaluation.
-        adapter: folder of that adapter.
+        loss: `eval_loss` of that adapter.
+        adapter: its folder.
         error: why it failed, one line.
     """
 
@@ -40,15 +44,16 @@ class TrialRecord:
     sampled: Mapping[str, Any]
     history: Sequence[Mapping[str, float]] = field(default_factory=tuple)
     value: float | None = None
+    loss: float | None = None
     adapter: Path | None = None
     error: str | None = None
 
 
 def best_of(records: Iterable[TrialRecord], greater_is_better: bool) -> TrialRecord | None:
-    """The complete trial with the best value; the earliest of equals."""
+    """The complete trial with the best value; of equals the one with the lowest loss, then the earliest."""
     complete = [record for record in records if record.status is Status.COMPLETE]
     sign = -1 if greater_is_better else 1
-    return min(complete, key=lambda record: (sign * (record.value or 0.0), record.number), default=None)
+    return min(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.loss or 0.0, trial.number), default=None)
 
 
 class Observer(Protocol):

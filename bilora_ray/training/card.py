@@ -8,9 +8,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from bilora_ray.config import TrialConfig, applies
+from bilora_ray.config import MODEL_CLASS, TrialConfig, applies
 from bilora_ray.paths import BUILTIN
-from bilora_ray.training.model import AUTO_CLASS
 
 CARD = "README.md"
 METHOD = {
@@ -43,7 +42,7 @@ def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) ->
         config: the settings of the trial.
         origin: the study, the trial's number and the value of its metric.
     """
-    base, model_class = config.model_name_or_path, AUTO_CLASS[config.task].__name__
+    base, model_class = config.model_name_or_path, MODEL_CLASS[config.task]
     arguments, imports = [f'"{base}"'], ""
     if base.startswith(BUILTIN):
         imports, arguments = "from bilora_ray import builtin\n", [f'builtin.path("{base.removeprefix(BUILTIN)}")']

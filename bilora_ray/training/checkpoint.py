@@ -7,10 +7,6 @@ sees a whole one or none.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bilora_ray.training.folder import STATE, TENSORS, TrialFolder
+from bilora_ray.training.folder import STATE, TENSORS, TrialFolder, atomic_folder
 from bilora_ray.training.parallel import put, whole
 from bilora_ray.training.workers import ALONE, Workers
 
@@ -81,43 +77,6 @@ def load_checkpoint(
     own = f"random.{workers.rank}."
     _restore_random({name.removeprefix(own): state for name, state in tensors.items() if name.startswith(own)})
     return json.loads((newest / STATE).read_text())
-
-
-@contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` when the block ends and vanishes if it raises.
-
-    Raises:
-        FileNotFoundError: the folder that `path` is to be in does not exist.
-    """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        for path_inside in (*unfinished.rglob("*"), unfinished):
-            _sync(path_inside)
-        shutil.rmtree(path, ignore_errors=True)
-        unfinished.rename(path)
-        _sync(path.parent)
-    except BaseException:  # Ctrl-C and a stopped trial too: nothing half-written stays, and all is raised again
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-
-
-def readable(folder: Path) -> None:
-    """Let who may read `folder` read its files: safetensors makes its own for their owner alone."""
-    for file in folder.iterdir():
-        with suppress(OSError):  # some mounts have no such modes
-            file.chmod(folder.stat().st_mode & 0o666)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _random_states() -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from bilora_ray.config import TrialConfig, build
 from bilora_ray.errors import UserError
+from bilora_ray.training.folder import atomic_folder, readable
 
 RECIPE, MERGED = "bilora_ray.json", "merged"
 CONFIG = "adapter_config.json"
@@ -30,6 +31,8 @@ def write_recipe(adapter: Path, settings: TrialConfig, origin: Mapping[str, Any]
 
 def read_recipe(adapter: Path) -> dict[str, Any]:
     """What `write_recipe` kept. UserError if `adapter` is no adapter, or not one of ours."""
+    if not adapter.is_dir():
+        raise UserError(f"{adapter}: no such folder")
     if not (adapter / CONFIG).is_file():
         raise UserError(f"{adapter}: no adapter here ({CONFIG} is missing)")
     if not (adapter / WEIGHTS).is_file():
@@ -80,7 +83,6 @@ def _recipe(folder: Path) -> dict[str, Any]:
 def export_adapter(adapter: Path, output: Path, origin: Mapping[str, Any]) -> None:
     """Copy `adapter` to the new folder `output`, and note in its recipe and its card where it came from."""
     from bilora_ray.training.card import write_card
-    from bilora_ray.training.checkpoint import atomic_folder
 
     recipe = read_recipe(adapter)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +100,6 @@ def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> Non
     from peft import PeftModel
 
     from bilora_ray.training import model as models
-    from bilora_ray.training.checkpoint import atomic_folder, readable
 
     settings = {**read_recipe(adapter)["settings"], "quantization": None}
     config = build(TrialConfig, settings, f"{adapter / RECIPE}: settings")

@@ -1,4 +1,4 @@
-"""The folder of one trial: what is in it, read without torch.
+"""The folder of one trial: what is in it, read and made without torch.
 
 lock                          held by the process that trains
 checkpoints/step-00000120/    tensors.safetensors and state.json; only complete ones carry such a name
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import re
 import shutil
 import time
@@ -118,6 +119,43 @@ def locked(path: Path, wait_s: float) -> Iterator[None]:
                     raise TimeoutError(f"{path} is held by another process") from None
                 time.sleep(0.1)
         yield
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `path` when the block ends and vanishes if it raises.
+
+    Raises:
+        FileNotFoundError: the folder that `path` is to be in does not exist.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        for path_inside in (*unfinished.rglob("*"), unfinished):
+            _sync(path_inside)
+        shutil.rmtree(path, ignore_errors=True)
+        unfinished.rename(path)
+        _sync(path.parent)
+    except BaseException:  # Ctrl-C and a stopped trial too: nothing half-written stays, and all is raised again
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def readable(folder: Path) -> None:
+    """Let who may read `folder` read its files: safetensors makes its own for their owner alone."""
+    for file in folder.iterdir():
+        with contextlib.suppress(OSError):  # some mounts have no such modes
+            file.chmod(folder.stat().st_mode & 0o666)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _complete(folder: Path) -> list[Path]:

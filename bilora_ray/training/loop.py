@@ -23,13 +23,13 @@ from bilora_ray.errors import NonFiniteLoss, TrialFailure, UserError
 from bilora_ray.method import export_primary
 from bilora_ray.paths import cached_commit
 from bilora_ray.training import model as models
-from bilora_ray.training.checkpoint import atomic_folder, load_checkpoint, readable, save_checkpoint, trainable
+from bilora_ray.training.checkpoint import load_checkpoint, save_checkpoint, trainable
 from bilora_ray.training.data import collate, target_count, train_batches
 from bilora_ray.training.evaluate import evaluate
 from bilora_ray.training.export import write_recipe
-from bilora_ray.training.folder import TrialFolder
+from bilora_ray.training.folder import TrialFolder, atomic_folder, readable
 from bilora_ray.training.loading import Loaded, load_data
-from bilora_ray.training.metrics import is_better
+from bilora_ray.training.metrics import improves
 from bilora_ray.training.parallel import Network, shard, whole
 from bilora_ray.training.workers import ALONE, Workers, seed_worker
 
@@ -149,7 +149,8 @@ class Run:
         metrics["train_runtime"] = progress.train_runtime
         # From here on it is the next window's time: what is written below is part of training.
         self.window = Window()
-        if is_better(metrics[metric], progress.best_value, self.config.greater_is_better):
+        best = next((past for past in progress.history if past["step"] == progress.best_step), None)
+        if improves(metrics, best, metric, self.config.greater_is_better):
             progress.best_value, progress.best_step = metrics[metric], progress.step
             self._export(self.folder.adapter_at(progress.step))
         progress.history.append(metrics)

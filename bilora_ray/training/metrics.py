@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -144,3 +144,12 @@ def is_better(value: float, best: float | None, greater_is_better: bool) -> bool
     if best is None or math.isnan(best):
         return True
     return value > best if greater_is_better else value < best
+
+
+def improves(
+    metrics: Mapping[str, float], best: Mapping[str, float] | None, metric: str, greater_is_better: bool
+) -> bool:
+    """Whether an evaluation is better than the `best` one by `metric`; of equal ones the lower `eval_loss` is."""
+    if best is None or metrics[metric] != best[metric]:
+        return is_better(metrics[metric], None if best is None else best[metric], greater_is_better)
+    return is_better(metrics["eval_loss"], best["eval_loss"], False)

@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -23,18 +21,14 @@ from transformers import (
 )
 
 from bilora_ray import builtin
-from bilora_ray.config import TrialConfig
+from bilora_ray.config import MODEL_CLASS, TrialConfig
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.method import MethodAdamW, build_method
 from bilora_ray.method.registry import Place
 from bilora_ray.paths import BUILTIN
 from bilora_ray.training.workers import ALONE, Workers
 
-AUTO_CLASS: dict[str, Any] = {
-    "causal-lm": AutoModelForCausalLM,
-    "seq2seq-lm": AutoModelForSeq2SeqLM,
-    "sequence-classification": AutoModelForSequenceClassification,
-}
+AUTO_CLASS: dict[str, Any] = {task: getattr(transformers, name) for task, name in MODEL_CLASS.items()}
 TASK_TYPE = {
     "causal-lm": TaskType.CAUSAL_LM,
     "seq2seq-lm": TaskType.SEQ_2_SEQ_LM,

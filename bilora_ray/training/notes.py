@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from bilora_ray.config import TrialConfig, template_columns
 from bilora_ray.training.rows import Dataset, LabelledRow, Row
+
+# Short texts come again in many a data set; a larger share is a mistake.
+MOST_SHARED = 0.5
 
 
 def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:
@@ -17,8 +21,13 @@ def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:
         workers: how many train the trial together.
     """
     validation_data = "validation_data" if "validation_data" in dataset.digests else "train_data"
-    if dataset.digests["train_data"] == dataset.digests.get("validation_data"):
-        yield "validation_data: holds the rows of train_data, so that no metric shows what generalises"
+    known = set(map(_content, dataset.train))
+    shared = sum(_content(row) in known for row in dataset.validation)
+    if shared > MOST_SHARED * len(dataset.validation):
+        yield (
+            f"{validation_data}: {shared} of {len(dataset.validation)} validation rows are training rows too, "
+            "which no metric of generalisation should see"
+        )
     is_text = config.task != "sequence-classification" and config.messages_column is None
     if is_text and not template_columns(config.completion_template):
         yield "completion_template: names no column, so that every row has the same completion"
@@ -33,6 +42,10 @@ def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:
         yield f"per_device_train_batch_size: a step would take {step} rows, and there are {len(dataset.train)}"
     if config.max_steps is not None and "num_train_epochs" in config.model_fields_set:
         yield f"num_train_epochs: changes nothing beside max_steps ({config.max_steps})"
+
+
+def _content(row: Row) -> str:
+    return repr(replace(row, where=""))
 
 
 def _empty(rows: Sequence[Row]) -> int:

@@ -115,6 +115,28 @@ def test_notes_are_told_once_before_the_first_trial(capsys: pytest.CaptureFixtur
     assert capsys.readouterr().err == "Note: rho: is odd\n0 of 3 trials done; running\n"
 
 
+def test_a_log_says_now_and_then_how_a_trial_stands(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = SearchProgress(1, METRIC, greater_is_better=True)
+    running, metrics = record(0, Status.RUNNING, 0.25), {"step": 1.0, "max_steps": 2.0, METRIC: 0.25}
+    progress.trial_reported(running, metrics)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("bilora_ray.cli.progress.REPORT_EVERY_S", 0.0)
+    progress.trial_reported(running, metrics)
+    assert capsys.readouterr().err == "trial 0 at step 1/2, eval_exact_match 0.25\n"
+
+
+def test_of_equal_trials_the_one_with_the_lowest_loss_is_the_best() -> None:
+    losses = {0: 0.7, 1: 0.5, 2: 0.6}
+    records = [record(number, Status.COMPLETE, 0.5, loss=loss) for number, loss in losses.items()]
+    best = best_of(records, greater_is_better=True)
+    assert best is not None
+    assert best.number == 1
+    rows = [line.split()[0] for line in leaderboard(records, width=80)[5:] if line]
+    assert rows == ["1", "2", "0"]
+
+
 def test_rows_that_are_cut_are_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     progress = SearchProgress(3, METRIC, greater_is_better=True)
     for number in range(2):

@@ -46,7 +46,10 @@ def test_as_many_trials_run_as_there_is_room_for(resources: dict[str, Any], tota
 def test_a_part_of_a_gpu_that_is_not_there_is_no_room() -> None:
     with pytest.raises(UserError) as caught:
         capacity(ResourceConfig(gpus_per_worker=0.5), {"CPU": 8})
-    assert str(caught.value) == "resources: a trial wants 1 CPUs and 0.5 GPUs, the cluster has 8 CPUs and 0 GPUs"
+    assert str(caught.value) == (
+        "resources: a trial wants 1 CPUs and 0.5 GPUs, and here are 8 CPUs and 0 GPUs; "
+        "without GPUs say resources.gpus_per_worker: 0"
+    )
 
 
 @pytest.mark.parametrize(("gpus", "limits"), [(0, []), (0.25, [0.1875]), (0.01, [0.01]), (1, []), (2, [])])

@@ -5,6 +5,7 @@ import multiprocessing
 import time
 from pathlib import Path
 from random import Random
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from tiny_trials import METHODS, TASKS, Tiny, fit_in_process, reproducible, run_
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.training import checkpoint, loop
-from bilora_ray.training.checkpoint import atomic_folder, trainable
-from bilora_ray.training.folder import STATE, TENSORS, TrialFolder
+from bilora_ray.training import folder as trial_folder
+from bilora_ray.training.checkpoint import trainable
+from bilora_ray.training.folder import STATE, TENSORS, TrialFolder, atomic_folder
 from bilora_ray.training.loop import Progress, Run, fit
 
 
@@ -223,9 +225,9 @@ def test_a_folder_of_a_trial_with_other_settings_is_refused(
     assert str(error.value) == f"{tmp_path}: holds a trial with other settings; move it away"
 
 
-@pytest.mark.parametrize("call", ["save_file", "_sync"])
+@pytest.mark.parametrize(("module", "call"), [(checkpoint, "save_file"), (trial_folder, "_sync")])
 def test_a_checkpoint_is_whole_or_absent(
-    call: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, call: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = demanding(tiny, "causal-lm", "bilora")
     _, expected = run_fit(config, tmp_path / "whole")
@@ -237,7 +239,7 @@ def test_a_checkpoint_is_whole_or_absent(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, call, full)
+        patch.setattr(module, call, full)
         with pytest.raises(OSError, match="No space left on device"):
             run_fit(config, path)
     assert [entry.name for entry in (path / "checkpoints").iterdir()] == ["step-00000003"]

@@ -1,7 +1,8 @@
-"""What is told of data that are allowed and yet seldom meant."""
+"""What is told of data and settings that are allowed and yet seldom meant."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,55 +12,63 @@ from tiny_trials import Tiny, write_rows
 from bilora_ray.training.notes import notes
 from bilora_ray.training.rows import load_rows
 
-ROWS = [{"prompt": f"{number}?", "completion": f"{number}!"} for number in range(20)]
+ROWS = [{"prompt": f"{number}?", "completion": f"{number}!"} for number in range(44)]
+OTHERS = [{"prompt": f"{number}?", "completion": f"{number}!"} for number in range(44, 62)]
+Told = Callable[..., list[str]]
 
 
-EMPTY = "train_data: 3 of 23 training rows have an empty completion"
+@pytest.fixture
+def told(tiny: Tiny, tmp_path: Path) -> Told:
+    """The notes on a trial with 44 training rows and 18 others, or on one with other rows and settings."""
+
+    def notes_on(
+        train: list[Any] = ROWS, validation: list[Any] | None = OTHERS, workers: int = 1, **settings: Any
+    ) -> list[str]:
+        data = {"train_data": str(write_rows(tmp_path / "train.jsonl", train)), "validation_data": None}
+        if validation is not None:
+            data["validation_data"] = str(write_rows(tmp_path / "validation.jsonl", validation))
+        config = tiny.config("causal-lm", **data, **settings)
+        return list(notes(load_rows(config), config, workers))
+
+    return notes_on
 
 
-def told(tiny: Tiny, workers: int = 1, **settings: Any) -> list[str]:
-    config = tiny.config("causal-lm", **settings)
-    return list(notes(load_rows(config), config, workers))
+def test_nothing_is_told_of_common_data(told: Told) -> None:
+    assert told() == []
+    assert told(validation=None) == []
+    assert told(validation=OTHERS + ROWS[:18]) == []
+    assert told(prompt_template="") == []
 
 
-def test_nothing_is_told_of_common_data(tiny: Tiny) -> None:
-    assert told(tiny) == []
-    assert told(tiny, validation_data=None) == []
+def test_validation_on_the_training_rows_is_told(told: Told) -> None:
+    line = "validation rows are training rows too, which no metric of generalisation should see"
+    assert told(validation=ROWS) == [f"validation_data: 44 of 44 {line}"]
+    assert told(validation=OTHERS + ROWS[:19]) == [f"validation_data: 19 of 37 {line}"]
+    assert told(train=ROWS * 9, validation=None) == [f"train_data: 40 of 40 {line}"]
 
 
-def test_validation_on_the_training_rows_is_told_also_of_a_copy(tiny: Tiny, tmp_path: Path) -> None:
-    for name in ("one", "other"):
-        write_rows(tmp_path / f"{name}.jsonl", ROWS)
-    data = {"train_data": str(tmp_path / "one.jsonl"), "validation_data": str(tmp_path / "other.jsonl")}
-    line = "validation_data: holds the rows of train_data, so that no metric shows what generalises"
-    assert told(tiny, **data) == [line]
-
-
-def test_empty_completions_are_counted(tiny: Tiny, tmp_path: Path) -> None:
+def test_empty_completions_are_counted(told: Told) -> None:
     empty = [{"prompt": "a", "completion": text} for text in ("", " ", "\n")]
-    write_rows(tmp_path / "train.jsonl", ROWS + empty)
-    assert told(tiny, train_data=str(tmp_path / "train.jsonl")) == [EMPTY]
+    assert told(ROWS + empty) == ["train_data: 3 of 47 training rows have an empty completion"]
+    assert told(validation=OTHERS + empty) == ["validation_data: 3 of 21 validation rows have an empty completion"]
 
 
-def test_rows_that_are_held_out_are_those_of_the_training_data(tiny: Tiny, tmp_path: Path) -> None:
-    write_rows(tmp_path / "train.jsonl", [{"prompt": "a", "completion": " "}] * 8)
-    lines = told(tiny, train_data=str(tmp_path / "train.jsonl"), validation_data=None, validation_fraction=0.25)
-    assert lines[:2] == [
+def test_rows_that_are_held_out_are_those_of_the_training_data(told: Told) -> None:
+    rows = [{"prompt": f"{number}?", "completion": " "} for number in range(8)]
+    assert told(rows, None, validation_fraction=0.25, per_device_train_batch_size=2) == [
         "train_data: 6 of 6 training rows have an empty completion",
         "train_data: 2 of 2 validation rows have an empty completion",
     ]
 
 
-def test_epochs_beside_steps_are_told(tiny: Tiny) -> None:
-    line = "num_train_epochs: changes nothing beside max_steps (8)"
-    assert told(tiny, num_train_epochs=3.0) == [line]
-    assert told(tiny, num_train_epochs=3.0, max_steps=None) == []
+def test_epochs_beside_steps_are_told(told: Told) -> None:
+    assert told(num_train_epochs=3.0) == ["num_train_epochs: changes nothing beside max_steps (8)"]
+    assert told(num_train_epochs=3.0, max_steps=None) == []
 
 
-def test_a_completion_without_a_column_is_told(tiny: Tiny) -> None:
+def test_a_completion_without_a_column_is_told(told: Told) -> None:
     line = "completion_template: names no column, so that every row has the same completion"
-    assert told(tiny, completion_template="yes") == [line]
-    assert told(tiny, prompt_template="") == []
+    assert told(completion_template="yes") == [line]
 
 
 @pytest.mark.parametrize(
@@ -70,7 +79,7 @@ def test_a_completion_without_a_column_is_told(tiny: Tiny) -> None:
         (1, {"per_device_train_batch_size": 15, "gradient_accumulation_steps": 3}),
     ],
 )
-def test_a_step_that_takes_more_rows_than_there_are_is_told(workers: int, settings: dict[str, int], tiny: Tiny) -> None:
+def test_a_step_that_takes_more_rows_than_there_are_is_told(workers: int, settings: dict[str, int], told: Told) -> None:
     line = "per_device_train_batch_size: a step would take 45 rows, and there are 44"
-    assert told(tiny, workers, **settings) == [line]
-    assert told(tiny, workers, **settings | {"per_device_train_batch_size": 14}) == []
+    assert told(workers=workers, **settings) == [line]
+    assert told(workers=workers, **settings | {"per_device_train_batch_size": 14}) == []
