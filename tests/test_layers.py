@@ -203,7 +203,7 @@ def test_an_import_against_the_arrows_is_found(module: str, line: str, name: str
     [
         ("bilora_ray.__main__", "from bilora_ray.cli.main import main"),
         ("bilora_ray.cli.tune", "from bilora_ray.search.run import search"),
-        ("bilora_ray.cli.evaluate", "from bilora_ray.training.evaluate import evaluate_adapter"),
+        ("bilora_ray.cli.evaluate", "from bilora_ray.training.evaluate import evaluate"),
         ("bilora_ray.cli.show", "from bilora_ray.tracking.records import Status"),
         ("bilora_ray.cli.main", "importlib.import_module(f'bilora_ray.cli.{name}')"),
         ("bilora_ray.search.study", "import optuna, ray"),

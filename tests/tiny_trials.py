@@ -79,6 +79,14 @@ def run_fit(config: TrialConfig, path: Path) -> tuple[list[dict[str, float]], An
     return reports, progress
 
 
+def evaluate_adapter(adapter: Path | None, config: TrialConfig) -> dict[str, float]:
+    """The metrics of an exported adapter, or of the base model alone, as `bilora-ray evaluate` measures them."""
+    from bilora_ray.training.evaluate import evaluate, load_adapted
+
+    model, data = load_adapted(adapter, config)
+    return evaluate(model, data.validation, config, data.tokenizer)
+
+
 def fit_in_process(settings: dict[str, Any], path: str) -> None:
     """`fit` as the target of a process that a test kills."""
     run_fit(TrialConfig(**settings), Path(path))

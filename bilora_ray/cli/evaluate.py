@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
 from bilora_ray.cli.options import json_option, print_json, set_option
+from bilora_ray.cli.tables import in_quotes
 from bilora_ray.config import TRAINING_SETTINGS
 from bilora_ray.errors import UserError
 from bilora_ray.paths import absolute_sources, locate_here
@@ -18,6 +20,7 @@ Examples:
   bilora-ray evaluate my-adapter
   bilora-ray evaluate my-adapter --data test.jsonl --json
   bilora-ray evaluate my-adapter --data test.jsonl --base-model
+  bilora-ray evaluate my-adapter --data test.jsonl --examples 5
 """
 
 
@@ -25,9 +28,14 @@ Examples:
 @click.argument("adapter", type=click.Path(path_type=Path), metavar="ADAPTER")
 @click.option("--data", metavar="FILE", help="Data to measure on.  [default: the validation rows of its training]")
 @click.option("--base-model", is_flag=True, help="Measure the base model alone, to compare with.")
+@click.option(
+    "--examples", type=click.IntRange(min=0), default=0, metavar="N", help="Show what it makes of the first N rows."
+)
 @set_option
 @json_option
-def command(adapter: Path, data: str | None, base_model: bool, overrides: tuple[str, ...], as_json: bool) -> None:
+def command(
+    adapter: Path, data: str | None, base_model: bool, examples: int, overrides: tuple[str, ...], as_json: bool
+) -> None:
     """Measure the adapter in folder ADAPTER, or a merged model, with the metrics that it was trained with."""
     from bilora_ray.training.export import evaluation_config, is_merged
 
@@ -48,13 +56,19 @@ def command(adapter: Path, data: str | None, base_model: bool, overrides: tuple[
     from bilora_ray.training.quiet import quiet
 
     quiet()
-    from bilora_ray.training.evaluate import evaluate_adapter
+    from bilora_ray.training.evaluate import evaluate, load_adapted, predict
 
-    metrics = evaluate_adapter(None if base_model or is_merged(adapter) else adapter, config)
+    model, loaded = load_adapted(None if base_model or is_merged(adapter) else adapter, config)
+    metrics: dict[str, Any] = evaluate(model, loaded.validation, config, loaded.tokenizer)
+    predictions = predict(model, config, examples) if examples else []
     if as_json:
-        print_json(metrics)
+        print_json(metrics | ({"examples": [asdict(prediction) for prediction in predictions]} if examples else {}))
     else:
         what = f"base model {config.model_name_or_path}" if base_model else str(adapter)
         click.echo(f"{what} on {config.validation_data or 'the rows held out of ' + config.train_data}:")
         for key, value in metrics.items():
             click.echo(f"{key:<28} {value:.6g}")
+        for prediction in predictions:
+            click.echo()
+            for key, text in asdict(prediction).items():
+                click.echo(f"{key:<10} {in_quotes(text)}")

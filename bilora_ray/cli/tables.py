@@ -13,6 +13,8 @@ from rich.text import Text
 
 # Longer names are broken behind an underscore: the numbers below them are short.
 HEADER_WIDTH = 10
+# Characters of a quoted text that are shown, at its start and at its end.
+QUOTED = 200
 
 
 class TrialTable:
@@ -62,6 +64,11 @@ class TrialTable:
 def in_short(value: float | None) -> str:
     """A metric's value; empty if there is none."""
     return "" if value is None else f"{value:.4g}"
+
+
+def in_quotes(text: str) -> str:
+    """`text` in quotes, where its spaces and line ends are seen; of a long one the start and the end."""
+    return repr(text if len(text) <= 2 * QUOTED else f"{text[:QUOTED]} ... {text[-QUOTED:]}")
 
 
 def step_of(metrics: Mapping[str, float]) -> str:

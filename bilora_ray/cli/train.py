@@ -74,20 +74,19 @@ def command(
 
     The run is kept and tracked like a study with one trial, so show and export take its NAME.
     """
-    if space_path is not None and study is not None:
-        raise UserError("--study: --space says the settings already; give one of the two")
-    if number is not None and study is None:
-        raise UserError("--trial: needs --study")
     if not insecure:
         check_mlflow(mlflow_uri)
-    single = {"name": json.dumps(name), "num_trials": 1, "scheduler": "none", "points_to_evaluate": "[]"}
     layout = Layout(absolute(storage_path), study_database)
-    everything = [*overrides, *(f"study.{key}={value}" for key, value in single.items())]
-    if study is None:
-        space, again = load_space(space_path, everything), []
+    single = {"name": json.dumps(name), "num_trials": 1, "scheduler": "none", "points_to_evaluate": "[]"}
+    overrides += tuple(f"study.{key}={value}" for key, value in single.items())
+    if study is not None:
+        if space_path is not None:
+            raise UserError("--study: --space says the settings already; give one of the two")
+        space, number = _space_of(layout, study, number, overrides)
+    elif number is not None:
+        raise UserError("--trial: needs --study")
     else:
-        space, number = _space_of(layout, study, number, everything)
-        again = [f"--trial={number}"]  # which one is the best may be another by then
+        space = load_space(space_path, overrides)
     if space.distributions:
         keys = ", ".join(f"--set {key}=VALUE" for key in space.distributions)
         raise UserError(f"{space.path}: one run needs one value for each setting; give {keys}")
@@ -104,7 +103,8 @@ def command(
     try:
         trained = train(space, layout, resume=resume, mlflow_uri=mlflow_uri, digests=checked.digests, watcher=watcher)
     except KeyboardInterrupt:
-        say_how_to_go_on(*again)
+        # Which trial is the best one may have changed by then.
+        say_how_to_go_on(*(() if number is None else (f"--trial={number}",)))
     record = trained.record(0)
     if as_json:
         print_json(trial_as_json(record, trained.metric))

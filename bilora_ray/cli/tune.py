@@ -20,7 +20,7 @@ from bilora_ray.cli.options import (
     search_options,
 )
 from bilora_ray.cli.progress import SearchProgress
-from bilora_ray.cli.tables import duration
+from bilora_ray.cli.tables import duration, in_quotes
 from bilora_ray.cli.validate import describe
 from bilora_ray.errors import UserError
 from bilora_ray.paths import Locate, locate_here
@@ -32,9 +32,6 @@ from bilora_ray.search.space_file import load_space
 if TYPE_CHECKING:
     from bilora_ray.search.study import SearchStudy
     from bilora_ray.training.rehearsal import Rehearsal
-
-# Characters of a row that a dry run shows, at its start and at its end.
-SHOWN = 200
 
 EPILOG = """\b
 Examples:
@@ -164,16 +161,11 @@ def _print_plan(space: Space, rehearsal: Rehearsal, notes: Sequence[str]) -> Non
     for split, rows in rehearsal.rows.items():
         dropped = f", {rows.dropped} have nothing to predict and are left out" if rows.dropped else ""
         click.echo(f"{split} rows: {rows.rows}; {rows.cut} are cut to max_length{dropped}")
-    click.echo(f"of a training row the model reads {_shortened(rehearsal.reads)}")
-    click.echo(f"and learns {_shortened(rehearsal.learns)}")
+    click.echo(f"of a training row the model reads {in_quotes(rehearsal.reads)}")
+    click.echo(f"and learns {in_quotes(rehearsal.learns)}")
     for line in notes:
         click.secho(f"Note: {line}", fg="yellow")
     click.echo("Nothing was started.")
-
-
-def _shortened(text: str) -> str:
-    """`text` in quotes; of a long one the start and the end."""
-    return repr(text if len(text) <= 2 * SHOWN else f"{text[:SHOWN]} ... {text[-SHOWN:]}")
 
 
 def _search(

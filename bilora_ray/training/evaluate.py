@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.training import model as models
 from bilora_ray.training.data import collate, collate_prompts, eval_batches, in_row_order
 from bilora_ray.training.examples import Example
-from bilora_ray.training.loading import load_data
+from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.metrics import LossSum, exact_match, label_index, label_metrics
 from bilora_ray.training.workers import ALONE, Workers
 
@@ -53,17 +54,60 @@ def evaluate(
     return metrics
 
 
-def evaluate_adapter(adapter: Path | None, config: TrialConfig) -> dict[str, float]:
-    """The metrics of an exported adapter, or of the base model alone, on the validation rows of `config`.
+@dataclass(frozen=True)
+class Prediction:
+    """What a model makes of a row.
+
+    Attributes:
+        reads: the row as the model reads it, with special tokens.
+        writes: what it writes then, or the label that it finds most likely.
+        expected: the row's completion or label.
+    """
+
+    reads: str
+    writes: str
+    expected: str
+
+
+def load_adapted(adapter: Path | None, config: TrialConfig) -> tuple[Model, Loaded]:
+    """The base model of `config` with an exported adapter, or alone, and the data.
 
     Raises:
         UserError: the data or the base model are not as `config` says.
     """
     data = load_data(config)
     model: Model = models.load_base(config, data.tokenizer, data.label_names)[0]
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, str(adapter))
-    return evaluate(model, data.validation, config, data.tokenizer)
+    return model if adapter is None else PeftModel.from_pretrained(model, str(adapter)), data
+
+
+def predict(model: Model, config: TrialConfig, count: int) -> list[Prediction]:
+    """What `model` makes of the first `count` validation rows, decoded greedily as for `eval_exact_match`.
+
+    Args:
+        model: as `load_adapted` gives it.
+        config: the settings.
+        count: rows, or fewer if there are not so many.
+
+    Raises:
+        UserError: a completion has no answer that `answer_pattern` finds.
+    """
+    of_text = config.task != "sequence-classification"
+    data = load_data(config.model_copy(update={"predict_with_generate": of_text, "max_eval_samples": count}))
+    examples, tokenizer = data.validation, data.tokenizer
+    model.eval()
+    with torch.no_grad():
+        if of_text:
+            written, expected = _texts(model, examples, config, tokenizer), [example.reference for example in examples]
+            read = [example.prompt_ids for example in examples]
+        else:
+            names = data.label_names or ()
+            batches = [collate([example], config.task, tokenizer.pad_token_id) for example in examples]
+            logits = [model(**_on_device(batch, model)).logits for batch in batches]
+            written = [names[int(row.argmax())] for row in logits]
+            expected = [names[example.labels[0]] for example in examples]
+            read = [example.input_ids for example in examples]
+    texts = [str(tokenizer.decode(list(ids or ()))) for ids in read]
+    return [Prediction(*row) for row in zip(texts, written, expected, strict=True)]
 
 
 def _losses(
@@ -101,6 +145,25 @@ def _generated(
     tokenizer: PreTrainedTokenizerBase,
     workers: Workers,
 ) -> dict[str, float]:
+    texts = _texts(model, examples, config, tokenizer, workers)
+    references = [example.reference for example in examples]
+    metrics = {"eval_exact_match": exact_match(texts, references, config.answer_pattern)}
+    if config.label_names is not None:
+        names, pattern = config.label_names, config.answer_pattern
+        given, wanted = ([label_index(text, names, pattern) for text in side] for side in (texts, references))
+        metrics |= label_metrics(given, wanted, len(names))
+    return metrics
+
+
+def _texts(
+    model: Model,
+    examples: Sequence[Example],
+    config: TrialConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    workers: Workers = ALONE,
+) -> list[str]:
+    """What `model` writes after the prompt of each example, which must have one."""
+
     def generate(rows: Sequence[int]) -> list[str]:
         prompts = collate_prompts([examples[row] for row in rows], config.task, tokenizer.pad_token_id)
         prompts = _on_device(prompts, model)
@@ -121,14 +184,7 @@ def _generated(
 
     lengths = [len(example.prompt_ids or ()) for example in examples]
     batches = eval_batches(lengths, config.per_device_eval_batch_size)
-    texts = in_row_order(batches, [text for part in workers.map(generate, batches) for text in part])
-    references = [example.reference for example in examples]
-    metrics = {"eval_exact_match": exact_match(texts, references, config.answer_pattern)}
-    if config.label_names is not None:
-        names, pattern = config.label_names, config.answer_pattern
-        given, wanted = ([label_index(text, names, pattern) for text in side] for side in (texts, references))
-        metrics |= label_metrics(given, wanted, len(names))
-    return metrics
+    return in_row_order(batches, [text for part in workers.map(generate, batches) for text in part])
 
 
 def _ends(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_trials import METHODS, TASKS, Tiny, run_fit
+from tiny_trials import METHODS, TASKS, Tiny, evaluate_adapter, run_fit
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel
 
@@ -22,7 +22,6 @@ from bilora_ray.config import Task, TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.training.card import write_card
 from bilora_ray.training.data import collate
-from bilora_ray.training.evaluate import evaluate_adapter
 from bilora_ray.training.export import evaluation_config, export_adapter, export_merged, is_merged, read_recipe
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run

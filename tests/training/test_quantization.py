@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from tiny_trials import METHODS, Tiny, reproducible, run_fit
+from tiny_trials import METHODS, Tiny, evaluate_adapter, reproducible, run_fit
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.training.evaluate import evaluate_adapter
 from bilora_ray.training.export import evaluation_config, export_merged
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run
