@@ -83,7 +83,7 @@ class StudyRuns:
             run = self._trials.get(trial.number)
         if run is None:
             tags = {PARENT: self._parent.run_id, TRIAL: str(trial.number)}
-            run = self._trials[trial.number] = self._create(f"trial-{trial.number:04d}", tags)
+            run = self._trials[trial.number] = self._create(f"{self._study.name}-{trial.number:04d}", tags)
         if not run.live:
             run.begin(trial.settings, {SAMPLED: json.dumps(dict(trial.sampled))}, self._datasets)
         run.log(_points(trial))
@@ -111,7 +111,8 @@ class StudyRuns:
             if trial.number == best_number:
                 self._tell_best(trial)
         if not others:
-            self._parent.end(INTERRUPTED if interrupted else COMPLETE, {})
+            ended = COMPLETE if best_number is not None else Status.FAILED.value
+            self._parent.end(INTERRUPTED if interrupted else ended, {})
 
     def interrupt(self, numbers: Iterable[int]) -> None:
         """End the runs of the trials `numbers`, each in sync, and the parent, until the study is resumed."""

@@ -90,7 +90,7 @@ def test_started_trial_is_a_child_with_its_settings(project: Project) -> None:
     settings = {**SETTINGS, "target_modules": ("q_proj", "v_proj"), "gradient_checkpointing": False}
     project.open().trial_started(record(7, settings=settings))
     run = project.trials()[7]
-    assert run.info.run_name == "trial-0007"
+    assert run.info.run_name == f"{STUDY}-0007"
     assert run.info.status == "RUNNING"
     assert run.data.tags["bilora_ray.status"] == "running"
     assert json.loads(run.data.tags["bilora_ray.sampled"]) == {"rho": 0.05}
@@ -228,6 +228,12 @@ def test_close_makes_mlflow_agree_with_records_it_never_saw(project: Project, ad
     assert parent.data.tags["bilora_ray.best_run_id"] == trials[1].info.run_id
     assert json.loads(parent.data.tags["bilora_ray.best_sampled"]) == {"rho": 0.2}
     assert [number for number in trials if "bilora_ray.best" in trials[number].data.tags] == [1]
+
+
+def test_a_study_without_a_complete_trial_has_failed(project: Project) -> None:
+    project.open().close([record(0, Status.FAILED, error="out of memory")], None, interrupted=False)
+    parent = project.parent()
+    assert (parent.info.status, parent.data.tags["bilora_ray.status"]) == ("FAILED", "failed")
 
 
 def test_best_mark_moves_when_a_resumed_study_finds_a_better_trial(project: Project) -> None:
