@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import NoReturn
@@ -29,6 +30,8 @@ from bilora_ray.search.watchdog import head_watched
 
 # Tune would hand these on in a runtime environment, which Ray writes into its logs. No trial needs them.
 SECRETS_OF_TUNE = frozenset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"})
+# How long the end of a search whose cluster is dead waits for MLflow.
+CLOSE_S = 15.0
 
 
 class _Silent(ProgressReporter):
@@ -91,15 +94,15 @@ def search(
 
 def _end(running: Session, address: str | None) -> NoReturn:
     """End the process of a search that waits for a dead cluster, as the command line would: by one line and code 2."""
-    try:
-        running.close()
-    finally:
-        line = "Ray stopped answering; go on with --resume"
-        if not is_own(address):
-            line = f"--ray-address {address}: the cluster stopped answering; start it again and go on with --resume"
-        running.watcher.__exit__(None, None, None)
-        running.watcher.say(f"Error: {line}")
-        os._exit(2)
+    line = "Ray stopped answering; go on with --resume"
+    if not is_own(address):
+        line = f"--ray-address {address}: the cluster stopped answering; start it again and go on with --resume"
+    running.watcher.__exit__(None, None, None)
+    running.watcher.say(f"Error: {line}")
+    closing = threading.Thread(target=running.close, daemon=True)
+    closing.start()
+    closing.join(CLOSE_S)  # then Ray ends the process by itself, with another code
+    os._exit(2)
 
 
 def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> None:

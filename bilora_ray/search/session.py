@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from threading import Timer
 from typing import Protocol
 
 from bilora_ray.addresses import masked
@@ -16,11 +17,13 @@ from bilora_ray.search.space import Space
 from bilora_ray.search.storage import is_database, naming_the_database, running_study, study_names
 from bilora_ray.search.studies import check_study, delete_study, open_study
 from bilora_ray.search.study import SearchStudy
-from bilora_ray.tracking.mlflow_tracker import MlflowTracker, default_uri
+from bilora_ray.tracking.mlflow_tracker import BackgroundTracker, MlflowTracker, default_uri
 from bilora_ray.tracking.records import Observer, Status, TrialRecord
 from bilora_ray.training.folder import ORPHAN_WAIT_S, locked
 
 logger = logging.getLogger(__name__)
+# So long nobody wonders why a search that is over does not end.
+LATE_S = 3.0
 
 
 class Watcher(Observer, Protocol):
@@ -70,35 +73,6 @@ class Observers:
                 self.observers.remove(observer)
 
 
-class Aside:
-    """Tells an observer in a thread, in order: an adapter on its way to a slow server holds up no trial.
-
-    Args:
-        observer: who is told.
-        thread: of one worker. Once it is shut down, nothing more is told.
-    """
-
-    def __init__(self, observer: Observer, thread: Executor) -> None:
-        self._observers = Observers([observer])
-        self._thread = thread
-
-    def trial_started(self, trial: TrialRecord) -> None:
-        """A trial begins, or goes on."""
-        self._later(self._observers.trial_started, trial)
-
-    def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
-        """An evaluation is done."""
-        self._later(self._observers.trial_reported, trial, metrics)
-
-    def trial_ended(self, trial: TrialRecord) -> None:
-        """A trial has ended."""
-        self._later(self._observers.trial_ended, trial)
-
-    def _later(self, call: Callable[..., None], *arguments: object) -> None:
-        with suppress(RuntimeError):  # the search is being closed, which tells all that is left
-            self._thread.submit(call, *arguments)
-
-
 @dataclass(frozen=True)
 class Session:
     """A study that is being run.
@@ -107,27 +81,28 @@ class Session:
         study: the study.
         watcher: who shows it to a person.
         tracking: gives the tracker, once MLflow has answered.
-        thread: of one worker, which MLflow is told in.
     """
 
     study: SearchStudy
     watcher: Watcher
     tracking: Future[MlflowTracker]
-    thread: Executor
 
     def observers(self) -> Observers:
         """Who observes the trials. Waits for MLflow, which learns what it missed; UserError if it cannot be used."""
-        tracker = self.tracking.result()
-        self.thread.submit(tracker.reconcile, self.study.own_records())
-        return Observers([Aside(tracker, self.thread), self.watcher])
+        tracker = BackgroundTracker(self.tracking.result())
+        tracker.reconcile(self.study.own_records())
+        return Observers([tracker, self.watcher])
 
     def close(self) -> None:
         """End the study's run in MLflow, unless MLflow could not be opened, and give up this process's trials."""
         try:
-            # What waits to be sent is sent with all else when the tracker is closed, in fewer calls.
-            self.thread.shutdown(wait=True, cancel_futures=True)
             if self.tracking.exception() is None:
-                self._close(self.tracking.result())
+                late = Timer(LATE_S, self.watcher.say, ["MLflow is sent what is left"])
+                late.start()
+                try:
+                    self._close(self.tracking.result())
+                finally:
+                    late.cancel()
         finally:
             self.study.release()
 
@@ -154,8 +129,8 @@ def session(
         raise UserError(f"--mlflow-uri {masked(mlflow_uri)}: holds the studies; MLflow needs a database of its own")
     begins = space.study.name not in study_names(layout)
     study = open_study(space, layout, digests)
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        running = Session(study, watcher, thread.submit(_tracker, study, mlflow_uri, digests, watcher), thread)
+    with ThreadPoolExecutor(max_workers=1) as executor:
+        running = Session(study, watcher, executor.submit(_tracker, study, mlflow_uri, digests, watcher))
         try:
             with closing(running), watcher:
                 watcher.start(study.records())

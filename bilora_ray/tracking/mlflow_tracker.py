@@ -7,6 +7,7 @@ the study is closed, or when it is resumed.
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,7 @@ def default_uri(storage_path: Path) -> str:
 
 
 class MlflowTracker:
-    """Observes a search and keeps MLflow's runs in agreement with it. Made by `open`; used from one thread at a time.
+    """Observes a search and keeps MLflow's runs in agreement with it. Made by `open`; threads may share it.
 
     Args:
         connect_runs: finds the study's runs, or makes them; called again after every failure.
@@ -40,6 +41,8 @@ class MlflowTracker:
     def __init__(self, connect_runs: Callable[[], StudyRuns], say: Callable[[str], None]) -> None:
         self._connect_runs = connect_runs
         self._guard = Guard(say)
+        # One thread sends at a time; while it does, others may add to what is to be sent.
+        self._sending, self._keeping = threading.Lock(), threading.Lock()
         self._pending: dict[int, TrialRecord] = {}
         self._running: set[int] = set()
         self._runs: StudyRuns | None = connect_runs()
@@ -113,48 +116,104 @@ class MlflowTracker:
             interrupted: whether the study is to go on later.
             others: whether other processes go on with the study now: its run stays as it is.
         """
-        self._keep(trials)
-        self._runs = None  # other processes may have made and ended runs since
-        with self._guard.attempt(AT_RESUME):
+        self.keep(trials)
+        with self._sending, self._guard.attempt(AT_RESUME):
+            self._runs = None  # other processes may have made and ended runs since
             self._flush(lambda runs: runs.end(trials, best_number, interrupted, others))
 
     def interrupt(self) -> None:
         """End the runs that were begun here, and the study's, as interrupted: the study cannot be asked any more."""
-        with self._guard.attempt(AT_RESUME):
+        with self._sending, self._guard.attempt(AT_RESUME):
             self._flush(lambda runs: runs.interrupt(self._running))
 
-    def _send(self, trials: Iterable[TrialRecord]) -> None:
-        self._keep(trials)
-        if self._guard.ready():
-            with self._guard.attempt(LATER):
-                self._flush()
-
-    def _keep(self, trials: Iterable[TrialRecord]) -> None:
+    def keep(self, trials: Iterable[TrialRecord]) -> None:
         """Let the newest record of each trial wait, with the evaluations of those that it takes the place of."""
-        for trial in trials:
-            waiting = self._pending.get(trial.number, trial)
-            by_step = {metrics["step"]: metrics for metrics in (*waiting.history, *trial.history)}
-            self._pending[trial.number] = replace(trial, history=tuple(by_step.values()))
-            if trial.status is Status.RUNNING:
-                self._running.add(trial.number)
-            else:
-                self._running.discard(trial.number)
+        with self._keeping:
+            for trial in trials:
+                waiting = self._pending.get(trial.number, trial)
+                by_step = {metrics["step"]: metrics for metrics in (*waiting.history, *trial.history)}
+                self._pending[trial.number] = replace(trial, history=tuple(by_step.values()))
+                if trial.status is Status.RUNNING:
+                    self._running.add(trial.number)
+                else:
+                    self._running.discard(trial.number)
+
+    def send(self) -> None:
+        """Send what waits, unless MLflow has just failed to answer."""
+        with self._sending:
+            if self._guard.ready():
+                with self._guard.attempt(LATER):
+                    self._flush()
+
+    def _send(self, trials: Iterable[TrialRecord]) -> None:
+        self.keep(trials)
+        self.send()
 
     def _flush(self, then: Callable[[StudyRuns], None] = lambda runs: None) -> None:
         # What is left half-done, by an error or by Ctrl-C, is not trusted: MLflow is asked again what it holds.
         runs, self._runs = self._runs or self._connect_runs(), None
-        while self._pending:
-            number = next(iter(self._pending))
-            # To the end of the queue until it is sent: one that cannot be sent must not hold up the others.
-            trial = self._pending[number] = self._pending.pop(number)
+        while (trial := self._next()) is not None:
             runs.sync(trial)
-            del self._pending[number]
+            with self._keeping:
+                if self._pending[trial.number] is trial:  # else there is more of it by now
+                    del self._pending[trial.number]
         then(runs)
         self._runs = runs
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune writes snapshots of what observes it, and none is ever read."""
-        return {}
+    def _next(self) -> TrialRecord | None:
+        """Of what waits, the first; it goes to the end, since one that cannot be sent must not hold up the others."""
+        with self._keeping:
+            if not self._pending:
+                return None
+            number = next(iter(self._pending))
+            trial = self._pending[number] = self._pending.pop(number)
+            return trial
+
+
+class BackgroundTracker:
+    """Observes a search for a tracker, which sends in a thread: a slow server holds up no trial.
+
+    The thread lives as long as there is something to send. It does not keep the process from ending: what is lost then
+    is sent by a resume.
+
+    Args:
+        tracker: nothing else need use it meanwhile, but may.
+    """
+
+    def __init__(self, tracker: MlflowTracker) -> None:
+        self._tracker = tracker
+        self._lock = threading.Lock()
+        self._busy = self._again = False
+
+    def trial_started(self, trial: TrialRecord) -> None:
+        """A trial begins, or goes on after an interruption."""
+        self.reconcile([trial])
+
+    def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
+        """An evaluation is done."""
+        self.reconcile([replace(trial, history=(*trial.history, metrics))])
+
+    def trial_ended(self, trial: TrialRecord) -> None:
+        """A trial is complete, pruned or failed."""
+        self.reconcile([trial])
+
+    def reconcile(self, trials: Iterable[TrialRecord]) -> None:
+        """Have MLflow agree with `trials`, soon."""
+        self._tracker.keep(trials)
+        with self._lock:
+            self._again = self._busy
+            if not self._busy:
+                self._busy = True
+                threading.Thread(target=self._send, name="mlflow", daemon=True).start()
+
+    def _send(self) -> None:
+        while True:
+            self._tracker.send()
+            with self._lock:
+                if not self._again:
+                    self._busy = False
+                    return
+                self._again = False
 
 
 def ui_command(uri: str, port: int) -> tuple[list[str], dict[str, str]]:

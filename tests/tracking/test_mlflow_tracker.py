@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 from mlflow.entities import Run
 
 from bilora_ray import __version__
-from bilora_ray.tracking.mlflow_tracker import MlflowTracker
 from bilora_ray.tracking.records import Status
 
 from .tracked import SETTINGS, STUDY, Project, evaluation, record
@@ -258,9 +256,3 @@ def test_trials_that_mlflow_holds_are_not_written_again(
     counted.clear()
     tracker.reconcile(records)
     assert counted == {}
-
-
-def test_pickled_tracker_is_empty(project: Project) -> None:
-    copy = pickle.loads(pickle.dumps(project.open()))  # noqa: S301 - its own bytes
-    assert isinstance(copy, MlflowTracker)
-    assert vars(copy) == {}
