@@ -36,6 +36,9 @@ MODEL_CLASS: dict[Task, str] = {
     "sequence-classification": "AutoModelForSequenceClassification",
 }
 
+# What CUDA takes of a GPU for each process, beside what torch allocates.
+CUDA_GIB = 0.5
+
 # A setting that only some methods read; a search does not vary it for the others.
 METHOD_SETTINGS: dict[str, frozenset[str]] = {
     "rho": frozenset({"bilora"}),
@@ -295,6 +298,10 @@ def build(kind: type[SettingsT], values: Mapping[str, Any], where: str, overridd
         raise UserError(f"{where}: {_in_words(kind, problem)}") from None
 
 
+# What pydantic calls a value that should have been one number, word or true or false.
+ONE_VALUE = frozenset({"int_type", "float_type", "bool_type", "literal_error"})
+
+
 def _first(error: ValidationError) -> ErrorDetails:
     """The first problem that `error` has, or an unknown key if there is one: it is often why another is missing."""
     problems = error.errors(include_url=False)
@@ -311,15 +318,14 @@ def _in_words(kind: type[Settings], problem: ErrorDetails) -> str:
     if problem["type"] == "value_error" and not key:
         return message
     message = f"{message}, got {problem['input']!r}"
-    if isinstance(problem["input"], list) and problem["type"] in {"int_type", "float_type", "bool_type"}:
+    if kind is TrialConfig and isinstance(problem["input"], list) and problem["type"] in ONE_VALUE:
         message += "; several values to choose from are {choice: [...]}"
     return f"{key}: {message}" if key else message
 
 
 def nearest_setting(key: str, kind: type[Settings]) -> str:
     """As `nearest`, of the settings of a `kind`; where they are too many to list, who lists them."""
-    hint = nearest(key, kind.model_fields)
-    return "`bilora-ray settings` lists the keys" if hint.startswith("none") else hint
+    return nearest(key, kind.model_fields, "`bilora-ray settings` lists the keys")
 
 
 def _is_union_branch(part: int | str) -> bool:

@@ -36,14 +36,14 @@ class NonFiniteLoss(TrialFailure):
         return type(self), (self.step, self.loss)
 
 
-def nearest(name: str, allowed: Iterable[str]) -> str:
-    """A hint for a misspelt `name`: the nearest of `allowed`, or the list when nothing is near, if a line holds it."""
+def nearest(name: str, allowed: Iterable[str], otherwise: str = "none has a name like it") -> str:
+    """A hint for a misspelt `name`: the nearest of `allowed`, or their list; `otherwise` if a line cannot hold that."""
     names = sorted(allowed)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     if close:
         return f"did you mean '{close[0]}'?"
     if len(names) > MOST_NAMES:
-        return f"none of the {len(names)} allowed names is like it"
+        return otherwise
     return f"allowed: {', '.join(names)}"
 
 

@@ -10,7 +10,7 @@ import click
 
 from bilora_ray.cli.options import json_option, print_json, set_option
 from bilora_ray.cli.tables import in_quotes
-from bilora_ray.config import TRAINING_SETTINGS
+from bilora_ray.config import TRAINING_SETTINGS, TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.paths import absolute_sources, locate_here
 from bilora_ray.search.space_file import parse_override
@@ -60,15 +60,22 @@ def command(
 
     model, loaded = load_adapted(None if base_model or is_merged(adapter) else adapter, config)
     metrics: dict[str, Any] = evaluate(model, loaded.validation, config, loaded.tokenizer)
-    predictions = predict(model, config, examples) if examples else []
+    predictions = predict(model, loaded, config, examples) if examples else []
     if as_json:
         print_json(metrics | ({"examples": [asdict(prediction) for prediction in predictions]} if examples else {}))
     else:
         what = f"base model {config.model_name_or_path}" if base_model else str(adapter)
-        click.echo(f"{what} on {config.validation_data or 'the rows held out of ' + config.train_data}:")
+        click.echo(f"{what} on {len(loaded.validation)} rows of {_rows(config)}:")
         for key, value in metrics.items():
             click.echo(f"{key:<28} {value:.6g}")
         for prediction in predictions:
             click.echo()
             for key, text in asdict(prediction).items():
                 click.echo(f"{key:<10} {in_quotes(text)}")
+
+
+def _rows(config: TrialConfig) -> str:
+    if config.validation_data is None and config.validation_split is None:
+        return f"{config.train_data}, held out of training"
+    split = f", split {config.validation_split}" if config.validation_split else ""
+    return f"{config.validation_data or config.train_data}{split}"

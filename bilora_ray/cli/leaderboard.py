@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from rich.console import Console
 
 from bilora_ray.cli.progress import STATUS_WORDS
@@ -27,14 +28,13 @@ STATUS_STYLE = {
 
 def ranked(records: Sequence[TrialRecord], greater_is_better: bool) -> list[TrialRecord]:
     """Complete trials by value, then those that are neither complete nor failed by theirs, then the rest."""
-    sign = -1 if greater_is_better else 1
 
-    def key(record: TrialRecord) -> tuple[int, float, float, int]:
+    def key(record: TrialRecord) -> tuple[int, tuple[float, float, int]]:
         if record.status is Status.COMPLETE:
             order = 0
         else:
             order = 2 if record.status is Status.FAILED or record.value is None else 1
-        return order, sign * (record.value or 0.0), record.loss or 0.0, record.number
+        return order, record.rank(greater_is_better)
 
     return sorted(records, key=key)
 
@@ -58,25 +58,28 @@ def print_leaderboard(
 
 
 def print_settings(console: Console, settings: Mapping[str, Any]) -> None:
-    """Print settings, one a line, as a space file has them."""
+    """Print settings, one a line, as YAML."""
     width = max((len(key) for key in settings), default=0)
     for key, value in settings.items():
-        plain = isinstance(value, str) and value.isprintable() and value == value.strip()
-        text = value if plain else json.dumps(value, ensure_ascii=False)
+        plain = list(value) if isinstance(value, tuple) else value
+        # In a list, or YAML would put the end of a document behind it.
+        text = yaml.safe_dump([plain], default_flow_style=True, allow_unicode=True, width=math.inf).strip()[1:-1]
         console.print(f"  {key:<{width}}  {text}", markup=False, highlight=False, soft_wrap=True)
 
 
-def print_best(console: Console, study: SearchStudy) -> TrialRecord | None:
-    """Print the best trial, how many are equal to it, and its settings; return it. Nothing if none is complete."""
-    records = study.records()
+def print_best(console: Console, study: SearchStudy, records: Sequence[TrialRecord]) -> TrialRecord | None:
+    """Print the best of `records`, which are equal to it, and its settings; return it. Nothing if none is complete."""
     best = best_of(records, study.greater_is_better)
     if best is None:
         return None
     assert best.value is not None
     line = f"Best: trial {best.number}, {study.metric} {best.value:.6g}"
-    equal = sum(record.status is Status.COMPLETE and record.value == best.value for record in records) - 1
+    others = [record for record in records if record.status is Status.COMPLETE and record is not best]
+    equal = [record for record in others if record.value == best.value]
     if equal:
-        line += f" (as {equal} other{'s' if equal > 1 else ''}; its eval_loss is the lowest)"
+        which = f"trial {equal[0].number}" if len(equal) == 1 else f"{len(equal)} others"
+        lower = any(record.loss != best.loss for record in equal)
+        line += f" (the same as {which}{', with a lower eval_loss' if lower else ''})"
     console.print(line, style="bold green", markup=False)
     shown = {key: value for key, value in best.settings.items() if key in best.sampled}
     print_settings(console, shown or {**non_default(best.settings), **_of_the_adapter(best.settings)})

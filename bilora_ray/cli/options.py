@@ -129,7 +129,7 @@ def search_options(command: Command) -> Command:
 
 def command_that_resumes(*more: str) -> str:
     """The command line that was typed, with `more`, with --resume and without passwords."""
-    arguments = [masked(argument) for argument in sys.argv[1:] if argument not in (*more, "--resume")]
+    arguments = [masked(argument) for argument in sys.argv[1:] if argument != "--resume"]
     return shlex.join([program(), *arguments, *more, "--resume"])
 
 

@@ -20,6 +20,7 @@ from bilora_ray.cli.options import (
     study_database_option,
 )
 from bilora_ray.cli.tables import in_short
+from bilora_ray.config import CUDA_GIB
 from bilora_ray.errors import UserError
 from bilora_ray.tracking.records import LEAST_FOR_IMPORTANCES, Status
 
@@ -80,11 +81,12 @@ def command(study: str | None, storage_path: Path, study_database: str | None, a
         console.print(f"What mattered: {_why_unknown(counts)}")
     peak = max((metrics.get("gpu_memory_gib", 0) for record in records for metrics in record.history), default=0)
     if peak:
-        console.print(f"GPU memory that torch took in a worker: {peak:.1f} GiB at the most")
+        console.print(f"GPU memory of a worker: {peak + CUDA_GIB:.1f} GiB at the most, with CUDA's own")
     if any(record.status is Status.INTERRUPTED for record in records):
-        console.print("The interrupted trials go on with `bilora-ray tune --resume` and the study's space file.")
+        verb = "tune" if found.space.distributions else "train"
+        console.print(f"What is interrupted goes on with `bilora-ray {verb}`, as it was begun, and --resume.")
     console.print()
-    best = print_best(console, found)
+    best = print_best(console, found, records)
     if best is not None:
         print_next(study, storage_path, study_database, best.adapter)
 

@@ -78,11 +78,14 @@ def command(
         check_mlflow(mlflow_uri)
     layout = Layout(absolute(storage_path), study_database)
     single = {"name": json.dumps(name), "num_trials": 1, "scheduler": "none", "points_to_evaluate": "[]"}
+    found_out: tuple[str, ...] = ()
     overrides += tuple(f"study.{key}={value}" for key, value in single.items())
     if study is not None:
         if space_path is not None:
             raise UserError("--study: --space says the settings already; give one of the two")
-        space, number = _space_of(layout, study, number, overrides)
+        space, best = _space_of(layout, study, number, overrides)
+        # Which trial is the best one may have changed by the time of a resume.
+        found_out = () if number is not None else (f"--trial={best}",)
     elif number is not None:
         raise UserError("--trial: needs --study")
     else:
@@ -103,8 +106,7 @@ def command(
     try:
         trained = train(space, layout, resume=resume, mlflow_uri=mlflow_uri, digests=checked.digests, watcher=watcher)
     except KeyboardInterrupt:
-        # Which trial is the best one may have changed by then.
-        say_how_to_go_on(*(() if number is None else (f"--trial={number}",)))
+        say_how_to_go_on(*found_out)
     record = trained.record(0)
     if as_json:
         print_json(trial_as_json(record, trained.metric))

@@ -94,7 +94,8 @@ def command(
     if as_json:
         print_json(study_as_json(study))
     else:
-        spent = f"{'since the resume' if resume else 'in'} {duration(time.monotonic() - started)}"
+        spent = duration(time.monotonic() - started)
+        spent = f", {spent} since the resume" if resume else f" in {spent}"
         _print_result(study, storage_path, study_database, mlflow_uri, spent)
     if study.best() is None:
         raise UserError(f"study '{space.study.name}': no trial is complete; `bilora-ray show` says how each ended")
@@ -161,8 +162,8 @@ def _print_plan(space: Space, rehearsal: Rehearsal, notes: Sequence[str]) -> Non
     for split, rows in rehearsal.rows.items():
         dropped = f", {rows.dropped} have nothing to predict and are left out" if rows.dropped else ""
         click.echo(f"{split} rows: {rows.rows}; {rows.cut} are cut to max_length{dropped}")
-    click.echo(f"of a training row the model reads {in_quotes(rehearsal.reads)}")
-    click.echo(f"and learns {in_quotes(rehearsal.learns)}")
+    click.echo(f"of a training row the model reads {in_quotes(rehearsal.input)}")
+    click.echo(f"and learns {in_quotes(rehearsal.target)}")
     for line in notes:
         click.secho(f"Note: {line}", fg="yellow")
     click.echo("Nothing was started.")
@@ -199,8 +200,8 @@ def _print_result(
 
     console = Console(highlight=False)
     records, name = study.records(), study.space.study.name
-    console.print(f"\nStudy '{name}': {len(records)} trials {spent}", style="bold", markup=False)
+    console.print(f"\nStudy '{name}': {len(records)} trials{spent}", style="bold", markup=False)
     print_leaderboard(console, records, study.metric, study.greater_is_better, most=10)
-    best = print_best(console, study)
+    best = print_best(console, study, records)
     if best is not None:
         print_next(name, storage_path, study_database, best.adapter, mlflow_uri)

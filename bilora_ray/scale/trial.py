@@ -11,7 +11,7 @@ from ray import get_runtime_context, tune
 from ray.util import get_node_ip_address
 from safetensors import SafetensorError
 
-from bilora_ray.config import TrialConfig
+from bilora_ray.config import CUDA_GIB, TrialConfig
 from bilora_ray.errors import TrialFailure, UserError, first_line
 from bilora_ray.training.folder import ORPHAN_WAIT_S, TrialFolder
 
@@ -20,8 +20,6 @@ NUMBER, FOLDER, SETTINGS, RESOURCES = "number", "folder", "settings", "resources
 # The key of a report: an evaluation's metrics; or why this trial cannot go on; or what is wrong with its settings or
 # data; or what is wrong with the machine, so that the trial may go on another time.
 EVALUATION, FAILURE, BAD_INPUT, BROKEN = "evaluation", "failure", "bad_input", "broken"
-# What CUDA takes of a GPU for a process, beside what torch allocates.
-CUDA_BYTES = 2**29
 EXPECTED = (TrialFailure, UserError, OSError, SafetensorError)
 
 
@@ -137,8 +135,8 @@ def _keep_to_share(gpus: float) -> None:
     import torch
 
     if 0 < gpus < 1 and torch.cuda.is_available():
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(max(gpus - CUDA_BYTES / total, 0.01))
+        total_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(max(gpus - CUDA_GIB / total_gib, 0.01))
 
 
 def _failures(error: BaseException) -> list[BaseException]:

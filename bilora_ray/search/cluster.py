@@ -158,5 +158,5 @@ def capacity(resources: ResourceConfig, total: Mapping[str, float]) -> int:
         each = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
         workers = f"{resources.workers} workers with {each} each" if resources.workers > 1 else each
         hint = "" if total.get("GPU") or not gpus else "; without GPUs say resources.gpus_per_worker: 0"
-        raise UserError(f"resources: a trial wants {workers}, and here are {have}{hint}")
+        raise UserError(f"resources: a trial wants {workers}, and there are {have}{hint}")
     return max(1, min(room) // resources.workers)

@@ -123,8 +123,8 @@ class Range(Settings):
 
     def __str__(self) -> str:
         scale = ", on a log scale" if self.log else ""
-        step = f", in steps of {self.step:g}" if self.step else ""
-        return f"{self.low:g} to {self.high:g}{scale}{step}"
+        step = f", in steps of {self.step:.10g}" if self.step else ""
+        return f"{self.low:.10g} to {self.high:.10g}{scale}{step}"
 
     def holds(self, value: float) -> bool:
         """Whether `value` can be drawn."""

@@ -24,6 +24,7 @@ from bilora_ray.search.storage import making, open_storage, study_names
 from bilora_ray.search.study import ID, SearchStudy
 
 SPACE, DIGESTS = "space", "digests"
+LISTED = "`bilora-ray show` lists them"
 # What may differ between the first start of a study and its resume.
 FREE_TO_CHANGE = frozenset({"num_trials", "max_concurrent"})
 
@@ -62,7 +63,7 @@ def check_study(space: Space, layout: Layout, resume: bool, digests: Mapping[str
     name, names = space.study.name, study_names(layout)
     begun = name in names and _has_begun(name, layout)
     if resume and not begun:
-        hint = f"; {nearest(name, names)}" if names and name not in names else ""
+        hint = f"; {nearest(name, names, LISTED)}" if names and name not in names else ""
         raise UserError(f"study '{name}': nothing to resume in {layout.database}{hint}")
     if resume:
         study = optuna.load_study(study_name=name, storage=open_storage(layout))
@@ -123,7 +124,9 @@ def load_study(layout: Layout, name: str) -> SearchStudy:
     """The study `name` as its database knows it. UserError if there is none that has begun."""
     names = study_names(layout)
     if name not in names:
-        raise UserError(f"study '{name}': not in {layout.database}{f'; {nearest(name, names)}' if names else ''}")
+        raise UserError(
+            f"study '{name}': not in {layout.database}{f'; {nearest(name, names, LISTED)}' if names else ''}"
+        )
     study = optuna.load_study(study_name=name, storage=open_storage(layout))
     if SPACE not in study.user_attrs:
         raise UserError(f"study '{name}': was never begun")

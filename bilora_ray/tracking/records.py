@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -48,12 +49,17 @@ class TrialRecord:
     adapter: Path | None = None
     error: str | None = None
 
+    def rank(self, greater_is_better: bool) -> tuple[float, float, int]:
+        """What sorts trials from the best to the worst: the value, of equal ones the loss, then the number."""
+        sign = -1 if greater_is_better else 1
+        value = math.inf if self.value is None else sign * self.value
+        return value, math.inf if self.loss is None else self.loss, self.number
+
 
 def best_of(records: Iterable[TrialRecord], greater_is_better: bool) -> TrialRecord | None:
     """The complete trial with the best value; of equals the one with the lowest loss, then the earliest."""
     complete = [record for record in records if record.status is Status.COMPLETE]
-    sign = -1 if greater_is_better else 1
-    return min(complete, key=lambda trial: (sign * (trial.value or 0.0), trial.loss or 0.0, trial.number), default=None)
+    return min(complete, key=lambda record: record.rank(greater_is_better), default=None)
 
 
 class Observer(Protocol):

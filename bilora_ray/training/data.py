@@ -54,7 +54,7 @@ class Prepared:
 def prepare(dataset: Dataset, config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
     """Tokenize all rows; `examples` says what happens to those longer than `max_length`.
 
-    Validation examples keep their prompts if `predict_with_generate` is on.
+    Validation examples keep their prompts, from which a text can be generated.
 
     Raises:
         UserError: the tokenizer lacks what the task needs, or a row or a split has nothing to predict.
@@ -71,12 +71,12 @@ def prepare(dataset: Dataset, config: TrialConfig, tokenizer: PreTrainedTokenize
 def _encoded(
     rows: Sequence[Row], config: TrialConfig, tokenizer: PreTrainedTokenizerBase, split: str
 ) -> tuple[list[Example], Truncation]:
-    generate = config.predict_with_generate and split == "validation"
+    generate = split == "validation" and config.task != "sequence-classification"
     examples, cut = [], 0
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         for row, (example, was_cut) in zip(chunk, encode(chunk, config, tokenizer, generate), strict=True):
-            if not example.input_ids or (example.prompt_ids is not None and not example.prompt_ids):
+            if not example.input_ids or (config.predict_with_generate and generate and not example.prompt_ids):
                 raise UserError(f"{row.where}: there is no text to read")
             # A causal model predicts a token from those before it, so never the first one.
             if config.task == "causal-lm" and all(label == IGNORED for label in example.labels[1:]):
@@ -133,7 +133,7 @@ def collate_prompts(examples: Sequence[Example], task: Task, pad_token_id: int) 
     A causal model goes on after the last position, so its prompts are padded at the left.
     """
     prompts = [example.prompt_ids for example in examples if example.prompt_ids is not None]
-    assert len(prompts) == len(examples), "only validation examples have prompts, with predict_with_generate"
+    assert len(prompts) == len(examples), "only validation examples have prompts"
     return _padded(prompts, pad_token_id, left=task == "causal-lm")
 
 

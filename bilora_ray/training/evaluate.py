@@ -59,14 +59,14 @@ class Prediction:
     """What a model makes of a row.
 
     Attributes:
-        reads: the row as the model reads it, with special tokens.
-        writes: what it writes then, or the label that it finds most likely.
-        expected: the row's completion or label.
+        input: the row as the model reads it, with special tokens.
+        prediction: what it writes then, or the label that it finds most likely.
+        reference: the row's completion or label.
     """
 
-    reads: str
-    writes: str
-    expected: str
+    input: str
+    prediction: str
+    reference: str
 
 
 def load_adapted(adapter: Path | None, config: TrialConfig) -> tuple[Model, Loaded]:
@@ -80,34 +80,33 @@ def load_adapted(adapter: Path | None, config: TrialConfig) -> tuple[Model, Load
     return model if adapter is None else PeftModel.from_pretrained(model, str(adapter)), data
 
 
-def predict(model: Model, config: TrialConfig, count: int) -> list[Prediction]:
-    """What `model` makes of the first `count` validation rows, decoded greedily as for `eval_exact_match`.
+def predict(model: Model, data: Loaded, config: TrialConfig, count: int) -> list[Prediction]:
+    """What `model` makes of the first `count` validation rows; text is decoded greedily, as for `eval_exact_match`.
 
     Args:
         model: as `load_adapted` gives it.
+        data: the same.
         config: the settings.
         count: rows, or fewer if there are not so many.
-
-    Raises:
-        UserError: a completion has no answer that `answer_pattern` finds.
     """
-    of_text = config.task != "sequence-classification"
-    data = load_data(config.model_copy(update={"predict_with_generate": of_text, "max_eval_samples": count}))
-    examples, tokenizer = data.validation, data.tokenizer
+    examples, tokenizer = data.validation[:count], data.tokenizer
     model.eval()
     with torch.no_grad():
-        if of_text:
-            written, expected = _texts(model, examples, config, tokenizer), [example.reference for example in examples]
-            read = [example.prompt_ids for example in examples]
-        else:
+        if config.task == "sequence-classification":
             names = data.label_names or ()
             batches = [collate([example], config.task, tokenizer.pad_token_id) for example in examples]
-            logits = [model(**_on_device(batch, model)).logits for batch in batches]
-            written = [names[int(row.argmax())] for row in logits]
-            expected = [names[example.labels[0]] for example in examples]
-            read = [example.input_ids for example in examples]
-    texts = [str(tokenizer.decode(list(ids or ()))) for ids in read]
-    return [Prediction(*row) for row in zip(texts, written, expected, strict=True)]
+            predicted = [names[int(model(**_on_device(batch, model)).logits.argmax())] for batch in batches]
+            references = [names[example.labels[0]] for example in examples]
+            inputs = [example.input_ids for example in examples]
+        else:
+            examples = [
+                example for example in examples if example.prompt_ids
+            ]  # without one there is nothing to go on from
+            predicted = _texts(model, examples, config, tokenizer)
+            references = [example.reference for example in examples]
+            inputs = [example.prompt_ids or example.input_ids for example in examples]
+    texts = [str(tokenizer.decode(ids.tolist())) for ids in inputs]
+    return [Prediction(*row) for row in zip(texts, predicted, references, strict=True)]
 
 
 def _losses(

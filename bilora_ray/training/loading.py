@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -20,10 +19,18 @@ from bilora_ray.training.model import load_tokenizer
 from bilora_ray.training.rows import load_rows
 
 # All settings but these decide the examples, or could.
-WITHOUT_EFFECT = {key: TrialConfig.model_fields[key].default for key in TRAINING_SETTINGS - {"max_train_samples"}}
+NOT_OF_EXAMPLES = (TRAINING_SETTINGS - {"max_train_samples"}) | {
+    "attn_implementation",
+    "max_new_tokens",
+    "per_device_eval_batch_size",
+    "precision",
+    "quantization",
+}
+WITHOUT_EFFECT = {key: TrialConfig.model_fields[key].default for key in NOT_OF_EXAMPLES}
 
 # What tells a file from the same one after it was written again.
 Stamp = tuple[int, int]
+_kept: dict[tuple[TrialConfig, Stamp | None, Stamp | None], Loaded] = {}
 
 
 @dataclass(frozen=True)
@@ -51,12 +58,15 @@ def load_data(config: TrialConfig) -> Loaded:
     Raises:
         UserError: the data or the tokenizer are not as the settings say.
     """
-    names = (config.train_data, config.validation_data)
-    return _load(config.model_copy(update=WITHOUT_EFFECT), tuple(map(_stamp, names)))
+    decisive = config.model_copy(update=WITHOUT_EFFECT)
+    key = (decisive, _stamp(config.train_data), _stamp(config.validation_data))
+    if key not in _kept:
+        _kept.clear()  # before there is another: they may be large
+        _kept[key] = _load(decisive)
+    return _kept[key]
 
 
-@lru_cache(maxsize=1)
-def _load(config: TrialConfig, _: tuple[Stamp | None, ...]) -> Loaded:
+def _load(config: TrialConfig) -> Loaded:
     rows = load_rows(config)
     tokenizer = load_tokenizer(config)
     prepared = prepare(rows, config, tokenizer)
@@ -64,7 +74,7 @@ def _load(config: TrialConfig, _: tuple[Stamp | None, ...]) -> Loaded:
 
 
 def _stamp(name: str | None) -> Stamp | None:
-    path = Path(name or "")
+    path = Path(name or "").expanduser()
     if name is None or not path.is_file():
         return None
     found = path.stat()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -20,9 +21,10 @@ def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:
         config: the settings.
         workers: how many train the trial together.
     """
-    validation_data = "validation_data" if "validation_data" in dataset.digests else "train_data"
-    known = set(map(_content, dataset.train))
-    shared = sum(_content(row) in known for row in dataset.validation)
+    named = [key for key in ("validation_data", "validation_split") if getattr(config, key) is not None]
+    validation_data = (*named, "train_data")[0]
+    contents = Counter(map(_content, dataset.validation))
+    shared = sum(contents[content] for content in {_content(row) for row in dataset.train if _content(row) in contents})
     if shared > MOST_SHARED * len(dataset.validation):
         yield (
             f"{validation_data}: {shared} of {len(dataset.validation)} validation rows are training rows too, "

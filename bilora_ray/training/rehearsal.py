@@ -21,13 +21,13 @@ class Rehearsal:
 
     Attributes:
         rows: how many there are and what `max_length` takes from them, by split: `train` and `validation`.
-        reads: text of the first training row, as the model reads it, with special tokens.
-        learns: the part of it, or the completion or label, that the model learns.
+        input: text of the first training row, as the model reads it, with special tokens.
+        target: the part of it, or the completion or label, that the model learns.
     """
 
     rows: Mapping[str, Truncation]
-    reads: str
-    learns: str
+    input: str
+    target: str
 
 
 def rehearse(config: TrialConfig) -> Rehearsal:
@@ -40,10 +40,10 @@ def rehearse(config: TrialConfig) -> Rehearsal:
     model = models.add_primary(models.load_shape(config, data.label_names), config, fresh=())
     models.build_optimizer(model, config, _nowhere)
     first = data.train[0]
-    learns = _text(first.labels, data.tokenizer)
+    target = _text(first.labels, data.tokenizer)
     if config.task == "sequence-classification" and data.label_names is not None:
-        learns = data.label_names[first.labels[0]]
-    return Rehearsal(data.truncation, _text(first.input_ids, data.tokenizer), learns)
+        target = data.label_names[first.labels[0]]
+    return Rehearsal(data.truncation, _text(first.input_ids, data.tokenizer), target)
 
 
 def _text(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> str:

@@ -215,7 +215,7 @@ CASES = {
     "dry run of more workers than there is room for": Case(
         f"{TUNE} --dry-run --set resources.workers=999",
         "resources: a trial wants 999 workers with 1 CPUs and 0 GPUs each, "
-        f"and here are {os.cpu_count()} CPUs and 0 GPUs",
+        f"and there are {os.cpu_count()} CPUs and 0 GPUs",
     ),
     "dry run with a target module that is not there": Case(
         f"{TUNE} --dry-run --set max_length=64 --set target_modules=[qq_proj]",

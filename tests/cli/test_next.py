@@ -50,8 +50,8 @@ def test_browse_shows_the_store_that_was_given(
 def test_the_command_that_resumes_has_what_was_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["bilora-ray", "train", "--study=s", "--set", "rho=0.1"])
     assert command_that_resumes("--trial=3") == "bilora-ray train --study=s --set rho=0.1 --trial=3 --resume"
-    monkeypatch.setattr("sys.argv", ["bilora-ray", "train", "--study=s", "--trial=3", "--resume"])
-    assert command_that_resumes("--trial=3") == "bilora-ray train --study=s --trial=3 --resume"
+    monkeypatch.setattr("sys.argv", ["bilora-ray", "train", "--study=s", "--trial", "3", "--resume"])
+    assert command_that_resumes() == "bilora-ray train --study=s --trial 3 --resume"
 
 
 def test_a_store_that_is_not_there_is_not_offered(capsys: pytest.CaptureFixture[str]) -> None:

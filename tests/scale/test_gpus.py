@@ -47,7 +47,7 @@ def test_a_part_of_a_gpu_that_is_not_there_is_no_room() -> None:
     with pytest.raises(UserError) as caught:
         capacity(ResourceConfig(gpus_per_worker=0.5), {"CPU": 8})
     assert str(caught.value) == (
-        "resources: a trial wants 1 CPUs and 0.5 GPUs, and here are 8 CPUs and 0 GPUs; "
+        "resources: a trial wants 1 CPUs and 0.5 GPUs, and there are 8 CPUs and 0 GPUs; "
         "without GPUs say resources.gpus_per_worker: 0"
     )
 

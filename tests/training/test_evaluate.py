@@ -178,19 +178,20 @@ def test_validation_rows_are_those_of_the_recipe(tiny: Tiny, tmp_path: Path) -> 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_prediction_is_what_is_measured(task: Task, tiny: Tiny, tmp_path: Path) -> None:
     data = {f"{split}_data": str(tiny.folder / f"colours-{split}.jsonl") for split in ("train", "validation")}
+    # Which are shown whether or not all rows are generated from.
     settings = {} if task == "sequence-classification" else {**data, "predict_with_generate": True, "max_new_tokens": 9}
     config = tiny.config(task, max_steps=24, **settings)
     run_fit(config, tmp_path)
     adapter = TrialFolder(tmp_path).best_adapter()
     model, loaded = load_adapted(adapter, config)
     metrics = evaluate(model, loaded.validation, config, loaded.tokenizer)
-    predictions = predict(model, config, 1000)
+    predictions = predict(model, loaded, config, 1000)
     assert len(predictions) == len(loaded.validation)
-    right = sum(prediction.writes.strip() == prediction.expected.strip() for prediction in predictions)
+    right = sum(row.prediction.strip() == row.reference.strip() for row in predictions)
     name = "eval_accuracy" if task == "sequence-classification" else "eval_exact_match"
     assert right / len(predictions) == pytest.approx(metrics[name])
     assert right > 0 or task == "seq2seq-lm"  # whose tiny model learns nothing in so few steps
     row = json.loads(Path(config.validation_data or "").read_text().splitlines()[0])
-    assert predictions[0].expected == row["label" if task == "sequence-classification" else "completion"]
-    assert row["text" if task == "sequence-classification" else "prompt"] in predictions[0].reads
-    assert predict(model, config, 2) == predictions[:2]
+    assert predictions[0].reference == row["label" if task == "sequence-classification" else "completion"]
+    assert row["text" if task == "sequence-classification" else "prompt"] in predictions[0].input
+    assert predict(model, loaded, config, 2) == predictions[:2]

@@ -100,10 +100,10 @@ def test_a_lock_is_freed_when_its_block_raises(tmp_path: Path) -> None:
 
 def values_at_evaluations(values: list[float], metric: str, evaluate: Any) -> Any:
     """`evaluate`, with `metric` taken from `values` in turn."""
-    remaining = list(values)
+    remaining, losses = list(values), iter([2.0, 3.0, 2.0, 1.0])
 
     def scripted(*args: Any) -> dict[str, float]:
-        return evaluate(*args) | {metric: remaining.pop(0)}
+        return evaluate(*args) | {"eval_loss": next(losses), metric: remaining.pop(0)}
 
     return scripted
 
@@ -113,8 +113,8 @@ def values_at_evaluations(values: list[float], metric: str, evaluate: Any) -> An
     [
         ("eval_loss", [3.0, 1.0, 2.0, 1.0], [1, 2, 2, 2]),
         ("eval_loss", [1.0, 2.0, 3.0, 4.0], [1, 1, 1, 1]),
-        ("eval_perplexity", [float("inf"), 9.0, 9.0, 8.0], [1, 2, 2, 4]),
-        ("eval_token_accuracy", [0.5, 0.25, 0.75, 0.75], [1, 1, 3, 3]),
+        ("eval_perplexity", [float("inf"), 9.0, 9.0, 8.0], [1, 2, 3, 4]),
+        ("eval_token_accuracy", [0.5, 0.25, 0.75, 0.75], [1, 1, 3, 4]),
         ("eval_token_accuracy", [0.0, 0.0, 0.0, 0.5], [1, 1, 1, 4]),
     ],
 )

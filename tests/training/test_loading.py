@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from tiny_trials import Tiny, write_rows
 
-from bilora_ray.config import TRAINING_SETTINGS, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.training.loading import load_data
+from bilora_ray.training.loading import NOT_OF_EXAMPLES, load_data
 
 OTHERS: dict[str, Any] = {
+    "attn_implementation": "eager",
     "method": "lora",
+    "precision": "bf16",
+    "quantization": "nf4",
     "lr_scheduler_type": "linear",
     "metric": "eval_perplexity",
     "target_modules": ("q_proj",),
@@ -29,7 +32,7 @@ def other(setting: str, value: Any) -> Any:
     return 0.25 if value is None or isinstance(value, float) else value + 1
 
 
-@pytest.mark.parametrize("setting", sorted(TRAINING_SETTINGS - {"max_train_samples"}))
+@pytest.mark.parametrize("setting", sorted(NOT_OF_EXAMPLES))
 def test_trials_that_differ_in_their_training_share_their_data(setting: str, tiny: Tiny) -> None:
     config = tiny.config("causal-lm", max_steps=None)
     changed = {setting: 3 if setting == "max_steps" else other(setting, getattr(config, setting))}

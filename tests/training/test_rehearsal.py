@@ -39,7 +39,7 @@ def test_it_shows_what_the_model_reads_and_learns(
     config = tiny.config(task, label_names=label_names)
     row = json.loads(Path(config.train_data).read_text().splitlines()[0])
     found = rehearse(config)
-    assert (found.reads, found.learns) == (reads.format(**row), learns.format(**row))
+    assert (found.input, found.target) == (reads.format(**row), learns.format(**row))
 
 
 def test_rows_that_are_cut_are_counted(tiny: Tiny) -> None:
