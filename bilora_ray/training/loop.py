@@ -8,6 +8,8 @@ losses as one that was not.
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,7 +29,7 @@ from bilora_ray.training.checkpoint import load_checkpoint, save_checkpoint, tra
 from bilora_ray.training.data import collate, target_count, train_batches
 from bilora_ray.training.evaluate import evaluate
 from bilora_ray.training.export import write_recipe
-from bilora_ray.training.folder import TrialFolder, atomic_folder, readable
+from bilora_ray.training.folder import TrialFolder, atomic_folder
 from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.metrics import improves
 from bilora_ray.training.parallel import Network, shard, whole
@@ -221,13 +223,15 @@ class Run:
         weights = {name: whole(parameter.detach()) for name, parameter in trainable(self.model).items()}
         if not self.workers.is_first:
             return
-        with atomic_folder(path) as unfinished:
-            export_primary(self.model, unfinished, weights if self.workers.sharded else None)
+        # PEFT would make its folder, and all above it, where a storage that was there has just gone away.
+        with tempfile.TemporaryDirectory(prefix="bilora-ray-") as written, atomic_folder(path) as unfinished:
+            export_primary(self.model, written, weights if self.workers.sharded else None)
             # With the labels in the recipe, an evaluation elsewhere does not need the training data.
             settings = self.config.model_copy(update={"label_names": self.data.label_names})
             commit = cached_commit(settings.model_name_or_path, settings.model_revision)
-            write_recipe(unfinished, settings, {"step": self.progress.step, "model_commit": commit})
-            readable(unfinished)
+            write_recipe(Path(written), settings, {"step": self.progress.step, "model_commit": commit})
+            for file in Path(written).iterdir():
+                shutil.copyfile(file, unfinished / file.name)
 
 
 def fit(config: TrialConfig, folder: TrialFolder, report: Report, workers: Workers = ALONE) -> Progress:

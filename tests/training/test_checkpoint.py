@@ -249,6 +249,23 @@ def test_a_checkpoint_is_whole_or_absent(
     assert_same_end(path, progress, tmp_path / "whole", expected)
 
 
+def test_a_storage_that_goes_away_amid_an_export_is_not_made_anew(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = tmp_path / "storage"
+    storage.mkdir()
+    export = loop.export_primary
+
+    def goes_away(*arguments: Any) -> None:
+        storage.rename(tmp_path / "away")
+        export(*arguments)
+
+    monkeypatch.setattr(loop, "export_primary", goes_away)
+    with pytest.raises(FileNotFoundError):
+        run_fit(demanding(tiny, "causal-lm", "bilora"), storage / "trial")
+    assert not storage.exists()
+
+
 def test_what_a_killed_process_left_half_written_is_not_read_and_goes(tiny: Tiny, tmp_path: Path) -> None:
     config = demanding(tiny, "causal-lm", "bilora")
     _, expected = run_fit(config, tmp_path / "whole")
