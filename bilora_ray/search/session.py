@@ -96,6 +96,7 @@ class Session:
     def close(self) -> None:
         """End the study's run in MLflow, unless MLflow could not be opened, and give up this process's trials."""
         try:
+            self.study.settle()
             if self.tracking.exception() is None:
                 late = Timer(LATE_S, self.watcher.say, ["MLflow is sent what is left"])
                 late.start()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +34,8 @@ STATUS = {
     TrialState.FAIL: Status.FAILED,
 }
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+# So long the workers of a stopped trial may take to end.
+STOP_WAIT_S = 10.0
 # How often a search that has nothing to do asks whether the others have ended.
 POLL_S = 2.0
 
@@ -51,6 +54,7 @@ class SearchStudy:
         self.space = space
         self.layout = layout
         self._live: dict[int, Trial] = {}
+        self._stopped: set[int] = set()
         self._claims = Claims(layout, study.study_name)
 
     def adopt(self) -> None:
@@ -59,6 +63,8 @@ class SearchStudy:
             for number in self._orphans():
                 propose(self.study, self.space, number)
                 self._claims.release(number)
+        for trial in self._trials(TrialState.PRUNED, TrialState.FAIL):  # whose search may have died before `settle`
+            self.folder(trial.number).discard_tensors()
 
     def next_trial(self) -> int | None:
         """The number of a trial to run: an interrupted one if there is any, else a new one; None when all are given.
@@ -130,6 +136,17 @@ class SearchStudy:
     def in_hand(self) -> list[int]:
         """The running trials that are this process's."""
         return sorted(self._live)
+
+    def settle(self) -> None:
+        """Wait until nobody writes to the trials that were stopped here, and free what they have written since.
+
+        The workers of a trial that has several go on while they wait to hear of its end.
+        """
+        while self._stopped:
+            folder = self.folder(self._stopped.pop())
+            # TimeoutError is an OSError; and the storage may be away.
+            with suppress(OSError), folder.lock(STOP_WAIT_S):
+                folder.discard_tensors()
 
     def release(self) -> None:
         """Leave the running trials of this process to whoever asks for them next."""
@@ -258,6 +275,8 @@ class SearchStudy:
 
     def _end(self, number: int, state: TrialState, value: float | None = None) -> None:
         self.study.tell(self._live.pop(number), values=value, state=state)
+        if state != TrialState.COMPLETE:
+            self._stopped.add(number)
         self.folder(number).discard_tensors()
         self._claims.release(number)
 

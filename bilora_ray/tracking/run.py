@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
     from mlflow.entities import Run as MlflowRun
 
-STATUS = "bilora_ray.status"
+STATUS, EVALUATIONS = "bilora_ray.status", "bilora_ray.evaluations"
 RUNNING, COMPLETE, INTERRUPTED = Status.RUNNING.value, Status.COMPLETE.value, Status.INTERRUPTED.value
 MLFLOW_STATUS = {
     RUNNING: "RUNNING",
@@ -43,6 +43,7 @@ class Run:
     Attributes:
         run_id: MLflow's.
         status: its status tag; None before it has one.
+        evaluations: how many it held when it ended; None before that.
         live: whether it was begun, and not ended, through this object.
     """
 
@@ -50,11 +51,16 @@ class Run:
         self._client = client
         self.run_id: str = run.info.run_id
         self.status: str | None = run.data.tags.get(STATUS)
+        self.evaluations = int(run.data.tags[EVALUATIONS]) if EVALUATIONS in run.data.tags else None
         self.live = False
         self._tags = dict(run.data.tags)
         self._params = set(run.data.params)
         self._metrics = set(run.data.metrics)
         self._logged: set[tuple[str, int]] | None = None
+
+    def has_ended_as(self, status: str, evaluations: int) -> bool:
+        """Whether it has ended with `status`, and holds that many evaluations."""
+        return self.status == status != RUNNING and (self.evaluations is None or self.evaluations >= evaluations)
 
     def begin(self, params: Mapping[str, Any], tags: Mapping[str, str], datasets: list[DatasetInput]) -> None:
         """Set it RUNNING. A param that it has stays: MLflow lets none be changed."""
@@ -108,10 +114,11 @@ class Run:
             self._client.delete_tag(self.run_id, key)
             del self._tags[key]
 
-    def end(self, status: str, tags: Mapping[str, str]) -> None:
+    def end(self, status: str, tags: Mapping[str, str], evaluations: int | None = None) -> None:
         """End it. The status tag is written last: a run that carries it holds all that there is to hold."""
         self._client.set_terminated(self.run_id, MLFLOW_STATUS[status])
-        self.tag(tags)
+        self.tag(tags if evaluations is None else {**tags, EVALUATIONS: str(evaluations)})
+        self.evaluations = evaluations
         self.tag({STATUS: status})
         self.status, self.live = status, False
 

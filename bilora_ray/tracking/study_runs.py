@@ -75,7 +75,8 @@ class StudyRuns:
     def sync(self, trial: TrialRecord) -> None:
         """Make the run of `trial` say what the record says."""
         run = self._trials.get(trial.number)
-        if run is not None and trial.status is not Status.RUNNING and trial.status.value == run.status:
+        # The workers of a trial that was stopped may have made an evaluation more before they heard of it.
+        if run is not None and run.has_ended_as(trial.status.value, len(trial.history)):
             return
         if run is None or not run.live:
             # Another process may have had the trial since, and made its run or written to it.
@@ -91,7 +92,7 @@ class StudyRuns:
             return
         if trial.status is Status.COMPLETE and trial.adapter is not None and trial.adapter.is_dir():
             run.keep(trial.adapter, ADAPTER)
-        run.end(trial.status.value, {} if trial.error is None else {ERROR: trial.error})
+        run.end(trial.status.value, {} if trial.error is None else {ERROR: trial.error}, len(trial.history))
 
     def end(self, trials: Iterable[TrialRecord], best_number: int | None, interrupted: bool, others: bool) -> None:
         """End the parent and every run that is not over, and mark the best.

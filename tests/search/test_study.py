@@ -23,6 +23,7 @@ from bilora_ray.search.studies import check_study, delete_study, load_study
 from bilora_ray.search.studies import open_study as open_study_on
 from bilora_ray.search.study import SearchStudy
 from bilora_ray.tracking.records import Status, TrialRecord
+from bilora_ray.training.folder import STATE, TENSORS
 
 STUDY = {"name": "s", "num_trials": 4, "scheduler": "none"}
 DIGESTS = {"org/data": "0123"}
@@ -172,6 +173,34 @@ def test_weak_trials_stop_at_the_rungs_of_successive_halving(layout: Layout) -> 
         statuses.append(run(study, number, [loss] * 9))
     assert statuses == [Status.COMPLETE, Status.PRUNED, Status.PRUNED, Status.COMPLETE]
     assert list(study.study.trials[1].intermediate_values) == [1, 2]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_a_stopped_trial_writes_until_it_hears_of_it_takes_no_room(layout: Layout, killed: bool) -> None:
+    study = open_study(space({"scheduler": "asha", "grace_period": 2, "num_trials": 2}), layout)
+    for losses in ([1.0] * 9, [2.0] * 9):
+        number = study.next_trial()
+        assert number is not None
+        status = run(study, number, losses)
+    assert status is Status.PRUNED
+    late = study.folder(1).checkpoint_at(3)
+
+    def write() -> None:
+        time.sleep(0.5)
+        late.mkdir(parents=True)
+        (late / STATE).write_text("{}")
+        (late / TENSORS).write_bytes(bytes(100))
+
+    with ThreadPoolExecutor() as executor:
+        with study.folder(1).lock(0):
+            settled = None if killed else executor.submit(study.settle)
+            write()
+        if settled is None:  # the search died, and another one goes on
+            assert (late / TENSORS).exists()
+            open_study(study.space, layout)
+        else:
+            settled.result()
+    assert [path.name for path in late.iterdir()] == [STATE]
 
 
 def test_early_stops_after_a_resume_are_those_of_the_whole_search(tmp_path: Path) -> None:

@@ -228,6 +228,19 @@ def test_close_makes_mlflow_agree_with_records_it_never_saw(project: Project, ad
     assert [number for number in trials if "bilora_ray.best" in trials[number].data.tags] == [1]
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_an_evaluation_after_the_stop_is_sent_when_the_study_is_closed(project: Project, resumed: bool) -> None:
+    tracker = project.open()
+    tracker.trial_started(record())
+    tracker.trial_ended(record(0, Status.PRUNED, steps=2, value=0.05))
+    assert len(project.steps(0)) == 2
+    tracker = project.open() if resumed else tracker
+    tracker.close([record(0, Status.PRUNED, steps=3, value=1 / 30)], None, interrupted=False)
+    assert project.steps(0) == [(10, 1 / 10), (20, 1 / 20), (30, 1 / 30)]
+    assert project.trials()[0].data.metrics["best_eval_loss"] == 1 / 30
+    assert project.trials()[0].info.status == "FINISHED"
+
+
 def test_a_study_without_a_complete_trial_has_failed(project: Project) -> None:
     project.open().close([record(0, Status.FAILED, error="out of memory")], None, interrupted=False)
     parent = project.parent()
