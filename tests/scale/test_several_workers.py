@@ -20,6 +20,7 @@ from bilora_ray.search.space_file import load_space
 from bilora_ray.search.studies import open_study
 from bilora_ray.search.study import SearchStudy
 from bilora_ray.tracking.records import Status, TrialRecord
+from bilora_ray.training.folder import TENSORS
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,6 +87,8 @@ def test_weak_trials_of_several_workers_are_stopped_and_the_next_ones_run(tiny: 
     assert made.finished()
     assert made.records()[0].status is Status.COMPLETE
     assert made.records()[1].status is Status.PRUNED
+    made.settle()  # its workers may have gone on until they heard of its end
+    assert list(made.folder(1).path.rglob(TENSORS)) == []
 
 
 @pytest.mark.slow
