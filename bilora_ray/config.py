@@ -36,7 +36,7 @@ MODEL_CLASS: dict[Task, str] = {
     "sequence-classification": "AutoModelForSequenceClassification",
 }
 
-# What CUDA takes of a GPU for each process, beside what torch allocates.
+# About what CUDA takes of a GPU for each process, beside what torch allocates: an estimate, not measured here.
 CUDA_GIB = 0.5
 
 # A setting that only some methods read; a search does not vary it for the others.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +31,27 @@ def default_uri(storage_path: Path) -> str:
     return f"sqlite:///{storage_path.absolute() / 'mlflow.db'}"
 
 
-class MlflowTracker:
+class _Reconciling(ABC):
+    """An observer to whom each event of a trial is a newer record of it."""
+
+    @abstractmethod
+    def reconcile(self, trials: Iterable[TrialRecord]) -> None:
+        """Make MLflow agree with `trials`."""
+
+    def trial_started(self, trial: TrialRecord) -> None:
+        """A trial begins, or goes on after an interruption."""
+        self.reconcile([trial])
+
+    def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
+        """An evaluation is done."""
+        self.reconcile([replace(trial, history=(*trial.history, metrics))])
+
+    def trial_ended(self, trial: TrialRecord) -> None:
+        """A trial is complete, pruned or failed."""
+        self.reconcile([trial])
+
+
+class MlflowTracker(_Reconciling):
     """Observes a search and keeps MLflow's runs in agreement with it. Made by `open`; threads may share it.
 
     Args:
@@ -89,21 +110,10 @@ class MlflowTracker:
             raise UserError(f"--mlflow-uri {masked(uri)}: MLflow does not answer ({reason(error)})") from None
         return tracker
 
-    def trial_started(self, trial: TrialRecord) -> None:
-        """A trial begins, or goes on after an interruption."""
-        self._send([trial])
-
-    def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
-        """An evaluation is done."""
-        self._send([replace(trial, history=(*trial.history, metrics))])
-
-    def trial_ended(self, trial: TrialRecord) -> None:
-        """A trial is complete, pruned or failed."""
-        self._send([trial])
-
     def reconcile(self, trials: Iterable[TrialRecord]) -> None:
         """Make MLflow agree with `trials`, as when a study is resumed."""
-        self._send(trials)
+        self.keep(trials)
+        self.send()
 
     def close(
         self, trials: Sequence[TrialRecord], best_number: int | None, interrupted: bool, others: bool = False
@@ -145,10 +155,6 @@ class MlflowTracker:
                 with self._guard.attempt(LATER):
                     self._flush()
 
-    def _send(self, trials: Iterable[TrialRecord]) -> None:
-        self.keep(trials)
-        self.send()
-
     def _flush(self, then: Callable[[StudyRuns], None] = lambda runs: None) -> None:
         # What is left half-done, by an error or by Ctrl-C, is not trusted: MLflow is asked again what it holds.
         runs, self._runs = self._runs or self._connect_runs(), None
@@ -170,7 +176,7 @@ class MlflowTracker:
             return trial
 
 
-class BackgroundTracker:
+class BackgroundTracker(_Reconciling):
     """Observes a search for a tracker, which sends in a thread: a slow server holds up no trial.
 
     The thread lives as long as there is something to send. It does not keep the process from ending: what is lost then
@@ -184,18 +190,6 @@ class BackgroundTracker:
         self._tracker = tracker
         self._lock = threading.Lock()
         self._busy = self._again = False
-
-    def trial_started(self, trial: TrialRecord) -> None:
-        """A trial begins, or goes on after an interruption."""
-        self.reconcile([trial])
-
-    def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
-        """An evaluation is done."""
-        self.reconcile([replace(trial, history=(*trial.history, metrics))])
-
-    def trial_ended(self, trial: TrialRecord) -> None:
-        """A trial is complete, pruned or failed."""
-        self.reconcile([trial])
 
     def reconcile(self, trials: Iterable[TrialRecord]) -> None:
         """Have MLflow agree with `trials`, soon."""

@@ -6,15 +6,13 @@ differ in what does not touch it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from bilora_ray.config import TRAINING_SETTINGS, TrialConfig
-from bilora_ray.training.data import Truncation, prepare
-from bilora_ray.training.examples import Example
+from bilora_ray.training.data import Prepared, prepare
 from bilora_ray.training.model import load_tokenizer
 from bilora_ray.training.rows import load_rows
 
@@ -34,22 +32,16 @@ _kept: dict[tuple[TrialConfig, Stamp | None, Stamp | None], Loaded] = {}
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """The data of a trial.
+class Loaded(Prepared):
+    """The examples of a trial, with what made them.
 
     Attributes:
         tokenizer: the base model's.
         label_names: names by label index; None where the task has no labels.
-        train: examples to train on.
-        validation: examples to evaluate on.
-        truncation: what `max_length` did, by split: `train` and `validation`.
     """
 
     tokenizer: PreTrainedTokenizerBase
     label_names: tuple[str, ...] | None
-    train: Sequence[Example]
-    validation: Sequence[Example]
-    truncation: Mapping[str, Truncation]
 
 
 def load_data(config: TrialConfig) -> Loaded:
@@ -70,7 +62,7 @@ def _load(config: TrialConfig) -> Loaded:
     rows = load_rows(config)
     tokenizer = load_tokenizer(config)
     prepared = prepare(rows, config, tokenizer)
-    return Loaded(tokenizer, rows.label_names, prepared.train, prepared.validation, prepared.truncation)
+    return Loaded(**vars(prepared), tokenizer=tokenizer, label_names=rows.label_names)
 
 
 def _stamp(name: str | None) -> Stamp | None:
