@@ -26,6 +26,7 @@ import psutil
 from ray import tune
 from sqlalchemy import event
 
+from bilora_ray.records import Status
 from bilora_ray.scale.trial import EVALUATION
 from bilora_ray.search.cluster import cluster
 from bilora_ray.search.layout import Layout
@@ -36,7 +37,6 @@ from bilora_ray.search.space_file import load_space
 from bilora_ray.search.studies import delete_study, open_study
 from bilora_ray.search.study import SearchStudy
 from bilora_ray.tracking.mlflow_tracker import MlflowTracker, default_uri
-from bilora_ray.tracking.records import Status
 
 REPORTS = 20
 SPACE = Path(__file__).resolve().parents[1] / "search_spaces" / "quickstart.yaml"

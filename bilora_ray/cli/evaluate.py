@@ -37,7 +37,7 @@ def command(
     adapter: Path, data: str | None, base_model: bool, examples: int, overrides: tuple[str, ...], as_json: bool
 ) -> None:
     """Measure the adapter in folder ADAPTER, or a merged model, with the metrics that it was trained with."""
-    from bilora_ray.training.export import evaluation_config, is_merged
+    from bilora_ray.recipe import evaluation_config, is_merged
 
     settings: dict[str, Any] = {}
     for override in overrides:
@@ -53,7 +53,7 @@ def command(
         settings |= {"train_data": source, "validation_data": source, "max_eval_samples": None}
     config = evaluation_config(adapter, settings, base_model)
 
-    from bilora_ray.training.quiet import quiet
+    from bilora_ray.quiet import quiet
 
     quiet()
     from bilora_ray.training.evaluate import evaluate, load_adapted, predict

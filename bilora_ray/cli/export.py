@@ -52,10 +52,10 @@ def command(
     if record.adapter is None:
         raise UserError(f"study '{study}': trial {record.number} has no adapter; it ended before its first evaluation")
 
-    from bilora_ray.training.export import export_adapter, export_merged
+    from bilora_ray.release.export import export_adapter, export_merged
 
     if merge:
-        from bilora_ray.training.quiet import quiet
+        from bilora_ray.quiet import quiet
 
         quiet()
     origin = {"study": study, "trial": record.number, found.metric: record.value}

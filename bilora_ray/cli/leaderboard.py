@@ -12,7 +12,7 @@ from rich.console import Console
 from bilora_ray.cli.progress import STATUS_WORDS
 from bilora_ray.cli.tables import TrialTable, in_short, step_of
 from bilora_ray.config import TrialConfig
-from bilora_ray.tracking.records import Status, TrialRecord, best_of
+from bilora_ray.records import Status, TrialRecord, best_of
 
 if TYPE_CHECKING:
     from bilora_ray.search.study import SearchStudy

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bilora_ray.cli.tables import TrialTable, duration, in_short, step_of
-from bilora_ray.tracking.records import Status, TrialRecord, best_of
+from bilora_ray.records import Status, TrialRecord, best_of
 
 # In a log, so often at the most is it said how a running trial stands.
 REPORT_EVERY_S = 60.0

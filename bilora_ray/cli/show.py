@@ -22,7 +22,7 @@ from bilora_ray.cli.options import (
 from bilora_ray.cli.tables import in_short
 from bilora_ray.config import CUDA_GIB
 from bilora_ray.errors import UserError
-from bilora_ray.tracking.records import LEAST_FOR_IMPORTANCES, Status
+from bilora_ray.records import LEAST_FOR_IMPORTANCES, Status
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -94,9 +94,9 @@ def command(
         keys = ", ".join(f"--set {key}=VALUE" for key in space.distributions)
         raise UserError(f"{space.path}: one run needs one value for each setting; give {keys}")
 
+    from bilora_ray.quiet import quiet
     from bilora_ray.search.preflight import pinned, preflight
     from bilora_ray.search.session import train
-    from bilora_ray.training.quiet import quiet
 
     space = pinned(space, layout if resume else None)
     checked = preflight(space)

@@ -130,10 +130,10 @@ def _rehearse(
     space: Space, layout: Layout, resume: bool, ray_address: str | None, digests: Mapping[str, str]
 ) -> Rehearsal:
     """Whatever can be tried of a search before it begins, but for a cluster that is elsewhere."""
+    from bilora_ray.quiet import quiet
     from bilora_ray.search.cluster import capacity, check_address, is_own, this_machine
     from bilora_ray.search.storage import naming_the_database
     from bilora_ray.search.studies import check_study
-    from bilora_ray.training.quiet import quiet
 
     with naming_the_database(layout):
         check_study(space, layout, resume, digests)

@@ -30,7 +30,7 @@ def run_trial(task: Mapping[str, Any]) -> None:
         task: `number` of the trial, its `folder` (an absolute path), its `settings` (those of a TrialConfig), and its
             `resources` (those of a ResourceConfig).
     """
-    from bilora_ray.training.quiet import quiet
+    from bilora_ray.quiet import quiet
 
     quiet()
     from bilora_ray.training.loop import fit
@@ -107,7 +107,7 @@ def _train_on_worker(task: Mapping[str, Any]) -> None:
     from ray import train
     from ray.train.torch import get_device
 
-    from bilora_ray.training.quiet import quiet
+    from bilora_ray.quiet import quiet
 
     quiet()
     from bilora_ray.training.loop import fit

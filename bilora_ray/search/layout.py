@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bilora_ray.addresses import masked
-from bilora_ray.training.folder import TrialFolder, locked
+from bilora_ray.files import locked
+from bilora_ray.training.folder import TrialFolder
 
 # Two processes may want the same for a moment: each waits for the other instead of failing.
 WAIT_S = 60.0

@@ -12,14 +12,15 @@ from typing import Protocol
 
 from bilora_ray.addresses import masked
 from bilora_ray.errors import MachineError, TrialFailure, UserError
+from bilora_ray.files import locked
+from bilora_ray.records import Observer, Status, TrialRecord
 from bilora_ray.search.layout import WAIT_S, Layout
 from bilora_ray.search.space import Space
 from bilora_ray.search.storage import is_database, naming_the_database, running_study, study_names
 from bilora_ray.search.studies import check_study, delete_study, open_study
 from bilora_ray.search.study import SearchStudy
 from bilora_ray.tracking.mlflow_tracker import BackgroundTracker, MlflowTracker, default_uri
-from bilora_ray.tracking.records import Observer, Status, TrialRecord
-from bilora_ray.training.folder import ORPHAN_WAIT_S, locked
+from bilora_ray.training.folder import ORPHAN_WAIT_S
 
 logger = logging.getLogger(__name__)
 # So long nobody wonders why a search that is over does not end.

@@ -18,8 +18,8 @@ from sqlalchemy.pool import NullPool
 
 from bilora_ray.addresses import is_local, masked
 from bilora_ray.errors import MachineError, UserError, first_line
+from bilora_ray.files import locked
 from bilora_ray.search.layout import WAIT_S, Layout
-from bilora_ray.training.folder import locked
 
 CONNECT_TIMEOUT_S = 5
 PORT = 5432

@@ -16,9 +16,9 @@ from typing import Any
 
 from bilora_ray.addresses import masked
 from bilora_ray.errors import UserError
+from bilora_ray.records import Status, TrialRecord
 from bilora_ray.tracking.guard import Guard, reason
 from bilora_ray.tracking.provenance import provenance
-from bilora_ray.tracking.records import Status, TrialRecord
 from bilora_ray.tracking.store import SERVERS, connect, make_store
 from bilora_ray.tracking.study_runs import StudyInfo, StudyRuns
 

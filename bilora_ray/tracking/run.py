@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bilora_ray.tracking.records import Status
+from bilora_ray.records import Status
 from bilora_ray.tracking.store import patience
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from bilora_ray.records import Status, TrialRecord
 from bilora_ray.tracking.provenance import dataset_inputs
-from bilora_ray.tracking.records import Status, TrialRecord
 from bilora_ray.tracking.run import COMPLETE, INTERRUPTED, Point, Run
 
 if TYPE_CHECKING:

@@ -9,16 +9,14 @@ scratch/                      what whoever runs the trial keeps while it runs
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import re
 import shutil
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bilora_ray.files import locked
 
 STATE = "state.json"
 TENSORS = "tensors.safetensors"
@@ -98,64 +96,6 @@ class TrialFolder:
         """
         self.path.mkdir(exist_ok=True)
         return locked(self.path / "lock", wait_s)
-
-
-@contextlib.contextmanager
-def locked(path: Path, wait_s: float) -> Iterator[None]:
-    """Hold the lock file `path` for the block; the system frees it however the process ends.
-
-    Raises:
-        FileNotFoundError: its folder does not exist.
-        TimeoutError: another process still holds it after `wait_s` seconds.
-    """
-    deadline = time.monotonic() + wait_s
-    with path.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise TimeoutError(f"{path} is held by another process") from None
-                time.sleep(0.1)
-        yield
-
-
-@contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `path` when the block ends and vanishes if it raises.
-
-    Raises:
-        FileNotFoundError: the folder that `path` is to be in does not exist.
-    """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        for path_inside in (*unfinished.rglob("*"), unfinished):
-            _sync(path_inside)
-        shutil.rmtree(path, ignore_errors=True)
-        unfinished.rename(path)
-        _sync(path.parent)
-    except BaseException:  # Ctrl-C and a stopped trial too: nothing half-written stays, and all is raised again
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-
-
-def readable(folder: Path) -> None:
-    """Let who may read `folder` read its files: safetensors makes its own for their owner alone."""
-    for file in folder.iterdir():
-        with contextlib.suppress(OSError):  # some mounts have no such modes
-            file.chmod(folder.stat().st_mode & 0o666)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -22,14 +22,15 @@ from transformers import get_scheduler
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import NonFiniteLoss, TrialFailure, UserError
+from bilora_ray.files import atomic_folder
 from bilora_ray.method import export_primary
 from bilora_ray.paths import cached_commit
+from bilora_ray.recipe import write_recipe
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import load_checkpoint, save_checkpoint, trainable
 from bilora_ray.training.data import collate, target_count, train_batches
 from bilora_ray.training.evaluate import evaluate
-from bilora_ray.training.export import write_recipe
-from bilora_ray.training.folder import TrialFolder, atomic_folder
+from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.metrics import improves
 from bilora_ray.training.parallel import Network, shard, whole

@@ -24,10 +24,10 @@ import pytest
 import yaml
 from tiny_trials import Tiny
 
+from bilora_ray.records import Status
 from bilora_ray.search.layout import Layout
 from bilora_ray.search.studies import load_study
 from bilora_ray.search.study import SearchStudy
-from bilora_ray.tracking.records import Status
 
 pytestmark = pytest.mark.slow
 

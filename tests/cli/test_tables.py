@@ -10,7 +10,7 @@ from rich.console import Console
 
 from bilora_ray.cli.leaderboard import print_leaderboard
 from bilora_ray.cli.progress import SearchProgress
-from bilora_ray.tracking.records import Status, TrialRecord, best_of
+from bilora_ray.records import Status, TrialRecord, best_of
 
 METRIC = "eval_exact_match"
 SAMPLED = {"rank": 16, "auxiliary_rank": 8, "rho": 0.0123456, "learning_rate": 0.00123}

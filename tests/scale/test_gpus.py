@@ -13,6 +13,7 @@ from chaos.nodes import Nodes
 from tiny_trials import Tiny
 
 from bilora_ray.errors import UserError
+from bilora_ray.records import TrialRecord
 from bilora_ray.scale import trial as trials
 from bilora_ray.search.cluster import capacity, cluster
 from bilora_ray.search.layout import Layout
@@ -21,7 +22,6 @@ from bilora_ray.search.session import Observers
 from bilora_ray.search.space import ResourceConfig
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.studies import open_study
-from bilora_ray.tracking.records import TrialRecord
 
 
 @pytest.mark.parametrize(

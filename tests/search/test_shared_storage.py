@@ -21,12 +21,12 @@ import pytest
 import ray
 from tiny_trials import Tiny
 
+from bilora_ray.records import Status
 from bilora_ray.scale import trial
 from bilora_ray.search.layout import Layout
 from bilora_ray.search.shared_storage import check_shared
 from bilora_ray.search.storage import study_names
 from bilora_ray.search.studies import load_study
-from bilora_ray.tracking.records import Status
 
 BIN = Path(sys.executable).parent
 OTHER_MOUNT = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]

@@ -14,6 +14,7 @@ import optuna
 import pytest
 
 from bilora_ray.errors import UserError
+from bilora_ray.records import Status, TrialRecord
 from bilora_ray.search import study as study_module
 from bilora_ray.search.layout import Layout
 from bilora_ray.search.space import Space
@@ -22,7 +23,6 @@ from bilora_ray.search.storage import open_storage, running_study, study_names
 from bilora_ray.search.studies import check_study, delete_study, load_study
 from bilora_ray.search.studies import open_study as open_study_on
 from bilora_ray.search.study import SearchStudy
-from bilora_ray.tracking.records import Status, TrialRecord
 from bilora_ray.training.folder import STATE, TENSORS
 
 STUDY = {"name": "s", "num_trials": 4, "scheduler": "none"}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from bilora_ray.records import Status
 from bilora_ray.tracking.mlflow_tracker import BackgroundTracker
-from bilora_ray.tracking.records import Status
 from bilora_ray.tracking.study_runs import StudyRuns
 
 from .tracked import Project, evaluation, record

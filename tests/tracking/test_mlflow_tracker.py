@@ -12,7 +12,7 @@ import pytest
 from mlflow.entities import Run
 
 from bilora_ray import __version__
-from bilora_ray.tracking.records import Status
+from bilora_ray.records import Status
 
 from .tracked import SETTINGS, STUDY, Project, evaluation, record
 

@@ -11,8 +11,8 @@ import pytest
 from mlflow_server import Server
 
 from bilora_ray.errors import UserError
+from bilora_ray.records import Status
 from bilora_ray.tracking.mlflow_tracker import ui_command
-from bilora_ray.tracking.records import Status
 
 from .tracked import Project, evaluation, record
 

@@ -8,8 +8,8 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from bilora_ray.records import Status, TrialRecord
 from bilora_ray.tracking.mlflow_tracker import MlflowTracker
-from bilora_ray.tracking.records import Status, TrialRecord
 
 STUDY = "fish"
 SETTINGS = {"metric": "eval_loss", "method": "bilora", "rank": 8, "rho": 0.05, "lora_alpha": None}

@@ -15,10 +15,11 @@ from tiny_trials import METHODS, TASKS, Tiny, fit_in_process, reproducible, run_
 
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.files import atomic_folder
 from bilora_ray.training import checkpoint, loop
 from bilora_ray.training import folder as trial_folder
 from bilora_ray.training.checkpoint import trainable
-from bilora_ray.training.folder import STATE, TENSORS, TrialFolder, atomic_folder
+from bilora_ray.training.folder import STATE, TENSORS, TrialFolder
 from bilora_ray.training.loop import Progress, Run, fit
 
 

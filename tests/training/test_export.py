@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel
 
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.training.card import write_card
+from bilora_ray.recipe import evaluation_config, is_merged, read_recipe
+from bilora_ray.release.card import write_card
+from bilora_ray.release.export import export_adapter, export_merged
 from bilora_ray.training.data import collate
-from bilora_ray.training.export import evaluation_config, export_adapter, export_merged, is_merged, read_recipe
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run
 from bilora_ray.training.model import AUTO_CLASS

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from tiny_trials import Tiny
 
+from bilora_ray.files import locked
 from bilora_ray.training import loop
-from bilora_ray.training.folder import STATE, TENSORS, TrialFolder, locked
+from bilora_ray.training.folder import STATE, TENSORS, TrialFolder
 
 HOLD = """
 import sys, time

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.training.export import evaluation_config, export_merged
+from bilora_ray.recipe import evaluation_config
+from bilora_ray.release.export import export_merged
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run
 

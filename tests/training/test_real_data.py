@@ -9,8 +9,8 @@ from tiny_trials import Tiny, evaluate_adapter, run_fit
 from transformers import AutoTokenizer
 
 from bilora_ray.config import TrialConfig
+from bilora_ray.recipe import evaluation_config
 from bilora_ray.training.data import Truncation, collate, eval_batches, prepare, target_count
-from bilora_ray.training.export import evaluation_config
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.rows import TextRow, load_rows
 

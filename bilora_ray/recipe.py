@@ -1,16 +1,14 @@
-"""Exported adapters: an ordinary PEFT folder, with the recipe of its training in a file beside the weights."""
+"""What an adapter was made from, as JSON beside its weights: PEFT's own files say nothing of rho or the data."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bilora_ray.config import TrialConfig, build
 from bilora_ray.errors import UserError
-from bilora_ray.training.folder import atomic_folder, readable
 
 RECIPE, MERGED = "bilora_ray.json", "merged"
 CONFIG = "adapter_config.json"
@@ -78,37 +76,3 @@ def _recipe(folder: Path) -> dict[str, Any]:
         return {**recipe, "settings": dict(recipe["settings"])}
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{folder / RECIPE}: is not what was exported; export the adapter again") from None
-
-
-def export_adapter(adapter: Path, output: Path, origin: Mapping[str, Any]) -> None:
-    """Copy `adapter` to the new folder `output`, and note in its recipe and its card where it came from."""
-    from bilora_ray.training.card import write_card
-
-    recipe = read_recipe(adapter)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(output) as unfinished:
-        shutil.copytree(adapter, unfinished, dirs_exist_ok=True)
-        (unfinished / RECIPE).write_text(json.dumps({**origin, **recipe}, indent=2) + "\n", encoding="utf-8")
-        write_card(unfinished, build(TrialConfig, recipe["settings"], f"{adapter / RECIPE}: settings"), origin)
-
-
-def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> None:
-    """Write the base model with `adapter` merged into its weights, and its tokenizer, to the new folder `output`.
-
-    A base that was quantised for training is loaded as it was published: a sum could not be written in 4 bits exactly.
-    """
-    from peft import PeftModel
-
-    from bilora_ray.training import model as models
-
-    settings = {**read_recipe(adapter)["settings"], "quantization": None}
-    config = build(TrialConfig, settings, f"{adapter / RECIPE}: settings")
-    tokenizer = models.load_tokenizer(config)
-    base, _ = models.load_base(config, tokenizer, config.label_names)
-    merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_folder(output) as unfinished:
-        merged.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        write_recipe(unfinished, config, {**origin, MERGED: True})
-        readable(unfinished)
