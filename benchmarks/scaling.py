@@ -27,15 +27,15 @@ from ray import tune
 from sqlalchemy import event
 
 from bilora_ray.records import Status
-from bilora_ray.scale.trial import EVALUATION
-from bilora_ray.search.cluster import cluster
-from bilora_ray.search.layout import Layout
+from bilora_ray.runners.task import EVALUATION
+from bilora_ray.search.cluster.cluster import cluster
 from bilora_ray.search.run import run_trials
 from bilora_ray.search.session import Observers
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
-from bilora_ray.search.studies import delete_study, open_study
-from bilora_ray.search.study import SearchStudy
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.studies import delete_study, open_study
+from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.tracking.mlflow_tracker import MlflowTracker, default_uri
 
 REPORTS = 20

@@ -14,7 +14,7 @@ DEPTH = {
     "__main__": 0,
     "cli": 1,
     "search": 2,
-    "scale": 3,
+    "runners": 3,
     "release": 3,
     "training": 4,
     "method": 5,
@@ -30,9 +30,9 @@ DEPTH = {
 }
 # Tracking stands beside them: these it may import, and these may import it.
 TRACKING_KNOWS = {"addresses", "config", "errors", "records", "tracking"}
-TRACKING_IS_KNOWN_TO = {"cli", "search", "scale", "tracking"}
+TRACKING_IS_KNOWN_TO = {"cli", "search", "runners", "tracking"}
 # Library -> the layers that may import it.
-LIBRARIES = {"ray": {"search", "scale"}, "optuna": {"search"}, "mlflow": {"tracking"}}
+LIBRARIES = {"ray": {"search", "runners"}, "optuna": {"search"}, "mlflow": {"tracking"}}
 # Modules that are imported before anything is known to be right, so without the libraries that take seconds.
 LIGHT = ("bilora_ray.config", "bilora_ray.errors", "bilora_ray.paths", "bilora_ray.search.space", "bilora_ray.cli")
 HEAVY = {"torch", "transformers", "peft"}
@@ -155,19 +155,19 @@ def test_nothing_runs_a_strangers_text_or_file(path: Path) -> None:
 @pytest.mark.parametrize(
     ("module", "line", "name"),
     [
-        ("bilora_ray.search.study", "import bilora_ray.cli.main", "bilora_ray.cli.main"),
-        ("bilora_ray.scale.trial", "from bilora_ray.search.space import Space", "bilora_ray.search.space.Space"),
-        ("bilora_ray.training.loop", "from bilora_ray import scale", "bilora_ray.scale"),
+        ("bilora_ray.search.study.study", "import bilora_ray.cli.main", "bilora_ray.cli.main"),
+        ("bilora_ray.runners.nested", "from bilora_ray.search.space import Space", "bilora_ray.search.space.Space"),
+        ("bilora_ray.training.loop", "from bilora_ray import runners", "bilora_ray.runners"),
         ("bilora_ray.method.radius", "from bilora_ray.training import loop as l", "bilora_ray.training.loop"),
         ("bilora_ray.config", "from bilora_ray.method import METHODS", "bilora_ray.method.METHODS"),
         ("bilora_ray.config", "from bilora_ray.paths import SOURCES", "bilora_ray.paths.SOURCES"),
         ("bilora_ray.paths", "from bilora_ray.config import TrialConfig", "bilora_ray.config.TrialConfig"),
         ("bilora_ray.errors", "from bilora_ray import config", "bilora_ray.config"),
-        ("bilora_ray.training.loop", "from ..search import study", "bilora_ray.search.study"),
+        ("bilora_ray.training.loop", "from ..search import study", "bilora_ray.search.study.study"),
         ("bilora_ray.training.loop", "from .. import cli", "bilora_ray.cli"),
         ("bilora_ray.training.loop", "from bilora_ray.tracking import guard", "bilora_ray.tracking.guard"),
         ("bilora_ray.method.radius", "import bilora_ray.tracking", "bilora_ray.tracking"),
-        ("bilora_ray.records", "from bilora_ray.search import study", "bilora_ray.search.study"),
+        ("bilora_ray.records", "from bilora_ray.search.study import study", "bilora_ray.search.study.study"),
         ("bilora_ray.records", "from bilora_ray.paths import SOURCES", "bilora_ray.paths.SOURCES"),
         ("bilora_ray.report.page", "from bilora_ray.config import TrialConfig", "bilora_ray.config.TrialConfig"),
         ("bilora_ray.cli.show", "from bilora_ray.report import page", "bilora_ray.report.page"),
@@ -178,9 +178,9 @@ def test_nothing_runs_a_strangers_text_or_file(path: Path) -> None:
         ("bilora_ray.method.radius", "from ray.train import report", "ray.train.report"),
         ("bilora_ray.cli.tune", "from ray import tune", "ray.tune"),
         ("bilora_ray.records", "import ray", "ray"),
-        ("bilora_ray.scale.trial", "import optuna", "optuna"),
+        ("bilora_ray.runners.nested", "import optuna", "optuna"),
         ("bilora_ray.records", "from optuna.trial import TrialState", "optuna.trial.TrialState"),
-        ("bilora_ray.search.study", "import mlflow", "mlflow"),
+        ("bilora_ray.search.study.study", "import mlflow", "mlflow"),
         ("bilora_ray.cli.ui", "from mlflow import cli", "mlflow.cli"),
         ("bilora_ray.config", "import torch", "torch"),
         ("bilora_ray.errors", "import torch.nn", "torch.nn"),
@@ -190,7 +190,11 @@ def test_nothing_runs_a_strangers_text_or_file(path: Path) -> None:
         ("bilora_ray.search.space", "from ray import tune", "ray.tune"),
         ("bilora_ray.cli.train", "from torch import Tensor", "torch.Tensor"),
         ("bilora_ray", "import torch", "torch"),
-        ("bilora_ray.training.loop", "importlib.import_module('bilora_ray.search.study')", "bilora_ray.search.study"),
+        (
+            "bilora_ray.training.loop",
+            "importlib.import_module('bilora_ray.search.study.study')",
+            "bilora_ray.search.study.study",
+        ),
         ("bilora_ray.training.loop", "import_module(f'bilora_ray.cli.{name}')", "bilora_ray.cli"),
         ("bilora_ray.training.loop", "__import__('ray')", "ray"),
         ("bilora_ray.training.loop", "importlib.import_module(name)", "an unreadable name"),
@@ -211,11 +215,11 @@ def test_an_import_against_the_arrows_is_found(module: str, line: str, name: str
         ("bilora_ray.cli.evaluate", "from bilora_ray.training.evaluate import evaluate"),
         ("bilora_ray.cli.show", "from bilora_ray.records import Status"),
         ("bilora_ray.cli.main", "importlib.import_module(f'bilora_ray.cli.{name}')"),
-        ("bilora_ray.search.study", "import optuna, ray"),
+        ("bilora_ray.search.study.study", "import optuna, ray"),
         ("bilora_ray.search.preflight", "import torch"),
-        ("bilora_ray.search.run", "from bilora_ray.scale.trial import run_trial"),
-        ("bilora_ray.scale.trial", "from ray import tune, train"),
-        ("bilora_ray.scale.trial", "from bilora_ray.records import Status"),
+        ("bilora_ray.search.run", "from bilora_ray.runners.own_process import run_trial"),
+        ("bilora_ray.runners.nested", "from ray import tune, train"),
+        ("bilora_ray.runners.nested", "from bilora_ray.records import Status"),
         ("bilora_ray.training.loop", "from . import rows, data"),
         ("bilora_ray.training.loop", "from ..method import METHODS"),
         ("bilora_ray.training.loop", "from bilora_ray import builtin, config, errors, paths"),

@@ -42,8 +42,8 @@ def command(
     as_json: bool,
 ) -> None:
     """Copy out the adapter of the best trial, or of any: an ordinary PEFT LoRA adapter."""
-    from bilora_ray.search.layout import Layout
-    from bilora_ray.search.studies import load_study
+    from bilora_ray.search.study.layout import Layout
+    from bilora_ray.search.study.studies import load_study
 
     found = load_study(Layout(absolute(storage_path), study_database), study)
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):

@@ -15,7 +15,7 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.records import Status, TrialRecord, best_of
 
 if TYPE_CHECKING:
-    from bilora_ray.search.study import SearchStudy
+    from bilora_ray.search.study.study import SearchStudy
 
 STATUS_STYLE = {
     Status.COMPLETE: "green",

@@ -27,8 +27,8 @@ from bilora_ray.records import LEAST_FOR_IMPORTANCES, Status
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from bilora_ray.search.layout import Layout
-    from bilora_ray.search.studies import StudySummary
+    from bilora_ray.search.study.layout import Layout
+    from bilora_ray.search.study.studies import StudySummary
 
 EPILOG = """\b
 Examples:
@@ -47,9 +47,9 @@ def command(study: str | None, storage_path: Path, study_database: str | None, a
     """Show a study's trials, its best settings and what mattered; without STUDY, list the studies."""
     from rich.console import Console
 
-    from bilora_ray.search.layout import Layout
-    from bilora_ray.search.storage import naming_the_database
-    from bilora_ray.search.studies import load_study, summarise
+    from bilora_ray.search.study.layout import Layout
+    from bilora_ray.search.study.storage import naming_the_database
+    from bilora_ray.search.study.studies import load_study, summarise
 
     layout = Layout(absolute(storage_path), study_database)
     console = Console(highlight=False)

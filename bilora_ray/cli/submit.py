@@ -19,11 +19,11 @@ from bilora_ray.cli import tune
 from bilora_ray.cli.options import command_that_resumes, json_option, print_json, search_options
 from bilora_ray.errors import UserError
 from bilora_ray.paths import LocalSource, SourcesElsewhere
-from bilora_ray.search.protection import check_ray
+from bilora_ray.search.cluster.protection import check_ray
 from bilora_ray.search.space_file import parse_override
 
 if TYPE_CHECKING:
-    from bilora_ray.search.submission import JobSubmissionClient, Outcome
+    from bilora_ray.search.cluster.submission import JobSubmissionClient, Outcome
 
 EPILOG = """\b
 Examples:
@@ -81,8 +81,8 @@ def command(
     sources = SourcesElsewhere()
     space = tune.space_to_search(space_path, overrides, num_trials, max_concurrent, sources)
 
-    from bilora_ray.search.submission import connect, submit
-    from bilora_ray.search.upload import check_upload, read_upload
+    from bilora_ray.search.cluster.submission import connect, submit
+    from bilora_ray.search.cluster.upload import check_upload, read_upload
 
     upload = read_upload(working_dir)
     space_file = check_upload(upload, space, sources.local)
@@ -101,7 +101,7 @@ def command(
 
 def _follow(client: JobSubmissionClient, job_id: str, address: str, as_json: bool) -> NoReturn:
     """Print the job's log to its end, and exit with its code. Ctrl-C ends the printing, not the job."""
-    from bilora_ray.search.submission import Follower
+    from bilora_ray.search.cluster.submission import Follower
 
     try:
         outcome = Follower(client, job_id, partial(click.echo, nl=False, err=as_json)).follow()

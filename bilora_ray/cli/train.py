@@ -26,10 +26,10 @@ from bilora_ray.cli.options import (
 )
 from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.errors import UserError
-from bilora_ray.search.layout import Layout
-from bilora_ray.search.protection import check_mlflow
+from bilora_ray.search.cluster.protection import check_mlflow
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import checked_space, load_space
+from bilora_ray.search.study.layout import Layout
 
 EPILOG = """\b
 Examples:
@@ -95,8 +95,8 @@ def command(
         raise UserError(f"{space.path}: one run needs one value for each setting; give {keys}")
 
     from bilora_ray.quiet import quiet
+    from bilora_ray.search.alone import train
     from bilora_ray.search.preflight import pinned, preflight
-    from bilora_ray.search.session import train
 
     space = pinned(space, layout if resume else None)
     checked = preflight(space)
@@ -119,7 +119,7 @@ def command(
 
 def _space_of(layout: Layout, study: str, number: int | None, overrides: Sequence[str]) -> tuple[Space, int]:
     """The settings of a trial of `study`, the best as a rule, with `overrides` on top; and the trial's number."""
-    from bilora_ray.search.studies import load_study
+    from bilora_ray.search.study.studies import load_study
 
     found = load_study(layout, study)
     record = found.chosen(number)

@@ -24,13 +24,13 @@ from bilora_ray.cli.tables import duration, in_quotes
 from bilora_ray.cli.validate import describe
 from bilora_ray.errors import UserError
 from bilora_ray.paths import Locate, locate_here
-from bilora_ray.search.layout import Layout
-from bilora_ray.search.protection import check_mlflow, check_ray
+from bilora_ray.search.cluster.protection import check_mlflow, check_ray
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
+from bilora_ray.search.study.layout import Layout
 
 if TYPE_CHECKING:
-    from bilora_ray.search.study import SearchStudy
+    from bilora_ray.search.study.study import SearchStudy
     from bilora_ray.training.rehearsal import Rehearsal
 
 EPILOG = """\b
@@ -73,7 +73,7 @@ def command(
     if resume and num_trials is None:
         space = _not_shrunk(space, layout)
 
-    from bilora_ray.search.inputs import keep_inputs
+    from bilora_ray.search.cluster.inputs import keep_inputs
     from bilora_ray.search.preflight import pinned, preflight
 
     space = pinned(space, layout if resume else None)
@@ -119,7 +119,7 @@ def space_to_search(
 
 def _not_shrunk(space: Space, layout: Layout) -> Space:
     """`space` with as many trials as an earlier --num-trials asked for, if that is more."""
-    from bilora_ray.search.studies import num_trials_before
+    from bilora_ray.search.study.studies import num_trials_before
 
     before = num_trials_before(layout, space.study.name)
     num_trials = max(space.study.num_trials, before)
@@ -131,9 +131,9 @@ def _rehearse(
 ) -> Rehearsal:
     """Whatever can be tried of a search before it begins, but for a cluster that is elsewhere."""
     from bilora_ray.quiet import quiet
-    from bilora_ray.search.cluster import capacity, check_address, is_own, this_machine
-    from bilora_ray.search.storage import naming_the_database
-    from bilora_ray.search.studies import check_study
+    from bilora_ray.search.cluster.cluster import capacity, check_address, is_own, this_machine
+    from bilora_ray.search.study.storage import naming_the_database
+    from bilora_ray.search.study.studies import check_study
 
     with naming_the_database(layout):
         check_study(space, layout, resume, digests)

@@ -10,8 +10,8 @@ from typing import Any
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import BUILTIN, cached_commit
-from bilora_ray.search.layout import Layout
 from bilora_ray.search.space import Space
+from bilora_ray.search.study.layout import Layout
 from bilora_ray.training.notes import notes
 from bilora_ray.training.rows import load_rows
 
@@ -87,7 +87,7 @@ def pinned(space: Space, resumed_in: Layout | None) -> Space:
 
 
 def _settings_before(layout: Layout, name: str) -> dict[str, Any] | None:
-    from bilora_ray.search.studies import settings_before
+    from bilora_ray.search.study.studies import settings_before
 
     return settings_before(layout, name)
 

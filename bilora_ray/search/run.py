@@ -16,17 +16,18 @@ from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.tune.progress_reporter import ProgressReporter
 
 from bilora_ray.errors import MachineError
-from bilora_ray.scale.trial import run_trial, run_trial_on_workers
-from bilora_ray.search.cluster import ON_HEAD, capacity, check_address, check_dashboard, cluster, is_own
-from bilora_ray.search.layout import Layout
+from bilora_ray.runners.nested import run_trial_on_workers
+from bilora_ray.runners.own_process import run_trial
+from bilora_ray.search.cluster.cluster import ON_HEAD, capacity, check_address, check_dashboard, cluster, is_own
+from bilora_ray.search.cluster.shared_storage import check_shared
+from bilora_ray.search.cluster.watchdog import head_watched
 from bilora_ray.search.session import Observers, Session, Watcher, session
-from bilora_ray.search.shared_storage import check_shared
 from bilora_ray.search.space import Space
-from bilora_ray.search.storage import naming_the_database, running_study
-from bilora_ray.search.studies import check_study
-from bilora_ray.search.study import SearchStudy
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.storage import naming_the_database, running_study
+from bilora_ray.search.study.studies import check_study
+from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.search.tuning import MAX_FAILURES, StudyScheduler, StudySearcher
-from bilora_ray.search.watchdog import head_watched
 
 # Tune would hand these on in a runtime environment, which Ray writes into its logs. No trial needs them.
 SECRETS_OF_TUNE = frozenset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"})

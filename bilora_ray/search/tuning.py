@@ -16,10 +16,10 @@ from ray.tune.search import Searcher
 
 from bilora_ray.errors import MachineError, UserError
 from bilora_ray.records import Status
-from bilora_ray.scale.trial import BAD_INPUT, BROKEN, EVALUATION, FAILURE, FOLDER, NUMBER, RESOURCES, SETTINGS
+from bilora_ray.runners.task import BAD_INPUT, BROKEN, EVALUATION, FAILURE, FOLDER, NUMBER, RESOURCES, SETTINGS
 from bilora_ray.search.session import Observers
-from bilora_ray.search.storage import naming_the_database
-from bilora_ray.search.study import SearchStudy
+from bilora_ray.search.study.storage import naming_the_database
+from bilora_ray.search.study.study import SearchStudy
 
 # So often a trial whose process died is started again, from its checkpoint, with no evaluation in between.
 MAX_FAILURES = 2

@@ -16,16 +16,16 @@ import psutil
 from chaos.nodes import ENVIRONMENT, Nodes, kill_group
 from tiny_trials import Tiny
 
-from bilora_ray.search.layout import Layout
-from bilora_ray.search.studies import load_study
-from bilora_ray.search.study import SearchStudy
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.studies import load_study
+from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.training.folder import TENSORS, TrialFolder
 
 COMMAND = Path(sys.executable).with_name("bilora-ray")
 # The same, but sooner sure that the head of its cluster is gone.
 IMPATIENT = """
 from bilora_ray.cli.main import main
-from bilora_ray.search import watchdog
+from bilora_ray.search.cluster import watchdog
 watchdog.PATIENCE_S = 5.0
 main()
 """

@@ -13,7 +13,7 @@ from mlflow.entities import Run
 from safetensors.numpy import load_file
 
 from bilora_ray.records import Status, TrialRecord
-from bilora_ray.search.study import SearchStudy
+from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.training.folder import COMPLETE, STATE, TENSORS, TrialFolder
 
 LOST, DUPLICATED, TORN, LEFT_RUNNING, DISAGREES = (

@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from tiny_trials import Tiny
 
 from bilora_ray.cli.main import main
-from bilora_ray.search.layout import Layout
-from bilora_ray.search.studies import load_study
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.studies import load_study
 
 
 def bilora_ray(*arguments: str) -> str:

@@ -13,8 +13,8 @@ import pytest
 from tiny_trials import Tiny
 
 from bilora_ray.records import Status
-from bilora_ray.search.layout import Layout
-from bilora_ray.search.studies import load_study
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.studies import load_study
 
 COMMAND = Path(sys.executable).with_name("bilora-ray")
 

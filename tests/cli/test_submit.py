@@ -261,7 +261,7 @@ def test_another_server_is_told_from_a_dashboard(here: Path, dashboard: Dashboar
 
 
 def test_what_speaks_no_http_or_not_at_all(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bilora_ray.search import submission
+    from bilora_ray.search.cluster import submission
 
     monkeypatch.setattr(submission, "ANSWER_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -334,7 +334,7 @@ def test_every_option_of_a_search_is_passed_on(here: Path, dashboard: Dashboard)
 
 
 def test_the_upload_is_what_was_counted(here: Path, dashboard: Dashboard) -> None:
-    from bilora_ray.search.upload import read_upload
+    from bilora_ray.search.cluster.upload import read_upload
 
     outside = here.parent / "outside"
     outside.mkdir()
@@ -442,7 +442,7 @@ def test_json_for_a_script(here: Path, dashboard: Dashboard) -> None:
 def test_what_the_end_of_the_job_means(
     here: Path, dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch, follow: Any, code: int, line: str
 ) -> None:
-    from bilora_ray.search import submission
+    from bilora_ray.search.cluster import submission
 
     def ending(follower: submission.Follower) -> submission.Outcome | None:
         follower.write("the log\n")

@@ -25,9 +25,9 @@ import yaml
 from tiny_trials import Tiny
 
 from bilora_ray.records import Status
-from bilora_ray.search.layout import Layout
-from bilora_ray.search.studies import load_study
-from bilora_ray.search.study import SearchStudy
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.studies import load_study
+from bilora_ray.search.study.study import SearchStudy
 
 pytestmark = pytest.mark.slow
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bilora_ray.errors import UserError
-from bilora_ray.search.inputs import keep_inputs
+from bilora_ray.search.cluster.inputs import keep_inputs
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
 

@@ -20,10 +20,10 @@ from tiny_trials import Tiny
 
 from bilora_ray.errors import UserError
 from bilora_ray.records import Status
-from bilora_ray.search.layout import Layout
 from bilora_ray.search.space_file import load_space
-from bilora_ray.search.storage import is_database, open_storage, study_names
-from bilora_ray.search.studies import check_study, load_study, open_study
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.storage import is_database, open_storage, study_names
+from bilora_ray.search.study.studies import check_study, load_study, open_study
 
 COMMAND = Path(sys.executable).with_name("bilora-ray")
 PATIENCE_S = 240

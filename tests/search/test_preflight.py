@@ -21,11 +21,11 @@ from tiny_trials import Tiny
 
 from bilora_ray.errors import UserError
 from bilora_ray.recipe import read_recipe
-from bilora_ray.search.layout import Layout
 from bilora_ray.search.preflight import pinned
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
-from bilora_ray.search.studies import check_study, load_study, open_study
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.studies import check_study, load_study, open_study
 from bilora_ray.tracking.mlflow_tracker import default_uri
 
 NAME = "someone/model"

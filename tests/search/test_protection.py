@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from bilora_ray.cli.main import main
 from bilora_ray.errors import UserError
-from bilora_ray.search.protection import IN_A_JOB, check_mlflow, check_ray
+from bilora_ray.search.cluster.protection import IN_A_JOB, check_mlflow, check_ray
 from bilora_ray.tracking.store import CREDENTIALS
 
 FAR = [

@@ -22,11 +22,11 @@ import ray
 from tiny_trials import Tiny
 
 from bilora_ray.records import Status
-from bilora_ray.scale import trial
-from bilora_ray.search.layout import Layout
-from bilora_ray.search.shared_storage import check_shared
-from bilora_ray.search.storage import study_names
-from bilora_ray.search.studies import load_study
+from bilora_ray.runners import own_process, task
+from bilora_ray.search.cluster.shared_storage import check_shared
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.storage import study_names
+from bilora_ray.search.study.studies import load_study
 
 BIN = Path(sys.executable).parent
 OTHER_MOUNT = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
@@ -155,11 +155,13 @@ def test_a_trial_on_a_node_without_the_storage_says_so_and_makes_no_folder(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[dict[str, str]] = []
-    monkeypatch.setattr(trial.tune, "report", told.append)
+    monkeypatch.setattr(own_process.tune, "report", told.append)
     folder = tmp_path / "runs" / "studies" / "s" / "trials" / "0000"
     settings = tiny.config("causal-lm").model_dump()
-    trial.run_trial({"number": 0, "folder": str(folder), "settings": settings, "resources": {"gpus_per_worker": 0}})
+    own_process.run_trial(
+        {"number": 0, "folder": str(folder), "settings": settings, "resources": {"gpus_per_worker": 0}}
+    )
     ((key, line),) = told[0].items()
-    assert key == trial.BROKEN
+    assert key == task.BROKEN
     assert line.startswith(f"FileNotFoundError: {folder} is not on node ")
     assert list(tmp_path.iterdir()) == []

@@ -15,14 +15,14 @@ import pytest
 
 from bilora_ray.errors import UserError
 from bilora_ray.records import Status, TrialRecord
-from bilora_ray.search import study as study_module
-from bilora_ray.search.layout import Layout
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
-from bilora_ray.search.storage import open_storage, running_study, study_names
-from bilora_ray.search.studies import check_study, delete_study, load_study
-from bilora_ray.search.studies import open_study as open_study_on
-from bilora_ray.search.study import SearchStudy
+from bilora_ray.search.study import study as study_module
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.storage import open_storage, running_study, study_names
+from bilora_ray.search.study.studies import check_study, delete_study, load_study
+from bilora_ray.search.study.studies import open_study as open_study_on
+from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.training.folder import STATE, TENSORS
 
 STUDY = {"name": "s", "num_trials": 4, "scheduler": "none"}

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from ray.job_submission import JobStatus
 
-from bilora_ray.search import submission
-from bilora_ray.search.submission import Follower, Outcome
+from bilora_ray.search.cluster import submission
+from bilora_ray.search.cluster.submission import Follower, Outcome
 
 LOG = [f"line {number}\n" for number in range(6)]
 

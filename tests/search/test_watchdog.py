@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from bilora_ray.search import watchdog
-from bilora_ray.search.watchdog import head_watched
+from bilora_ray.search.cluster import watchdog
+from bilora_ray.search.cluster.watchdog import head_watched
 
 WAIT_S = 30
 

@@ -1,4 +1,4 @@
-"""What Ray Tune runs for a trial: `fit` in the Tune process, or on workers that Ray Train starts from there."""
+"""A trial on several workers: a Ray Train run inside of the Ray Tune process, which only passes reports on."""
 
 from __future__ import annotations
 
@@ -8,40 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ray import get_runtime_context, tune
-from ray.util import get_node_ip_address
-from safetensors import SafetensorError
 
-from bilora_ray.config import CUDA_GIB, TrialConfig
-from bilora_ray.errors import TrialFailure, UserError, first_line
+from bilora_ray.config import TrialConfig
+from bilora_ray.runners.task import EVALUATION, EXPECTED, FOLDER, RESOURCES, SETTINGS, explained, folder_of
 from bilora_ray.training.folder import ORPHAN_WAIT_S, TrialFolder
-
-# The keys of a task.
-NUMBER, FOLDER, SETTINGS, RESOURCES = "number", "folder", "settings", "resources"
-# The key of a report: an evaluation's metrics; or why this trial cannot go on; or what is wrong with its settings or
-# data; or what is wrong with the machine, so that the trial may go on another time.
-EVALUATION, FAILURE, BAD_INPUT, BROKEN = "evaluation", "failure", "bad_input", "broken"
-EXPECTED = (TrialFailure, UserError, OSError, SafetensorError)
-
-
-def run_trial(task: Mapping[str, Any]) -> None:
-    """Train one trial in this process, going on from its checkpoint if there is one.
-
-    Args:
-        task: `number` of the trial, its `folder` (an absolute path), its `settings` (those of a TrialConfig), and its
-            `resources` (those of a ResourceConfig).
-    """
-    from bilora_ray.quiet import quiet
-
-    quiet()
-    from bilora_ray.training.loop import fit
-
-    _keep_to_share(task[RESOURCES]["gpus_per_worker"])
-    try:
-        folder = _folder(task)
-        with folder.lock(ORPHAN_WAIT_S):
-            fit(TrialConfig(**task[SETTINGS]), folder, lambda metrics: tune.report({EVALUATION: metrics}))
-    except EXPECTED as error:
-        tune.report(explained(error))
 
 
 def run_trial_on_workers(task: Mapping[str, Any]) -> None:
@@ -54,7 +24,7 @@ def run_trial_on_workers(task: Mapping[str, Any]) -> None:
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    from bilora_ray.scale.rendezvous import PrivateTorchConfig
+    from bilora_ray.runners.rendezvous import PrivateTorchConfig
 
     resources = task[RESOURCES]
     workers, fewest = resources["workers"], resources["min_workers"]
@@ -79,7 +49,7 @@ def run_trial_on_workers(task: Mapping[str, Any]) -> None:
         ),
     )
     try:
-        _folder(task)  # Train would make what is missing
+        folder_of(task)  # Train would make what is missing
         trainer.fit()
     except (*EXPECTED, TrainingFailedError) as error:
         expected = [cause for cause in map(_cause, _failures(error)) if cause is not None]
@@ -91,15 +61,6 @@ def run_trial_on_workers(task: Mapping[str, Any]) -> None:
 def name_cluster() -> None:
     """Name this process's cluster where Ray Train asks for it: it would guess, and fail beside another Ray."""
     os.environ["RAY_ADDRESS"] = get_runtime_context().gcs_address
-
-
-def explained(error: BaseException) -> dict[str, str]:
-    """The report of a trial that ended with one of the `EXPECTED` errors."""
-    if isinstance(error, TrialFailure):
-        return {FAILURE: str(error)}
-    if isinstance(error, UserError):
-        return {BAD_INPUT: str(error)}
-    return {BROKEN: f"{type(error).__name__}: {first_line(error)}"}
 
 
 def _train_on_worker(task: Mapping[str, Any]) -> None:
@@ -117,26 +78,9 @@ def _train_on_worker(task: Mapping[str, Any]) -> None:
     if resources["gpus_per_worker"] > 0:
         torch.cuda.set_device(get_device())
     workers = Workers.joined(resources["workers"], resources["parallelism"] == "fsdp")
-    folder = _folder(task)
+    folder = folder_of(task)
     with workers.first(folder.lock(ORPHAN_WAIT_S)):
         fit(TrialConfig(**task[SETTINGS]), folder, lambda metrics: train.report({EVALUATION: metrics}), workers=workers)
-
-
-def _folder(task: Mapping[str, Any]) -> TrialFolder:
-    """The trial's folder, which the search has made; OSError where it is not: a new one would be lost."""
-    folder = TrialFolder(Path(task[FOLDER]))
-    if not folder.path.is_dir():
-        raise FileNotFoundError(f"{folder.path} is not on node {get_node_ip_address()}; all nodes must share it")
-    return folder
-
-
-def _keep_to_share(gpus: float) -> None:
-    """Let a trial that has a part of a GPU run out of memory at its own part, and not at that of its neighbours."""
-    import torch
-
-    if 0 < gpus < 1 and torch.cuda.is_available():
-        total_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-        torch.cuda.set_per_process_memory_fraction(max(gpus - CUDA_GIB / total_gib, 0.01))
 
 
 def _failures(error: BaseException) -> list[BaseException]:

@@ -18,10 +18,10 @@ from optuna.trial import TrialState
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError, nearest
-from bilora_ray.search.layout import Layout
 from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig, Space, StudyConfig
-from bilora_ray.search.storage import making, open_storage, study_names
-from bilora_ray.search.study import ID, SearchStudy
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.storage import making, open_storage, study_names
+from bilora_ray.search.study.study import ID, SearchStudy
 
 SPACE, DIGESTS = "space", "digests"
 LISTED = "`bilora-ray show` lists them"

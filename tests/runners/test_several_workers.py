@@ -13,13 +13,13 @@ from tiny_trials import Tiny, reproducible, run_fit
 
 from bilora_ray.errors import UserError
 from bilora_ray.records import Status, TrialRecord
-from bilora_ray.search.cluster import cluster
-from bilora_ray.search.layout import Layout
+from bilora_ray.search.cluster.cluster import cluster
 from bilora_ray.search.run import run_trials
 from bilora_ray.search.session import Observers
 from bilora_ray.search.space_file import load_space
-from bilora_ray.search.studies import open_study
-from bilora_ray.search.study import SearchStudy
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.studies import open_study
+from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.training.folder import TENSORS
 
 

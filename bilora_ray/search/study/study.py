@@ -20,10 +20,11 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from bilora_ray.config import TrialConfig, applies
 from bilora_ray.errors import UserError
 from bilora_ray.records import LEAST_FOR_IMPORTANCES, Observer, Status, TrialRecord, best_of
-from bilora_ray.search.layout import Layout
-from bilora_ray.search.proposals import is_weak, propose
 from bilora_ray.search.space import Space
-from bilora_ray.search.storage import Claims
+from bilora_ray.search.study.claims import Claims
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.samplers import propose
+from bilora_ray.search.study.schedulers.asha import is_weak
 from bilora_ray.training.folder import TrialFolder
 
 ID, ERROR = "id", "error"

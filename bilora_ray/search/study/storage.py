@@ -1,4 +1,4 @@
-"""The one database of the studies of a storage path, and which process runs what."""
+"""The one database of the studies of a storage path."""
 
 from __future__ import annotations
 
@@ -19,43 +19,10 @@ from sqlalchemy.pool import NullPool
 from bilora_ray.addresses import is_local, masked
 from bilora_ray.errors import MachineError, UserError, first_line
 from bilora_ray.files import locked
-from bilora_ray.search.layout import WAIT_S, Layout
+from bilora_ray.search.study.layout import WAIT_S, Layout
 
 CONNECT_TIMEOUT_S = 5
 PORT = 5432
-
-
-class Claims:
-    """The trials that this process runs. A claim is a file lock, which the system frees however the process ends.
-
-    Args:
-        layout: where the trials' folders are.
-        name: of the study.
-    """
-
-    def __init__(self, layout: Layout, name: str) -> None:
-        self._layout = layout
-        self._name = name
-        self._held: dict[int, ExitStack] = {}
-
-    def take(self, number: int) -> bool:
-        """Claim a trial. Whether that is possible: another process may have it."""
-        if number in self._held:
-            return True
-        folder = self._layout.trial(self._name, number).path
-        folder.mkdir(exist_ok=True)
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(locked(folder / "claim.lock", wait_s=0))
-            except TimeoutError:
-                return False
-            self._held[number] = stack.pop_all()
-        return True
-
-    def release(self, *numbers: int) -> None:
-        """Give up the claims to `numbers`, or all claims."""
-        for number in numbers or tuple(self._held):
-            self._held.pop(number).close()
 
 
 def open_storage(layout: Layout) -> optuna.storages.RDBStorage:

@@ -1,46 +1,18 @@
-"""What Optuna proposes for a trial, and when it stops one: functions of the study and a trial's number."""
+"""Asynchronous successive halving (Li et al., MLSys 2020), whose rungs Optuna keeps in the study database."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-import numpy as np
 import optuna
 from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.study import StudyDirection
 from optuna.trial import Trial
 
-from bilora_ray.config import is_integer
-from bilora_ray.search.space import Choice, Space, StudyConfig, Value
+from bilora_ray.search.space import StudyConfig
 
 GRACE_PERIOD, JUDGED = "grace_period", "judged"
 RUNG = "completed_rung_"
-
-
-def propose(study: optuna.Study, space: Space, number: int) -> Trial:
-    """Trial `number` of `study`, with a value for each setting that its method reads.
-
-    The sampler's seed is decided by the number, so an interrupted trial gets what it would have got, and no two trials
-    the same. Values that the trial has already stay.
-    """
-    study.sampler = _sampler(space, number)
-    trial = Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
-    sampled: dict[str, Value] = {}
-    for key, distribution in space.distributions.items():
-        if not space.asked(key, sampled):
-            continue
-        if isinstance(distribution, Choice):
-            sampled[key] = trial.suggest_categorical(key, distribution.choice)
-        elif is_integer(key):
-            step = int(distribution.step or 1)
-            low, high = int(distribution.low), int(distribution.high)
-            sampled[key] = trial.suggest_int(key, low, high, step=step, log=distribution.log)
-        else:
-            sampled[key] = trial.suggest_float(
-                key, distribution.low, distribution.high, step=distribution.step, log=distribution.log
-            )
-    return trial
 
 
 def is_weak(
@@ -94,12 +66,3 @@ def _pruner(study: optuna.Study, max_steps: int, settings: StudyConfig) -> BaseP
     grace_period = study.user_attrs.get(GRACE_PERIOD, default)
     study.set_user_attr(GRACE_PERIOD, grace_period)
     return SuccessiveHalvingPruner(min_resource=grace_period, reduction_factor=settings.reduction_factor)
-
-
-def _sampler(space: Space, number: int) -> BaseSampler:
-    seed = int(np.random.SeedSequence([space.study.seed, number]).generate_state(1)[0])
-    if space.study.sampler == "random":
-        return RandomSampler(seed=seed)
-    # Optuna's ten random trials before the first modelled one would be most of a small study.
-    startup = min(10, max(4, space.study.num_trials // 4))
-    return TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True)

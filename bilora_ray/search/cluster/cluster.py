@@ -16,9 +16,9 @@ from ray.exceptions import AuthenticationError, RayError
 from ray.util.state.exception import RayStateApiException
 
 from bilora_ray.errors import UserError, first_line
-from bilora_ray.scale.trial import name_cluster
-from bilora_ray.search.own_ray import private_ray
-from bilora_ray.search.shared_storage import ANSWER_TIMEOUT_S
+from bilora_ray.runners.nested import name_cluster
+from bilora_ray.search.cluster.own_ray import private_ray
+from bilora_ray.search.cluster.shared_storage import ANSWER_TIMEOUT_S
 from bilora_ray.search.space import ResourceConfig
 
 PORT = 6379

@@ -1,0 +1,68 @@
+"""One trial without a search and without Ray: a study of one, trained in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from bilora_ray.errors import MachineError, TrialFailure, UserError
+from bilora_ray.records import Status
+from bilora_ray.search.session import Observers, Watcher, session
+from bilora_ray.search.space import Space
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.storage import naming_the_database, running_study
+from bilora_ray.search.study.studies import check_study
+from bilora_ray.search.study.study import SearchStudy
+from bilora_ray.training.folder import ORPHAN_WAIT_S
+
+
+def train(
+    space: Space,
+    layout: Layout,
+    *,
+    resume: bool,
+    mlflow_uri: str | None,
+    digests: Mapping[str, str],
+    watcher: Watcher,
+) -> SearchStudy:
+    """Train the one trial of a space without distributions, in this process: a study of one.
+
+    Raises:
+        UserError: the study or MLflow are not there as said, or the trial met bad input.
+    """
+    with naming_the_database(layout):
+        check_study(space, layout, resume, digests)
+    with (
+        naming_the_database(layout),
+        running_study(layout, space.study.name),
+        session(space, layout, mlflow_uri, digests, watcher) as running,
+    ):
+        study, observers = running.study, running.observers()
+        number = study.next_trial()
+        if number is not None:
+            _train(study, number, observers)
+        elif not study.finished():
+            raise MachineError(f"run '{space.study.name}' is being trained by another process")
+    return study
+
+
+def _train(study: SearchStudy, number: int, observers: Observers) -> None:
+    from bilora_ray.training.loop import fit
+    from bilora_ray.training.workers import Workers
+
+    def report(metrics: dict[str, float]) -> None:
+        study.report(number, metrics)
+        observers.trial_reported(study.record(number), metrics)
+
+    observers.trial_started(study.record(number))
+    folder = study.folder(number)
+    try:
+        with folder.lock(ORPHAN_WAIT_S):
+            # As many rows a step as where the space's workers share them.
+            fit(study.config(number), folder, report, Workers(planned=study.space.resources.workers))
+    except (TrialFailure, UserError) as error:
+        study.fail(number, str(error))
+        if isinstance(error, UserError):
+            raise
+    finally:
+        if study.record(number).status is not Status.RUNNING:
+            observers.trial_ended(study.record(number))

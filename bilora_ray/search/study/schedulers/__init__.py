@@ -1,0 +1,1 @@
+"""When a trial is stopped early: a file a scheduler."""
