@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Container, Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
+from bilora_ray.checking import Float, Int, Settings, first_problem, in_words
 from bilora_ray.errors import UserError, nearest
 
 Task = Literal["causal-lm", "seq2seq-lm", "sequence-classification"]
@@ -77,27 +73,10 @@ LABEL_METRICS = ("eval_accuracy", "eval_f1", "eval_matthews_correlation")
 MINIMIZED = frozenset({"eval_loss", "eval_perplexity"})
 
 
-def _reject_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not true or false")
-    return value
-
-
-Int = Annotated[int, BeforeValidator(_reject_bool)]
-Float = Annotated[float, BeforeValidator(_reject_bool)]
-
-
-class Settings(BaseModel):
-    """Base of every group of settings: unknown keys, NaN and infinity are refused, instances are frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
-
-
-SettingsT = TypeVar("SettingsT", bound=Settings)
-
-
 class TrialConfig(Settings):
     """All that decides what one training run computes. See each field's description."""
+
+    searched: ClassVar[bool] = True
 
     # Model
     model_name_or_path: str = Field(min_length=1, description="Hub id, local folder, or builtin:NAME")
@@ -270,63 +249,9 @@ def coerce(setting: str, value: Any, where: str) -> Any:
         adapter: TypeAdapter[Any] = TypeAdapter(kind, config=TrialConfig.model_config)
         return adapter.validate_python(value)
     except ValidationError as error:
-        raise UserError(f"{where}: {_in_words(TrialConfig, _first(error))}") from None
+        raise UserError(f"{where}: {in_words(TrialConfig, first_problem(error))}") from None
 
 
 def applies(setting: str, method: str) -> bool:
     """Whether `method` reads `setting`."""
     return setting not in METHOD_SETTINGS or method in METHOD_SETTINGS[setting]
-
-
-def build(kind: type[SettingsT], values: Mapping[str, Any], where: str, overridden: Container[str] = ()) -> SettingsT:
-    """`kind` from plain `values`, or UserError with one line that starts with `where` the wrong one is.
-
-    Args:
-        kind: of settings.
-        values: by key.
-        where: the values were read, such as `my_space.yaml: trial`.
-        overridden: the keys whose values came from `--set` instead.
-    """
-    try:
-        return kind.model_validate(dict(values))
-    except ValidationError as error:
-        problem = _first(error)
-        if problem["loc"] and problem["loc"][0] in overridden:
-            where = f"--set {where.rpartition(' ')[2]}"
-        elif not problem["loc"] and overridden:  # settings that do not go together, of either origin
-            where = f"{where}, with --set"
-        raise UserError(f"{where}: {_in_words(kind, problem)}") from None
-
-
-# What pydantic calls a value that should have been one number, word or true or false.
-ONE_VALUE = frozenset({"int_type", "float_type", "bool_type", "literal_error"})
-
-
-def _first(error: ValidationError) -> ErrorDetails:
-    """The first problem that `error` has, or an unknown key if there is one: it is often why another is missing."""
-    problems = error.errors(include_url=False)
-    return next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
-
-
-def _in_words(kind: type[Settings], problem: ErrorDetails) -> str:
-    key = ".".join(str(part) for part in problem["loc"] if not _is_union_branch(part))
-    message = re.sub(r"^(Value error, |Input |String |Tuple )", "", problem["msg"])
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key '{key}'; {nearest_setting(key, kind)}"
-    if problem["type"] == "missing":
-        return f"'{key}' is missing"
-    if problem["type"] == "value_error" and not key:
-        return message
-    message = f"{message}, got {problem['input']!r}"
-    if kind is TrialConfig and isinstance(problem["input"], list) and problem["type"] in ONE_VALUE:
-        message += "; several values to choose from are {choice: [...]}"
-    return f"{key}: {message}" if key else message
-
-
-def nearest_setting(key: str, kind: type[Settings]) -> str:
-    """As `nearest`, of the settings of a `kind`; where they are too many to list, who lists them."""
-    return nearest(key, kind.model_fields, "`bilora-ray settings` lists the keys")
-
-
-def _is_union_branch(part: int | str) -> bool:
-    return isinstance(part, str) and (part in {"str", "int", "float"} or "[" in part)

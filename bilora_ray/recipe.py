@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bilora_ray.config import TrialConfig, build
+from bilora_ray.checking import build
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 
 RECIPE, MERGED = "bilora_ray.json", "merged"

@@ -4,13 +4,12 @@ from typing import Any
 
 import pytest
 
+from bilora_ray.checking import Settings, build
 from bilora_ray.config import (
     METHOD_SETTINGS,
     TRAINING_SETTINGS,
-    Settings,
     TrialConfig,
     applies,
-    build,
     coerce,
     is_integer,
     is_number,

@@ -9,32 +9,56 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "bilora_ray"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-# A layer may import those with a greater number, and itself.
+# A room may import those with a greater number, and itself. A part that is not named here belongs to what it lies in.
 DEPTH = {
     "__main__": 0,
     "cli": 1,
     "search": 2,
-    "runners": 3,
-    "release": 3,
-    "training": 4,
-    "method": 5,
-    "recipe": 6,
-    "config": 7,
-    "paths": 7,
-    "builtin": 8,
-    "addresses": 9,
-    "errors": 9,
-    "files": 9,
-    "quiet": 9,
-    "records": 9,
+    "search.study": 3,
+    "search.cluster": 3,
+    "search.space": 4,
+    "runners": 5,
+    "release": 5,
+    "training": 6,
+    "training.tasks": 7,
+    "training.data": 8,
+    "training.distributed": 8,
+    "training.folder": 8,
+    "training.metrics": 8,
+    "method": 9,
+    "recipe": 10,
+    "config": 11,
+    "paths": 11,
+    "builtin": 12,
+    "checking": 12,
+    "addresses": 13,
+    "errors": 13,
+    "files": 13,
+    "quiet": 13,
+    "records": 13,
 }
 # Tracking stands beside them: these it may import, and these may import it.
 TRACKING_KNOWS = {"addresses", "config", "errors", "records", "tracking"}
-TRACKING_IS_KNOWN_TO = {"cli", "search", "runners", "tracking"}
-# Library -> the layers that may import it.
-LIBRARIES = {"ray": {"search", "runners"}, "optuna": {"search"}, "mlflow": {"tracking"}}
+TRACKING_IS_KNOWN_TO = {"cli", "search", "search.cluster", "tracking"}
+# Library -> the rooms and files that may import it.
+LIBRARIES = {
+    "ray": ("search.cluster", "search.run", "search.tuning", "runners"),
+    "optuna": ("search.study",),
+    "mlflow": ("tracking",),
+}
+# So many files a room of the search or of the training has at the most, `__init__.py` apart.
+MOST_FILES = 9
 # Modules that are imported before anything is known to be right, so without the libraries that take seconds.
-LIGHT = ("bilora_ray.config", "bilora_ray.errors", "bilora_ray.paths", "bilora_ray.search.space", "bilora_ray.cli")
+LIGHT = (
+    "bilora_ray.checking",
+    "bilora_ray.cli",
+    "bilora_ray.config",
+    "bilora_ray.errors",
+    "bilora_ray.paths",
+    "bilora_ray.search.space",
+    "bilora_ray.search.space_file",
+    "bilora_ray.search.study.layout",
+)
 HEAVY = {"torch", "transformers", "peft"}
 
 PICKLES = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
@@ -76,15 +100,15 @@ def _beginning(text: ast.expr) -> str:
 
 def wrong_imports(source: str, module: str, is_package: bool = False) -> list[str]:
     """The imports of `source`, the text of `module`, that run against the arrows."""
-    layer = _layer(module)
+    room = _room(module)
     wrong = []
     for line, name in imports(source, module, is_package):
         library = name.split(".")[0]
         is_light = any(f"{module}.".startswith(f"{light}.") for light in LIGHT) or module == "bilora_ray"
         if library == "bilora_ray":
-            allowed = _may_import(layer, _layer(name))
+            allowed = _may_import(room, _room(name))
         elif library in LIBRARIES:
-            allowed = layer in LIBRARIES[library] and not is_light
+            allowed = _is_in(module, LIBRARIES[library]) and not is_light
         else:
             allowed = name != "an unreadable name" and not (is_light and library in HEAVY)
         if not allowed:
@@ -92,18 +116,25 @@ def wrong_imports(source: str, module: str, is_package: bool = False) -> list[st
     return wrong
 
 
-def _layer(module: str) -> str:
-    return [*module.split("."), ""][1]
+def _room(module: str) -> str:
+    """The part of the house that `module` is in, as DEPTH names it; else the first part of its name."""
+    parts = module.split(".")[1:]
+    names = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
+    return next((name for name in names if name in DEPTH), [*parts, ""][0])
 
 
-def _may_import(layer: str, other: str) -> bool:
+def _is_in(module: str, places: tuple[str, ...]) -> bool:
+    return any(f"{module}.".startswith(f"bilora_ray.{place}.") for place in places)
+
+
+def _may_import(room: str, other: str) -> bool:
     if other == "__version__":
         return True
-    if "tracking" in (layer, other):
-        return other in TRACKING_KNOWS if layer == "tracking" else layer in TRACKING_IS_KNOWN_TO
-    if layer not in DEPTH or other not in DEPTH:
+    if "tracking" in (room, other):
+        return other in TRACKING_KNOWS if room == "tracking" else room in TRACKING_IS_KNOWN_TO
+    if room not in DEPTH or other not in DEPTH:
         return False
-    return layer == other or DEPTH[layer] < DEPTH[other]
+    return room == other or DEPTH[room] < DEPTH[other]
 
 
 def unsafe(source: str) -> list[str]:
@@ -136,12 +167,32 @@ def test_imports_run_with_the_arrows(path: Path) -> None:
 
 
 def test_every_room_has_its_place_among_the_layers() -> None:
-    rooms = {path.relative_to(PACKAGE).with_suffix("").parts[0] for path in SOURCES} - {"__init__"}
-    assert rooms - set(DEPTH) == {"tracking"}
+    modules = [module_of(path) for path in SOURCES]
+    assert {_room(module) for module in modules} - set(DEPTH) == {"", "tracking"}
     # So that a rename cannot leave a rule that holds for nothing.
-    assert set(DEPTH) - rooms <= {"__main__"}
-    for light in LIGHT:
-        assert any(f"{module_of(path)}.".startswith(f"{light}.") for path in SOURCES)
+    places = {*DEPTH, *(place for places in LIBRARIES.values() for place in places)}
+    places |= {light.removeprefix("bilora_ray.") for light in LIGHT}
+    empty = {place for place in places if not any(_is_in(module, (place,)) for module in modules)}
+    assert empty <= {"__main__"}
+
+
+@pytest.mark.parametrize("room", ["search", "training"])
+def test_no_room_is_a_corridor(room: str) -> None:
+    folders = {path.parent for path in (PACKAGE / room).rglob("*.py")}
+    files = {folder: [path.name for path in folder.glob("*.py") if path.name != "__init__.py"] for folder in folders}
+    assert {str(folder): names for folder, names in files.items() if len(names) > MOST_FILES} == {}
+
+
+def test_no_module_imports_in_a_circle() -> None:
+    known = {module_of(path) for path in SOURCES}
+    edges: dict[str, set[str]] = {}
+    for path in SOURCES:
+        names = (name for _, name in imports(path.read_text(encoding="utf-8"), module_of(path)))
+        found = (name if name in known else name.rpartition(".")[0] for name in names)
+        edges[module_of(path)] = {name for name in found if name in known and name != module_of(path)}
+    while leaves := {module for module, others in edges.items() if not others & edges.keys()}:
+        edges = {module: others for module, others in edges.items() if module not in leaves}
+    assert edges == {}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
@@ -163,7 +214,7 @@ def test_nothing_runs_a_strangers_text_or_file(path: Path) -> None:
         ("bilora_ray.config", "from bilora_ray.paths import SOURCES", "bilora_ray.paths.SOURCES"),
         ("bilora_ray.paths", "from bilora_ray.config import TrialConfig", "bilora_ray.config.TrialConfig"),
         ("bilora_ray.errors", "from bilora_ray import config", "bilora_ray.config"),
-        ("bilora_ray.training.loop", "from ..search import study", "bilora_ray.search.study.study"),
+        ("bilora_ray.training.loop", "from ..search import study", "bilora_ray.search.study"),
         ("bilora_ray.training.loop", "from .. import cli", "bilora_ray.cli"),
         ("bilora_ray.training.loop", "from bilora_ray.tracking import guard", "bilora_ray.tracking.guard"),
         ("bilora_ray.method.radius", "import bilora_ray.tracking", "bilora_ray.tracking"),
@@ -185,6 +236,14 @@ def test_nothing_runs_a_strangers_text_or_file(path: Path) -> None:
         ("bilora_ray.config", "import torch", "torch"),
         ("bilora_ray.errors", "import torch.nn", "torch.nn"),
         ("bilora_ray.paths", "from transformers import AutoModel", "transformers.AutoModel"),
+        ("bilora_ray.search.study.study", "import ray", "ray"),
+        ("bilora_ray.search.session", "import ray", "ray"),
+        ("bilora_ray.search.session", "import optuna", "optuna"),
+        ("bilora_ray.search.study.layout", "import optuna", "optuna"),
+        ("bilora_ray.search.study.study", "from bilora_ray.search.run import search", "bilora_ray.search.run.search"),
+        ("bilora_ray.search.cluster.cluster", "from bilora_ray.search import study", "bilora_ray.search.study"),
+        ("bilora_ray.training.tasks.rows", "from bilora_ray.training import model", "bilora_ray.training.model"),
+        ("bilora_ray.training.data.order", "from bilora_ray.training import tasks", "bilora_ray.training.tasks"),
         ("bilora_ray.search.space", "import peft", "peft"),
         ("bilora_ray.search.space", "import optuna", "optuna"),
         ("bilora_ray.search.space", "from ray import tune", "ray.tune"),
@@ -215,7 +274,8 @@ def test_an_import_against_the_arrows_is_found(module: str, line: str, name: str
         ("bilora_ray.cli.evaluate", "from bilora_ray.training.evaluate import evaluate"),
         ("bilora_ray.cli.show", "from bilora_ray.records import Status"),
         ("bilora_ray.cli.main", "importlib.import_module(f'bilora_ray.cli.{name}')"),
-        ("bilora_ray.search.study.study", "import optuna, ray"),
+        ("bilora_ray.search.study.study", "import optuna"),
+        ("bilora_ray.search.run", "import ray"),
         ("bilora_ray.search.preflight", "import torch"),
         ("bilora_ray.search.run", "from bilora_ray.runners.own_process import run_trial"),
         ("bilora_ray.runners.nested", "from ray import tune, train"),

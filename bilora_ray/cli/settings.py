@@ -8,8 +8,9 @@ import click
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from bilora_ray.checking import Settings
 from bilora_ray.cli.options import json_option, print_json
-from bilora_ray.config import Settings, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.search.space import ResourceConfig, StudyConfig
 

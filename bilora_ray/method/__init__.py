@@ -9,9 +9,11 @@ from bilora_ray.method.adapters import (
     has_auxiliary,
     primary_parameters,
 )
-from bilora_ray.method.optimizer import BiLoraAdamW, LoraAdamW, MethodAdamW
+from bilora_ray.method.base import MethodAdamW, MethodSettings
+from bilora_ray.method.bilora import BiLoraAdamW
+from bilora_ray.method.lora import LoraAdamW
 from bilora_ray.method.radius import Factors, perturbation_norm, project_
-from bilora_ray.method.registry import METHODS, MethodSettings, build_method
+from bilora_ray.method.registry import METHODS, build_method
 
 __all__ = [
     "METHODS",

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bilora_ray.config import TrialConfig, build
+from bilora_ray.checking import build
+from bilora_ray.config import TrialConfig
 from bilora_ray.files import atomic_folder, readable
 from bilora_ray.recipe import MERGED, RECIPE, read_recipe, write_recipe
 

@@ -71,8 +71,8 @@ def _train_on_worker(task: Mapping[str, Any]) -> None:
     from bilora_ray.quiet import quiet
 
     quiet()
+    from bilora_ray.training.distributed.workers import Workers
     from bilora_ray.training.loop import fit
-    from bilora_ray.training.workers import Workers
 
     resources = task[RESOURCES]
     if resources["gpus_per_worker"] > 0:

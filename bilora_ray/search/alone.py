@@ -46,8 +46,8 @@ def train(
 
 
 def _train(study: SearchStudy, number: int, observers: Observers) -> None:
+    from bilora_ray.training.distributed.workers import Workers
     from bilora_ray.training.loop import fit
-    from bilora_ray.training.workers import Workers
 
     def report(metrics: dict[str, float]) -> None:
         study.report(number, metrics)

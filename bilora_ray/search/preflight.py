@@ -12,8 +12,8 @@ from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import BUILTIN, cached_commit
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.layout import Layout
-from bilora_ray.training.notes import notes
-from bilora_ray.training.rows import load_rows
+from bilora_ray.training.tasks.notes import notes
+from bilora_ray.training.tasks.rows import load_rows
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_TIMEOUT_S = 10

@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from bilora_ray.config import Float, Int, Settings, TrialConfig, applies, build
+from bilora_ray.checking import Float, Int, Settings, build
+from bilora_ray.config import TrialConfig, applies
 
 Value = bool | int | float | str | None
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from bilora_ray.config import TrialConfig, build, coerce, is_integer, is_number, nearest_setting
+from bilora_ray.checking import build, nearest_setting
+from bilora_ray.config import TrialConfig, coerce, is_integer, is_number
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.paths import Locate, absolute_sources, locate_here
 from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig, Space, StudyConfig, Value

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bilora_ray.files import atomic_folder
+from bilora_ray.training.distributed.parallel import put, whole
+from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.folder import STATE, TENSORS, TrialFolder
-from bilora_ray.training.parallel import put, whole
-from bilora_ray.training.workers import ALONE, Workers
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.training import model as models
-from bilora_ray.training.data import collate, collate_prompts, eval_batches, in_row_order
-from bilora_ray.training.examples import Example
+from bilora_ray.training.data.batches import eval_batches, in_row_order
+from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.metrics import LossSum, exact_match, label_index, label_metrics
-from bilora_ray.training.workers import ALONE, Workers
+from bilora_ray.training.tasks.base import Example, collate, collate_prompts
 
 # A transformers model or a PEFT model around one: neither's stubs know what the other adds.
 Model = Any

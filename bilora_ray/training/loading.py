@@ -12,9 +12,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from bilora_ray.config import TRAINING_SETTINGS, TrialConfig
-from bilora_ray.training.data import Prepared, prepare
 from bilora_ray.training.model import load_tokenizer
-from bilora_ray.training.rows import load_rows
+from bilora_ray.training.tasks.prepare import Prepared, prepare
+from bilora_ray.training.tasks.rows import load_rows
 
 # All settings but these decide the examples, or could.
 NOT_OF_EXAMPLES = (TRAINING_SETTINGS - {"max_train_samples"}) | {

@@ -28,13 +28,14 @@ from bilora_ray.paths import cached_commit
 from bilora_ray.recipe import write_recipe
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import load_checkpoint, save_checkpoint, trainable
-from bilora_ray.training.data import collate, target_count, train_batches
+from bilora_ray.training.data.batches import train_batches
+from bilora_ray.training.distributed.parallel import Network, shard, whole
+from bilora_ray.training.distributed.workers import ALONE, Workers, seed_worker
 from bilora_ray.training.evaluate import evaluate
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.metrics import improves
-from bilora_ray.training.parallel import Network, shard, whole
-from bilora_ray.training.workers import ALONE, Workers, seed_worker
+from bilora_ray.training.tasks.base import collate, target_count
 
 Report = Callable[[dict[str, float]], None]
 

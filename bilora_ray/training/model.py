@@ -24,9 +24,9 @@ from bilora_ray import builtin
 from bilora_ray.config import MODEL_CLASS, TrialConfig
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.method import MethodAdamW, build_method
-from bilora_ray.method.registry import Place
+from bilora_ray.method.base import Place
 from bilora_ray.paths import BUILTIN
-from bilora_ray.training.workers import ALONE, Workers
+from bilora_ray.training.distributed.workers import ALONE, Workers
 
 AUTO_CLASS: dict[str, Any] = {task: getattr(transformers, name) for task, name in MODEL_CLASS.items()}
 TASK_TYPE = {

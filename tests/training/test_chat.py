@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.training.data import Prepared, prepare
-from bilora_ray.training.rows import ChatRow, Dataset
+from bilora_ray.training.tasks.prepare import Prepared, prepare
+from bilora_ray.training.tasks.rows import ChatRow, Dataset
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"

@@ -14,11 +14,11 @@ from tiny_trials import TASKS, Tiny, evaluate_adapter, run_fit
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from bilora_ray.config import Task, TrialConfig
-from bilora_ray.training.data import prepare
 from bilora_ray.training.evaluate import evaluate, load_adapted, predict
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run
-from bilora_ray.training.rows import load_rows
+from bilora_ray.training.tasks.prepare import prepare
+from bilora_ray.training.tasks.rows import load_rows
 
 AUTO = {"causal-lm": AutoModelForCausalLM, "seq2seq-lm": AutoModelForSeq2SeqLM}
 COLOURS = ("red", "green", "blue")

@@ -23,10 +23,10 @@ from bilora_ray.errors import UserError
 from bilora_ray.recipe import evaluation_config, is_merged, read_recipe
 from bilora_ray.release.card import write_card
 from bilora_ray.release.export import export_adapter, export_merged
-from bilora_ray.training.data import collate
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run
 from bilora_ray.training.model import AUTO_CLASS
+from bilora_ray.training.tasks.base import collate
 
 ORIGIN = {"study": "s", "trial": 3}
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "bilora_ray.json"]

@@ -10,9 +10,11 @@ from transformers import AutoTokenizer
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.recipe import evaluation_config
-from bilora_ray.training.data import Truncation, collate, eval_batches, prepare, target_count
+from bilora_ray.training.data.batches import eval_batches
 from bilora_ray.training.folder import TrialFolder
-from bilora_ray.training.rows import TextRow, load_rows
+from bilora_ray.training.tasks.base import collate, target_count
+from bilora_ray.training.tasks.prepare import Truncation, prepare
+from bilora_ray.training.tasks.rows import TextRow, load_rows
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.training.rows import ChatRow, Dataset, LabelledRow, TextRow, load_rows
+from bilora_ray.training.tasks.rows import ChatRow, Dataset, LabelledRow, TextRow, load_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -235,7 +235,7 @@ def test_other_tasks_take_no_conversation(folder: Folder, task: str) -> None:
 def test_rows_are_read_without_heavy_imports(folder: Folder) -> None:
     path = folder.write(numbered(3))
     code = (
-        "import sys; from bilora_ray.config import TrialConfig; from bilora_ray.training.rows import load_rows\n"
+        "import sys; from bilora_ray.config import TrialConfig; from bilora_ray.training.tasks.rows import load_rows\n"
         f"load_rows(TrialConfig(model_name_or_path='m', task='causal-lm', train_data={path!r}))\n"
         "print(*{'torch', 'transformers', 'datasets', 'pyarrow', 'sklearn', 'numpy'} & set(sys.modules))"
     )

@@ -12,7 +12,7 @@ import pytest
 from bilora_ray import builtin
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.training.sources import read_file, read_train, read_validation
+from bilora_ray.training.data.sources import read_file, read_train, read_validation
 
 ROWS = [{"text": 'a "quoted", text', "label": "0"}, {"text": "é\u2028b", "label": "1"}]
 

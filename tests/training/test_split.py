@@ -8,8 +8,8 @@ import pytest
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.training.order import shuffled
-from bilora_ray.training.rows import Dataset, TextRow, load_rows
+from bilora_ray.training.data.order import shuffled
+from bilora_ray.training.tasks.rows import Dataset, TextRow, load_rows
 
 
 def load(folder: Path, count: int, validation: int | None = None, letter: str = "p", **settings: Any) -> Dataset:

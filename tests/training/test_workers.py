@@ -18,8 +18,8 @@ from torch import distributed as dist
 from torch import multiprocessing
 
 from bilora_ray.config import Task, TrialConfig
+from bilora_ray.training.distributed.workers import Workers
 from bilora_ray.training.folder import TrialFolder
-from bilora_ray.training.workers import Workers
 
 Job = Callable[..., Any]
 

@@ -16,32 +16,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.config import TrialConfig
-from bilora_ray.training.chat import conversation
 from bilora_ray.training.metrics import IGNORED
-from bilora_ray.training.rows import ChatRow, LabelledRow, TextRow
+from bilora_ray.training.tasks.base import Example
+from bilora_ray.training.tasks.chat import conversation
+from bilora_ray.training.tasks.rows import ChatRow, LabelledRow, TextRow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One row, tokenized and not padded. Ids are 32-bit integers.
-
-    Attributes:
-        input_ids: (length,).
-        labels: causal-lm: (length,), IGNORED where nothing is learned; seq2seq-lm: (target length,), the
-            completion and the end of sequence; sequence-classification: (1,), the label index.
-        prompt_ids: (prompt length,), what generation starts from; None where nothing is generated.
-        token_type_ids: (length,), 1 on the second text of a pair, for models that have such an input.
-        reference: text of the completion; empty for sequence-classification.
-    """
-
-    input_ids: array[int]
-    labels: array[int]
-    prompt_ids: array[int] | None = None
-    token_type_ids: array[int] | None = None
-    reference: str = ""
 
 
 @dataclass(frozen=True, slots=True)

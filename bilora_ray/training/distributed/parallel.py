@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from bilora_ray.training.workers import Workers
+from bilora_ray.training.distributed.workers import Workers
 
 
 class Network:

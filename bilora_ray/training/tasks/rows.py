@@ -15,9 +15,9 @@ from typing import Any
 
 from bilora_ray.config import TrialConfig, template_columns
 from bilora_ray.errors import UserError
+from bilora_ray.training.data.order import shuffled
+from bilora_ray.training.data.sources import Record, read_train, read_validation
 from bilora_ray.training.metrics import NO_LABEL, answer, label_index
-from bilora_ray.training.order import shuffled
-from bilora_ray.training.sources import Record, read_train, read_validation
 
 INTEGER = re.compile(r"-?\d+")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from bilora_ray.config import TrialConfig, template_columns
-from bilora_ray.training.rows import Dataset, LabelledRow, Row
+from bilora_ray.training.tasks.rows import Dataset, LabelledRow, Row
 
 # Short texts come again in many a data set; a larger share is a mistake.
 MOST_SHARED = 0.5

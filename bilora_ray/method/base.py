@@ -1,0 +1,98 @@
+"""What all methods share: AdamW whose step evaluates the loss, and the settings that a method is built from.
+
+Every method is an optimizer with the same seam: a training loop calls `optimizer.step(closure)` and nothing else, so
+that a method which needs the loss twice a step fits the same loop.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from bilora_ray.method.adapters import primary_parameters
+
+Closure = Callable[[], Tensor]
+Place = Callable[[PeftModel], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSettings:
+    """The settings of all methods; each reads its part.
+
+    Attributes:
+        learning_rate: lr of the primary and all else that descends.
+        weight_decay: AdamW's, of the descent.
+        max_grad_norm: limit on the gradient's norm, for each branch by itself; None for no limit.
+        rho: radius of the auxiliary perturbation s2 B2 A2, Frobenius norm over all layers.
+        auxiliary_rank: r2.
+        auxiliary_learning_rate: lr2.
+    """
+
+    learning_rate: float
+    weight_decay: float
+    max_grad_norm: float | None
+    rho: float
+    auxiliary_rank: int
+    auxiliary_learning_rate: float
+
+
+class MethodAdamW(torch.optim.AdamW):
+    """What the methods share: AdamW whose step evaluates the loss, limits each group's gradient, and updates.
+
+    A group holds `max_grad_norm` besides AdamW's own settings.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
+        """One update from the gradients that `closure`, or the caller before, has left.
+
+        Args:
+            closure: clears the gradients, runs forward and backward, and returns the loss. As in torch, optional.
+
+        Returns:
+            What `closure` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._before_update()
+        # torch wraps the step of each class that is ever instantiated: super().step() could run step hooks twice.
+        inspect.unwrap(torch.optim.AdamW.step)(self)
+        self._after_update()
+        return loss
+
+    def metrics(self) -> dict[str, float]:
+        """What the method has to report besides the loss, now."""
+        return {}
+
+    def _before_update(self) -> None:
+        """What happens to the gradients first: each group's are limited by themselves."""
+        for group in self.param_groups:
+            if group["max_grad_norm"] is not None:
+                torch.nn.utils.clip_grad_norm_(group["params"], group["max_grad_norm"])
+
+    def _after_update(self) -> None:
+        """What a method does to the parameters once they have moved."""
+
+
+def descent_group(
+    model: nn.Module, learning_rate: float, weight_decay: float, max_grad_norm: float | None
+) -> dict[str, Any]:
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm must be > 0 or None, got {max_grad_norm}")
+    params = list(primary_parameters(model).values())
+    if not params:
+        raise ValueError("the model has nothing to train; was its adapter loaded without is_trainable=True?")
+    return {
+        "params": params,
+        "lr": learning_rate,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+    }

@@ -1,0 +1,40 @@
+"""Plain LoRA: AdamW over all that the model trains."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+from torch import nn
+
+from bilora_ray.method.adapters import has_auxiliary
+from bilora_ray.method.base import MethodAdamW, MethodSettings, Place, descent_group
+
+
+class LoraAdamW(MethodAdamW):
+    """Plain LoRA: AdamW over all that the model trains.
+
+    Args:
+        model: a PEFT LoRA model without an auxiliary.
+        learning_rate: lr.
+        weight_decay: AdamW's, decoupled.
+        max_grad_norm: limit on the gradient's norm, applied inside `step`; None for no limit.
+
+    Raises:
+        ValueError: the model has an auxiliary, or nothing to train, or max_grad_norm is not positive.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, learning_rate: float, weight_decay: float = 0.0, max_grad_norm: float | None = None
+    ) -> None:
+        if has_auxiliary(model):
+            raise ValueError("LoraAdamW would leave the auxiliary adapter as it is; use BiLoraAdamW, or detach it")
+        super().__init__([descent_group(model, learning_rate, weight_decay, max_grad_norm)])
+
+
+def build(model: PeftModel, settings: MethodSettings, place: Place) -> LoraAdamW:
+    place(model)
+    return LoraAdamW(
+        model,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+    )

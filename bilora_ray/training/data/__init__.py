@@ -1,0 +1,1 @@
+"""Where rows come from, which come together, and in which order."""

@@ -1,0 +1,36 @@
+"""Which examples come together, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, TypeVar
+
+from bilora_ray.training.data.order import shuffled
+
+if TYPE_CHECKING:
+    pass
+
+T = TypeVar("T")
+
+
+@lru_cache(maxsize=1)
+def train_batches(num_rows: int, batch_size: int, seed: int, epoch: int) -> tuple[tuple[int, ...], ...]:
+    """Row indices of each batch of one epoch; every row once, the last batch may be smaller.
+
+    A pure function of its arguments, so that training resumes exactly by counting the batches it has done.
+    """
+    order = shuffled(num_rows, "epoch", seed, epoch)
+    return tuple(tuple(order[start : start + batch_size]) for start in range(0, num_rows, batch_size))
+
+
+def eval_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Row indices of batches of like `lengths`, longest first: little padding, and too little memory shows at once."""
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def in_row_order(batches: Sequence[Sequence[int]], outputs: Iterable[T]) -> list[T]:
+    """`outputs`, one for each row in the order of `batches`, put back into the order of the rows."""
+    rows = [row for batch in batches for row in batch]
+    return [output for _, output in sorted(zip(rows, outputs, strict=True), key=lambda pair: pair[0])]
