@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, to_jsonable_python
 
 from bilora_ray.errors import UserError, nearest
 
@@ -54,6 +54,16 @@ def build(kind: type[SettingsT], values: Mapping[str, Any], where: str, overridd
         elif not problem["loc"] and overridden:  # settings that do not go together, of either origin
             where = f"{where}, with --set"
         raise UserError(f"{where}: {in_words(kind, problem)}") from None
+
+
+def completed(kind: type[Settings], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The values that were `stored` of a `kind`, by an earlier version perhaps, as JSON holds them, and its defaults.
+
+    What is compared with them must be completed too: a setting that is new since then has its default on both sides.
+    """
+    fields = kind.model_fields.items()
+    defaults = {key: field.get_default(call_default_factory=True) for key, field in fields if not field.is_required()}
+    return to_jsonable_python({**defaults, **stored})
 
 
 # What pydantic calls a value that should have been one number, word or true or false.

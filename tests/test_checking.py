@@ -1,0 +1,28 @@
+"""Groups of settings that were stored, and of which a later version has more."""
+
+from pydantic import Field
+
+from bilora_ray.checking import Float, Settings, completed
+
+
+class Before(Settings):
+    rank: int
+    names: tuple[str, ...] = ()
+
+
+class Now(Before):
+    warmup: Float = 0.5
+    steps: int | None = None
+    words: tuple[str, ...] = Field(default_factory=lambda: ("a", "b"))
+
+
+def test_stored_settings_get_the_defaults_of_those_that_they_do_not_know() -> None:
+    stored = Before(rank=3, names=("x",)).model_dump(mode="json")
+    same = {"rank": 3, "names": ["x"], "warmup": 0.5, "steps": None, "words": ["a", "b"]}
+    assert completed(Now, stored) == same == completed(Now, Now(rank=3, names=("x",)).model_dump(mode="json"))
+
+
+def test_what_was_given_stays() -> None:
+    assert completed(Now, {"rank": 3, "warmup": 0.1})["warmup"] == 0.1
+    # A space file need not give what has no default: a search may choose it.
+    assert "rank" not in completed(Now, {})
