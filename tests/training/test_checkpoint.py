@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from tiny_trials import METHODS, TASKS, Tiny, fit_in_process, reproducible, run_fit
 
+from bilora_ray import files
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.files import atomic_folder
 from bilora_ray.training import checkpoint, loop
-from bilora_ray.training import folder as trial_folder
 from bilora_ray.training.checkpoint import trainable
 from bilora_ray.training.folder import STATE, TENSORS, TrialFolder
 from bilora_ray.training.loop import Progress, Run, fit
@@ -226,7 +226,7 @@ def test_a_folder_of_a_trial_with_other_settings_is_refused(
     assert str(error.value) == f"{tmp_path}: holds a trial with other settings; move it away"
 
 
-@pytest.mark.parametrize(("module", "call"), [(checkpoint, "save_file"), (trial_folder, "_sync")])
+@pytest.mark.parametrize(("module", "call"), [(checkpoint, "save_file"), (files, "_sync")])
 def test_a_checkpoint_is_whole_or_absent(
     module: ModuleType, call: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
