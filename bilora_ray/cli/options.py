@@ -130,13 +130,18 @@ def search_options(command: Command) -> Command:
 def command_that_resumes(*more: str) -> str:
     """The command line that was typed, with `more`, with --resume and without passwords."""
     arguments = [masked(argument) for argument in sys.argv[1:] if argument != "--resume"]
-    return shlex.join([program(), *arguments, *more, "--resume"])
+    return shlex.join([*program(), *arguments, *more, "--resume"])
 
 
-def program() -> str:
-    """How the command line was called: by a path, where it may be that `bilora-ray` alone is not found."""
-    called = sys.argv[0]
-    return called if Path(called).name == "bilora-ray" and not shutil.which("bilora-ray") else "bilora-ray"
+def program() -> list[str]:
+    """The words that call the command line: a path, or Python with a module, where `bilora-ray` alone is not found."""
+    called = Path(sys.argv[0])
+    if not shutil.which("bilora-ray"):
+        if called.name == "bilora-ray":
+            return [sys.argv[0]]
+        if called.parts[-2:] == ("bilora_ray", "__main__.py"):
+            return [sys.executable, "-m", "bilora_ray"]
+    return ["bilora-ray"]
 
 
 def say_how_to_go_on(*more: str) -> NoReturn:
@@ -153,7 +158,7 @@ def print_next(
     study: str, storage_path: Path, study_database: str | None, adapter: Path | None, mlflow_uri: str | None = None
 ) -> None:
     """Print where the best adapter is and what can be done next."""
-    command = shlex.quote(program())
+    command = shlex.join(program())
     if adapter is not None and adapter.is_relative_to(Path.cwd()):
         adapter = adapter.relative_to(Path.cwd())
     runs = "" if storage_path == Path("runs") else f" --storage-path {shlex.quote(str(storage_path))}"

@@ -28,6 +28,10 @@ try:
 finally:
     print(json.dumps(sorted({name.split(".")[0] for name in sys.modules})), file=sys.stderr)
 """
+# The same for `python -m bilora_ray`.
+MODULE_PROBE = PROBE.replace("from bilora_ray.cli.main import main", "import runpy").replace(
+    'main(prog_name="bilora-ray")', 'runpy.run_module("bilora_ray", run_name="__main__", alter_sys=True)'
+)
 
 
 def run(*words: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -37,9 +41,9 @@ def run(*words: str, environment: Mapping[str, str] | None = None) -> subprocess
     )
 
 
-def imported(*words: str, exit_code: int = 0) -> set[str]:
+def imported(*words: str, exit_code: int = 0, probe: str = PROBE) -> set[str]:
     """The libraries that a command line imports."""
-    done = subprocess.run([sys.executable, "-c", PROBE, *words], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", probe, *words], capture_output=True, text=True, timeout=120)
     assert done.returncode == exit_code, done.stderr
     return set(json.loads(done.stderr.splitlines()[-1]))
 
@@ -80,6 +84,11 @@ def test_an_adapter_that_is_not_there_is_told_without_heavy_libraries() -> None:
 )
 def test_what_needs_no_model_imports_no_heavy_library(words: tuple[str, ...]) -> None:
     assert imported(*words) & HEAVY == set()
+
+
+@pytest.mark.parametrize("words", [("--help",), ("tune", "--help"), ("validate", str(SPACE))], ids=" ".join)
+def test_the_module_is_as_light_as_the_command(words: tuple[str, ...]) -> None:
+    assert imported(*words, probe=MODULE_PROBE) == imported(*words) | {"runpy"}
 
 
 @pytest.mark.parametrize(
@@ -188,6 +197,17 @@ def test_a_users_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     done = run("validate", str(tmp_path / "gone.yaml"))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"Error: {tmp_path / 'gone.yaml'}: no such file\n"
+
+
+@pytest.mark.parametrize(
+    "words", [("--help",), ("show", "--help"), ("settings", "rho"), ("serach",), ("tune", "--spaec")]
+)
+def test_the_package_as_a_module_is_the_command(words: tuple[str, ...]) -> None:
+    module = subprocess.run([sys.executable, "-m", "bilora_ray", *words], capture_output=True, text=True, timeout=120)
+    command = run(*words)
+    assert module.returncode == command.returncode
+    for said, expected in ((module.stdout, command.stdout), (module.stderr, command.stderr)):
+        assert said.replace("python -m bilora_ray", "bilora-ray") == expected
 
 
 def test_the_version_is_the_packages() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,33 @@ def test_the_command_that_resumes_has_what_was_found_out(monkeypatch: pytest.Mon
     assert command_that_resumes("--trial=3") == "bilora-ray train --study=s --set rho=0.1 --trial=3 --resume"
     monkeypatch.setattr("sys.argv", ["bilora-ray", "train", "--study=s", "--trial", "3", "--resume"])
     assert command_that_resumes() == "bilora-ray train --study=s --trial 3 --resume"
+
+
+@pytest.mark.parametrize(
+    ("called", "words"),
+    [
+        ("bilora-ray", ["bilora-ray"]),
+        (".venv/bin/bilora-ray", [".venv/bin/bilora-ray"]),
+        ("/there/site-packages/bilora_ray/__main__.py", [sys.executable, "-m", "bilora_ray"]),
+        ("/there/site-packages/pytest/__main__.py", ["bilora-ray"]),
+    ],
+)
+def test_the_commands_that_are_told_begin_as_the_one_that_was_typed(
+    called: str, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [called, "tune"])
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert command_that_resumes() == shlex.join([*words, "tune", "--resume"])
+    assert told(capsys)["More"] == shlex.join([*words, "show", "s"])
+
+
+def test_where_the_command_is_found_its_name_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "bilora-ray"
+    script.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for called in (str(script), "/there/site-packages/bilora_ray/__main__.py"):
+        monkeypatch.setattr("sys.argv", [called, "tune"])
+        assert command_that_resumes() == "bilora-ray tune --resume"
 
 
 def test_a_store_that_is_not_there_is_not_offered(capsys: pytest.CaptureFixture[str]) -> None:
