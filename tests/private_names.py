@@ -1,0 +1,182 @@
+"""Names of other libraries that those do not promise to keep: all that the package uses, and what for.
+
+A new release may move any of them, so each of these libraries is held to the minor version that the tests pass with. To
+go on to the next one, raise it in pyproject.toml and constraints.txt; `test_private_names.py` then says what has moved,
+in one line each.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+# What is used for what -> the names.
+NAMES: dict[str, tuple[str, ...]] = {
+    "a Ray cluster of our own, to stay on 127.0.0.1 and to have its own token": (
+        "ray._private.ray_constants.ENABLE_RAY_CLUSTER",
+        "ray._raylet.AuthenticationTokenLoader.instance",
+        "ray._raylet.AuthenticationTokenLoader.reset_cache",
+        "ray._raylet.Config.initialize",
+    ),
+    "the upload of a job, to know which files Ray will pack": (
+        "ray._private.ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE",
+        "ray._private.ray_constants.get_runtime_env_default_excludes",
+        "ray._private.runtime_env.packaging._dir_travel",
+        "ray._private.runtime_env.packaging._get_excludes",
+    ),
+    "the client of a cluster's jobs, to wait no longer than a minute": (
+        "ray.dashboard.modules.job.pydantic_models.JobDetails",
+        "ray.job_submission.JobSubmissionClient._do_request",
+        "ray.job_submission.JobSubmissionClient.get_address",
+    ),
+    "the search, to keep AWS secrets out of Ray's logs": ("ray.tune.execution.class_cache.ENV_VARS_TO_PROPAGATE",),
+    "the search, to keep Tune silent": ("ray.tune.progress_reporter.ProgressReporter.should_report",),
+    "the scheduler, to decide about a trial whose process died and to end a search that cannot go on": (
+        "ray.tune.execution.tune_controller.TuneController.request_stop_experiment",
+        "ray.tune.experiment.Trial.error_file",
+        "ray.tune.experiment.Trial.max_failures",
+        "ray.tune.experiment.Trial.num_failures",
+        "ray.tune.experiment.Trial.should_recover",
+    ),
+    "the rendezvous of a trial's workers, to listen on the node's own address only": (
+        "ray.train.torch.TorchConfig.backend_cls",
+        "ray.train.torch.TorchConfig.timeout_s",
+        "ray.train.torch.config._TorchBackend.on_start",
+        "ray.train.v2._internal.execution.worker_group.WorkerGroup.execute_single",
+        "ray.train.v2._internal.execution.worker_group.WorkerGroup.execute_single_async",
+        "ray.train.v2._internal.execution.worker_group.WorkerGroup.get_resources_per_worker",
+    ),
+    "a trial of several workers, to say why it ended": (
+        "ray.train.ControllerError.controller_failure",
+        "ray.train.WorkerGroupError.worker_failures",
+    ),
+    "the check of a cluster's dashboard": ("ray.util.state.exception.RayStateApiException",),
+    "the study, to read one trial by its number": (
+        "optuna.storages.BaseStorage.get_trial",
+        "optuna.storages.BaseStorage.get_trial_id_from_study_id_trial_number",
+        "optuna.study.Study._storage",
+        "optuna.study.Study._study_id",
+    ),
+    "proposals and early stops, to go on with a trial of another process": (
+        "optuna.trial.FrozenTrial.system_attrs",
+        "optuna.trial.FrozenTrial._trial_id",
+        "optuna.trial.Trial._trial_id",
+        "optuna.trial.Trial.storage",
+    ),
+    "the digest of a Hub dataset": ("datasets.Dataset._fingerprint",),
+    "FSDP, to find the blocks of a model": ("transformers.PreTrainedModel._no_split_modules",),
+    "quantised weights, to keep them as they are over an evaluation": (
+        "bitsandbytes.nn.Linear4bit.support_avx512bf16_for_cpu",
+    ),
+    "the projection, to shrink all factors in one kernel": ("torch._foreach_mul_",),
+    "FSDP, to share gradients once a step and to free whole weights after an evaluation": (
+        "torch.distributed.fsdp.FSDPModule.reshard",
+        "torch.distributed.fsdp.FSDPModule.set_requires_gradient_sync",
+    ),
+    "attaching the auxiliary, to refuse what is no linear layer": (
+        "peft.tuners.lora.layer.Conv1d",
+        "peft.tuners.lora.layer.Conv2d",
+        "peft.tuners.lora.layer.Conv3d",
+        "peft.tuners.lora.layer.Embedding",
+        "peft.tuners.lora.layer.MultiheadAttention",
+        "peft.tuners.lora.layer.ParamWrapper",
+        "peft.tuners.lora.tp_layer.LoraParallelLinear",
+        "peft.utils.other.TrainableTokensWrapper",
+    ),
+    "the layer with the perturbation, to compute what PEFT's own would": (
+        "peft.tuners.lora.Linear._cast_input_dtype",
+        "peft.tuners.lora.Linear.active_adapters",
+        "peft.tuners.lora.Linear.base_layer",
+        "peft.tuners.lora.Linear.disable_adapters",
+        "peft.tuners.lora.Linear.lora_A",
+        "peft.tuners.lora.Linear.lora_B",
+        "peft.tuners.lora.Linear.lora_bias",
+        "peft.tuners.lora.Linear.lora_dropout",
+        "peft.tuners.lora.Linear.lora_variant",
+        "peft.tuners.lora.Linear.merged",
+        "peft.tuners.lora.Linear.scaling",
+        "peft.tuners.lora.Linear.set_requires_grad",
+    ),
+}
+# Words that a module reads: variables of the environment, keys, resources. One that it reads no more does nothing.
+WORDS: dict[str, tuple[tuple[str, str], ...]] = {
+    "the search, to keep Ray and Tune silent": (
+        ("ray.tune.experimental.output", "RAY_AIR_NEW_OUTPUT"),
+        ("ray.train.constants", "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS"),
+        ("ray.tune.utils.callback", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"),
+        ("ray.tune.execution.experiment_state", "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S"),
+    ),
+    "the search, to hear of every evaluation at once": (
+        ("ray.train.v2._internal.constants", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"),
+        ("ray.tune.execution.tune_controller", "TUNE_DISABLE_STRICT_METRIC_CHECKING"),
+        ("ray.tune.tune", "TUNE_RESULT_BUFFER_LENGTH"),
+    ),
+    "the search, to write no snapshots": (("ray.tune.execution.tune_controller", "TUNE_GLOBAL_CHECKPOINT_S"),),
+    "the search, to hear of Ctrl-C": (("ray.tune.tune", "TUNE_DISABLE_SIGINT_HANDLER"),),
+    "the search, to show no GPU to who asks for none": (
+        ("ray._private.accelerators.accelerator", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"),
+    ),
+    "a cluster, to run what must be on its head": (("ray._common.constants", "__internal_head__"),),
+    "a job, to have the time to end its runs": (
+        ("ray.dashboard.modules.job.job_supervisor", "RAY_JOB_STOP_WAIT_TIME_S"),
+    ),
+    "the client of a cluster's jobs, to ask the address that was given": (
+        ("ray._private.ray_constants", "RAY_API_SERVER_ADDRESS"),
+    ),
+    "early stops, to know which rungs a trial has reached": (
+        ("optuna.pruners._successive_halving", "completed_rung_"),
+    ),
+}
+# Parameters that are in no documentation.
+PARAMETERS: dict[str, tuple[tuple[str, str], ...]] = {
+    "the upload of a job, to know which files Ray will pack": (
+        ("ray._private.runtime_env.packaging._dir_travel", "include_gitignore"),
+        ("ray._private.runtime_env.packaging._dir_travel", "logger"),
+    ),
+    "proposals, to go on with a trial of another process": (("optuna.trial.Trial", "trial_id"),),
+    "the rendezvous of a trial's workers, to listen on the node's own address only": (
+        ("torch.distributed.TCPStore", "master_listen_fd"),
+    ),
+}
+
+
+def _study() -> Any:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna.create_study()
+
+
+def _told_study() -> Any:
+    study = _study()
+    study.tell(study.ask(), 0.0)
+    return study
+
+
+def _lora_linear() -> Any:
+    from peft import LoraConfig, get_peft_model
+    from torch import nn
+
+    return get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"])).get_submodule(
+        "base_model.model.0"
+    )
+
+
+def _made(name: str, *arguments: object, **more: object) -> Callable[[], Any]:
+    return lambda: pkgutil.resolve_name(name)(*arguments, **more)
+
+
+# Classes whose names are attributes of an object only -> one of them.
+OBJECTS: dict[str, Callable[[], Any]] = {
+    "bitsandbytes.nn.Linear4bit": _made("bitsandbytes.nn.Linear4bit", 2, 2),
+    "datasets.Dataset": lambda: importlib.import_module("datasets").Dataset.from_dict({"a": [1]}),
+    "optuna.study.Study": _study,
+    "optuna.trial.FrozenTrial": lambda: _told_study().trials[0],
+    "optuna.trial.Trial": lambda: _study().ask(),
+    "peft.tuners.lora.Linear": _lora_linear,
+    "ray.train.ControllerError": _made("ray.train.ControllerError", ValueError()),
+    "ray.train.WorkerGroupError": _made("ray.train.WorkerGroupError", "", {}),
+    "ray.tune.experiment.Trial": _made("ray.tune.experiment.Trial", "none", stub=True),
+}
