@@ -1,4 +1,10 @@
-"""Bi-LoRA (arXiv 2508.19564) on a PEFT model, for any torch loop or the HF Trainer. Needs torch and PEFT only."""
+"""Bi-LoRA (arXiv 2508.19564) on a PEFT model, for any torch loop or the HF Trainer. Needs torch and PEFT only.
+
+Sharpness-aware minimization (SAM) of LoRA adapters in one forward and one backward pass a step: `attach_auxiliary` adds
+the adversarial weight perturbation to a model as a second adapter, `BiLoraAdamW` descends on the first and ascends on
+the second, `export_primary` writes the first alone. `reference` is the same word for word from the paper, to be read;
+examples/bilora_loop.py is a whole training loop.
+"""
 
 from bilora_ray.method.adapters import (
     attach_auxiliary,
