@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import string
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
@@ -24,6 +25,9 @@ from bilora_ray.errors import UserError, nearest
 
 Task = Literal["causal-lm", "seq2seq-lm", "sequence-classification"]
 MethodName = Literal["lora", "bilora"]
+# What a setting decides: see `Facts`.
+Decides = Literal["rows", "training rows", "model", "training", "evaluation", "memory"]
+METHODS: tuple[MethodName, ...] = get_args(MethodName)
 
 # What transformers calls the models of a task.
 MODEL_CLASS: dict[Task, str] = {
@@ -35,42 +39,69 @@ MODEL_CLASS: dict[Task, str] = {
 # About what CUDA takes of a GPU for each process, beside what torch allocates: an estimate, not measured here.
 CUDA_GIB = 0.5
 
-# A setting that only some methods read; a search does not vary it for the others.
-METHOD_SETTINGS: dict[str, frozenset[str]] = {
-    "rho": frozenset({"bilora"}),
-    "auxiliary_rank": frozenset({"bilora"}),
-    "auxiliary_learning_rate": frozenset({"bilora"}),
-}
-# What an evaluation does not read: all that is about how an adapter was trained.
-TRAINING_SETTINGS = frozenset(
-    {
-        *METHOD_SETTINGS,
-        "eval_steps",
-        "gradient_accumulation_steps",
-        "gradient_checkpointing",
-        "learning_rate",
-        "lora_alpha",
-        "lora_dropout",
-        "lr_scheduler_type",
-        "max_grad_norm",
-        "max_steps",
-        "max_train_samples",
-        "method",
-        "metric",
-        "num_train_epochs",
-        "per_device_train_batch_size",
-        "rank",
-        "target_modules",
-        "warmup_ratio",
-        "weight_decay",
-    }
-)
-
 LOSS_METRICS = ("eval_loss",)
 LM_METRICS = ("eval_loss", "eval_perplexity", "eval_token_accuracy")
 EXACT_MATCH = "eval_exact_match"
 LABEL_METRICS = ("eval_accuracy", "eval_f1", "eval_matthews_correlation")
 MINIMIZED = frozenset({"eval_loss", "eval_perplexity"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of a setting beside its type, its limits and its description: what may be done with it follows.
+
+    Attributes:
+        decides: what it decides first: `rows`, as a model reads them, the held-out ones among them; the `training rows`
+            alone; the base `model`, its tokenizer and the weights that a training starts from; the `training`: which
+            adapter comes out; the `evaluation`: what is measured of an adapter; the `memory` and the time that a
+            forward pass takes, and how it rounds.
+        of: the methods that read it.
+        searched: whether a search may try several values: trials that differ in it can be compared.
+        holds_out: whether it decides which rows are held out; none does where validation data is named.
+        source: what it names a file, a folder or a Hub repository of.
+        rehearsed: whether a dry run tries each of its values, as they could have other modules.
+        shown: where a person is told of it unasked: in the table of a model `card`, under the `best` trial.
+    """
+
+    decides: Decides
+    searched: bool
+    of: tuple[MethodName, ...] = METHODS
+    holds_out: bool = False
+    source: Literal["model", "data"] | None = None
+    rehearsed: bool = False
+    shown: tuple[Literal["card", "best"], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.decides not in get_args(Decides) or not set(self.of) <= set(METHODS):
+            raise TypeError(f"no such facts: {self}")
+
+
+def setting(
+    default: Any,
+    description: str,
+    *,
+    decides: Decides,
+    gt: float | None = None,
+    ge: float | None = None,
+    lt: float | None = None,
+    min_length: int | None = None,
+    **facts: Any,
+) -> Any:
+    """A field of `TrialConfig`.
+
+    Args:
+        default: `...` where there is none.
+        description: the one place where the setting is described.
+        decides: see `Facts`. It has no default, so that nothing is assumed of a new setting.
+        gt: with `ge`, `lt` and `min_length`: as pydantic has them.
+        facts: see `Facts`. Trials are compared on the same rows, by the same measure: what decides those is not
+            searched unless it says so.
+
+    Raises:
+        TypeError: there are no such facts.
+    """
+    known = asdict(Facts(decides=decides, **{"searched": decides not in ("rows", "evaluation"), **facts}))
+    return Field(default, description=description, gt=gt, ge=ge, lt=lt, min_length=min_length, json_schema_extra=known)
 
 
 class TrialConfig(Settings):
@@ -79,69 +110,130 @@ class TrialConfig(Settings):
     searched: ClassVar[bool] = True
 
     # Model
-    model_name_or_path: str = Field(min_length=1, description="Hub id, local folder, or builtin:NAME")
-    model_revision: str | None = Field(None, description="Hub revision (branch, tag or commit)")
-    trust_remote_code: bool = Field(False, description="run model code that comes from the Hub")
-    task: Task = Field(description="what is learned")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="base weights and activations; adapters stay fp32")
-    quantization: Literal["nf4", "int8"] | None = Field(
-        None, description="of the frozen base weights (QLoRA); needs bitsandbytes"
+    model_name_or_path: str = setting(
+        ..., "Hub id, local folder, or builtin:NAME", min_length=1, decides="model", source="model", rehearsed=True
     )
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = Field(
-        None, description="attention kernel; transformers chooses when absent"
+    model_revision: str | None = setting(None, "Hub revision (branch, tag or commit)", decides="model")
+    trust_remote_code: bool = setting(False, "run model code that comes from the Hub", decides="model", searched=False)
+    task: Task = setting(..., "what is learned", decides="model", searched=False)
+    precision: Literal["fp32", "bf16"] = setting(
+        "fp32", "base weights and activations; adapters stay fp32", decides="memory", shown=("card",)
+    )
+    quantization: Literal["nf4", "int8"] | None = setting(
+        None, "of the frozen base weights (QLoRA); needs bitsandbytes", decides="memory", shown=("card",)
+    )
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = setting(
+        None, "attention kernel; transformers chooses when absent", decides="memory"
     )
 
     # Data
-    train_data: str = Field(min_length=1, description="local file, Hub dataset, or builtin:NAME")
-    validation_data: str | None = Field(None, description="as train_data; a split by seed is made when absent")
-    validation_fraction: Float = Field(0.1, gt=0, lt=1, description="share of train_data held out when it is split")
-    dataset_config_name: str | None = Field(None, description="configuration of a Hub dataset, such as sst2")
-    train_split: str = Field("train", description="split of a Hub dataset to train on")
-    validation_split: str | None = Field(None, description="split of a Hub dataset to validate on")
-    column_names: tuple[str, ...] | None = Field(None, description="columns of a CSV or TSV file without a header")
-    prompt_template: str = Field("{prompt}", description="prompt of a row; {name} is a column")
-    completion_template: str = Field("{completion}", description="completion of a row; {name} is a column")
-    messages_column: str | None = Field(None, description="column of chat messages, used instead of the templates")
-    text_column: str = Field("text", description="sequence-classification: the text")
-    text_pair_column: str | None = Field(None, description="sequence-classification: the second text")
-    label_column: str = Field("label", description="column of the label")
-    label_names: tuple[str, ...] | None = Field(None, description="labels in order; found in train_data when absent")
-    max_length: Int = Field(512, ge=4, description="tokens a row keeps at the most")
-    max_train_samples: Int | None = Field(None, ge=1, description="train on this many rows, drawn by seed")
-    max_eval_samples: Int | None = Field(None, ge=1, description="validate on the first so many rows")
+    train_data: str = setting(
+        ...,
+        "local file, Hub dataset, or builtin:NAME",
+        min_length=1,
+        decides="rows",
+        searched=True,
+        holds_out=True,
+        source="data",
+    )
+    validation_data: str | None = setting(
+        None, "as train_data; a split by seed is made when absent", decides="rows", holds_out=True, source="data"
+    )
+    validation_fraction: Float = setting(
+        0.1, "share of train_data held out when it is split", gt=0, lt=1, decides="rows", holds_out=True
+    )
+    dataset_config_name: str | None = setting(
+        None, "configuration of a Hub dataset, such as sst2", decides="rows", holds_out=True
+    )
+    train_split: str = setting("train", "split of a Hub dataset to train on", decides="rows", holds_out=True)
+    validation_split: str | None = setting(
+        None, "split of a Hub dataset to validate on", decides="rows", holds_out=True
+    )
+    column_names: tuple[str, ...] | None = setting(
+        None, "columns of a CSV or TSV file without a header", decides="rows", holds_out=True
+    )
+    prompt_template: str = setting("{prompt}", "prompt of a row; {name} is a column", decides="rows", searched=True)
+    completion_template: str = setting("{completion}", "completion of a row; {name} is a column", decides="rows")
+    messages_column: str | None = setting(
+        None, "column of chat messages, used instead of the templates", decides="rows"
+    )
+    text_column: str = setting("text", "sequence-classification: the text", decides="rows")
+    text_pair_column: str | None = setting(None, "sequence-classification: the second text", decides="rows")
+    label_column: str = setting("label", "column of the label", decides="rows")
+    label_names: tuple[str, ...] | None = setting(
+        None, "labels in order; found in train_data when absent", decides="rows"
+    )
+    max_length: Int = setting(512, "tokens a row keeps at the most", ge=4, decides="rows")
+    max_train_samples: Int | None = setting(
+        None, "train on this many rows, drawn by seed", ge=1, decides="training rows"
+    )
+    max_eval_samples: Int | None = setting(None, "validate on the first so many rows", ge=1, decides="rows")
 
     # Method
-    method: MethodName = Field("bilora", description="how the adapter is trained")
-    rank: Int = Field(8, ge=1, description="r of the primary adapter")
-    lora_alpha: Float | None = Field(None, gt=0, description="2 x rank when absent")
-    lora_dropout: Float = Field(0.0, ge=0, lt=1, description="dropout on the primary adapter's input")
-    target_modules: str | tuple[str, ...] = Field("all-linear", description="modules that get an adapter")
-    rho: Float = Field(0.05, gt=0, description="radius of the auxiliary perturbation, Frobenius norm, all layers")
-    auxiliary_rank: Int = Field(8, ge=1, description="r of the auxiliary adapter")
-    auxiliary_learning_rate: Float | None = Field(None, gt=0, description="learning_rate when absent")
+    method: MethodName = setting("bilora", "how the adapter is trained", decides="training", shown=("best",))
+    rank: Int = setting(8, "r of the primary adapter", ge=1, decides="training", shown=("card", "best"))
+    lora_alpha: Float | None = setting(None, "2 x rank when absent", gt=0, decides="training", shown=("card",))
+    lora_dropout: Float = setting(0.0, "dropout on the primary adapter's input", ge=0, lt=1, decides="training")
+    target_modules: str | tuple[str, ...] = setting(
+        "all-linear", "modules that get an adapter", decides="training", rehearsed=True, shown=("card",)
+    )
+    rho: Float = setting(
+        0.05,
+        "radius of the auxiliary perturbation, Frobenius norm, all layers",
+        gt=0,
+        decides="training",
+        of=("bilora",),
+        shown=("card", "best"),
+    )
+    auxiliary_rank: Int = setting(
+        8, "r of the auxiliary adapter", ge=1, decides="training", of=("bilora",), shown=("card", "best")
+    )
+    auxiliary_learning_rate: Float | None = setting(
+        None, "learning_rate when absent", gt=0, decides="training", of=("bilora",), shown=("card",)
+    )
 
     # Optimisation
-    learning_rate: Float = Field(5e-4, gt=0, description="peak learning rate of the primary adapter")
-    weight_decay: Float = Field(0.0, ge=0, description="AdamW weight decay of the primary adapter")
-    max_grad_norm: Float | None = Field(1.0, gt=0, description="gradient norm limit, per branch; null: none")
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
-        "cosine", description="course of the learning rate over the steps"
+    learning_rate: Float = setting(
+        5e-4, "peak learning rate of the primary adapter", gt=0, decides="training", shown=("card", "best")
     )
-    warmup_ratio: Float = Field(0.03, ge=0, lt=1, description="share of steps with rising learning rate")
-    num_train_epochs: Float = Field(3.0, gt=0, description="passes over the training rows")
-    max_steps: Int | None = Field(None, ge=1, description="optimizer steps, instead of num_train_epochs")
-    per_device_train_batch_size: Int = Field(8, ge=1, description="rows of one forward pass")
-    per_device_eval_batch_size: Int = Field(32, ge=1, description="rows of one evaluation pass")
-    gradient_accumulation_steps: Int = Field(1, ge=1, description="forward passes of one optimizer step")
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, more time")
-    seed: Int = Field(0, ge=0, lt=2**32, description="of data order, initial weights and dropout")
+    weight_decay: Float = setting(0.0, "AdamW weight decay of the primary adapter", ge=0, decides="training")
+    max_grad_norm: Float | None = setting(1.0, "gradient norm limit, per branch; null: none", gt=0, decides="training")
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = setting(
+        "cosine", "course of the learning rate over the steps", decides="training"
+    )
+    warmup_ratio: Float = setting(0.03, "share of steps with rising learning rate", ge=0, lt=1, decides="training")
+    num_train_epochs: Float = setting(3.0, "passes over the training rows", gt=0, decides="training", shown=("card",))
+    max_steps: Int | None = setting(
+        None, "optimizer steps, instead of num_train_epochs", ge=1, decides="training", shown=("card",)
+    )
+    per_device_train_batch_size: Int = setting(8, "rows of one forward pass", ge=1, decides="training", shown=("card",))
+    per_device_eval_batch_size: Int = setting(32, "rows of one evaluation pass", ge=1, decides="memory")
+    gradient_accumulation_steps: Int = setting(
+        1, "forward passes of one optimizer step", ge=1, decides="training", shown=("card",)
+    )
+    gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time", decides="training")
+    seed: Int = setting(
+        0,
+        "of data order, initial weights and dropout",
+        ge=0,
+        lt=2**32,
+        decides="model",
+        holds_out=True,
+        shown=("card",),
+    )
 
     # Evaluation
-    metric: str = Field("eval_loss", description="what a trial is judged by; decides which checkpoint is kept")
-    eval_steps: Float = Field(0.1, gt=0, description="steps between evaluations; below 1, a share of the training")
-    predict_with_generate: bool = Field(False, description="generate text and measure eval_exact_match")
-    max_new_tokens: Int = Field(64, ge=1, description="length of generated text")
-    answer_pattern: str | None = Field(None, description="regular expression whose group 1 is the answer in a text")
+    metric: str = setting(
+        "eval_loss", "what a trial is judged by; decides which checkpoint is kept", decides="training", searched=False
+    )
+    eval_steps: Float = setting(
+        0.1, "steps between evaluations; below 1, a share of the training", gt=0, decides="training", searched=False
+    )
+    predict_with_generate: bool = setting(False, "generate text and measure eval_exact_match", decides="evaluation")
+    max_new_tokens: Int = setting(64, "length of generated text", ge=1, decides="evaluation")
+    answer_pattern: str | None = setting(
+        None, "regular expression whose group 1 is the answer in a text", decides="evaluation"
+    )
 
     @field_validator("eval_steps")
     @classmethod
@@ -200,6 +292,11 @@ class TrialConfig(Settings):
         return self.metric not in MINIMIZED
 
     @property
+    def rows_per_step(self) -> int:
+        """Rows that one optimizer step takes on each worker."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
     def resolved_lora_alpha(self) -> float:
         """`lora_alpha`, or the paper's 2 x rank."""
         return 2.0 * self.rank if self.lora_alpha is None else self.lora_alpha
@@ -208,6 +305,31 @@ class TrialConfig(Settings):
     def resolved_auxiliary_learning_rate(self) -> float:
         """`auxiliary_learning_rate`, or the paper's choice: the primary's."""
         return self.learning_rate if self.auxiliary_learning_rate is None else self.auxiliary_learning_rate
+
+
+def facts_of(kind: type[Settings]) -> dict[str, Facts]:
+    """The facts of every setting of a `kind`. TypeError if one was declared without `setting`."""
+    extras: dict[str, Any] = {key: field.json_schema_extra or {} for key, field in kind.model_fields.items()}
+    return {key: Facts(**extra) for key, extra in extras.items()}
+
+
+FACTS = facts_of(TrialConfig)
+
+
+def deciding(*words: Decides) -> frozenset[str]:
+    """The settings that decide one of `words`."""
+    return frozenset(key for key, facts in FACTS.items() if facts.decides in words)
+
+
+def shown(place: Literal["card", "best"]) -> tuple[str, ...]:
+    """The settings that a person is told of in `place`, in the order of their declaration."""
+    return tuple(key for key, facts in FACTS.items() if place in facts.shown)
+
+
+# What an evaluation of an adapter does not read.
+TRAINING_SETTINGS = deciding("training", "training rows")
+# What names a model or data -> which of the two.
+SOURCES = {key: facts.source for key, facts in FACTS.items() if facts.source is not None}
 
 
 def template_columns(template: str) -> tuple[str, ...]:
@@ -254,4 +376,4 @@ def coerce(setting: str, value: Any, where: str) -> Any:
 
 def applies(setting: str, method: str) -> bool:
     """Whether `method` reads `setting`."""
-    return setting not in METHOD_SETTINGS or method in METHOD_SETTINGS[setting]
+    return method in FACTS[setting].of

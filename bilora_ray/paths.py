@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bilora_ray import builtin
 from bilora_ray.errors import UserError
@@ -15,7 +14,6 @@ from bilora_ray.errors import UserError
 BUILTIN = "builtin:"
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-SOURCES = ("model_name_or_path", "train_data", "validation_data")
 # A source's name, the folder that relative paths start at, where the name is written, whether it is data -> the source.
 Locate = Callable[[str, Path, str, bool], str]
 
@@ -86,29 +84,6 @@ class SourcesElsewhere:
         source = LocalSource(where, name, Path(os.path.abspath(base / name)))
         self.local.append(source)
         return str(source.path)
-
-
-def absolute_sources(
-    settings: Mapping[str, Any], base: Path, where: str, locate: Locate = locate_here
-) -> dict[str, Any]:
-    """`settings` with every local path among the SOURCES made absolute, starting at `base`.
-
-    A trial runs in a folder of its own and a cluster's node in another package folder, so local paths become
-    absolute here, once, while Hub names and `builtin:` names stay as they are. A choice of sources is treated value
-    by value.
-
-    Raises:
-        UserError: a text that is neither an existing path nor can be a Hub name, or a path that cannot be looked at.
-    """
-    result = dict(settings)
-    for key in SOURCES:
-        value = result.get(key)
-        if isinstance(value, str):
-            result[key] = locate(value, base, f"{where}.{key}", key != "model_name_or_path")
-        elif isinstance(value, dict) and isinstance(value.get("choice"), list):
-            choice = [absolute_sources({key: v}, base, where, locate)[key] for v in value["choice"]]
-            result[key] = {**value, "choice": choice}
-    return result
 
 
 def cached_commit(model: str, revision: str | None) -> str | None:

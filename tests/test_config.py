@@ -1,22 +1,30 @@
 """Settings: the paper's defaults, strict types, and one line for whatever is wrong."""
 
+from collections.abc import Collection
 from typing import Any
 
 import pytest
+from pydantic import Field
 
 from bilora_ray.checking import Settings, build
 from bilora_ray.config import (
-    METHOD_SETTINGS,
+    FACTS,
+    METHODS,
+    SOURCES,
     TRAINING_SETTINGS,
     TrialConfig,
     applies,
     coerce,
+    facts_of,
     is_integer,
     is_number,
+    setting,
+    shown,
     template_columns,
 )
 from bilora_ray.errors import UserError
 from bilora_ray.search.space import ResourceConfig, StudyConfig
+from bilora_ray.search.space_file import NOT_SEARCHED
 
 NEEDED = {"model_name_or_path": "m", "task": "causal-lm", "train_data": "d"}
 LABELLED = {"task": "sequence-classification"}
@@ -343,8 +351,8 @@ def test_a_template_holds_plain_columns_only(template: str, problem: str) -> Non
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         template_columns(template)
     assert str(caught.value) == problem
-    for setting in ("prompt_template", "completion_template"):
-        assert refused(**{setting: template}) == f"W: {setting}: {problem}, got {template!r}"
+    for key in ("prompt_template", "completion_template"):
+        assert refused(**{key: template}) == f"W: {key}: {problem}, got {template!r}"
 
 
 def test_an_answer_pattern_has_one_group() -> None:
@@ -371,10 +379,103 @@ def test_the_auxiliarys_settings_apply_to_bilora_alone(setting: str) -> None:
     assert not applies(setting, "lora")
 
 
-@pytest.mark.parametrize("method", ["lora", "bilora"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_primarys_settings_apply_to_every_method(method: str) -> None:
-    assert all(applies(key, method) for key in TrialConfig.model_fields if key not in METHOD_SETTINGS)
+    own = ["rho", "auxiliary_rank", "auxiliary_learning_rate"]
+    assert [key for key in FACTS if not applies(key, method)] == ([] if method == "bilora" else own)
 
 
-def test_settings_that_depend_on_the_method_exist() -> None:
-    assert set(METHOD_SETTINGS) <= TRAINING_SETTINGS <= set(TrialConfig.model_fields)
+# Facts
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {},
+        {"of": ("bilora",)},
+        {"decides": "rho"},
+        {"decides": "training", "of": ("adam",)},
+        {"decides": "training", "search": False},
+        {"decides": "training", "le": 1},
+    ],
+    ids=str,
+)
+def test_a_setting_is_not_declared_without_what_it_decides_or_with_facts_that_are_none(facts: dict[str, Any]) -> None:
+    with pytest.raises(TypeError):
+        setting(0.5, "of something", **facts)
+
+
+def test_a_setting_is_not_declared_in_another_way() -> None:
+    class Plain(TrialConfig):
+        momentum: float = 0.9
+
+    class Described(TrialConfig):
+        momentum: float = Field(0.9, description="of something")
+
+    for kind in (Plain, Described):
+        with pytest.raises(TypeError, match="decides"):
+            facts_of(kind)
+
+
+def test_rows_and_measures_are_the_same_for_all_trials_unless_a_setting_says_otherwise() -> None:
+    class New(TrialConfig):
+        shuffled: bool = setting(False, "of something", decides="rows")
+        beams: int = setting(1, "of something", decides="evaluation")
+        momentum: float = setting(0.9, "of something", decides="training")
+        packed: bool = setting(False, "of something", decides="rows", searched=True)
+
+    found = facts_of(New)
+    assert [found[key].searched for key in ("shuffled", "beams", "momentum", "packed")] == [False, False, True, True]
+    assert found["momentum"].of == METHODS
+
+
+# The settings of 0.1.0 and what it knew of them, where each was told in a list of its own.
+OF_0_1_0 = """
+    answer_pattern attn_implementation auxiliary_learning_rate auxiliary_rank column_names completion_template
+    dataset_config_name eval_steps gradient_accumulation_steps gradient_checkpointing label_column label_names
+    learning_rate lora_alpha lora_dropout lr_scheduler_type max_eval_samples max_grad_norm max_length max_new_tokens
+    max_steps max_train_samples messages_column method metric model_name_or_path model_revision num_train_epochs
+    per_device_eval_batch_size per_device_train_batch_size precision predict_with_generate prompt_template quantization
+    rank rho seed target_modules task text_column text_pair_column train_data train_split trust_remote_code
+    validation_data validation_fraction validation_split warmup_ratio weight_decay
+"""
+
+
+@pytest.mark.parametrize(
+    ("settings", "known"),
+    [
+        (
+            TRAINING_SETTINGS,
+            """
+            auxiliary_learning_rate auxiliary_rank eval_steps gradient_accumulation_steps gradient_checkpointing
+            learning_rate lora_alpha lora_dropout lr_scheduler_type max_grad_norm max_steps max_train_samples method
+            metric num_train_epochs per_device_train_batch_size rank rho target_modules warmup_ratio weight_decay
+            """,
+        ),
+        (
+            NOT_SEARCHED,
+            """
+            answer_pattern column_names completion_template dataset_config_name eval_steps label_column label_names
+            max_eval_samples max_length max_new_tokens messages_column metric predict_with_generate task text_column
+            text_pair_column train_split trust_remote_code validation_data validation_fraction validation_split
+            """,
+        ),
+        (
+            shown("card"),
+            """
+            auxiliary_learning_rate auxiliary_rank gradient_accumulation_steps learning_rate lora_alpha max_steps
+            num_train_epochs per_device_train_batch_size precision quantization rank rho seed target_modules
+            """,
+        ),
+        (shown("best"), "auxiliary_rank learning_rate method rank rho"),
+        (SOURCES, "model_name_or_path train_data validation_data"),
+        ([key for key, facts in FACTS.items() if facts.rehearsed], "model_name_or_path target_modules"),
+    ],
+    ids=["training", "not searched", "card", "best", "sources", "rehearsed"],
+)
+def test_what_was_known_of_the_settings_of_0_1_0_still_holds(settings: Collection[str], known: str) -> None:
+    assert set(settings) & set(OF_0_1_0.split()) == set(known.split())
+
+
+def test_no_setting_of_0_1_0_is_gone() -> None:
+    assert set(FACTS) >= set(OF_0_1_0.split())

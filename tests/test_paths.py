@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from bilora_ray.config import SOURCES
 from bilora_ray.errors import UserError
-from bilora_ray.paths import SOURCES, absolute_sources
+from bilora_ray.search.space_file import absolute_sources
 
 DATA = ("train_data", "validation_data")
 

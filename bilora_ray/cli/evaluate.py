@@ -12,8 +12,8 @@ from bilora_ray.cli.options import json_option, print_json, set_option
 from bilora_ray.cli.tables import in_quotes
 from bilora_ray.config import TRAINING_SETTINGS, TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.paths import absolute_sources, locate_here
-from bilora_ray.search.space_file import parse_override
+from bilora_ray.paths import locate_here
+from bilora_ray.search.space_file import absolute_sources, parse_override
 
 EPILOG = """\b
 Examples:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from bilora_ray.cli.progress import STATUS_WORDS
 from bilora_ray.cli.tables import TrialTable, in_short, step_of
-from bilora_ray.config import TrialConfig
+from bilora_ray.config import TrialConfig, shown
 from bilora_ray.records import Status, TrialRecord, best_of
 
 if TYPE_CHECKING:
@@ -81,14 +81,13 @@ def print_best(console: Console, study: SearchStudy, records: Sequence[TrialReco
         lower = any(record.loss != best.loss for record in equal)
         line += f" (the same as {which}{', with a lower eval_loss' if lower else ''})"
     console.print(line, style="bold green", markup=False)
-    shown = {key: value for key, value in best.settings.items() if key in best.sampled}
-    print_settings(console, shown or {**non_default(best.settings), **_of_the_adapter(best.settings)})
+    sampled = {key: value for key, value in best.settings.items() if key in best.sampled}
+    print_settings(console, sampled or {**non_default(best.settings), **_of_the_adapter(best.settings)})
     return best
 
 
 def _of_the_adapter(settings: Mapping[str, Any]) -> dict[str, Any]:
-    keys = ("method", "rank", "auxiliary_rank", "rho", "learning_rate")
-    return {key: settings[key] for key in keys if key in settings}
+    return {key: settings[key] for key in shown("best") if key in settings}
 
 
 def non_default(settings: Mapping[str, Any]) -> dict[str, Any]:

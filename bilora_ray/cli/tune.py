@@ -22,6 +22,7 @@ from bilora_ray.cli.options import (
 from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.cli.tables import duration, in_quotes
 from bilora_ray.cli.validate import describe
+from bilora_ray.config import FACTS
 from bilora_ray.errors import UserError
 from bilora_ray.paths import Locate, locate_here
 from bilora_ray.search.cluster.protection import check_mlflow, check_ray
@@ -144,9 +145,9 @@ def _rehearse(
     from bilora_ray.training.rehearsal import rehearse
 
     configs = [space.first_config()]
-    for key in ("model_name_or_path", "target_modules"):
-        if key in space.distributions:
-            configs += [configs[0].model_copy(update={key: value}) for value in space.distributions[key].ends()[1:]]
+    for key, distribution in space.distributions.items():
+        if FACTS[key].rehearsed:
+            configs += [configs[0].model_copy(update={key: value}) for value in distribution.ends()[1:]]
     first, *_ = [rehearse(config) for config in configs]
     return first
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from bilora_ray.config import MODEL_CLASS, TrialConfig, applies
+from bilora_ray.config import MODEL_CLASS, TrialConfig, applies, shown
 from bilora_ray.paths import BUILTIN
 
 CARD = "README.md"
@@ -16,22 +16,6 @@ METHOD = {
     "lora": "LoRA",
     "bilora": "Bi-LoRA (sharpness-aware LoRA, [arXiv 2508.19564](https://arxiv.org/abs/2508.19564))",
 }
-SHOWN = (
-    "rank",
-    "lora_alpha",
-    "target_modules",
-    "auxiliary_rank",
-    "rho",
-    "learning_rate",
-    "auxiliary_learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "precision",
-    "quantization",
-    "seed",
-)
 
 
 def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) -> None:
@@ -55,8 +39,8 @@ def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) ->
     settings = {key: value for key, value in config.model_dump().items() if applies(key, config.method)}
     if config.max_steps is not None:
         del settings["num_train_epochs"]
-    shown = {key: str(settings[key]).replace("|", "\\|") for key in SHOWN if settings.get(key) is not None}
-    rows = "\n".join(f"| {key} | {value} |" for key, value in shown.items())
+    table = {key: str(settings[key]).replace("|", "\\|") for key in shown("card") if settings.get(key) is not None}
+    rows = "\n".join(f"| {key} | {value} |" for key, value in table.items())
     value = origin.get(config.metric)
     result = "" if value is None else f", with {config.metric} {value:.6g} on its validation rows"
     metadata = ModelCard.load(adapter / CARD, ignore_metadata_errors=True).data

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bilora_ray.config import TrialConfig
+from bilora_ray.config import TrialConfig, coerce
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import BUILTIN, cached_commit
 from bilora_ray.search.space import Space
@@ -17,7 +17,6 @@ from bilora_ray.training.tasks.rows import load_rows
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_TIMEOUT_S = 10
-ROWS_OF_A_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,10 @@ def preflight(space: Space) -> Checked:
 
 def _with_most_rows(config: TrialConfig, space: Space) -> TrialConfig:
     """`config` as in the trial whose steps take the most rows."""
-    ends = {key: space.distributions[key].ends() for key in ROWS_OF_A_STEP if key in space.distributions}
-    most = {key: int(max(end for end in both if isinstance(end, int | float))) for key, both in ends.items()}
-    return config.model_copy(update=most)
+    for key, distribution in space.distributions.items():
+        others = [config.model_copy(update={key: coerce(key, end, key)}) for end in distribution.ends()]
+        config = max(others, key=lambda other: other.rows_per_step)
+    return config
 
 
 def _source(config: TrialConfig, setting: str) -> str:

@@ -10,40 +10,16 @@ from typing import Any
 import yaml
 
 from bilora_ray.checking import build, nearest_setting
-from bilora_ray.config import TrialConfig, coerce, is_integer, is_number
+from bilora_ray.config import FACTS, SOURCES, TrialConfig, coerce, is_integer, is_number
 from bilora_ray.errors import UserError, nearest
-from bilora_ray.paths import Locate, absolute_sources, locate_here
+from bilora_ray.paths import Locate, locate_here
 from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig, Space, StudyConfig, Value
 
 SECTIONS = ("study", "trial", "resources")
 # Trials that differ in these cannot be compared: they are judged by other rows, another measure or at other steps.
-NOT_SEARCHED = frozenset(
-    {
-        "answer_pattern",
-        "column_names",
-        "completion_template",
-        "dataset_config_name",
-        "eval_steps",
-        "label_column",
-        "label_names",
-        "max_eval_samples",
-        "max_length",
-        "max_new_tokens",
-        "messages_column",
-        "metric",
-        "predict_with_generate",
-        "task",
-        "text_column",
-        "text_pair_column",
-        "train_split",
-        "trust_remote_code",
-        "validation_data",
-        "validation_fraction",
-        "validation_split",
-    }
-)
+NOT_SEARCHED = frozenset(key for key, facts in FACTS.items() if not facts.searched)
 # These decide which rows are held out, unless validation data is named.
-DECIDE_THE_SPLIT = frozenset({"seed", "train_data"})
+DECIDE_THE_SPLIT = frozenset(key for key, facts in FACTS.items() if facts.holds_out)
 MERGE = "tag:yaml.org,2002:merge"
 # What PyYAML raises: its own errors, and Python's on values such as the date 2024-02-30.
 YAML_ERRORS = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
@@ -153,6 +129,29 @@ def _section_hint(name: str) -> str:
 
 def _reason(error: Exception) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else "not UTF-8 text"
+
+
+def absolute_sources(
+    settings: Mapping[str, Any], base: Path, where: str, locate: Locate = locate_here
+) -> dict[str, Any]:
+    """`settings` with every local path among the SOURCES made absolute, starting at `base`.
+
+    A trial runs in a folder of its own and a cluster's node in another package folder, so local paths become
+    absolute here, once, while Hub names and `builtin:` names stay as they are. A choice of sources is treated value
+    by value.
+
+    Raises:
+        UserError: a text that is neither an existing path nor can be a Hub name, or a path that cannot be looked at.
+    """
+    result = dict(settings)
+    for key, kind in SOURCES.items():
+        value = result.get(key)
+        if isinstance(value, str):
+            result[key] = locate(value, base, f"{where}.{key}", kind == "data")
+        elif isinstance(value, dict) and isinstance(value.get("choice"), list):
+            choice = [absolute_sources({key: v}, base, where, locate)[key] for v in value["choice"]]
+            result[key] = {**value, "choice": choice}
+    return result
 
 
 def parse_override(text: str) -> tuple[str, str, Any]:

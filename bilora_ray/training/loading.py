@@ -11,19 +11,13 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from bilora_ray.config import TRAINING_SETTINGS, TrialConfig
+from bilora_ray.config import TrialConfig, deciding
 from bilora_ray.training.model import load_tokenizer
 from bilora_ray.training.tasks.prepare import Prepared, prepare
 from bilora_ray.training.tasks.rows import load_rows
 
 # All settings but these decide the examples, or could.
-NOT_OF_EXAMPLES = (TRAINING_SETTINGS - {"max_train_samples"}) | {
-    "attn_implementation",
-    "max_new_tokens",
-    "per_device_eval_batch_size",
-    "precision",
-    "quantization",
-}
+NOT_OF_EXAMPLES = deciding("training", "memory")
 WITHOUT_EFFECT = {key: TrialConfig.model_fields[key].default for key in NOT_OF_EXAMPLES}
 
 # What tells a file from the same one after it was written again.

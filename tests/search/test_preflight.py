@@ -21,7 +21,7 @@ from tiny_trials import Tiny
 
 from bilora_ray.errors import UserError
 from bilora_ray.recipe import read_recipe
-from bilora_ray.search.preflight import pinned
+from bilora_ray.search.preflight import pinned, preflight
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.layout import Layout
@@ -164,3 +164,10 @@ def test_the_commit_of_a_model_in_the_cache_is_in_the_settings_the_recipe_and_ml
     (experiment,) = (found for found in client.search_experiments() if found.name == "bilora-ray")
     runs = client.search_runs([experiment.experiment_id])
     assert {run.data.params["model_revision"] for run in runs} == {TAGGED}
+
+
+def test_the_notes_are_on_the_trial_whose_steps_take_the_most_rows(tiny: Tiny) -> None:
+    steps = ("per_device_train_batch_size={low: 2, high: 32}", "gradient_accumulation_steps={choice: [1, 4, 2]}")
+    local = {"model_name_or_path": str(tiny.model("causal-lm"))}
+    (note,) = preflight(space(tiny, *steps, "lora_dropout={low: 0, high: 0.5}", **local)).notes
+    assert note == "per_device_train_batch_size: a step would take 128 rows, and there are 44"

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny_trials import Tiny, write_rows
 
-from bilora_ray.config import TrialConfig
+from bilora_ray.config import FACTS, TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.training.loading import NOT_OF_EXAMPLES, load_data
 
@@ -30,6 +30,17 @@ def other(setting: str, value: Any) -> Any:
     if setting in OTHERS:
         return OTHERS[setting]
     return 0.25 if value is None or isinstance(value, float) else value + 1
+
+
+def test_what_was_known_not_to_decide_the_examples_still_does_not() -> None:
+    before = """
+        attn_implementation auxiliary_learning_rate auxiliary_rank eval_steps gradient_accumulation_steps
+        gradient_checkpointing learning_rate lora_alpha lora_dropout lr_scheduler_type max_grad_norm max_steps method
+        metric num_train_epochs per_device_eval_batch_size per_device_train_batch_size precision quantization rank rho
+        target_modules warmup_ratio weight_decay
+    """
+    assert set(before.split()) <= NOT_OF_EXAMPLES
+    assert not any(FACTS[key].decides in ("rows", "training rows") for key in NOT_OF_EXAMPLES)
 
 
 @pytest.mark.parametrize("setting", sorted(NOT_OF_EXAMPLES))

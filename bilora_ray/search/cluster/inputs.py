@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bilora_ray.config import SOURCES
 from bilora_ray.errors import UserError
-from bilora_ray.paths import SOURCES
 from bilora_ray.search.space import Choice, Space
 
 # Where Ray unpacks what a job was sent; the name follows the content of all of it.
