@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import string
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -57,7 +58,7 @@ class Facts:
             forward pass takes, and how it rounds.
         of: the methods that read it.
         searched: whether a search may try several values: trials that differ in it can be compared.
-        holds_out: whether it decides which rows are held out; none does where validation data is named.
+        holds_out: whether it decides which rows are held out: see `deciding_the_split`.
         source: what it names a file, a folder or a Hub repository of.
         rehearsed: whether a dry run tries each of its values, as they could have other modules.
         shown: where a person is told of it unasked: in the table of a model `card`, under the `best` trial.
@@ -137,7 +138,7 @@ class TrialConfig(Settings):
         source="data",
     )
     validation_data: str | None = setting(
-        None, "as train_data; a split by seed is made when absent", decides="rows", holds_out=True, source="data"
+        None, "as train_data; a split by split_seed is made when absent", decides="rows", holds_out=True, source="data"
     )
     validation_fraction: Float = setting(
         0.1, "share of train_data held out when it is split", gt=0, lt=1, decides="rows", holds_out=True
@@ -165,9 +166,19 @@ class TrialConfig(Settings):
     )
     max_length: Int = setting(512, "tokens a row keeps at the most", ge=4, decides="rows")
     max_train_samples: Int | None = setting(
-        None, "train on this many rows, drawn by seed", ge=1, decides="training rows"
+        None, "train on this many rows, drawn by split_seed", ge=1, decides="training rows"
     )
     max_eval_samples: Int | None = setting(None, "validate on the first so many rows", ge=1, decides="rows")
+    split_seed: Int | None = setting(
+        None,
+        "of the held-out rows and of those that max_train_samples draws; seed when absent",
+        ge=0,
+        lt=2**32,
+        decides="rows",
+        searched=True,
+        holds_out=True,
+        shown=("card",),
+    )
 
     # Method
     method: MethodName = setting("bilora", "how the adapter is trained", decides="training", shown=("best",))
@@ -297,6 +308,11 @@ class TrialConfig(Settings):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
+    def resolved_split_seed(self) -> int:
+        """`split_seed`, or `seed`. Trials with one of their own, and several seeds, are compared on the same rows."""
+        return self.seed if self.split_seed is None else self.split_seed
+
+    @property
     def resolved_lora_alpha(self) -> float:
         """`lora_alpha`, or the paper's 2 x rank."""
         return 2.0 * self.rank if self.lora_alpha is None else self.lora_alpha
@@ -319,6 +335,17 @@ FACTS = facts_of(TrialConfig)
 def deciding(*words: Decides) -> frozenset[str]:
     """The settings that decide one of `words`."""
     return frozenset(key for key, facts in FACTS.items() if facts.decides in words)
+
+
+def deciding_the_split(settings: Mapping[str, Any]) -> frozenset[str]:
+    """What decides which rows are held out; nothing does where `settings` name validation data.
+
+    `seed` does where they have no `split_seed`.
+    """
+    if any(settings.get(key) is not None for key in ("validation_data", "validation_split")):
+        return frozenset()
+    without = set() if settings.get("split_seed") is None else {"seed"}
+    return frozenset(key for key, facts in FACTS.items() if facts.holds_out) - without
 
 
 def shown(place: Literal["card", "best"]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from bilora_ray.config import (
     TrialConfig,
     applies,
     coerce,
+    deciding_the_split,
     facts_of,
     is_integer,
     is_number,
@@ -67,6 +68,37 @@ def test_alpha_and_the_auxiliary_learning_rate_follow_the_primary_until_they_are
     assert config(rank=32, lora_alpha=8).resolved_lora_alpha == 8
     assert config(learning_rate=1e-3).resolved_auxiliary_learning_rate == 1e-3
     assert config(learning_rate=1e-3, auxiliary_learning_rate=2e-4).resolved_auxiliary_learning_rate == 2e-4
+
+
+def test_the_split_follows_the_seed_until_it_has_its_own() -> None:
+    assert config(seed=3).resolved_split_seed == 3
+    assert config(seed=3, split_seed=0).resolved_split_seed == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "decisive"),
+    [
+        ({}, True),
+        ({"split_seed": None}, True),
+        ({"split_seed": 0}, False),
+        ({"validation_data": "d"}, False),
+        ({"validation_split": "test"}, False),
+    ],
+)
+def test_the_seed_decides_the_split_where_nothing_else_does(settings: dict[str, Any], decisive: bool) -> None:
+    assert ("seed" in deciding_the_split(settings)) is decisive
+    named = settings.keys() & {"validation_data", "validation_split"}
+    others = {
+        "column_names",
+        "dataset_config_name",
+        "split_seed",
+        "train_data",
+        "train_split",
+        "validation_data",
+        "validation_fraction",
+        "validation_split",
+    }
+    assert deciding_the_split(settings) - {"seed"} == (set() if named else others)
 
 
 def test_code_from_the_hub_does_not_run_unless_asked() -> None:
@@ -133,6 +165,7 @@ def test_integers_are_known_and_so_are_numbers() -> None:
         "max_length",
         "max_train_samples",
         "max_eval_samples",
+        "split_seed",
         "rank",
         "auxiliary_rank",
         "max_steps",

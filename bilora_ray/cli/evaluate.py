@@ -10,7 +10,7 @@ import click
 
 from bilora_ray.cli.options import json_option, print_json, set_option
 from bilora_ray.cli.tables import in_quotes
-from bilora_ray.config import TRAINING_SETTINGS, TrialConfig
+from bilora_ray.config import TRAINING_SETTINGS, TrialConfig, deciding_the_split
 from bilora_ray.errors import UserError
 from bilora_ray.paths import locate_here
 from bilora_ray.search.space_file import absolute_sources, parse_override
@@ -40,8 +40,10 @@ def command(
     from bilora_ray.recipe import evaluation_config, is_merged
 
     settings: dict[str, Any] = {}
+    given: dict[str, str] = {}
     for override in overrides:
         section, key, value = parse_override(override)
+        given[key] = override
         if section != "trial":
             raise UserError(f"--set {override}: an evaluation has settings of a trial only")
         if key in TRAINING_SETTINGS:
@@ -52,6 +54,11 @@ def command(
         source = locate_here(data, Path.cwd(), "--data", True)
         settings |= {"train_data": source, "validation_data": source, "max_eval_samples": None}
     config = evaluation_config(adapter, settings, base_model)
+    for key in given:
+        if key in deciding_the_split(config.model_dump()):
+            raise UserError(
+                f"--set {given[key]}: would measure on rows that the training did not hold out; give --data"
+            )
 
     from bilora_ray.quiet import quiet
 

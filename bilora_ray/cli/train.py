@@ -28,7 +28,7 @@ from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.errors import UserError
 from bilora_ray.search.cluster.protection import check_mlflow
 from bilora_ray.search.space import Space
-from bilora_ray.search.space_file import checked_space, load_space
+from bilora_ray.search.space_file import checked_space, load_space, parse_override
 from bilora_ray.search.study.layout import Layout
 
 EPILOG = """\b
@@ -123,9 +123,13 @@ def _space_of(layout: Layout, study: str, number: int | None, overrides: Sequenc
 
     found = load_study(layout, study)
     record = found.chosen(number)
+    trial = non_default(record.settings)
+    if ("trial", "seed") in {parse_override(text)[:2] for text in overrides}:
+        # Other weights and another order are compared on the same rows.
+        trial["split_seed"] = found.space.trial_config(record.sampled).resolved_split_seed
     sections = {
         "study": {"project": found.space.study.project},
-        "trial": non_default(record.settings),
+        "trial": trial,
         "resources": found.space.resources.model_dump(),
     }
     click.echo(f"Settings of trial {record.number} of study '{study}'", err=True)

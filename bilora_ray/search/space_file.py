@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from bilora_ray.checking import build, nearest_setting
-from bilora_ray.config import FACTS, SOURCES, TrialConfig, coerce, is_integer, is_number
+from bilora_ray.config import FACTS, SOURCES, TrialConfig, coerce, deciding_the_split, is_integer, is_number
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.paths import Locate, locate_here
 from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig, Space, StudyConfig, Value
@@ -18,8 +18,6 @@ from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig,
 SECTIONS = ("study", "trial", "resources")
 # Trials that differ in these cannot be compared: they are judged by other rows, another measure or at other steps.
 NOT_SEARCHED = frozenset(key for key, facts in FACTS.items() if not facts.searched)
-# These decide which rows are held out, unless validation data is named.
-DECIDE_THE_SPLIT = frozenset(key for key, facts in FACTS.items() if facts.holds_out)
 MERGE = "tag:yaml.org,2002:merge"
 # What PyYAML raises: its own errors, and Python's on values such as the date 2024-02-30.
 YAML_ERRORS = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
@@ -219,11 +217,10 @@ def _check_parallelism(space: Space, config: TrialConfig) -> None:
 
 def _check_split(space: Space) -> None:
     """Refuse a space whose trials would hold out different rows."""
-    if space.fixed.get("validation_data") or space.fixed.get("validation_split"):
-        return
     for key in space.distributions:
-        if key in DECIDE_THE_SPLIT:
-            raise UserError(f"{space.path}: trial.{key}: needs validation_data, or trials would hold out other rows")
+        if key in deciding_the_split(space.fixed):
+            needed = "split_seed or validation_data" if key == "seed" else "validation_data"
+            raise UserError(f"{space.path}: trial.{key}: needs {needed}, or trials would hold out other rows")
 
 
 def _points(

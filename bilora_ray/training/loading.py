@@ -44,7 +44,8 @@ def load_data(config: TrialConfig) -> Loaded:
     Raises:
         UserError: the data or the tokenizer are not as the settings say.
     """
-    decisive = config.model_copy(update=WITHOUT_EFFECT)
+    # Of the two seeds one decides them.
+    decisive = config.model_copy(update={**WITHOUT_EFFECT, "seed": 0, "split_seed": config.resolved_split_seed})
     key = (decisive, _stamp(config.train_data), _stamp(config.validation_data))
     if key not in _kept:
         _kept.clear()  # before there is another: they may be large

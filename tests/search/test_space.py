@@ -650,12 +650,26 @@ def test_what_trials_are_judged_by_is_not_searched(refused: Refuse, setting: str
 
 
 @pytest.mark.parametrize(
-    ("setting", "distribution"),
-    [("seed", {"choice": [0, 1]}), ("train_data", {"choice": ["a.jsonl", "b.jsonl"]})],
+    ("setting", "distribution", "needed"),
+    [
+        ("seed", {"choice": [0, 1]}, "split_seed or validation_data"),
+        ("split_seed", {"low": 0, "high": 9}, "validation_data"),
+        ("train_data", {"choice": ["a.jsonl", "b.jsonl"]}, "validation_data"),
+    ],
 )
 def test_what_decides_the_held_out_rows_is_searched_only_beside_named_validation_data(
-    load: Load, refused: Refuse, setting: str, distribution: dict[str, Any]
+    load: Load, refused: Refuse, setting: str, distribution: dict[str, Any], needed: str
 ) -> None:
-    line = f": trial.{setting}: needs validation_data, or trials would hold out other rows"
+    line = f": trial.{setting}: needs {needed}, or trials would hold out other rows"
     assert refused({setting: distribution}) == line
+    assert refused({setting: distribution, "validation_data": None}) == line
     assert setting in load({setting: distribution, "validation_data": "a.jsonl"}).distributions
+    assert setting in load({setting: distribution, "validation_split": "test"}).distributions
+
+
+def test_the_seed_is_searched_beside_a_split_seed(load: Load, refused: Refuse) -> None:
+    seeds = {"choice": [0, 1]}
+    configs = [load({"seed": seeds, "split_seed": 0}).trial_config({"seed": seed}) for seed in (0, 1)]
+    assert [config.resolved_split_seed for config in configs] == [0, 0]
+    for other in (None, seeds):
+        assert ": needs " in refused({"seed": seeds, "split_seed": other})

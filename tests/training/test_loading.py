@@ -11,7 +11,7 @@ from tiny_trials import Tiny, write_rows
 
 from bilora_ray.config import FACTS, TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.training.loading import NOT_OF_EXAMPLES, load_data
+from bilora_ray.training.loading import NOT_OF_EXAMPLES, Loaded, load_data
 
 OTHERS: dict[str, Any] = {
     "attn_implementation": "eager",
@@ -60,6 +60,15 @@ def test_other_data_settings_have_data_of_their_own(changed: dict[str, Any], tin
     first, second = load_data(config), load_data(config.model_copy(update=changed))
     assert (first.train, first.validation) != (second.train, second.validation)
     assert (load_data(config).train, load_data(config).validation) == (first.train, first.validation)
+
+
+def test_trials_that_differ_in_their_seed_share_their_data_if_the_split_has_its_own(tiny: Tiny) -> None:
+    def loaded(**seeds: int) -> Loaded:
+        return load_data(tiny.config("causal-lm", validation_data=None, **seeds))
+
+    first = loaded(seed=0)
+    assert loaded(seed=1, split_seed=0) is first
+    assert loaded(seed=1).validation != first.validation
 
 
 def test_a_file_that_was_written_again_is_read_again(tiny: Tiny, tmp_path: Path) -> None:

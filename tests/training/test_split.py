@@ -53,6 +53,16 @@ def test_the_split_depends_on_seed_and_count_alone(tmp_path: Path) -> None:
     assert split != numbers(load(tmp_path, 50, seed=1).validation)
 
 
+def test_with_a_seed_of_their_own_the_split_and_the_draw_are_the_same_for_every_seed(tmp_path: Path) -> None:
+    def rows(**seeds: int) -> list[list[int]]:
+        dataset = load(tmp_path, 50, max_train_samples=20, **seeds)
+        return [numbers(dataset.train), numbers(dataset.validation)]
+
+    assert rows(seed=1, split_seed=0) == rows(seed=2, split_seed=0) == rows(seed=0)
+    for here, there in zip(rows(seed=0, split_seed=1), rows(seed=0), strict=True):
+        assert here != there
+
+
 def test_the_split_is_the_same_on_every_machine(tmp_path: Path) -> None:
     assert numbers(load(tmp_path, 20, validation_fraction=0.2).validation) == [0, 1, 4, 15]
 

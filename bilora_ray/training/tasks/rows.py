@@ -79,8 +79,8 @@ def load_rows(config: TrialConfig) -> Dataset:
     """Read and check every row, split off validation rows if none are named, and draw the samples asked for.
 
     Labels are those of all the training data, whatever is drawn of it, so that a label has the same index in
-    every trial. The split and the draw depend on `config.seed` and the number of rows alone, and a smaller draw
-    is part of a larger one.
+    every trial. The split and the draw depend on `config.resolved_split_seed` and the number of rows alone, and a
+    smaller draw is part of a larger one.
 
     Raises:
         UserError: data that is missing or malformed, or that does not fit the settings.
@@ -106,14 +106,15 @@ def _hold_out(rows: Sequence[Row], config: TrialConfig) -> tuple[list[Row], list
     if len(rows) < 2:
         raise UserError(f"validation_data: missing, and {config.train_data} has too few rows to split (1)")
     count = min(max(round(len(rows) * config.validation_fraction), 1), len(rows) - 1)
-    order = shuffled(len(rows), "validation", config.seed)
+    order = shuffled(len(rows), "validation", config.resolved_split_seed)
     return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
 
 
 def _draw(rows: list[Row], config: TrialConfig) -> list[Row]:
     if config.max_train_samples is None:
         return rows
-    return [rows[i] for i in sorted(shuffled(len(rows), "sample", config.seed)[: config.max_train_samples])]
+    drawn = shuffled(len(rows), "sample", config.resolved_split_seed)[: config.max_train_samples]
+    return [rows[i] for i in sorted(drawn)]
 
 
 def _row(record: Record, config: TrialConfig, names: tuple[str, ...] | None) -> Row:
