@@ -67,4 +67,6 @@ def _default(field: FieldInfo) -> str:
 
 
 def _words(annotation: Any) -> tuple[Any, ...]:
-    return get_args(annotation) if get_origin(annotation) is Literal else ()
+    """The words that `annotation` allows: of each Literal in it, as in `Literal["nf4", "int8"] | None`."""
+    parts = get_args(annotation)
+    return parts if get_origin(annotation) is Literal else tuple(word for part in parts for word in _words(part))
