@@ -1,4 +1,4 @@
-"""Where a model or data file is: local, built in, or on the Hub."""
+"""Where a model or data file is, local, built in, or on the Hub: who wants to know asks here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from bilora_ray import builtin
 from bilora_ray.errors import UserError
@@ -14,15 +15,36 @@ from bilora_ray.errors import UserError
 BUILTIN = "builtin:"
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+Kind = Literal["built in", "local", "hub"]
 # A source's name, the folder that relative paths start at, where the name is written, whether it is data -> the source.
 Locate = Callable[[str, Path, str, bool], str]
+
+
+def kind_by_name(name: str, is_data: bool) -> Kind:
+    """Where the `name` of a source says that it is, whatever is on this machine."""
+    if name.startswith(BUILTIN):
+        return "built in"
+    looks_local = name.startswith((".", "/", "~")) or (is_data and name.endswith(DATA_SUFFIXES))
+    return "local" if looks_local else "hub"
+
+
+def kind_of(name: str, is_data: bool) -> Kind:
+    """Where a source is: what exists under a path that could be a Hub name goes before it."""
+    kind, path = kind_by_name(name, is_data), Path(name)
+    return "local" if kind == "hub" and (path.exists() if is_data else path.is_dir()) else kind
+
+
+def loadable(name: str) -> str:
+    """What a library takes for `name`: of what is built in the path, else `name`. UserError if no such is built in."""
+    return str(builtin.path(name.removeprefix(BUILTIN))) if name.startswith(BUILTIN) else name
 
 
 def locate_here(name: str, base: Path, where: str, is_data: bool) -> str:
     """The absolute path of a local source, the name of one elsewhere. UserError if it can be neither."""
     if not name:
         return name
-    if name.startswith(BUILTIN):
+    kind = kind_by_name(name, is_data)
+    if kind == "built in":
         _check_builtin(name, where, is_data)
         return name
     try:
@@ -35,15 +57,14 @@ def locate_here(name: str, base: Path, where: str, is_data: bool) -> str:
             return str(path.resolve())
     except (OSError, RuntimeError) as error:
         raise UserError(f"{where}: {name}: {getattr(error, 'strerror', None) or error}") from None
-    looks_local = name.startswith((".", "/", "~")) or (is_data and name.endswith(DATA_SUFFIXES))
-    if looks_local or not HUB_NAME.fullmatch(name):
+    if kind == "local" or not HUB_NAME.fullmatch(name):
         raise UserError(f"{where}: no such {'file' if is_data else 'folder'}: {path}")
     return name
 
 
 def _check_builtin(name: str, where: str, is_data: bool) -> None:
     try:
-        found = builtin.path(name.removeprefix(BUILTIN))
+        found = Path(loadable(name))
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     if found.is_dir() is is_data:
@@ -90,7 +111,7 @@ def cached_commit(model: str, revision: str | None) -> str | None:
     """The commit that the Hub's cache on this machine holds for a `revision`; None if `model` is local or not there."""
     from huggingface_hub import try_to_load_from_cache
 
-    if model.startswith(BUILTIN) or Path(model).is_dir():
+    if kind_of(model, is_data=False) != "hub":
         return None
     file = try_to_load_from_cache(model, "config.json", revision=revision)
     return Path(file).parent.name if isinstance(file, str) else None

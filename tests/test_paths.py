@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from bilora_ray.builtin import path as built_in
 from bilora_ray.config import SOURCES
 from bilora_ray.errors import UserError
+from bilora_ray.paths import cached_commit, kind_by_name, kind_of, loadable
 from bilora_ray.search.space_file import absolute_sources
 
 DATA = ("train_data", "validation_data")
@@ -151,3 +153,40 @@ def test_the_given_settings_are_not_changed(base: Path) -> None:
     absolute_sources(settings, base, "W")
     assert settings == {"train_data": {"choice": ["data/train.jsonl"]}, "model_name_or_path": "model"}
     assert settings["train_data"] is choice
+
+
+# Local, built in or on the Hub
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "data"),
+    [
+        ("builtin:quickstart/model", "built in", "built in"),
+        ("/gone", "local", "local"),
+        ("./gone", "local", "local"),
+        ("../gone", "local", "local"),
+        ("~/gone", "local", "local"),
+        ("gone.jsonl", "hub", "local"),
+        ("owner/gone.csv", "hub", "local"),
+        ("gpt2", "hub", "hub"),
+        ("nyu-mll/glue", "hub", "hub"),
+    ],
+)
+def test_a_name_says_where_a_source_is(name: str, model: str, data: str) -> None:
+    assert (kind_by_name(name, is_data=False), kind_by_name(name, is_data=True)) == (model, data)
+    assert (kind_of(name, is_data=False), kind_of(name, is_data=True)) == (model, data)
+
+
+def test_what_is_here_goes_before_what_the_hub_may_have(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(base)
+    (base / "rows").write_text("{}\n")
+    assert (kind_by_name("model", is_data=False), kind_of("model", is_data=False)) == ("hub", "local")
+    assert (kind_of("rows", is_data=True), kind_of("rows", is_data=False)) == ("local", "hub")  # a model is a folder
+    assert cached_commit("model", None) is None
+
+
+def test_a_library_takes_a_path_for_what_is_built_in_and_other_names_as_they_are() -> None:
+    assert loadable("builtin:quickstart/model") == str(built_in("quickstart/model"))
+    assert [loadable(name) for name in ("./x", "~/x", "owner/x")] == ["./x", "~/x", "owner/x"]
+    with pytest.raises(UserError, match="no built-in 'quickstart/modle'"):
+        loadable("builtin:quickstart/modle")

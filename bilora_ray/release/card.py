@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from bilora_ray.config import MODEL_CLASS, TrialConfig, applies, shown
-from bilora_ray.paths import BUILTIN
+from bilora_ray.paths import BUILTIN, kind_by_name
 
 CARD = "README.md"
 METHOD = {
@@ -28,7 +28,7 @@ def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) ->
     """
     base, model_class = config.model_name_or_path, MODEL_CLASS[config.task]
     arguments, imports = [f'"{base}"'], ""
-    if base.startswith(BUILTIN):
+    if kind_by_name(base, is_data=False) == "built in":
         imports, arguments = "from bilora_ray import builtin\n", [f'builtin.path("{base.removeprefix(BUILTIN)}")']
     if config.model_revision is not None:
         arguments.append(f'revision="{config.model_revision}"')
@@ -44,7 +44,7 @@ def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) ->
     value = origin.get(config.metric)
     result = "" if value is None else f", with {config.metric} {value:.6g} on its validation rows"
     metadata = ModelCard.load(adapter / CARD, ignore_metadata_errors=True).data
-    if base.startswith(BUILTIN) or Path(base).is_absolute():  # a path of this machine, at which the Hub would stop
+    if kind_by_name(base, is_data=False) != "hub":  # a path of this machine, at which the Hub would stop
         metadata.base_model = None
         metadata.tags = [tag for tag in metadata.tags or () if not tag.startswith("base_model:")]
     (adapter / CARD).write_text(

@@ -9,7 +9,7 @@ from typing import Any
 
 from bilora_ray.config import TrialConfig, coerce
 from bilora_ray.errors import UserError, first_line
-from bilora_ray.paths import BUILTIN, cached_commit
+from bilora_ray.paths import cached_commit, kind_of
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.training.tasks.notes import notes
@@ -56,7 +56,7 @@ def _with_most_rows(config: TrialConfig, space: Space) -> TrialConfig:
 def _source(config: TrialConfig, setting: str) -> str:
     """What a person calls the data of `setting`: a file, or a Hub dataset with its configuration and split."""
     name = str(getattr(config, setting) or config.train_data)
-    if name.startswith(BUILTIN) or Path(name).exists():
+    if kind_of(name, is_data=True) != "hub":
         return name
     split = config.train_split if setting == "train_data" else config.validation_split
     return "/".join(filter(None, (name, config.dataset_config_name, split)))
@@ -102,9 +102,10 @@ def check_model(config: TrialConfig) -> str | None:
         UserError: it is nowhere. A Hub that does not answer is asked once, where transformers tries for a minute.
     """
     name, where = config.model_name_or_path, "model_name_or_path"
-    if name.startswith(BUILTIN):
+    kind = kind_of(name, is_data=False)
+    if kind == "built in":
         return None
-    if Path(name).is_dir():
+    if kind == "local":
         if not Path(name, "config.json").is_file():
             raise UserError(f"{where}: {name} holds no model: config.json is missing")
         return None

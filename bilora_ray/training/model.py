@@ -20,12 +20,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from bilora_ray import builtin
 from bilora_ray.config import MODEL_CLASS, TrialConfig
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.method import MethodAdamW, build_method
 from bilora_ray.method.base import Place
-from bilora_ray.paths import BUILTIN
+from bilora_ray.paths import kind_of, loadable
 from bilora_ray.training.distributed.workers import ALONE, Workers
 
 AUTO_CLASS: dict[str, Any] = {task: getattr(transformers, name) for task, name in MODEL_CLASS.items()}
@@ -217,8 +216,7 @@ def enable_gradient_checkpointing(model: PeftModel) -> None:
 
 def source(config: TrialConfig) -> str:
     """What `from_pretrained` takes for `model_name_or_path`."""
-    name = config.model_name_or_path
-    return str(builtin.path(name.removeprefix(BUILTIN))) if name.startswith(BUILTIN) else name
+    return loadable(config.model_name_or_path)
 
 
 def _hub_arguments(config: TrialConfig) -> dict[str, Any]:
@@ -239,7 +237,7 @@ def _modules(model: nn.Module, missing: Sequence[str]) -> list[str]:
 def _naming_the_model(config: TrialConfig) -> Iterator[None]:
     """Turns what transformers raises for a wrong model into one line that names the setting."""
     name = config.model_name_or_path
-    if name.startswith(("/", "~", ".")) and not Path(name).is_dir():
+    if kind_of(name, is_data=False) == "local" and not Path(name).is_dir():
         raise UserError(f"model_name_or_path: no such folder: {name}")
     try:
         yield

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bilora_ray import builtin
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError, first_line
-from bilora_ray.paths import BUILTIN, DATA_SUFFIXES
+from bilora_ray.paths import DATA_SUFFIXES, kind_of, loadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,18 +105,14 @@ def read_file(name: str, column_names: Sequence[str] | None, setting: str) -> So
 
 
 def _is_file(name: str) -> bool:
-    looks_local = name.startswith((BUILTIN, ".", "/", "~")) or name.endswith(DATA_SUFFIXES)
-    return looks_local or Path(name).exists()
+    return kind_of(name, is_data=True) != "hub"
 
 
 def _path(name: str, setting: str) -> Path:
-    if name.startswith(BUILTIN):
-        try:
-            path = builtin.path(name.removeprefix(BUILTIN))
-        except UserError as error:
-            raise UserError(f"{setting}: {error}") from None
-    else:
-        path = Path(name).expanduser()
+    try:
+        path = Path(loadable(name)).expanduser()
+    except UserError as error:
+        raise UserError(f"{setting}: {error}") from None
     if path.is_dir():
         raise UserError(f"{setting}: {name} is a folder; a file is needed ({', '.join(DATA_SUFFIXES)})")
     if path.suffix not in DATA_SUFFIXES:
