@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Mapping
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
 from bilora_ray.errors import UserError, nearest
+
+# What pydantic calls a value that should have been one number, word or true or false.
+ONE_VALUE = frozenset({"int_type", "float_type", "bool_type", "literal_error"})
 
 
 def _reject_bool(value: Any) -> Any:
@@ -23,13 +26,8 @@ Float = Annotated[float, BeforeValidator(_reject_bool)]
 
 
 class Settings(BaseModel):
-    """Base of every group of settings: unknown keys, NaN and infinity are refused, instances are frozen.
+    """Base of every group of settings: unknown keys, NaN and infinity are refused, instances are frozen."""
 
-    Attributes:
-        searched: whether a value may be a distribution in a space file.
-    """
-
-    searched: ClassVar[bool] = False
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 
 
@@ -66,10 +64,6 @@ def completed(kind: type[Settings], stored: Mapping[str, Any]) -> dict[str, Any]
     return to_jsonable_python({**defaults, **stored})
 
 
-# What pydantic calls a value that should have been one number, word or true or false.
-ONE_VALUE = frozenset({"int_type", "float_type", "bool_type", "literal_error"})
-
-
 def first_problem(error: ValidationError) -> ErrorDetails:
     """The first problem that `error` has, or an unknown key if there is one: it is often why another is missing."""
     problems = error.errors(include_url=False)
@@ -87,7 +81,7 @@ def in_words(kind: type[Settings], problem: ErrorDetails) -> str:
     if problem["type"] == "value_error" and not key:
         return message
     message = f"{message}, got {problem['input']!r}"
-    if kind.searched and isinstance(problem["input"], list) and problem["type"] in ONE_VALUE:
+    if isinstance(problem["input"], list) and problem["type"] in ONE_VALUE and _is_searched(kind, key):
         message += "; several values to choose from are {choice: [...]}"
     return f"{key}: {message}" if key else message
 
@@ -95,6 +89,12 @@ def in_words(kind: type[Settings], problem: ErrorDetails) -> str:
 def nearest_setting(key: str, kind: type[Settings]) -> str:
     """As `nearest`, of the settings of a `kind`; where they are too many to list, who lists them."""
     return nearest(key, kind.model_fields, "`bilora-ray settings` lists the keys")
+
+
+def _is_searched(kind: type[Settings], key: str) -> bool:
+    """Whether the fact stands on the field: see `config.setting`."""
+    extra = kind.model_fields[key].json_schema_extra if key in kind.model_fields else None
+    return isinstance(extra, dict) and bool(extra.get("searched"))
 
 
 def _is_union_branch(part: int | str) -> bool:

@@ -11,7 +11,7 @@ import re
 import string
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     Field,
@@ -107,8 +107,6 @@ def setting(
 
 class TrialConfig(Settings):
     """All that decides what one training run computes. See each field's description."""
-
-    searched: ClassVar[bool] = True
 
     # Model
     model_name_or_path: str = setting(

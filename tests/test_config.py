@@ -202,6 +202,8 @@ def test_integers_are_known_and_so_are_numbers() -> None:
             {"rank": [4, 8]},
             "rank: should be a valid integer, got [4, 8]; several values to choose from are {choice: [...]}",
         ),
+        # No choice of what trials are compared by.
+        ({"max_length": [64, 128]}, "max_length: should be a valid integer, got [64, 128]"),
         ({"rank": None}, "rank: should be a valid integer, got None"),
         ({"rho": 0}, "rho: should be greater than 0, got 0"),
         ({"rho": "-0.1"}, "rho: should be greater than 0, got '-0.1'"),
