@@ -23,6 +23,7 @@ from pydantic import (
 
 from bilora_ray.checking import Float, Int, Settings, first_problem, in_words
 from bilora_ray.errors import UserError, nearest
+from bilora_ray.records import Objective
 
 Task = Literal["causal-lm", "seq2seq-lm", "sequence-classification"]
 MethodName = Literal["lora", "bilora"]
@@ -296,9 +297,9 @@ class TrialConfig(Settings):
         return LM_METRICS + (EXACT_MATCH,) + (LABEL_METRICS if self.label_names else ())
 
     @property
-    def greater_is_better(self) -> bool:
-        """Whether a larger `metric` is a better trial."""
-        return self.metric not in MINIMIZED
+    def objective(self) -> Objective:
+        """What the trial is judged by."""
+        return Objective(self.metric, self.metric not in MINIMIZED)
 
     @property
     def rows_per_step(self) -> int:

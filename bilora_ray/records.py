@@ -49,17 +49,64 @@ class TrialRecord:
     adapter: Path | None = None
     error: str | None = None
 
-    def rank(self, greater_is_better: bool) -> tuple[float, float, int]:
+
+@dataclass(frozen=True)
+class Objective:
+    """What evaluations and trials are judged by, and which of two is the better one.
+
+    Attributes:
+        metric: of an evaluation, such as `eval_loss`.
+        greater_is_better: whether the larger value is the better one.
+    """
+
+    metric: str
+    greater_is_better: bool
+
+    def as_loss(self, value: float) -> float:
+        """`value` with the sign that makes the lower of two the better one."""
+        return -value if self.greater_is_better else value
+
+    def is_better(self, value: float, best: float | None) -> bool:
+        """Whether `value` is strictly better than `best`. NaN never is; any number is better than None or NaN."""
+        if math.isnan(value):
+            return False
+        return best is None or math.isnan(best) or self.as_loss(value) < self.as_loss(best)
+
+    def best_value(self, values: Iterable[float]) -> float | None:
+        """The best of `values`; None if there is none, or nothing but NaN."""
+        best = None
+        for value in values:
+            best = value if self.is_better(value, best) else best
+        return best
+
+    def improves(self, evaluation: Mapping[str, float], best: Mapping[str, float] | None) -> bool:
+        """Whether an evaluation is better than the `best` one; of equal ones that with the lower `eval_loss` is."""
+        value = evaluation[self.metric]
+        if best is None or value != best[self.metric]:
+            return self.is_better(value, None if best is None else best[self.metric])
+        return Objective("eval_loss", greater_is_better=False).is_better(evaluation["eval_loss"], best["eval_loss"])
+
+    def rank(self, record: TrialRecord) -> tuple[float, float, int]:
         """What sorts trials from the best to the worst: the value, of equal ones the loss, then the number."""
-        sign = -1 if greater_is_better else 1
-        value = math.inf if self.value is None else sign * self.value
-        return value, math.inf if self.loss is None else self.loss, self.number
+        value = math.inf if record.value is None else self.as_loss(record.value)
+        return value, math.inf if record.loss is None else record.loss, record.number
 
+    def ranked(self, records: Iterable[TrialRecord]) -> list[TrialRecord]:
+        """Complete trials by value, then those that are neither complete nor failed by theirs, then the rest."""
 
-def best_of(records: Iterable[TrialRecord], greater_is_better: bool) -> TrialRecord | None:
-    """The complete trial with the best value; of equals the one with the lowest loss, then the earliest."""
-    complete = [record for record in records if record.status is Status.COMPLETE]
-    return min(complete, key=lambda record: record.rank(greater_is_better), default=None)
+        def key(record: TrialRecord) -> tuple[int, tuple[float, float, int]]:
+            if record.status is Status.COMPLETE:
+                order = 0
+            else:
+                order = 2 if record.status is Status.FAILED or record.value is None else 1
+            return order, self.rank(record)
+
+        return sorted(records, key=key)
+
+    def best_of(self, records: Iterable[TrialRecord]) -> TrialRecord | None:
+        """The complete trial with the best value; of equals the one with the lowest loss, then the earliest."""
+        complete = (record for record in records if record.status is Status.COMPLETE)
+        return min(complete, key=self.rank, default=None)
 
 
 class Observer(Protocol):

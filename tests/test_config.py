@@ -334,7 +334,7 @@ def test_a_metric_of_another_task_is_refused_with_the_nearest_name() -> None:
     ],
 )
 def test_losses_are_minimized_and_scores_maximized(settings: dict[str, Any], greater: bool) -> None:
-    assert config(**settings).greater_is_better is greater
+    assert config(**settings).objective.greater_is_better is greater
 
 
 def test_a_classifier_generates_no_text() -> None:

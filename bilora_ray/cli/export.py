@@ -58,7 +58,7 @@ def command(
         from bilora_ray.quiet import quiet
 
         quiet()
-    origin = {"study": study, "trial": record.number, found.metric: record.value}
+    origin = {"study": study, "trial": record.number, found.objective.metric: record.value}
     try:
         (export_merged if merge else export_adapter)(record.adapter, absolute(output), origin)
     except OSError as error:

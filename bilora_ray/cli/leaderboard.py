@@ -12,7 +12,7 @@ from rich.console import Console
 from bilora_ray.cli.progress import STATUS_WORDS
 from bilora_ray.cli.tables import TrialTable, in_short, step_of
 from bilora_ray.config import TrialConfig, shown
-from bilora_ray.records import Status, TrialRecord, best_of
+from bilora_ray.records import Objective, Status, TrialRecord
 
 if TYPE_CHECKING:
     from bilora_ray.search.study.study import SearchStudy
@@ -26,25 +26,12 @@ STATUS_STYLE = {
 }
 
 
-def ranked(records: Sequence[TrialRecord], greater_is_better: bool) -> list[TrialRecord]:
-    """Complete trials by value, then those that are neither complete nor failed by theirs, then the rest."""
-
-    def key(record: TrialRecord) -> tuple[int, tuple[float, float, int]]:
-        if record.status is Status.COMPLETE:
-            order = 0
-        else:
-            order = 2 if record.status is Status.FAILED or record.value is None else 1
-        return order, record.rank(greater_is_better)
-
-    return sorted(records, key=key)
-
-
 def print_leaderboard(
-    console: Console, records: Sequence[TrialRecord], metric: str, greater_is_better: bool, most: int | None = None
+    console: Console, records: Sequence[TrialRecord], objective: Objective, most: int | None = None
 ) -> None:
     """Print the best `most` trials, or all."""
-    rows = ranked(records, greater_is_better)
-    table = TrialTable("trial", "status", metric, "step")
+    rows = objective.ranked(records)
+    table = TrialTable("trial", "status", objective.metric, "step")
     for record in rows[:most]:
         step = step_of(record.history[-1]) if record.history else ""
         status = f"[{STATUS_STYLE[record.status]}]{STATUS_WORDS[record.status]}[/]"
@@ -69,11 +56,11 @@ def print_settings(console: Console, settings: Mapping[str, Any]) -> None:
 
 def print_best(console: Console, study: SearchStudy, records: Sequence[TrialRecord]) -> TrialRecord | None:
     """Print the best of `records`, which are equal to it, and its settings; return it. Nothing if none is complete."""
-    best = best_of(records, study.greater_is_better)
+    best = study.objective.best_of(records)
     if best is None:
         return None
     assert best.value is not None
-    line = f"Best: trial {best.number}, {study.metric} {best.value:.6g}"
+    line = f"Best: trial {best.number}, {study.objective.metric} {best.value:.6g}"
     others = [record for record in records if record.status is Status.COMPLETE and record is not best]
     equal = [record for record in others if record.value == best.value]
     if equal:
@@ -97,15 +84,15 @@ def non_default(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def study_as_json(study: SearchStudy) -> dict[str, Any]:
     """A study as JSON: what `tune --json` and `show --json` print."""
-    best = study.best()
+    best, metric = study.best(), study.objective.metric
     return {
         "study": study.space.study.name,
-        "metric": study.metric,
-        "greater_is_better": study.greater_is_better,
+        "metric": metric,
+        "greater_is_better": study.objective.greater_is_better,
         "num_trials": study.space.study.num_trials,
-        "best": None if best is None else as_json(best, study.metric),
+        "best": None if best is None else as_json(best, metric),
         "importances": study.importances(),
-        "trials": [as_json(record, study.metric) for record in study.records_now()],
+        "trials": [as_json(record, metric) for record in study.records_now()],
     }
 
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bilora_ray.cli.tables import TrialTable, duration, in_short, step_of
-from bilora_ray.records import Status, TrialRecord, best_of
+from bilora_ray.records import Objective, Status, TrialRecord
 
 # In a log, so often at the most is it said how a running trial stands.
 REPORT_EVERY_S = 60.0
@@ -32,15 +32,13 @@ class SearchProgress:
 
     Args:
         num_trials: how many trials the study finishes.
-        metric: what trials are judged by.
-        greater_is_better: whether a larger value is a better trial.
+        objective: what trials are judged by.
         notes: lines to show as the first trial starts.
     """
 
-    def __init__(self, num_trials: int, metric: str, greater_is_better: bool, notes: Sequence[str] = ()) -> None:
+    def __init__(self, num_trials: int, objective: Objective, notes: Sequence[str] = ()) -> None:
         self.num_trials = num_trials
-        self.metric = metric
-        self.greater_is_better = greater_is_better
+        self.objective, self.metric = objective, objective.metric
         self.notes = notes
         self.ended: dict[int, TrialRecord] = {}
         self.ended_before = 0
@@ -126,7 +124,7 @@ class SearchProgress:
         left = self._seconds_left()
         if left is not None:
             text.append(f", about {duration(left)} left", style="dim")
-        best = best_of(self.ended.values(), self.greater_is_better)
+        best = self.objective.best_of(self.ended.values())
         if best is not None:
             text.append(f"\nbest so far: {self.metric} {in_short(best.value)} (trial {best.number})", style="green")
         return text

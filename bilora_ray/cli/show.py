@@ -72,10 +72,12 @@ def command(study: str | None, storage_path: Path, study_database: str | None, a
     counts = {words: sum(record.status is status for record in records) for status, words in STATUS_WORDS.items()}
     summary = ", ".join(f"{count} {words}" for words, count in counts.items() if count) or "no trials"
     console.print(f"Study '{study}': {summary} of {found.space.study.num_trials}", style="bold", markup=False)
-    print_leaderboard(console, records, found.metric, found.greater_is_better)
+    print_leaderboard(console, records, found.objective)
     importances = found.importances()
     if importances:
-        console.print(f"What mattered, by the variance of {found.metric} among complete trials:", markup=False)
+        console.print(
+            f"What mattered, by the variance of {found.objective.metric} among complete trials:", markup=False
+        )
         print_settings(console, {key: f"{share:.0%}" for key, share in importances.items()})
     elif found.space.distributions:
         console.print(f"What mattered: {_why_unknown(counts)}")

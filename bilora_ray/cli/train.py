@@ -101,19 +101,19 @@ def command(
     space = pinned(space, layout if resume else None)
     checked = preflight(space)
     quiet()
-    config = space.trial_config({})
-    watcher = SearchProgress(1, config.metric, config.greater_is_better, checked.notes)
+    objective = space.trial_config({}).objective
+    watcher = SearchProgress(1, objective, checked.notes)
     try:
         trained = train(space, layout, resume=resume, mlflow_uri=mlflow_uri, digests=checked.digests, watcher=watcher)
     except KeyboardInterrupt:
         say_how_to_go_on(*found_out)
     record = trained.record(0)
     if as_json:
-        print_json(trial_as_json(record, trained.metric))
+        print_json(trial_as_json(record, objective.metric))
     if record.error:
         raise UserError(f"run '{name}' failed: {record.error}")
     if not as_json:
-        click.secho(f"{trained.metric} {record.value:.6g}", fg="green", bold=True)
+        click.secho(f"{objective.metric} {record.value:.6g}", fg="green", bold=True)
         print_next(name, storage_path, study_database, record.adapter, mlflow_uri)
 
 

@@ -181,8 +181,7 @@ def _search(
 ) -> SearchStudy:
     from bilora_ray.search.run import search
 
-    config = space.first_config()
-    progress = SearchProgress(space.study.num_trials, config.metric, config.greater_is_better, notes)
+    progress = SearchProgress(space.study.num_trials, space.first_config().objective, notes)
     return search(
         space,
         layout,
@@ -202,7 +201,7 @@ def _print_result(
     console = Console(highlight=False)
     records, name = study.records(), study.space.study.name
     console.print(f"\nStudy '{name}': {len(records)} trials{spent}", style="bold", markup=False)
-    print_leaderboard(console, records, study.metric, study.greater_is_better, most=10)
+    print_leaderboard(console, records, study.objective, most=10)
     best = print_best(console, study, records)
     if best is not None:
         print_next(name, storage_path, study_database, best.adapter, mlflow_uri)

@@ -34,7 +34,6 @@ from bilora_ray.training.distributed.workers import ALONE, Workers, seed_worker
 from bilora_ray.training.evaluate import evaluate
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import Loaded, load_data
-from bilora_ray.training.metrics import improves
 from bilora_ray.training.tasks.base import collate, target_count
 
 Report = Callable[[dict[str, float]], None]
@@ -148,14 +147,14 @@ class Run:
         """
         metrics = self._metrics()
         self.network.reshard()
-        progress, metric = self.progress, self.config.metric
+        progress = self.progress
         progress.train_runtime += time.perf_counter() - self.window.started
         metrics["train_runtime"] = progress.train_runtime
         # From here on it is the next window's time: what is written below is part of training.
         self.window = Window()
         best = next((past for past in progress.history if past["step"] == progress.best_step), None)
-        if improves(metrics, best, metric, self.config.greater_is_better):
-            progress.best_value, progress.best_step = metrics[metric], progress.step
+        if self.config.objective.improves(metrics, best):
+            progress.best_value, progress.best_step = metrics[self.config.metric], progress.step
             self._export(self.folder.adapter_at(progress.step))
         progress.history.append(metrics)
         state = {**vars(progress), "schedule": self.schedule.state_dict(), "settings": self._settings()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -135,21 +135,3 @@ def label_metrics(predicted: Sequence[int], reference: Sequence[int], num_labels
         # Where all is one label, nothing correlates; scikit-learn says 0 as well, with a warning.
         "eval_matthews_correlation": float(matthews_corrcoef(reference, predicted)) if len(occurring) > 1 else 0.0,
     }
-
-
-def is_better(value: float, best: float | None, greater_is_better: bool) -> bool:
-    """Whether `value` is strictly better than `best`. NaN never is; any number is better than None or NaN."""
-    if math.isnan(value):
-        return False
-    if best is None or math.isnan(best):
-        return True
-    return value > best if greater_is_better else value < best
-
-
-def improves(
-    metrics: Mapping[str, float], best: Mapping[str, float] | None, metric: str, greater_is_better: bool
-) -> bool:
-    """Whether an evaluation is better than the `best` one by `metric`; of equal ones the lower `eval_loss` is."""
-    if best is None or metrics[metric] != best[metric]:
-        return is_better(metrics[metric], None if best is None else best[metric], greater_is_better)
-    return is_better(metrics["eval_loss"], best["eval_loss"], False)

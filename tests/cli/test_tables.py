@@ -10,9 +10,10 @@ from rich.console import Console
 
 from bilora_ray.cli.leaderboard import print_leaderboard
 from bilora_ray.cli.progress import SearchProgress
-from bilora_ray.records import Status, TrialRecord, best_of
+from bilora_ray.records import Objective, Status, TrialRecord
 
 METRIC = "eval_exact_match"
+OBJECTIVE = Objective(METRIC, greater_is_better=True)
 SAMPLED = {"rank": 16, "auxiliary_rank": 8, "rho": 0.0123456, "learning_rate": 0.00123}
 MORE = {"method": "bilora", **SAMPLED, "auxiliary_learning_rate": 0.01}
 
@@ -25,7 +26,7 @@ def record(number: int, status: Status, value: float | None = None, **more: Any)
 
 def leaderboard(records: list[TrialRecord], width: int) -> list[str]:
     console = Console(file=StringIO(), width=width)
-    print_leaderboard(console, records, METRIC, greater_is_better=True)
+    print_leaderboard(console, records, OBJECTIVE)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
 
 
@@ -84,14 +85,14 @@ def test_complete_trials_come_first_and_the_others_by_the_value_of_their_adapter
     ]
     lines = [line.split()[0] for line in leaderboard(records, width=80)[5:] if line]
     assert lines == ["4", "2", "3", "1", "0", "trial"]
-    best = best_of(records, greater_is_better=True)
+    best = OBJECTIVE.best_of(records)
     assert best is not None
     assert best.number == 4
-    assert best_of(records[:2], greater_is_better=True) is None
+    assert OBJECTIVE.best_of(records[:2]) is None
 
 
 def test_where_there_is_no_terminal_each_ended_trial_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
-    with SearchProgress(3, METRIC, greater_is_better=True) as progress:
+    with SearchProgress(3, OBJECTIVE) as progress:
         progress.start([record(0, Status.COMPLETE, 0.5)])
         progress.trial_started(record(1, Status.RUNNING))
         progress.trial_reported(record(1, Status.RUNNING, 0.25), {"step": 1.0, "max_steps": 2.0, METRIC: 0.25})
@@ -107,7 +108,7 @@ def test_where_there_is_no_terminal_each_ended_trial_is_a_line(capsys: pytest.Ca
 
 
 def test_notes_are_told_once_before_the_first_trial(capsys: pytest.CaptureFixture[str]) -> None:
-    with SearchProgress(3, METRIC, greater_is_better=True, notes=["rho: is odd"]) as progress:
+    with SearchProgress(3, OBJECTIVE, notes=["rho: is odd"]) as progress:
         progress.start([])
         assert capsys.readouterr().err == ""
         progress.trial_started(record(0, Status.RUNNING))
@@ -118,7 +119,7 @@ def test_notes_are_told_once_before_the_first_trial(capsys: pytest.CaptureFixtur
 def test_a_log_says_now_and_then_how_a_trial_stands(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    progress = SearchProgress(1, METRIC, greater_is_better=True)
+    progress = SearchProgress(1, OBJECTIVE)
     running, metrics = record(0, Status.RUNNING, 0.25), {"step": 1.0, "max_steps": 2.0, METRIC: 0.25}
     progress.trial_reported(running, metrics)
     assert capsys.readouterr().err == ""
@@ -130,7 +131,7 @@ def test_a_log_says_now_and_then_how_a_trial_stands(
 def test_of_equal_trials_the_one_with_the_lowest_loss_is_the_best() -> None:
     losses = {0: 0.7, 1: 0.5, 2: 0.6}
     records = [record(number, Status.COMPLETE, 0.5, loss=loss) for number, loss in losses.items()]
-    best = best_of(records, greater_is_better=True)
+    best = OBJECTIVE.best_of(records)
     assert best is not None
     assert best.number == 1
     rows = [line.split()[0] for line in leaderboard(records, width=80)[5:] if line]
@@ -138,7 +139,7 @@ def test_of_equal_trials_the_one_with_the_lowest_loss_is_the_best() -> None:
 
 
 def test_rows_that_are_cut_are_told_once(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = SearchProgress(3, METRIC, greater_is_better=True)
+    progress = SearchProgress(3, OBJECTIVE)
     for number in range(2):
         metrics = {"step": 1.0, "max_steps": 2.0, METRIC: 0.25, "rows_cut": 7.0}
         progress.trial_reported(record(number, Status.RUNNING, 0.25), metrics)

@@ -373,7 +373,7 @@ def test_a_study_that_never_handed_out_a_trial_is_made_anew(layout: Layout) -> N
     open_study(space({"points_to_evaluate": "[{rho: 0.1}]"}), layout)
     check_study(space(), layout, False, DIGESTS)
     study = open_study(space(trial={"metric": "eval_token_accuracy"}), layout)
-    assert study.greater_is_better
+    assert study.objective.greater_is_better
     study.next_trial()
     assert study.record(0).sampled["rho"] != 0.1
 

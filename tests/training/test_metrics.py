@@ -11,8 +11,6 @@ from bilora_ray.training.metrics import (
     LossSum,
     answer,
     exact_match,
-    improves,
-    is_better,
     label_index,
     label_metrics,
     perplexity,
@@ -160,34 +158,3 @@ def test_perplexity_does_not_overflow() -> None:
     assert perplexity(1e6) == math.inf
     assert perplexity(math.inf) == math.inf
     assert math.isnan(perplexity(math.nan))
-
-
-@pytest.mark.parametrize(
-    ("value", "best", "greater", "expected"),
-    [
-        (1.0, 2.0, False, True),
-        (2.0, 1.0, False, False),
-        (1.0, 1.0, False, False),
-        (2.0, 1.0, True, True),
-        (1.0, 1.0, True, False),
-        (1.0, None, True, True),
-        (1.0, math.nan, False, True),
-        (math.inf, None, False, True),
-        (math.nan, None, False, False),
-        (math.nan, math.nan, True, False),
-        (math.nan, 1.0, True, False),
-    ],
-)
-def test_is_better(value: float, best: float | None, greater: bool, expected: bool) -> None:
-    assert is_better(value, best, greater) is expected
-
-
-@pytest.mark.parametrize(
-    ("value", "loss", "expected"),
-    [(0.6, 9.0, True), (0.4, 0.1, False), (0.5, 0.9, True), (0.5, 1.0, False), (0.5, 1.1, False)],
-)
-def test_of_equal_evaluations_the_one_with_the_lower_loss_is_better(value: float, loss: float, expected: bool) -> None:
-    best = {"eval_exact_match": 0.5, "eval_loss": 1.0}
-    metrics = {"eval_exact_match": value, "eval_loss": loss}
-    assert improves(metrics, best, "eval_exact_match", True) is expected
-    assert improves(metrics, None, "eval_exact_match", True)

@@ -16,12 +16,11 @@ from optuna.pruners import NopPruner
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig, Space, StudyConfig
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import making, open_storage, study_names
-from bilora_ray.search.study.study import ID, SearchStudy
+from bilora_ray.search.study.study import ID, SearchStudy, objective_of
 
 SPACE, DIGESTS = "space", "digests"
 LISTED = "`bilora-ray show` lists them"
@@ -102,7 +101,7 @@ def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.St
     elif name in study_names(layout):
         optuna.delete_study(study_name=name, storage=storage)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    greater_is_better = space.first_config().greater_is_better
+    greater_is_better = space.first_config().objective.greater_is_better
     study = optuna.create_study(
         study_name=name,
         storage=storage,
@@ -147,13 +146,13 @@ def _summary(study: optuna.Study) -> StudySummary:
     described = study.user_attrs[SPACE]
     trials = study.get_trials(deepcopy=False)
     values = [trial.value for trial in trials if trial.state == TrialState.COMPLETE and trial.value is not None]
-    better = max if study.direction == StudyDirection.MAXIMIZE else min
+    objective = objective_of(study, described["fixed"])
     return StudySummary(
         study=study.study_name,
         num_trials=described["study"]["num_trials"],
         ended=sum(trial.state.is_finished() for trial in trials),
-        metric=described["fixed"].get("metric", TrialConfig.model_fields["metric"].default),
-        best=better(values, default=None),
+        metric=objective.metric,
+        best=objective.best_value(values),
     )
 
 

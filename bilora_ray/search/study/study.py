@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bilora_ray.config import TrialConfig, applies
 from bilora_ray.errors import UserError
-from bilora_ray.records import LEAST_FOR_IMPORTANCES, Observer, Status, TrialRecord, best_of
+from bilora_ray.records import LEAST_FOR_IMPORTANCES, Objective, Observer, Status, TrialRecord
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.claims import Claims
 from bilora_ray.search.study.layout import Layout
@@ -39,6 +39,12 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 STOP_WAIT_S = 10.0
 # How often a search that has nothing to do asks whether the others have ended.
 POLL_S = 2.0
+
+
+def objective_of(study: optuna.Study, fixed: Mapping[str, Any]) -> Objective:
+    """What the trials of `study`, which share the settings `fixed`, are judged by."""
+    metric = fixed.get("metric", TrialConfig.model_fields["metric"].default)
+    return Objective(str(metric), study.direction == StudyDirection.MAXIMIZE)
 
 
 class SearchStudy:
@@ -171,17 +177,16 @@ class SearchStudy:
                 which a resumed trial tells again, changes nothing.
         """
         trial = self._live[number]
-        step, value = int(metrics["step"]), float(metrics[self.metric])
+        step, value = int(metrics["step"]), float(metrics[self.objective.metric])
         known = self._trial(number).intermediate_values
         if step not in known:
             trial.report(value, step)
         if step >= metrics["max_steps"]:
-            best = max if self.greater_is_better else min
-            self._end(number, TrialState.COMPLETE, best([*known.values(), value]))
+            self._end(number, TrialState.COMPLETE, self.objective.best_value([*known.values(), value]))
             return Status.COMPLETE
         newest = step >= max(known, default=0)
         choosing = self.layout.choosing(self.study.study_name)
-        if newest and is_weak(trial, step, int(metrics["max_steps"]), self.space.study, choosing):
+        if newest and is_weak(trial, step, int(metrics["max_steps"]), self.space.study, self.objective, choosing):
             self._end(number, TrialState.PRUNED)
             return Status.PRUNED
         return Status.RUNNING
@@ -199,7 +204,7 @@ class SearchStudy:
         """As `record`, for a number that a user gave; None: the best. UserError if there is no such trial."""
         records = self.records()
         if number is None:
-            best = best_of(records, self.greater_is_better)
+            best = self.objective.best_of(records)
             if best is None:
                 raise UserError(
                     f"study '{self.study.study_name}': no trial is complete; name one with --trial, or finish it"
@@ -220,8 +225,8 @@ class SearchStudy:
         return len(self._trials(*ENDED)) >= self.space.study.num_trials
 
     def best(self) -> TrialRecord | None:
-        """See `best_of`."""
-        return best_of(self.records(), self.greater_is_better)
+        """See `Objective.best_of`."""
+        return self.objective.best_of(self.records())
 
     @property
     def id(self) -> str:
@@ -229,14 +234,9 @@ class SearchStudy:
         return str(self.study.user_attrs[ID])
 
     @property
-    def metric(self) -> str:
-        """Name of the metric that trials are judged by."""
-        return str(self.space.fixed.get("metric", TrialConfig.model_fields["metric"].default))
-
-    @property
-    def greater_is_better(self) -> bool:
-        """Whether a larger value is a better trial."""
-        return self.study.direction == StudyDirection.MAXIMIZE
+    def objective(self) -> Objective:
+        """What trials are judged by."""
+        return objective_of(self.study, self.space.fixed)
 
     def importances(self) -> dict[str, float]:
         """How much of the values' variance each searched setting explains; empty if too few trials are complete."""
@@ -296,7 +296,7 @@ class SearchStudy:
             settings=settings,
             sampled=dict(trial.params),
             history=history,
-            value=trial.value if trial.state == TrialState.COMPLETE else kept.get(self.metric),
+            value=trial.value if trial.state == TrialState.COMPLETE else kept.get(self.objective.metric),
             loss=kept.get("eval_loss"),
             adapter=None if best_step is None else folder.adapter_at(best_step),
             error=trial.user_attrs.get(ERROR),

@@ -6,9 +6,9 @@ from contextlib import AbstractContextManager
 
 import optuna
 from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
-from optuna.study import StudyDirection
 from optuna.trial import Trial
 
+from bilora_ray.records import Objective
 from bilora_ray.search.space import StudyConfig
 
 GRACE_PERIOD, JUDGED = "grace_period", "judged"
@@ -16,7 +16,12 @@ RUNG = "completed_rung_"
 
 
 def is_weak(
-    trial: Trial, step: int, max_steps: int, settings: StudyConfig, choosing: AbstractContextManager[None]
+    trial: Trial,
+    step: int,
+    max_steps: int,
+    settings: StudyConfig,
+    objective: Objective,
+    choosing: AbstractContextManager[None],
 ) -> bool:
     """Whether asynchronous successive halving stops `trial` after its evaluation at `step`, which the study knows.
 
@@ -29,6 +34,7 @@ def is_weak(
         step: of the evaluation.
         max_steps: the trial's.
         settings: the study's.
+        objective: the study's.
         choosing: in it no other process decides where the study's first rung is.
     """
     if settings.scheduler == "none" or trial.user_attrs.get(JUDGED, -1) >= step:
@@ -37,25 +43,24 @@ def is_weak(
     if isinstance(study.pruner, NopPruner):
         with choosing:
             study.pruner = _pruner(study, max_steps, settings)
-    weak = trial.should_prune() or _lost_a_rung(trial, step, settings.reduction_factor)
+    weak = trial.should_prune() or _lost_a_rung(trial, step, settings.reduction_factor, objective)
     if not weak:
         trial.set_user_attr(JUDGED, step)
     return weak
 
 
-def _lost_a_rung(trial: Trial, step: int, reduction_factor: int) -> bool:
+def _lost_a_rung(trial: Trial, step: int, reduction_factor: int, objective: Objective) -> bool:
     """Whether the trial was noted at a rung for this evaluation and is not among the best there."""
     own = trial.storage.get_trial(trial._trial_id)
     grace_period = trial.study.user_attrs.get(GRACE_PERIOD, 0)
-    sign = -1 if trial.study.direction == StudyDirection.MAXIMIZE else 1
     for key, value in own.system_attrs.items():
         if not key.startswith(RUNG):
             continue
         rung_step = grace_period * reduction_factor ** int(key.removeprefix(RUNG))
         if own.user_attrs.get(JUDGED, 0) < rung_step <= step:
             trials = trial.study.get_trials(deepcopy=False)
-            values = sorted(sign * other.system_attrs[key] for other in trials if key in other.system_attrs)
-            if sign * value > values[max(1, len(values) // reduction_factor) - 1]:
+            values = sorted(objective.as_loss(t.system_attrs[key]) for t in trials if key in t.system_attrs)
+            if objective.as_loss(value) > values[max(1, len(values) // reduction_factor) - 1]:
                 return True
     return False
 
