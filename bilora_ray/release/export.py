@@ -21,7 +21,8 @@ def export_adapter(adapter: Path, output: Path, origin: Mapping[str, Any]) -> No
     recipe = read_recipe(adapter)
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(output) as unfinished:
-        shutil.copytree(adapter, unfinished, dirs_exist_ok=True)
+        for file in adapter.iterdir():  # without their modes: the study's may be there to be read only
+            shutil.copyfile(file, unfinished / file.name)
         (unfinished / RECIPE).write_text(json.dumps({**origin, **recipe}, indent=2) + "\n", encoding="utf-8")
         write_card(unfinished, build(TrialConfig, recipe["settings"], f"{adapter / RECIPE}: settings"), origin)
 
