@@ -15,6 +15,8 @@ from pathlib import Path
 def locked(path: Path, wait_s: float) -> Iterator[None]:
     """Hold the lock file `path` for the block; the system frees it however the process ends.
 
+    Who only looks whether it is held, with `is_held`, does not keep anybody from it.
+
     Raises:
         FileNotFoundError: its folder does not exist.
         TimeoutError: another process still holds it after `wait_s` seconds.
@@ -26,10 +28,22 @@ def locked(path: Path, wait_s: float) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() >= deadline:
+                if time.monotonic() >= deadline and is_held(path):
                     raise TimeoutError(f"{path} is held by another process") from None
                 time.sleep(0.1)
         yield
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock file `path` now. Needs no right to write it."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
 
 
 @contextlib.contextmanager

@@ -43,12 +43,15 @@ def command(
 ) -> None:
     """Copy out the adapter of the best trial, or of any: an ordinary PEFT LoRA adapter."""
     from bilora_ray.search.study.layout import Layout
+    from bilora_ray.search.study.storage import naming_the_database
     from bilora_ray.search.study.studies import load_study
 
-    found = load_study(Layout(absolute(storage_path), study_database), study)
+    layout = Layout(absolute(storage_path), study_database)
+    with naming_the_database(layout):
+        found = load_study(layout, study)
+        record = found.chosen(number)
     if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
         raise UserError(f"--output {output}: exists already")
-    record = found.chosen(number)
     if record.adapter is None:
         raise UserError(f"study '{study}': trial {record.number} has no adapter; it ended before its first evaluation")
 

@@ -15,7 +15,7 @@ from bilora_ray.config import TrialConfig, shown
 from bilora_ray.records import Objective, Status, TrialRecord
 
 if TYPE_CHECKING:
-    from bilora_ray.search.study.study import SearchStudy
+    from bilora_ray.search.study.view import StudyView
 
 STATUS_STYLE = {
     Status.COMPLETE: "green",
@@ -54,7 +54,7 @@ def print_settings(console: Console, settings: Mapping[str, Any]) -> None:
         console.print(f"  {key:<{width}}  {text}", markup=False, highlight=False, soft_wrap=True)
 
 
-def print_best(console: Console, study: SearchStudy, records: Sequence[TrialRecord]) -> TrialRecord | None:
+def print_best(console: Console, study: StudyView, records: Sequence[TrialRecord]) -> TrialRecord | None:
     """Print the best of `records`, which are equal to it, and its settings; return it. Nothing if none is complete."""
     best = study.objective.best_of(records)
     if best is None:
@@ -82,7 +82,7 @@ def non_default(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if value != TrialConfig.model_fields[key].default}
 
 
-def study_as_json(study: SearchStudy) -> dict[str, Any]:
+def study_as_json(study: StudyView) -> dict[str, Any]:
     """A study as JSON: what `tune --json` and `show --json` print."""
     best, metric = study.best(), study.objective.metric
     return {

@@ -63,17 +63,16 @@ def command(study: str | None, storage_path: Path, study_database: str | None, a
         else:
             _print_studies(console, summaries, layout)
         return
-    found = load_study(layout, study)
-    if as_json:
-        print_json(study_as_json(found))
-        return
     with naming_the_database(layout):
-        records = found.records_now()
+        found = load_study(layout, study)
+        if as_json:
+            print_json(study_as_json(found))
+            return
+        records, importances = found.records_now(), found.importances()
     counts = {words: sum(record.status is status for record in records) for status, words in STATUS_WORDS.items()}
     summary = ", ".join(f"{count} {words}" for words, count in counts.items() if count) or "no trials"
     console.print(f"Study '{study}': {summary} of {found.space.study.num_trials}", style="bold", markup=False)
     print_leaderboard(console, records, found.objective)
-    importances = found.importances()
     if importances:
         console.print(
             f"What mattered, by the variance of {found.objective.metric} among complete trials:", markup=False

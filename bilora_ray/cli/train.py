@@ -119,10 +119,12 @@ def command(
 
 def _space_of(layout: Layout, study: str, number: int | None, overrides: Sequence[str]) -> tuple[Space, int]:
     """The settings of a trial of `study`, the best as a rule, with `overrides` on top; and the trial's number."""
+    from bilora_ray.search.study.storage import naming_the_database
     from bilora_ray.search.study.studies import load_study
 
-    found = load_study(layout, study)
-    record = found.chosen(number)
+    with naming_the_database(layout):
+        found = load_study(layout, study)
+        record = found.chosen(number)
     trial = non_default(record.settings)
     if ("trial", "seed") in {parse_override(text)[:2] for text in overrides}:
         # Other weights and another order are compared on the same rows.

@@ -18,7 +18,7 @@ from tiny_trials import Tiny
 
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.studies import load_study
-from bilora_ray.search.study.study import SearchStudy
+from bilora_ray.search.study.view import StudyView
 from bilora_ray.training.folder import TENSORS, TrialFolder
 
 COMMAND = Path(sys.executable).with_name("bilora-ray")
@@ -172,7 +172,7 @@ class Search:
                 found.update({locks[file.path]: process for file in process.open_files() if file.path in locks})
         return found
 
-    def study(self) -> SearchStudy:
+    def study(self) -> StudyView:
         """The study as a program reads it."""
         return load_study(self.layout, self.name)
 

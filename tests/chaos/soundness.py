@@ -13,7 +13,7 @@ from mlflow.entities import Run
 from safetensors.numpy import load_file
 
 from bilora_ray.records import Status, TrialRecord
-from bilora_ray.search.study.study import SearchStudy
+from bilora_ray.search.study.view import StudyView
 from bilora_ray.training.folder import COMPLETE, STATE, TENSORS, TrialFolder
 
 LOST, DUPLICATED, TORN, LEFT_RUNNING, DISAGREES = (
@@ -72,7 +72,7 @@ def assert_resumed(search: Search, in_flight: Mapping[int, int]) -> None:
         assert max(state["resumed_at"], default=0) >= step or state["step"] == step, (number, step, state["resumed_at"])
 
 
-def _trials(search: Search, study: SearchStudy, records: list[TrialRecord]) -> Iterator[Finding]:
+def _trials(search: Search, study: StudyView, records: list[TrialRecord]) -> Iterator[Finding]:
     numbers = [record.number for record in records]
     for number in sorted(set(range(search.num_trials)) - set(numbers)):
         yield LOST, f"{search.name}: trial {number} is missing"

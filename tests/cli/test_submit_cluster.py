@@ -27,7 +27,7 @@ from tiny_trials import Tiny
 from bilora_ray.records import Status
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.studies import load_study
-from bilora_ray.search.study.study import SearchStudy
+from bilora_ray.search.study.view import StudyView
 
 pytestmark = pytest.mark.slow
 
@@ -221,7 +221,7 @@ def folder(tiny: Tiny, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def study_in(folder: Path) -> SearchStudy:
+def study_in(folder: Path) -> StudyView:
     return load_study(Layout(folder / "runs"), "s")
 
 

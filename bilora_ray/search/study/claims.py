@@ -25,11 +25,11 @@ class Claims:
         """Claim a trial. Whether that is possible: another process may have it."""
         if number in self._held:
             return True
-        folder = self._layout.trial(self._name, number).path
-        folder.mkdir(exist_ok=True)
+        claim = self._layout.claim(self._name, number)
+        claim.parent.mkdir(exist_ok=True)
         with ExitStack() as stack:
             try:
-                stack.enter_context(locked(folder / "claim.lock", wait_s=0))
+                stack.enter_context(locked(claim, wait_s=0))
             except TimeoutError:
                 return False
             self._held[number] = stack.pop_all()

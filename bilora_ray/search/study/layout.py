@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from bilora_ray.addresses import masked
-from bilora_ray.files import locked
+from bilora_ray.files import is_held, locked
 from bilora_ray.training.folder import TrialFolder
 
 # Two processes may want the same for a moment: each waits for the other instead of failing.
@@ -58,4 +59,17 @@ class Layout:
 
     def choosing(self, name: str) -> AbstractContextManager[None]:
         """For the block, no other process begins study `name` or takes a trial of it."""
-        return locked(self.study(name) / "choosing.lock", WAIT_S)
+        return locked(self._choosing(name), WAIT_S)
+
+    def await_choice(self, name: str) -> None:
+        """Wait, without a lock, until who is `choosing` a trial of study `name` has it."""
+        deadline = time.monotonic() + WAIT_S
+        while is_held(self._choosing(name)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def claim(self, name: str, number: int) -> Path:
+        """The lock file that whoever runs a trial holds."""
+        return self.trial(name, number).path / "claim.lock"
+
+    def _choosing(self, name: str) -> Path:
+        return self.study(name) / "choosing.lock"

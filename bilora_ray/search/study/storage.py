@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import sqlite3
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import optuna
 from optuna.exceptions import StorageInternalError
-from sqlalchemy import create_engine, text
+from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DatabaseError
+from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError
 from sqlalchemy.pool import NullPool
 
 from bilora_ray.addresses import is_local, masked
@@ -23,6 +25,8 @@ from bilora_ray.search.study.layout import WAIT_S, Layout
 
 CONNECT_TIMEOUT_S = 5
 PORT = 5432
+# Of the tables that Optuna makes.
+LAST_TABLE = "alembic_version"
 
 
 def open_storage(layout: Layout) -> optuna.storages.RDBStorage:
@@ -35,23 +39,56 @@ def open_storage(layout: Layout) -> optuna.storages.RDBStorage:
 
 
 def _open(layout: Layout) -> optuna.storages.RDBStorage:
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    url, engine = f"sqlite:///{layout.database_file}", {"connect_args": {"timeout": WAIT_S}}
-    if layout.study_database is not None:
-        url, engine = _server(layout.study_database)
+    url, engine = _file(layout, "rwc") if layout.study_database is None else _server(layout.study_database)
     layout.storage_path.mkdir(parents=True, exist_ok=True)
+    with locked(layout.storage_path / "studies.db.lock", WAIT_S), _readable(layout), making(layout, "tables"):
+        return optuna.storages.RDBStorage(url, engine_kwargs=engine)
+
+
+# Each storage has connections of its own, and a server has not many for all of its searches.
+_open_once = lru_cache(_open)
+
+
+def read_storage(layout: Layout) -> optuna.storages.RDBStorage | None:
+    """The storage of all studies of a storage path, to read: nothing is made, and nobody waits for it.
+
+    Returns:
+        None where no study was ever begun.
+
+    Raises:
+        UserError: the file is something else, or the server does not answer.
+    """
+    if layout.study_database is None and not layout.database_file.exists():
+        return None
+    with _readable(layout):
+        try:
+            return _read(layout)
+        except OperationalError as error:
+            # A process was killed amid a write, and nobody can read before that is undone.
+            if getattr(error.orig, "sqlite_errorname", "") != "SQLITE_READONLY_ROLLBACK":
+                raise
+    return open_storage(layout)
+
+
+def _read(layout: Layout) -> optuna.storages.RDBStorage | None:
+    url, engine = _file(layout, "ro") if layout.study_database is None else _server(layout.study_database)
+    engine["poolclass"] = NullPool  # who only reads keeps no connection
+    if not inspect(create_engine(url, **engine)).has_table(LAST_TABLE):
+        return None
+    return optuna.storages.RDBStorage(url, engine_kwargs=engine, skip_table_creation=True)
+
+
+@contextmanager
+def _readable(layout: Layout) -> Iterator[None]:
+    """Say in one line of a database that the block opens why it cannot be used."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        with locked(layout.storage_path / "studies.db.lock", WAIT_S), making(layout, "tables"):
-            return optuna.storages.RDBStorage(url, engine_kwargs=engine)
+        yield
     except (DatabaseError, RuntimeError) as error:
         if layout.study_database is not None:
             reason = first_line(getattr(error, "orig", None) or error)
             raise UserError(f"--study-database {layout.database}: cannot be used ({reason})") from None
         raise UserError(f"{layout.database_file}: is not a database of studies that this version can read") from None
-
-
-# Each storage has connections of its own, and a server has not many for all of its searches.
-_open_once = lru_cache(_open)
 
 
 @contextmanager
@@ -71,9 +108,8 @@ def making(layout: Layout, what: str) -> Iterator[None]:
 
 def study_names(layout: Layout) -> list[str]:
     """The studies of a storage path, or of its database server."""
-    if layout.study_database is None and not layout.database_file.exists():
-        return []
-    return optuna.get_all_study_names(open_storage(layout))
+    storage = read_storage(layout)
+    return [] if storage is None else optuna.get_all_study_names(storage)
 
 
 @contextmanager
@@ -138,6 +174,14 @@ def _place(uri: str) -> tuple[str, int, str | None] | None:
     host = str(url.host or url.query.get("host") or "localhost").lower()
     port = url.port or int(str(url.query.get("port", PORT)))
     return "localhost" if is_local(host) else host, port, url.database or url.username
+
+
+def _file(layout: Layout, mode: str) -> tuple[str, dict[str, Any]]:
+    """The URL for SQLAlchemy and its engine's arguments. A `mode` is SQLite's: ro, rw, rwc."""
+    uri = f"file:{quote(str(layout.database_file))}?mode={mode}"
+    # A path may hold signs that mean something in a URL.
+    connect = partial(sqlite3.connect, uri, uri=True, timeout=WAIT_S, check_same_thread=False)
+    return f"sqlite:///{layout.database_file.name}", {"creator": connect}
 
 
 def _server(database: str) -> tuple[str, dict[str, Any]]:

@@ -19,8 +19,9 @@ from optuna.trial import TrialState
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig, Space, StudyConfig
 from bilora_ray.search.study.layout import Layout
-from bilora_ray.search.study.storage import making, open_storage, study_names
-from bilora_ray.search.study.study import ID, SearchStudy, objective_of
+from bilora_ray.search.study.storage import making, open_storage, read_storage, study_names
+from bilora_ray.search.study.study import SearchStudy
+from bilora_ray.search.study.view import ID, StudyView, objective_of
 
 SPACE, DIGESTS = "space", "digests"
 LISTED = "`bilora-ray show` lists them"
@@ -65,7 +66,7 @@ def check_study(space: Space, layout: Layout, resume: bool, digests: Mapping[str
         hint = f"; {nearest(name, names, LISTED)}" if names and name not in names else ""
         raise UserError(f"study '{name}': nothing to resume in {layout.database}{hint}")
     if resume:
-        study = optuna.load_study(study_name=name, storage=open_storage(layout))
+        study = _read(layout, name)
         _check_place(study, layout)
         _check_same(name, "space", _comparable(study.user_attrs[SPACE]), _comparable(_described(space)))
         _check_same(name, "data", study.user_attrs[DIGESTS], dict(digests))
@@ -119,26 +120,25 @@ def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.St
     return study
 
 
-def load_study(layout: Layout, name: str) -> SearchStudy:
-    """The study `name` as its database knows it. UserError if there is none that has begun."""
+def load_study(layout: Layout, name: str) -> StudyView:
+    """The study `name`, to read. UserError if there is none that has begun."""
     names = study_names(layout)
     if name not in names:
         raise UserError(
             f"study '{name}': not in {layout.database}{f'; {nearest(name, names, LISTED)}' if names else ''}"
         )
-    study = optuna.load_study(study_name=name, storage=open_storage(layout))
+    study = _read(layout, name)
     if SPACE not in study.user_attrs:
         raise UserError(f"study '{name}': was never begun")
     _check_place(study, layout)
-    return SearchStudy(study, _space(study), layout)
+    return StudyView(study, _space(study), layout)
 
 
 def summarise(layout: Layout) -> list[StudySummary]:
     """The studies that have begun, oldest first. Reads the database alone: the trials may be kept elsewhere."""
-    if not (names := study_names(layout)):
+    if (storage := read_storage(layout)) is None:
         return []
-    storage = open_storage(layout)
-    loaded = (optuna.load_study(study_name=name, storage=storage) for name in names)
+    loaded = (optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage))
     return [_summary(study) for study in loaded if SPACE in study.user_attrs]
 
 
@@ -160,16 +160,14 @@ def settings_before(layout: Layout, name: str) -> dict[str, Any] | None:
     """The settings that all trials of study `name` share since it began; None if there is no such study."""
     if name not in study_names(layout):
         return None
-    study = optuna.load_study(study_name=name, storage=open_storage(layout))
-    return study.user_attrs.get(SPACE, {}).get("fixed")
+    return _read(layout, name).user_attrs.get(SPACE, {}).get("fixed")
 
 
 def num_trials_before(layout: Layout, name: str) -> int:
     """How many trials study `name` was asked for when it last ran; 0 if there is no such study."""
     if name not in study_names(layout):
         return 0
-    study = optuna.load_study(study_name=name, storage=open_storage(layout))
-    return int(study.user_attrs.get(SPACE, {}).get("study", {}).get("num_trials", 0))
+    return int(_read(layout, name).user_attrs.get(SPACE, {}).get("study", {}).get("num_trials", 0))
 
 
 def delete_study(space: Space, layout: Layout) -> None:
@@ -178,8 +176,15 @@ def delete_study(space: Space, layout: Layout) -> None:
     shutil.rmtree(layout.study(space.study.name), ignore_errors=True)
 
 
+def _read(layout: Layout, name: str) -> optuna.Study:
+    """One of the `study_names`."""
+    storage = read_storage(layout)
+    assert storage is not None
+    return optuna.load_study(study_name=name, storage=storage)
+
+
 def _has_begun(name: str, layout: Layout) -> bool:
-    study = optuna.load_study(study_name=name, storage=open_storage(layout))
+    study = _read(layout, name)
     if SPACE not in study.user_attrs or layout.study_database is not None:
         # Of a database that others use, nobody can tell whether who made the study is about to begin.
         return SPACE in study.user_attrs

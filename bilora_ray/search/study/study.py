@@ -9,46 +9,27 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import replace
-from typing import Any
 
 import optuna
 from optuna.samplers import RandomSampler
-from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import Trial, TrialState
 
-from bilora_ray.config import TrialConfig, applies
-from bilora_ray.errors import UserError
-from bilora_ray.records import LEAST_FOR_IMPORTANCES, Objective, Observer, Status, TrialRecord
+from bilora_ray.records import Observer, Status, TrialRecord
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.claims import Claims
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.samplers import propose
 from bilora_ray.search.study.schedulers.asha import is_weak
-from bilora_ray.training.folder import TrialFolder
+from bilora_ray.search.study.view import ENDED, ERROR, StudyView
 
-ID, ERROR = "id", "error"
-STATUS = {
-    TrialState.RUNNING: Status.RUNNING,
-    TrialState.COMPLETE: Status.COMPLETE,
-    TrialState.PRUNED: Status.PRUNED,
-    TrialState.FAIL: Status.FAILED,
-}
-ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 # So long the workers of a stopped trial may take to end.
 STOP_WAIT_S = 10.0
 # How often a search that has nothing to do asks whether the others have ended.
 POLL_S = 2.0
 
 
-def objective_of(study: optuna.Study, fixed: Mapping[str, Any]) -> Objective:
-    """What the trials of `study`, which share the settings `fixed`, are judged by."""
-    metric = fixed.get("metric", TrialConfig.model_fields["metric"].default)
-    return Objective(str(metric), study.direction == StudyDirection.MAXIMIZE)
-
-
-class SearchStudy:
-    """One study: proposes settings, remembers results, decides on early stops.
+class SearchStudy(StudyView):
+    """One study that is run: proposes settings, remembers results, decides on early stops.
 
     Args:
         study: the Optuna study.
@@ -57,9 +38,7 @@ class SearchStudy:
     """
 
     def __init__(self, study: optuna.Study, space: Space, layout: Layout) -> None:
-        self.study = study
-        self.space = space
-        self.layout = layout
+        super().__init__(study, space, layout)
         self._live: dict[int, Trial] = {}
         self._stopped: set[int] = set()
         self._claims = Claims(layout, study.study_name)
@@ -120,25 +99,13 @@ class SearchStudy:
 
     def own_records(self) -> list[TrialRecord]:
         """All trials but those that other processes run, and track."""
-        records, orphans = self._survey()
-        ours = orphans | self._live.keys()
-        return [record for record in records if record.status is not Status.RUNNING or record.number in ours]
+        ours = self.interrupted() | self._live.keys()
+        return [record for record in self.records() if record.status is not Status.RUNNING or record.number in ours]
 
     def elsewhere(self) -> set[int]:
         """The running trials that are other processes'."""
-        records, orphans = self._survey()
-        running = {record.number for record in records if record.status is Status.RUNNING}
-        return running - self._live.keys() - orphans
-
-    def records_now(self) -> list[TrialRecord]:
-        """As `records`, with those interrupted that are running in the database and in no process."""
-        records, orphans = self._survey()
-        return [
-            replace(record, status=Status.INTERRUPTED)
-            if record.status is Status.RUNNING and record.number in orphans
-            else record
-            for record in records
-        ]
+        running = {trial.number for trial in self._trials(TrialState.RUNNING)}
+        return running - self._live.keys() - self.interrupted()
 
     def in_hand(self) -> list[int]:
         """The running trials that are this process's."""
@@ -159,14 +126,6 @@ class SearchStudy:
         """Leave the running trials of this process to whoever asks for them next."""
         self._live.clear()
         self._claims.release()
-
-    def config(self, number: int) -> TrialConfig:
-        """The settings of trial `number`."""
-        return self.space.trial_config(self._trial(number).params)
-
-    def folder(self, number: int) -> TrialFolder:
-        """Where trial `number` keeps its checkpoints and its best adapter."""
-        return self.layout.trial(self.study.study_name, number)
 
     def report(self, number: int, metrics: Mapping[str, float]) -> Status:
         """Take in one evaluation of a running trial and say how the trial stands after it.
@@ -196,71 +155,6 @@ class SearchStudy:
         self._live[number].set_user_attr(ERROR, error)
         self._end(number, TrialState.FAIL)
 
-    def record(self, number: int) -> TrialRecord:
-        """What the study and the trial's folder know of one trial."""
-        return self._record(self._trial(number))
-
-    def chosen(self, number: int | None) -> TrialRecord:
-        """As `record`, for a number that a user gave; None: the best. UserError if there is no such trial."""
-        records = self.records()
-        if number is None:
-            best = self.objective.best_of(records)
-            if best is None:
-                raise UserError(
-                    f"study '{self.study.study_name}': no trial is complete; name one with --trial, or finish it"
-                )
-            return best
-        for record in records:
-            if record.number == number:
-                return record
-        has = f"it has 0 to {len(records) - 1}" if records else "it has none yet"
-        raise UserError(f"study '{self.study.study_name}': no trial {number}; {has}")
-
-    def records(self) -> list[TrialRecord]:
-        """All trials that were ever started, by number."""
-        return [self._record(trial) for trial in self._trials() if trial.state != TrialState.WAITING]
-
-    def finished(self) -> bool:
-        """Whether as many trials have ended as the study asks for."""
-        return len(self._trials(*ENDED)) >= self.space.study.num_trials
-
-    def best(self) -> TrialRecord | None:
-        """See `Objective.best_of`."""
-        return self.objective.best_of(self.records())
-
-    @property
-    def id(self) -> str:
-        """What tells this study from another one of its name."""
-        return str(self.study.user_attrs[ID])
-
-    @property
-    def objective(self) -> Objective:
-        """What trials are judged by."""
-        return objective_of(self.study, self.space.fixed)
-
-    def importances(self) -> dict[str, float]:
-        """How much of the values' variance each searched setting explains; empty if too few trials are complete."""
-        values = [trial.value for trial in self._trials(TrialState.COMPLETE)]
-        if len(values) < LEAST_FOR_IMPORTANCES or len(set(values)) < 2:
-            return {}
-        return optuna.importance.get_param_importances(self.study)
-
-    def _survey(self) -> tuple[list[TrialRecord], set[int]]:
-        """All trials, and the numbers of the running ones that no process has a claim to."""
-        with self.layout.choosing(self.study.study_name):
-            orphans = set(self._orphans())
-            for number in orphans:
-                self._claims.release(number)
-        return self.records(), orphans
-
-    def _trial(self, number: int) -> FrozenTrial:
-        """One trial, read by itself: what a report costs must not grow with the study."""
-        storage = self.study._storage
-        return storage.get_trial(storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number))
-
-    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False, states=states or None)
-
     def _all_given(self) -> bool:
         return len(self._trials(TrialState.RUNNING, *ENDED)) >= self.space.study.num_trials
 
@@ -280,24 +174,3 @@ class SearchStudy:
             self._stopped.add(number)
         self.folder(number).discard_tensors()
         self._claims.release(number)
-
-    def _record(self, trial: FrozenTrial) -> TrialRecord:
-        folder = self.folder(trial.number)
-        state = folder.state()
-        history, best_step = state.get("history", ()), state.get("best_step")
-        kept: Mapping[str, float] = next((metrics for metrics in history if metrics["step"] == best_step), {})
-        settings: dict[str, Any] = {**self.space.fixed, **trial.params}
-        if all(key in trial.params for key in self.space.distributions if self.space.asked(key, trial.params)):
-            config = self.space.trial_config(trial.params)
-            settings = {key: value for key, value in config.model_dump().items() if applies(key, config.method)}
-        return TrialRecord(
-            number=trial.number,
-            status=STATUS[trial.state],
-            settings=settings,
-            sampled=dict(trial.params),
-            history=history,
-            value=trial.value if trial.state == TrialState.COMPLETE else kept.get(self.objective.metric),
-            loss=kept.get("eval_loss"),
-            adapter=None if best_step is None else folder.adapter_at(best_step),
-            error=trial.user_attrs.get(ERROR),
-        )

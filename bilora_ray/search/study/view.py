@@ -1,0 +1,157 @@
+"""What a study has found, for who may only read it: no lock is taken, and nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import optuna
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from bilora_ray.config import TrialConfig, applies
+from bilora_ray.errors import UserError
+from bilora_ray.files import is_held
+from bilora_ray.records import LEAST_FOR_IMPORTANCES, Objective, Status, TrialRecord
+from bilora_ray.search.space import Space
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.training.folder import TrialFolder
+
+ID, ERROR = "id", "error"
+STATUS = {
+    TrialState.RUNNING: Status.RUNNING,
+    TrialState.COMPLETE: Status.COMPLETE,
+    TrialState.PRUNED: Status.PRUNED,
+    TrialState.FAIL: Status.FAILED,
+}
+ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+def objective_of(study: optuna.Study, fixed: Mapping[str, Any]) -> Objective:
+    """What the trials of `study`, which share the settings `fixed`, are judged by."""
+    metric = fixed.get("metric", TrialConfig.model_fields["metric"].default)
+    return Objective(str(metric), study.direction == StudyDirection.MAXIMIZE)
+
+
+class StudyView:
+    """One study, as its database and its trials' folders know it.
+
+    Args:
+        study: the Optuna study.
+        space: what is searched.
+        layout: where the trials' folders are.
+    """
+
+    def __init__(self, study: optuna.Study, space: Space, layout: Layout) -> None:
+        self.study = study
+        self.space = space
+        self.layout = layout
+
+    def config(self, number: int) -> TrialConfig:
+        """The settings of trial `number`."""
+        return self.space.trial_config(self._trial(number).params)
+
+    def folder(self, number: int) -> TrialFolder:
+        """Where trial `number` keeps its checkpoints and its best adapter."""
+        return self.layout.trial(self.study.study_name, number)
+
+    def record(self, number: int) -> TrialRecord:
+        """What the study and the trial's folder know of one trial."""
+        return self._record(self._trial(number))
+
+    def chosen(self, number: int | None) -> TrialRecord:
+        """As `record`, for a number that a user gave; None: the best. UserError if there is no such trial."""
+        records = self.records()
+        if number is None:
+            best = self.objective.best_of(records)
+            if best is None:
+                raise UserError(
+                    f"study '{self.study.study_name}': no trial is complete; name one with --trial, or finish it"
+                )
+            return best
+        for record in records:
+            if record.number == number:
+                return record
+        has = f"it has 0 to {len(records) - 1}" if records else "it has none yet"
+        raise UserError(f"study '{self.study.study_name}': no trial {number}; {has}")
+
+    def records(self) -> list[TrialRecord]:
+        """All trials that were ever started, by number."""
+        return [self._record(trial) for trial in self._trials() if trial.state != TrialState.WAITING]
+
+    def records_now(self) -> list[TrialRecord]:
+        """As `records`, with those interrupted that are running in the database and in no process."""
+        interrupted = self.interrupted()
+        return [
+            replace(record, status=Status.INTERRUPTED)
+            if record.status is Status.RUNNING and record.number in interrupted
+            else record
+            for record in self.records()
+        ]
+
+    def interrupted(self) -> set[int]:
+        """The running trials that no process has a claim to."""
+        unclaimed = self._unclaimed()
+        if unclaimed:  # who has just been given a trial is about to claim it, and who ends one to give it up
+            self.layout.await_choice(self.study.study_name)
+            unclaimed &= self._unclaimed()
+        return unclaimed
+
+    def finished(self) -> bool:
+        """Whether as many trials have ended as the study asks for."""
+        return len(self._trials(*ENDED)) >= self.space.study.num_trials
+
+    def best(self) -> TrialRecord | None:
+        """See `Objective.best_of`."""
+        return self.objective.best_of(self.records())
+
+    @property
+    def id(self) -> str:
+        """What tells this study from another one of its name."""
+        return str(self.study.user_attrs[ID])
+
+    @property
+    def objective(self) -> Objective:
+        """What trials are judged by."""
+        return objective_of(self.study, self.space.fixed)
+
+    def importances(self) -> dict[str, float]:
+        """How much of the values' variance each searched setting explains; empty if too few trials are complete."""
+        values = [trial.value for trial in self._trials(TrialState.COMPLETE)]
+        if len(values) < LEAST_FOR_IMPORTANCES or len(set(values)) < 2:
+            return {}
+        return optuna.importance.get_param_importances(self.study)
+
+    def _trial(self, number: int) -> FrozenTrial:
+        """One trial, read by itself: what a report costs must not grow with the study."""
+        storage = self.study._storage
+        return storage.get_trial(storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number))
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        return self.study.get_trials(deepcopy=False, states=states or None)
+
+    def _unclaimed(self) -> set[int]:
+        name, running = self.study.study_name, self._trials(TrialState.RUNNING)
+        return {trial.number for trial in running if not is_held(self.layout.claim(name, trial.number))}
+
+    def _record(self, trial: FrozenTrial) -> TrialRecord:
+        folder = self.folder(trial.number)
+        state = folder.state()
+        history, best_step = state.get("history", ()), state.get("best_step")
+        kept: Mapping[str, float] = next((metrics for metrics in history if metrics["step"] == best_step), {})
+        settings: dict[str, Any] = {**self.space.fixed, **trial.params}
+        if all(key in trial.params for key in self.space.distributions if self.space.asked(key, trial.params)):
+            config = self.space.trial_config(trial.params)
+            settings = {key: value for key, value in config.model_dump().items() if applies(key, config.method)}
+        return TrialRecord(
+            number=trial.number,
+            status=STATUS[trial.state],
+            settings=settings,
+            sampled=dict(trial.params),
+            history=history,
+            value=trial.value if trial.state == TrialState.COMPLETE else kept.get(self.objective.metric),
+            loss=kept.get("eval_loss"),
+            adapter=None if best_step is None else folder.adapter_at(best_step),
+            error=trial.user_attrs.get(ERROR),
+        )
