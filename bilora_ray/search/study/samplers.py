@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
@@ -38,8 +40,21 @@ def propose(study: optuna.Study, space: Space, number: int) -> Trial:
 
 def _sampler(space: Space, number: int) -> BaseSampler:
     seed = int(np.random.SeedSequence([space.study.seed, number]).generate_state(1)[0])
-    if space.study.sampler == "random":
-        return RandomSampler(seed=seed)
+    return SAMPLERS[space.study.sampler](space, seed)
+
+
+def _random(space: Space, seed: int) -> BaseSampler:
+    return RandomSampler(seed=seed)
+
+
+def _tpe(space: Space, seed: int) -> BaseSampler:
     # Optuna's ten random trials before the first modelled one would be most of a small study.
     startup = min(10, max(4, space.study.num_trials // 4))
     return TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True)
+
+
+# What `study.sampler` says -> a sampler for a space, with a seed.
+SAMPLERS: dict[str, Callable[[Space, int], BaseSampler]] = {
+    "tpe": _tpe,
+    "random": _random,
+}

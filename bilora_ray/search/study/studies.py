@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.pruners import NopPruner
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
@@ -107,7 +106,6 @@ def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.St
         study_name=name,
         storage=storage,
         direction=StudyDirection.MAXIMIZE if greater_is_better else StudyDirection.MINIMIZE,
-        pruner=NopPruner(),
         load_if_exists=True,
     )
     if not begun:

@@ -19,7 +19,8 @@ from bilora_ray.search.space import Space
 from bilora_ray.search.study.claims import Claims
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.samplers import propose
-from bilora_ray.search.study.schedulers.asha import is_weak
+from bilora_ray.search.study.schedulers import SCHEDULERS
+from bilora_ray.search.study.schedulers.base import Asked
 from bilora_ray.search.study.view import ENDED, ERROR, StudyView
 
 # So long the workers of a stopped trial may take to end.
@@ -104,8 +105,8 @@ class SearchStudy(StudyView):
 
     def elsewhere(self) -> set[int]:
         """The running trials that are other processes'."""
-        running = {trial.number for trial in self._trials(TrialState.RUNNING)}
-        return running - self._live.keys() - self.interrupted()
+        ours = self.interrupted() | self._live.keys()
+        return {trial.number for trial in self._trials(TrialState.RUNNING)} - ours
 
     def in_hand(self) -> list[int]:
         """The running trials that are this process's."""
@@ -144,8 +145,7 @@ class SearchStudy(StudyView):
             self._end(number, TrialState.COMPLETE, self.objective.best_value([*known.values(), value]))
             return Status.COMPLETE
         newest = step >= max(known, default=0)
-        choosing = self.layout.choosing(self.study.study_name)
-        if newest and is_weak(trial, step, int(metrics["max_steps"]), self.space.study, self.objective, choosing):
+        if newest and self._is_weak(trial, step, int(metrics["max_steps"])):
             self._end(number, TrialState.PRUNED)
             return Status.PRUNED
         return Status.RUNNING
@@ -154,6 +154,10 @@ class SearchStudy(StudyView):
         """End a trial that cannot go on, with the one line that says why."""
         self._live[number].set_user_attr(ERROR, error)
         self._end(number, TrialState.FAIL)
+
+    def _is_weak(self, trial: Trial, step: int, max_steps: int) -> bool:
+        settings, choosing = self.space.study, self.layout.choosing(self.study.study_name)
+        return SCHEDULERS[settings.scheduler](Asked(trial, step, max_steps, settings, self.objective, choosing))
 
     def _all_given(self) -> bool:
         return len(self._trials(TrialState.RUNNING, *ENDED)) >= self.space.study.num_trials

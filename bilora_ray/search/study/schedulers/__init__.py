@@ -1,1 +1,14 @@
-"""When a trial is stopped early: a file a scheduler."""
+"""When a trial is stopped early: a file a scheduler, which is a function of what it is `Asked`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from bilora_ray.search.study.schedulers import asha, none
+from bilora_ray.search.study.schedulers.base import Asked
+
+# What `study.scheduler` says -> whether a trial is stopped.
+SCHEDULERS: dict[str, Callable[[Asked], bool]] = {
+    "asha": asha.is_weak,
+    "none": none.is_weak,
+}

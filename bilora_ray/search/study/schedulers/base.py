@@ -1,0 +1,34 @@
+"""What a scheduler is asked."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+from optuna.trial import Trial
+
+from bilora_ray.records import Objective
+from bilora_ray.search.space import StudyConfig
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Whether a trial shall stop after its newest evaluation, which the study knows.
+
+    A scheduler remembers in the study database what it decides by, so that a resumed search decides the same.
+
+    Attributes:
+        trial: of the study.
+        step: of the evaluation.
+        max_steps: the trial's.
+        settings: the study's.
+        objective: the study's.
+        choosing: in it no other process decides anything for the whole study.
+    """
+
+    trial: Trial
+    step: int
+    max_steps: int
+    settings: StudyConfig
+    objective: Objective
+    choosing: AbstractContextManager[None]
