@@ -60,7 +60,7 @@ def _train(study: SearchStudy, number: int, observers: Observers) -> None:
             # As many rows a step as where the space's workers share them.
             fit(study.config(number), folder, report, Workers(planned=study.space.resources.workers))
     except (TrialFailure, UserError) as error:
-        study.fail(number, str(error))
+        study.fail(number, str(error), by_settings=isinstance(error, TrialFailure))
         if isinstance(error, UserError):
             raise
     finally:

@@ -98,7 +98,7 @@ class StudyScheduler(FIFOScheduler):
             return
         try:
             with naming_the_database(self.study.layout):
-                self._fail(trial.config[NUMBER], _cause(trial))
+                self._fail(trial.config[NUMBER], _cause(trial), by_settings=False)
         except MachineError as error:
             self._halt(tune_controller, error)
 
@@ -108,13 +108,14 @@ class StudyScheduler(FIFOScheduler):
             line = f"trial {number}: {result[BROKEN]}; mend that and go on with --resume"
             return self._halt(tune_controller, MachineError(line))
         if BAD_INPUT in result:
-            self._fail(number, result[BAD_INPUT])
             # Another trial's evaluation shows that what all share is right: then it is this one's own settings.
-            if any(record.history for record in self.study.records()):
+            others_work = any(record.history for record in self.study.records())
+            self._fail(number, result[BAD_INPUT], by_settings=others_work)
+            if others_work:
                 return TrialScheduler.STOP
             return self._halt(tune_controller, UserError(result[BAD_INPUT]))
         if FAILURE in result:
-            self._fail(number, result[FAILURE])
+            self._fail(number, result[FAILURE], by_settings=True)
             return TrialScheduler.STOP
         # Tune flattens what it is given and adds a dozen keys of its own.
         metrics = {key.removeprefix(METRICS): value for key, value in result.items() if key.startswith(METRICS)}
@@ -132,8 +133,8 @@ class StudyScheduler(FIFOScheduler):
         tune_controller.request_stop_experiment()
         return TrialScheduler.STOP
 
-    def _fail(self, number: int, error: str) -> None:
-        self.study.fail(number, error)
+    def _fail(self, number: int, error: str, by_settings: bool) -> None:
+        self.study.fail(number, error, by_settings)
         self.observers.trial_ended(self.study.record(number))
 
     def __getstate__(self) -> dict[str, Any]:

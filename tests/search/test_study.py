@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any, get_args
 import optuna
 import pytest
 from optuna.pruners import SuccessiveHalvingPruner
+from optuna.trial import TrialState
 
 from bilora_ray.errors import UserError
 from bilora_ray.records import Status, TrialRecord
@@ -310,13 +312,77 @@ def test_points_that_leave_a_setting_open_get_different_values_for_it(layout: La
     assert len({record.sampled["rho"] for record in study.records()}) == 6
 
 
-def test_a_failed_trial_keeps_its_reason_and_counts(layout: Layout) -> None:
+@pytest.mark.parametrize("by_settings", [True, False])
+def test_a_failed_trial_keeps_its_reason_and_counts(layout: Layout, by_settings: bool) -> None:
     study = open_study(space({"num_trials": 1}), layout)
     study.next_trial()
-    study.fail(0, "loss is nan at step 3")
+    study.fail(0, "loss is nan at step 3", by_settings)
     assert (study.record(0).status, study.record(0).error) == (Status.FAILED, "loss is nan at step 3")
     assert study.finished()
     assert study.best() is None
+    assert study.study.trials[0].state is (TrialState.PRUNED if by_settings else TrialState.FAIL)
+    again = open_study(space({"num_trials": 1}), layout)
+    assert again.next_trial() is None
+    assert again.records() == load_study(layout, "s").records() == study.records()
+
+
+def test_a_trial_that_version_0_1_0_failed_reads_as_failed(layout: Layout) -> None:
+    study = open_study(space({"num_trials": 1}), layout)
+    study.next_trial()
+    study._live[0].set_user_attr("error", "loss is nan at step 3")
+    study.study.tell(0, state=TrialState.FAIL)
+    assert (study.record(0).status, study.record(0).error) == (Status.FAILED, "loss is nan at step 3")
+
+
+def test_a_verdict_that_was_not_told_is_no_verdict(layout: Layout) -> None:
+    study = open_study(space(), layout)
+    study.next_trial()
+    study._live[0].set_user_attr("error", "out of GPU memory")  # and the process dies
+    again = open_study(space(), layout)
+    again.next_trial()
+    assert run(again, 0, [1.0]) is Status.COMPLETE
+    assert again.record(0).error is None
+
+
+def exploding(layout: Layout, seed: int, metric: str, by_settings: bool, sampler: str = "tpe") -> float:
+    """The share of later proposals at learning rates above 0.001, where each trial diverges after the best evaluation
+    of all; the best rates that work are just below.
+    """
+    names = {"seed": seed, "num_trials": 24, "sampler": sampler}
+    searched = space(names, {"metric": metric, "learning_rate": "{low: 1.0e-6, high: 1, log: true}"})
+    memory = optuna.create_study(direction="minimize" if metric == "eval_loss" else "maximize")
+    study, proposed = SearchStudy(memory, searched, Layout(layout.storage_path / f"{seed}{by_settings}")), []
+    study.layout.make(memory.study_name)
+    while (number := study.next_trial()) is not None:
+        exponent = math.log10(study.config(number).learning_rate)
+        proposed.append(exponent > -3)
+        loss = 0.0 if exponent > -3 else 2 + abs(exponent + 3.2)
+        step = 60 if exponent > -3 else 100
+        study.report(number, {"step": step, "max_steps": 100, metric: loss if metric == "eval_loss" else 9 - loss})
+        if exponent > -3:
+            study.fail(number, "loss is nan", by_settings)
+    study.release()
+    return sum(proposed[8:]) / len(proposed[8:])
+
+
+@pytest.mark.parametrize("metric", ["eval_loss", "eval_token_accuracy"])
+def test_the_search_keeps_away_from_where_trials_diverge(layout: Layout, metric: str) -> None:
+    blind, taught = ([exploding(layout, seed, metric, by) for seed in range(12)] for by in (False, True))
+    assert sum(taught) < sum(blind) / 2
+
+
+def test_proposals_at_random_do_not_depend_on_failures(layout: Layout) -> None:
+    assert exploding(layout, 0, "eval_loss", True, "random") == exploding(layout, 0, "eval_loss", False, "random")
+
+
+def test_while_every_trial_has_failed_none_is_followed(layout: Layout) -> None:
+    failing, blind = space({"num_trials": 12}), space({"num_trials": 12, "sampler": "random", "name": "t"})
+    studies = [open_study_on(each, layout, DIGESTS) for each in (failing, blind)]
+    for study in studies:
+        while (number := study.next_trial()) is not None:
+            study.fail(number, "out of GPU memory", by_settings=True)
+    tpe, random = ([record.sampled for record in study.records()] for study in studies)
+    assert tpe == random
 
 
 def test_a_study_is_shown_without_its_space_file(layout: Layout) -> None:

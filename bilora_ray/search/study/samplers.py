@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import optuna
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.trial import Trial
+from optuna.trial import Trial, TrialState
 
 from bilora_ray.config import is_integer
 from bilora_ray.search.space import Choice, Space, Value
@@ -19,7 +19,7 @@ def propose(study: optuna.Study, space: Space, number: int) -> Trial:
     The sampler's seed is decided by the number, so an interrupted trial gets what it would have got, and no two trials
     the same. Values that the trial has already stay.
     """
-    study.sampler = _sampler(space, number)
+    study.sampler = _sampler(study, space, number)
     trial = Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
     sampled: dict[str, Value] = {}
     for key, distribution in space.distributions.items():
@@ -38,9 +38,12 @@ def propose(study: optuna.Study, space: Space, number: int) -> Trial:
     return trial
 
 
-def _sampler(space: Space, number: int) -> BaseSampler:
+def _sampler(study: optuna.Study, space: Space, number: int) -> BaseSampler:
     seed = int(np.random.SeedSequence([space.study.seed, number]).generate_state(1)[0])
-    return SAMPLERS[space.study.sampler](space, seed)
+    ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    # While all have failed, the best of them is nothing to go by.
+    worked = not all(trial.constraints for trial in ended)
+    return SAMPLERS[space.study.sampler if worked else "random"](space, seed)
 
 
 def _random(space: Space, seed: int) -> BaseSampler:

@@ -150,10 +150,21 @@ class SearchStudy(StudyView):
             return Status.PRUNED
         return Status.RUNNING
 
-    def fail(self, number: int, error: str) -> None:
-        """End a trial that cannot go on, with the one line that says why."""
-        self._live[number].set_user_attr(ERROR, error)
-        self._end(number, TrialState.FAIL)
+    def fail(self, number: int, error: str, by_settings: bool) -> None:
+        """End a trial that cannot go on.
+
+        Args:
+            number: of the trial.
+            error: the one line that says why.
+            by_settings: whether its own settings are why, so that the sampler is to keep away from them: to it they
+                are worse than any that were measured, whatever the trial had reached. What a machine did is no
+                reason: it does not see such a trial.
+        """
+        trial = self._live[number]
+        trial.set_user_attr(ERROR, error)
+        if by_settings:
+            trial.set_constraint(ERROR, 1.0)
+        self._end(number, TrialState.PRUNED if by_settings else TrialState.FAIL)
 
     def _is_weak(self, trial: Trial, step: int, max_steps: int) -> bool:
         settings, choosing = self.space.study, self.layout.choosing(self.study.study_name)

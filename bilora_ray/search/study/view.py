@@ -19,6 +19,8 @@ from bilora_ray.search.study.layout import Layout
 from bilora_ray.training.folder import TrialFolder
 
 ID, ERROR = "id", "error"
+# A trial that failed by its own settings is PRUNED with a constraint that it broke, since samplers read nothing of a
+# FAIL. Other failures, and all of version 0.1.0, are FAIL.
 STATUS = {
     TrialState.RUNNING: Status.RUNNING,
     TrialState.COMPLETE: Status.COMPLETE,
@@ -144,14 +146,15 @@ class StudyView:
         if all(key in trial.params for key in self.space.distributions if self.space.asked(key, trial.params)):
             config = self.space.trial_config(trial.params)
             settings = {key: value for key, value in config.model_dump().items() if applies(key, config.method)}
+        failed = trial.state == TrialState.FAIL or (trial.state == TrialState.PRUNED and bool(trial.constraints))
         return TrialRecord(
             number=trial.number,
-            status=STATUS[trial.state],
+            status=Status.FAILED if failed else STATUS[trial.state],
             settings=settings,
             sampled=dict(trial.params),
             history=history,
             value=trial.value if trial.state == TrialState.COMPLETE else kept.get(self.objective.metric),
             loss=kept.get("eval_loss"),
             adapter=None if best_step is None else folder.adapter_at(best_step),
-            error=trial.user_attrs.get(ERROR),
+            error=trial.user_attrs.get(ERROR) if failed else None,
         )
