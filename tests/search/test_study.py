@@ -25,7 +25,7 @@ from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.samplers import SAMPLERS
 from bilora_ray.search.study.schedulers import SCHEDULERS
 from bilora_ray.search.study.storage import open_storage, running_study, study_names
-from bilora_ray.search.study.studies import check_study, delete_study, load_study
+from bilora_ray.search.study.studies import SPACE, check_study, delete_study, load_study, summarise
 from bilora_ray.search.study.studies import open_study as open_study_on
 from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.training.folder import STATE, TENSORS
@@ -433,14 +433,68 @@ def test_a_wrong_start_is_refused_before_anything_is_written(
     [
         ({"rho": 0.05}, "rho was 0.01 to 0.2, on a log scale, is 0.05"),
         ({"rank": 4}, "rank was one of 4, 8, 16, is 4"),
-        ({"weight_decay": 0.1}, "weight_decay was absent, is 0.1"),
-        ({"seed": 1}, "seed was absent, is 1"),
+        ({"weight_decay": 0.1}, "weight_decay was 0.0, is 0.1"),
+        ({"seed": 1}, "seed was 0, is 1"),
     ],
 )
 def test_a_resume_with_another_setting_says_what_it_was(layout: Layout, trial: dict[str, Any], difference: str) -> None:
     open_study(space(), layout).next_trial()
     with pytest.raises(UserError, match=re.escape(f"began with other space: {difference}; of a study only")):
         check_study(space(trial=trial), layout, True, DIGESTS)
+
+
+@pytest.mark.parametrize("section", ["study", "resources"])
+def test_what_an_earlier_version_did_not_know_has_its_default(layout: Layout, section: str) -> None:
+    study, key = open_study(space(), layout), {"study": "scheduler", "resources": "workers"}[section]
+    study.next_trial()
+    begun = space({"scheduler": "asha"})
+    described = study.study.user_attrs[SPACE]
+    described["study"]["scheduler"] = "asha"  # the default
+    del described[section][key]
+    study.study.set_user_attr(SPACE, described)
+    check_study(begun, layout, True, DIGESTS)
+    shown = load_study(layout, "s").space
+    assert (shown.study, shown.resources) == (begun.study, begun.resources)
+    assert open_study(begun, layout).next_trial() == 0
+    with pytest.raises(UserError, match=r"began with other space: study\.scheduler was 'asha', is 'none'"):
+        check_study(space(), layout, True, DIGESTS)
+
+
+@pytest.mark.parametrize("now", [False, True])
+def test_a_setting_that_has_its_default_is_as_good_as_absent(layout: Layout, now: bool) -> None:
+    plain, said = space(), space(trial={"weight_decay": "0", "column_names": "null", "seed": 0})
+    open_study(plain if now else said, layout).next_trial()
+    check_study(said if now else plain, layout, True, DIGESTS)
+    with pytest.raises(UserError, match="began with other space: seed was 0, is 1"):
+        check_study(space(trial={"seed": 1}), layout, True, DIGESTS)
+
+
+@pytest.mark.parametrize(
+    ("part", "key"),
+    [("study", "study.new"), ("resources", "resources.new"), ("fixed", "trial.new"), ("distributions", "trial.new")],
+)
+def test_a_study_of_a_later_version_is_told_in_a_line(layout: Layout, part: str, key: str) -> None:
+    study = open_study(space(), layout)
+    study.next_trial()
+    described = study.study.user_attrs[SPACE]
+    described[part]["new"] = {"choice": [1]} if part == "distributions" else 1
+    study.study.set_user_attr(SPACE, described)
+    line = f"study 's': a later version wrote it, with {key}, which this one lacks"
+    for look in (lambda: load_study(layout, "s"), lambda: check_study(space(), layout, True, DIGESTS)):
+        with pytest.raises(UserError) as error:
+            look()
+        assert str(error.value) == line
+    assert [summary.study for summary in summarise(layout)] == ["s"]
+
+
+def test_a_word_of_a_later_version_is_told_in_a_line(layout: Layout) -> None:
+    study = open_study(space(), layout)
+    study.next_trial()
+    described = study.study.user_attrs[SPACE]
+    described["study"]["sampler"] = "oracle"
+    study.study.set_user_attr(SPACE, described)
+    with pytest.raises(UserError, match=r"^study s: study: sampler: .*'tpe' or 'random', got 'oracle'$"):
+        load_study(layout, "s")
 
 
 def test_a_study_that_never_handed_out_a_trial_is_made_anew(layout: Layout) -> None:

@@ -15,6 +15,8 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
+from bilora_ray.checking import Settings, build, completed
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig, Space, StudyConfig
 from bilora_ray.search.study.layout import Layout
@@ -65,10 +67,7 @@ def check_study(space: Space, layout: Layout, resume: bool, digests: Mapping[str
         hint = f"; {nearest(name, names, LISTED)}" if names and name not in names else ""
         raise UserError(f"study '{name}': nothing to resume in {layout.database}{hint}")
     if resume:
-        study = _read(layout, name)
-        _check_place(study, layout)
-        _check_same(name, "space", _comparable(study.user_attrs[SPACE]), _comparable(_described(space)))
-        _check_same(name, "data", study.user_attrs[DIGESTS], dict(digests))
+        _check_begun(_read(layout, name), space, layout, digests)
     elif begun:
         raise UserError(
             f"study '{name}' exists in {layout.database}: go on with --resume, or give this one another name"
@@ -95,9 +94,7 @@ def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.St
     begun = name in study_names(layout) and _has_begun(name, layout)
     if begun:
         study = optuna.load_study(study_name=name, storage=storage)
-        _check_place(study, layout)
-        _check_same(name, "space", _comparable(study.user_attrs[SPACE]), _comparable(_described(space)))
-        _check_same(name, "data", study.user_attrs[DIGESTS], dict(digests))
+        _check_begun(study, space, layout, digests)
     elif name in study_names(layout):
         optuna.delete_study(study_name=name, storage=storage)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -189,6 +186,13 @@ def _has_begun(name: str, layout: Layout) -> bool:
     return any(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
 
 
+def _check_begun(study: optuna.Study, space: Space, layout: Layout, digests: Mapping[str, str]) -> None:
+    """Refuse to go on with a study that began with another space, with other data, or in another storage path."""
+    _check_place(study, layout)
+    _check_same(study.study_name, "space", _comparable(_stored(study)), _comparable(_described(space)))
+    _check_same(study.study_name, "data", study.user_attrs[DIGESTS], dict(digests))
+
+
 def _check_place(study: optuna.Study, layout: Layout) -> None:
     """Refuse a storage path that is not the study's: its trials would be begun again, beside those that run."""
     file = layout.study(study.study_name) / ID
@@ -209,15 +213,27 @@ def _described(space: Space) -> dict[str, Any]:
 
 
 def _space(study: optuna.Study) -> Space:
-    described = study.user_attrs[SPACE]
+    described, name = _stored(study), f"study {study.study_name}"
     return Space(
-        path=Path(f"study {study.study_name}"),
-        study=StudyConfig(**described["study"]),
-        resources=ResourceConfig(**described["resources"]),
+        path=Path(name),
+        study=build(StudyConfig, described["study"], f"{name}: study"),
+        resources=build(ResourceConfig, described["resources"], f"{name}: resources"),
         fixed=described["fixed"],
         distributions={key: _distribution(values) for key, values in described["distributions"].items()},
         points_to_evaluate=(),
     )
+
+
+def _stored(study: optuna.Study) -> dict[str, Any]:
+    """How the study database describes its space. UserError if that is what only a later version knows."""
+    described = study.user_attrs[SPACE]
+    kinds: dict[str, type[Settings]] = {"study": StudyConfig, "resources": ResourceConfig, "trial": TrialConfig}
+    sections = {**described, "trial": {**described["fixed"], **described["distributions"]}}
+    for section, kind in kinds.items():
+        if unknown := sections[section].keys() - kind.model_fields.keys():
+            keys = ", ".join(f"{section}.{key}" for key in sorted(unknown))
+            raise UserError(f"study '{study.study_name}': a later version wrote it, with {keys}, which this one lacks")
+    return described
 
 
 def _check_same(name: str, what: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -239,10 +255,15 @@ def _check_same(name: str, what: str, before: Mapping[str, Any], now: Mapping[st
 
 
 def _comparable(described: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a described space what decides its trials: of the resources the number of workers, which is their batches."""
-    workers = described["resources"].get("workers")
-    study = {f"study.{key}": value for key, value in described["study"].items() if key not in FREE_TO_CHANGE}
-    return {**study, "resources.workers": workers, **described["fixed"], **described["distributions"]}
+    """Of a described space what decides its trials: of the resources the number of workers, which is their batches.
+
+    What an earlier version did not know has its default here, as it has for the trials.
+    """
+    workers = completed(ResourceConfig, described["resources"])["workers"]
+    study = completed(StudyConfig, described["study"])
+    compared = {f"study.{key}": value for key, value in study.items() if key not in FREE_TO_CHANGE}
+    trial = completed(TrialConfig, described["fixed"]) | described["distributions"]
+    return {**compared, "resources.workers": workers, **trial}
 
 
 def _in_words(value: Any) -> str:
