@@ -301,10 +301,9 @@ class TrialConfig(Settings):
         """What the trial is judged by."""
         return Objective(self.metric, self.metric not in MINIMIZED)
 
-    @property
-    def rows_per_step(self) -> int:
-        """Rows that one optimizer step takes on each worker."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+    def step_rows(self, workers: int) -> int:
+        """Training rows of one optimizer step of so many workers."""
+        return workers * self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
     def resolved_split_seed(self) -> int:

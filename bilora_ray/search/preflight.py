@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bilora_ray.config import TrialConfig, coerce
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import cached_commit, kind_of
 from bilora_ray.search.space import Space
@@ -42,15 +42,7 @@ def preflight(space: Space) -> Checked:
     check_model(config)
     rows = load_rows(config)
     digests = {_source(config, setting): digest for setting, digest in rows.digests.items()}
-    return Checked(digests, tuple(notes(rows, _with_most_rows(config, space), space.resources.workers)))
-
-
-def _with_most_rows(config: TrialConfig, space: Space) -> TrialConfig:
-    """`config` as in the trial whose steps take the most rows."""
-    for key, distribution in space.distributions.items():
-        others = [config.model_copy(update={key: coerce(key, end, key)}) for end in distribution.ends()]
-        config = max(others, key=lambda other: other.rows_per_step)
-    return config
+    return Checked(digests, tuple(notes(rows, space.largest_step(), space.resources.workers)))
 
 
 def _source(config: TrialConfig, setting: str) -> str:

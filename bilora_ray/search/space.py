@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from bilora_ray.checking import Float, Int, Settings, build
-from bilora_ray.config import TrialConfig, applies
+from bilora_ray.config import TrialConfig, applies, coerce
 
 Value = bool | int | float | str | None
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -43,7 +43,9 @@ class StudyConfig(Settings):
     sampler: Literal["tpe", "random"] = Field("tpe", description="how settings are proposed")
     scheduler: Literal["asha", "none"] = Field("asha", description="whether weak trials are stopped early")
     grace_period: Int | None = Field(
-        None, ge=1, description="steps before the first stop; a ninth of a trial if absent"
+        None,
+        ge=1,
+        description="steps, of the largest batch that is searched, before the first stop; a ninth of a trial if absent",
     )
     reduction_factor: Int = Field(3, ge=2, description="at each rung one of so many trials goes on")
     seed: Int = Field(0, ge=0, lt=2**32, description="of the proposals")
@@ -169,6 +171,14 @@ class Space:
     def first_config(self) -> TrialConfig:
         """The settings of a trial that gets the first choice, or the low end, of every distribution."""
         return self.trial_config({key: distribution.ends()[0] for key, distribution in self.distributions.items()})
+
+    def largest_step(self) -> TrialConfig:
+        """As `first_config`, of the trial whose steps take the most rows."""
+        config = self.first_config()
+        for key, distribution in self.distributions.items():
+            others = [config.model_copy(update={key: coerce(key, end, key)}) for end in distribution.ends()]
+            config = max(others, key=lambda other: other.step_rows(self.resources.workers))
+        return config
 
     def asked(self, setting: str, sampled: Mapping[str, Value]) -> bool:
         """Whether `setting` matters once `sampled` holds the method."""

@@ -86,7 +86,7 @@ class Run:
         if config.gradient_checkpointing:
             models.enable_gradient_checkpointing(self.model)
         self.network = Network(self.model, workers)
-        self.step_rows = workers.planned * config.rows_per_step
+        self.step_rows = config.step_rows(workers.planned)
         self.max_steps = config.max_steps or share_of(config.num_train_epochs, self.steps_per_epoch)
         self.eval_every = _eval_every(config.eval_steps, self.max_steps)
         self.schedule = get_scheduler(

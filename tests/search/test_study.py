@@ -275,13 +275,47 @@ def test_the_first_rung_is_decided_by_one_search_at_a_time(layout: Layout) -> No
         with layout.choosing("s"):  # another search has found no first rung, and is about to decide
             report = threads.submit(study.report, 0, {"step": 10, "max_steps": 90, "eval_loss": 1.0})
             wait([report], timeout=1.0)
-            study.study.set_user_attr("grace_period", 40)
+            study.study.set_user_attr("grace_rows", 40 * 8)
         assert report.result() is Status.RUNNING
     assert study.report(0, {"step": 40, "max_steps": 90, "eval_loss": 1.0}) is Status.RUNNING
     study.next_trial()
     assert study.report(1, {"step": 10, "max_steps": 90, "eval_loss": 2.0}) is Status.RUNNING
     assert study.report(1, {"step": 40, "max_steps": 90, "eval_loss": 2.0}) is Status.PRUNED
-    assert study.study.user_attrs["grace_period"] == 40
+    assert study.study.user_attrs["grace_rows"] == 40 * 8
+
+
+BATCHES = {"per_device_train_batch_size": "{choice: [8, 32]}", "gradient_accumulation_steps": 2}
+
+
+def two_batches(layout: Layout, **study: Any) -> SearchStudy:
+    """A study whose first trial has steps of 64 rows and whose second has steps of 16 rows."""
+    points = "[{per_device_train_batch_size: 32}, {per_device_train_batch_size: 8}]"
+    searched = space({"scheduler": "asha", "points_to_evaluate": points, **study}, BATCHES)
+    opened = open_study(searched, layout)
+    assert [opened.next_trial(), opened.next_trial()] == [0, 1]
+    return opened
+
+
+def last_steps(study: SearchStudy, losses: tuple[float, float], steps: tuple[int, int]) -> list[tuple[Status, int]]:
+    """How each of two trials ended, and after how many steps, if the first has all of its evaluations first."""
+    for number in (0, 1):
+        run(study, number, [losses[number]] * steps[number])
+    trials = study.study.trials
+    return [(record.status, max(trials[record.number].intermediate_values)) for record in study.records()]
+
+
+@pytest.mark.parametrize("grace_period", [3, None])
+def test_trials_of_different_batches_are_compared_after_as_many_rows(layout: Layout, grace_period: int | None) -> None:
+    settings = {} if grace_period is None else {"grace_period": grace_period}
+    study = two_batches(layout, **settings)
+    # Three steps of 64 rows, or the ninth part of 27, are twelve of 16.
+    assert last_steps(study, (1.0, 2.0), (27, 108)) == [(Status.COMPLETE, 27), (Status.PRUNED, 12)]
+
+
+def test_a_study_of_version_0_1_0_goes_on_with_rungs_in_steps(layout: Layout) -> None:
+    study = two_batches(layout, grace_period=3)
+    study.study.set_user_attr("grace_period", 3)
+    assert last_steps(study, (1.0, 2.0), (27, 108)) == [(Status.COMPLETE, 27), (Status.PRUNED, 3)]
 
 
 def test_settings_of_another_method_are_not_searched(layout: Layout) -> None:

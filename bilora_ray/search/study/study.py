@@ -138,14 +138,16 @@ class SearchStudy(StudyView):
         """
         trial = self._live[number]
         step, value = int(metrics["step"]), float(metrics[self.objective.metric])
-        known = self._trial(number).intermediate_values
+        stored = self._trial(number)
+        known = stored.intermediate_values
         if step not in known:
             trial.report(value, step)
         if step >= metrics["max_steps"]:
             self._end(number, TrialState.COMPLETE, self.objective.best_value([*known.values(), value]))
             return Status.COMPLETE
-        newest = step >= max(known, default=0)
-        if newest and self._is_weak(trial, step, int(metrics["max_steps"])):
+        newest, choosing = step >= max(known, default=0), self.layout.choosing(self.study.study_name)
+        asked = Asked(trial, stored.params, step, int(metrics["max_steps"]), self.space, self.objective, choosing)
+        if newest and SCHEDULERS[self.space.study.scheduler](asked):
             self._end(number, TrialState.PRUNED)
             return Status.PRUNED
         return Status.RUNNING
@@ -165,10 +167,6 @@ class SearchStudy(StudyView):
         if by_settings:
             trial.set_constraint(ERROR, 1.0)
         self._end(number, TrialState.PRUNED if by_settings else TrialState.FAIL)
-
-    def _is_weak(self, trial: Trial, step: int, max_steps: int) -> bool:
-        settings, choosing = self.space.study, self.layout.choosing(self.study.study_name)
-        return SCHEDULERS[settings.scheduler](Asked(trial, step, max_steps, settings, self.objective, choosing))
 
     def _all_given(self) -> bool:
         return len(self._trials(TrialState.RUNNING, *ENDED)) >= self.space.study.num_trials

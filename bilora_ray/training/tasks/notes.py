@@ -39,7 +39,7 @@ def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:
     ):
         if empty := _empty(rows):
             yield f"{setting}: {empty} of {len(rows)} {kind} rows have an empty completion"
-    step = workers * config.rows_per_step
+    step = config.step_rows(workers)
     if step > len(dataset.train):
         yield f"per_device_train_batch_size: a step would take {step} rows, and there are {len(dataset.train)}"
     if config.max_steps is not None and "num_train_epochs" in config.model_fields_set:

@@ -1,12 +1,18 @@
-"""Asynchronous successive halving (Li et al., MLSys 2020), whose rungs Optuna keeps in the study database."""
+"""Asynchronous successive halving (Li et al., MLSys 2020), whose rungs Optuna keeps in the study database.
+
+A rung is a number of training rows, so that trials of different batches are compared after as much training. Studies of
+version 0.1.0 have their rungs in steps, and go on with those.
+"""
 
 from __future__ import annotations
+
+import copy
 
 from optuna.pruners import SuccessiveHalvingPruner
 
 from bilora_ray.search.study.schedulers.base import Asked
 
-GRACE_PERIOD, JUDGED = "grace_period", "judged"
+FIRST_STEPS, FIRST_ROWS, JUDGED = "grace_period", "grace_rows", "judged"
 RUNG = "completed_rung_"
 
 
@@ -19,36 +25,46 @@ def is_weak(asked: Asked) -> bool:
     trial = asked.trial
     if trial.user_attrs.get(JUDGED, -1) >= asked.step:
         return False
-    first = _first_rung(asked)
-    pruner = SuccessiveHalvingPruner(min_resource=first, reduction_factor=asked.settings.reduction_factor)
-    weak = pruner.prune(trial.study, trial.storage.get_trial(trial._trial_id)) or _lost_a_rung(asked, first)
+    first, step = _first_rung(asked)
+    pruner = SuccessiveHalvingPruner(min_resource=first, reduction_factor=asked.space.study.reduction_factor)
+    measured = copy.copy(trial.storage.get_trial(trial._trial_id))
+    measured.intermediate_values = {step * at: value for at, value in measured.intermediate_values.items()}
+    weak = pruner.prune(trial.study, measured) or _lost_a_rung(asked, first, step)
     if not weak:
         trial.set_user_attr(JUDGED, asked.step)
     return weak
 
 
-def _first_rung(asked: Asked) -> int:
-    """Steps to the study's first rung."""
-    study, settings = asked.trial.study, asked.settings
-    first = study.user_attrs.get(GRACE_PERIOD)
-    if first is None:
-        default = settings.grace_period or max(1, asked.max_steps // settings.reduction_factor**2)
-        # Trials may differ in their steps: the first that any search of the study asks about decides for all.
-        with asked.choosing:
-            first = study.user_attrs.get(GRACE_PERIOD, default)
-            study.set_user_attr(GRACE_PERIOD, first)
-    return int(first)
+def _first_rung(asked: Asked) -> tuple[int, int]:
+    """The study's first rung, and what a step of the trial is towards it: rows both, or steps in an old study."""
+    study, space = asked.trial.study, asked.space
+    known = study.user_attrs
+    if FIRST_STEPS in known:
+        return known[FIRST_STEPS], 1
+    workers, settings = space.resources.workers, space.study
+    rows = space.trial_config(asked.sampled).step_rows(workers)
+    if FIRST_ROWS in known:
+        return known[FIRST_ROWS], rows
+    if settings.grace_period is not None:
+        first = settings.grace_period * space.largest_step().step_rows(workers)
+    else:
+        first = max(1, asked.max_steps // settings.reduction_factor**2) * rows
+    # Trials may differ in their length: the first that any search of the study asks about decides for all.
+    with asked.choosing:
+        first = study.user_attrs.get(FIRST_ROWS, first)
+        study.set_user_attr(FIRST_ROWS, first)
+    return first, rows
 
 
-def _lost_a_rung(asked: Asked, first: int) -> bool:
+def _lost_a_rung(asked: Asked, first: int, step: int) -> bool:
     """Whether the trial was noted at a rung for this evaluation and is not among the best there."""
     own = asked.trial.storage.get_trial(asked.trial._trial_id)
-    factor, as_loss = asked.settings.reduction_factor, asked.objective.as_loss
+    factor, as_loss = asked.space.study.reduction_factor, asked.objective.as_loss
     for key, value in own.system_attrs.items():
         if not key.startswith(RUNG):
             continue
-        rung_step = first * factor ** int(key.removeprefix(RUNG))
-        if own.user_attrs.get(JUDGED, 0) < rung_step <= asked.step:
+        rung = first * factor ** int(key.removeprefix(RUNG))
+        if own.user_attrs.get(JUDGED, 0) * step < rung <= asked.step * step:
             trials = asked.trial.study.get_trials(deepcopy=False)
             losses = sorted(as_loss(other.system_attrs[key]) for other in trials if key in other.system_attrs)
             if as_loss(value) > losses[max(1, len(losses) // factor) - 1]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from optuna.trial import Trial
 
 from bilora_ray.records import Objective
-from bilora_ray.search.space import StudyConfig
+from bilora_ray.search.space import Space, Value
 
 
 @dataclass(frozen=True)
@@ -19,16 +20,18 @@ class Asked:
 
     Attributes:
         trial: of the study.
+        sampled: what the search chose for it.
         step: of the evaluation.
         max_steps: the trial's.
-        settings: the study's.
+        space: the study's.
         objective: the study's.
         choosing: in it no other process decides anything for the whole study.
     """
 
     trial: Trial
+    sampled: Mapping[str, Value]
     step: int
     max_steps: int
-    settings: StudyConfig
+    space: Space
     objective: Objective
     choosing: AbstractContextManager[None]
