@@ -46,6 +46,10 @@ class MethodAdamW(torch.optim.AdamW):
     """What the methods share: AdamW whose step evaluates the loss, limits each group's gradient, and updates.
 
     A group holds `max_grad_norm` besides AdamW's own settings.
+
+    What a method remembers from one step to the next is in its groups, in `state`, or added to what `state_dict` says:
+    that is what a checkpoint keeps, tensors and plain values, each in its own shape and dtype. AdamW begins the state
+    of a parameter at its first update, and only if there is none yet.
     """
 
     @torch.no_grad()

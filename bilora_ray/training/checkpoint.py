@@ -7,6 +7,7 @@ sees a whole one or none.
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,11 @@ from bilora_ray.files import atomic_folder
 from bilora_ray.training.distributed.parallel import put, whole
 from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.folder import STATE, TENSORS, TrialFolder
+
+# Under these names a checkpoint keeps what the optimizer says its state is: of its parameters, and all else.
+OPTIMIZER, METHOD = "optimizer", "method"
+# The key of what stands for a tensor in JSON.
+TENSOR = "tensor"
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -33,18 +39,24 @@ def save_checkpoint(
     Args:
         path: the checkpoint's folder.
         model: its trainable parameters are saved.
-        optimizer: an AdamW over those parameters.
+        optimizer: over those parameters. What its `state_dict` says is saved, in its own shapes and dtypes. What is not
+            of a parameter in parts must be the same on all workers.
         state: JSON values that the caller gets back.
         workers: who train the model.
+
+    Raises:
+        TypeError: the optimizer's state holds what is neither a tensor nor a plain value.
+        ValueError: the optimizer moves parameters that are not the model's.
     """
-    tensors = {f"model.{name}": whole(parameter.detach()) for name, parameter in trainable(model).items()}
-    tensors.update(_optimizer_tensors(model, optimizer))
+    tensors = {f"model.{name}": parameter.detach() for name, parameter in trainable(model).items()}
+    told = _take_apart(model, optimizer, tensors)
+    tensors = {name: whole(tensor) for name, tensor in tensors.items()}
     for rank, generators in enumerate(workers.gather(_random_states())):
         tensors.update({f"random.{rank}.{name}": generator for name, generator in generators.items()})
     if workers.is_first:
         with atomic_folder(path) as unfinished:
             save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, unfinished / TENSORS)
-            (unfinished / STATE).write_text(json.dumps(state))
+            (unfinished / STATE).write_text(json.dumps({**state, OPTIMIZER: told}))
     workers.wait()
 
 
@@ -74,10 +86,10 @@ def load_checkpoint(
         raise ValueError(f"{newest} holds other parameters than this trial trains")
     for name, parameter in parameters.items():
         put(parameter, saved[name])
-    _restore_optimizer(model, optimizer, tensors)
-    own = f"random.{workers.rank}."
-    _restore_random({name.removeprefix(own): state for name, state in tensors.items() if name.startswith(own)})
-    return json.loads((newest / STATE).read_text())
+    state = json.loads((newest / STATE).read_text())
+    _put_together(model, optimizer, state.pop(OPTIMIZER, {}), tensors)
+    _restore_random(_under(f"random.{workers.rank}.", tensors))
+    return state
 
 
 def _random_states() -> dict[str, Tensor]:
@@ -94,20 +106,97 @@ def _restore_random(states: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"optimizer.{name}.{key}": whole(value)
-        for name, parameter in trainable(model).items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+def _named(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, tuple[str, nn.Parameter]]:
+    """The optimizer's parameters, with their names in `model`, by the numbers that its `state_dict` gives them."""
+    names = {parameter: name for name, parameter in trainable(model).items()}
+    moved = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not names.keys() >= set(moved):
+        raise ValueError("the optimizer moves parameters that are not trainable ones of the model")
+    return {number: (names[parameter], parameter) for number, parameter in enumerate(dict.fromkeys(moved))}
 
 
-def _restore_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    for name, parameter in trainable(model).items():
-        prefix = f"optimizer.{name}."
-        saved = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        # AdamW keeps its step counter on the CPU and the moments beside the parameter, in the same parts.
-        state = {key: value if key == "step" else torch.zeros_like(parameter) for key, value in saved.items()}
-        for key in saved.keys() - {"step"}:
-            put(state[key], saved[key])
-        optimizer.state[parameter] = state
+def _take_apart(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> Any:
+    """What the optimizer says its state is, as JSON holds it. The tensors in it are added to `tensors`.
+
+    A parameter's own are there by the parameter's name and their key; the others stand for themselves in the JSON.
+    """
+    told = optimizer.state_dict()
+    told["param_groups"] = [_without(group, {"params"}) for group in told["param_groups"]]
+    for number, (name, _) in _named(model, optimizer).items():
+        own = told["state"].pop(number, {})
+        direct = {key: value for key, value in own.items() if isinstance(value, Tensor)}
+        tensors.update({f"{OPTIMIZER}.{name}.{key}": value for key, value in direct.items()})
+        if direct.keys() != own.keys():
+            told["state"][name] = _without(own, direct)
+    return _plain(told, METHOD, tensors)
+
+
+def _put_together(
+    model: nn.Module, optimizer: torch.optim.Optimizer, told: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    """Give the optimizer back what `_take_apart` made of its state.
+
+    A checkpoint of 0.1.0 has only the tensors of the parameters: what is not in it stays as it was made.
+    """
+    told = _full(told, tensors)
+    told.setdefault("state", {})
+    saved: dict[Tensor, dict[str, Any]] = {}
+    for name, parameter in _named(model, optimizer).values():
+        own = {**told["state"].pop(name, {}), **_under(f"{OPTIMIZER}.{name}.", tensors)}
+        saved[parameter] = {key: _beside(parameter, key, value) for key, value in own.items()}
+    groups = optimizer.state_dict()["param_groups"]
+    kept = told.get("param_groups", groups)
+    told["param_groups"] = [{**now, **_typed(group, now)} for now, group in zip(groups, kept, strict=True)]
+    optimizer.load_state_dict(told)
+    # Past torch, which would give each tensor its parameter's dtype.
+    optimizer.state.update(saved)
+
+
+def _beside(parameter: nn.Parameter, key: str, value: Any) -> Any:
+    """A value of a parameter's state where torch has it: on its device, and cut as it is if it has its shape."""
+    if not isinstance(value, Tensor):
+        return value
+    # Everything is copied out of the file's memory: the file will be removed.
+    if key == "step":  # AdamW counts on the CPU, and torch leaves that there
+        return value.clone()
+    if value.shape != parameter.shape:
+        return value.to(parameter.device, copy=True)
+    beside = torch.zeros_like(parameter, dtype=value.dtype)
+    put(beside, value)
+    return beside
+
+
+def _typed(values: dict[str, Any], examples: dict[str, Any]) -> dict[str, Any]:
+    """`values` from JSON, which knows no tuples."""
+    return {key: tuple(value) if isinstance(examples.get(key), tuple) else value for key, value in values.items()}
+
+
+def _plain(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON holds it, with the names in place of its tensors, which are added to `tensors`."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {TENSOR: name}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _plain(part, f"{name}.{key}", tensors) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part, f"{name}.{number}", tensors) for number, part in enumerate(value)]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{name} is a {type(value).__name__}: a checkpoint keeps tensors and plain values")
+
+
+def _full(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """What `_plain` was given, with lists for tuples."""
+    if isinstance(value, dict):
+        if value.keys() == {TENSOR}:
+            return tensors[value[TENSOR]].clone()
+        return {key: _full(part, tensors) for key, part in value.items()}
+    return [_full(part, tensors) for part in value] if isinstance(value, list) else value
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _without(mapping: dict[str, Any], keys: Container[str]) -> dict[str, Any]:
+    return {key: value for key, value in mapping.items() if key not in keys}

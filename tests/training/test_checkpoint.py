@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_trials import METHODS, TASKS, Tiny, fit_in_process, reproducible, run_fit
+from toy_methods import MEMORIES, remember
 
 from bilora_ray import files
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.files import atomic_folder
 from bilora_ray.training import checkpoint, loop
+from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import trainable
 from bilora_ray.training.folder import STATE, TENSORS, TrialFolder
 from bilora_ray.training.loop import Progress, Run, fit
@@ -89,6 +91,52 @@ def test_a_resumed_trial_ends_as_an_uninterrupted_one(task: Task, method: str, t
         assert reproducible(reports) == reproducible(whole)
         assert progress.resumed_at == [(3, 6, 9, 10)[evaluation - 1]]
         assert_same_end(path, progress, tmp_path / "whole", expected)
+
+
+@pytest.mark.parametrize("kind", MEMORIES)
+def test_a_resumed_method_remembers_what_it_had(
+    kind: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "build_optimizer", models.build_optimizer)  # put back after the test
+    remember(kind)
+    config = demanding(tiny, "causal-lm", "lora", max_steps=6, eval_steps=3)
+    _, expected = run_fit(config, tmp_path / "whole")
+    path = tmp_path / "resumed"
+    interrupted(config, path, 1)
+    _, progress = run_fit(config, path)
+    assert progress.resumed_at == [3]
+    assert_same_end(path, progress, tmp_path / "whole", expected)
+    assert TrialFolder(path).state()["optimizer"] == TrialFolder(tmp_path / "whole").state()["optimizer"]
+
+
+def test_a_checkpoint_without_groups_as_0_1_0_wrote_it_goes_on_exactly(tiny: Tiny, tmp_path: Path) -> None:
+    config = demanding(tiny, "causal-lm", "bilora")
+    _, expected = run_fit(config, tmp_path / "whole")
+    path = tmp_path / "older"
+    interrupted(config, path, 2)
+    file = TrialFolder(path).checkpoint_at(6) / STATE
+    state = json.loads(file.read_text())
+    del state["optimizer"]
+    file.write_text(json.dumps(state))
+    _, progress = run_fit(config, path)
+    assert progress.resumed_at == [6]
+    assert_same_end(path, progress, tmp_path / "whole", expected)
+
+
+def test_what_a_checkpoint_cannot_keep_is_refused_at_once(tiny: Tiny, tmp_path: Path) -> None:
+    run = Run(tiny.config("causal-lm", max_steps=2), TrialFolder(tmp_path))
+    run.train_step()
+    run.optimizer.param_groups[1]["memory"] = {"past": object()}
+    with pytest.raises(TypeError, match=r"^method\.param_groups\.1\.memory\.past is a object: "):
+        run.evaluate()
+    run.optimizer.param_groups[1]["memory"] = {3: 0.5}  # JSON would give back another key
+    with pytest.raises(TypeError, match=r"^method\.param_groups\.1\.memory is a dict: "):
+        run.evaluate()
+    del run.optimizer.param_groups[1]["memory"]
+    run.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], "max_grad_norm": None})
+    with pytest.raises(ValueError, match="not trainable ones of the model"):
+        run.evaluate()
+    assert run.folder.latest() is None
 
 
 def test_a_trial_may_be_interrupted_again_and_again(tiny: Tiny, tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from tiny_trials import TASKS, Tiny, reproducible, run_fit
 from torch import distributed as dist
 from torch import multiprocessing
+from toy_methods import remember
 
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.training.distributed.workers import Workers
-from bilora_ray.training.folder import TrialFolder
+from bilora_ray.training.folder import TENSORS, TrialFolder
 
 Job = Callable[..., Any]
 
@@ -118,6 +119,28 @@ def test_interrupted_workers_go_on_exactly_and_generate_what_one_generates(
     assert TrialFolder(tmp_path / "two").state()["resumed_at"] == [6]
     check_alike(one, ended[0], tmp_path / "one", tmp_path / "two")
     assert [report["eval_exact_match"] for report in ended[0]] == [report["eval_exact_match"] for report in one]
+
+
+def remember_together(settings: dict[str, Any], folder: str, kinds: list[str], sharded: bool) -> None:
+    """Train by toy methods that have memories of the `kinds`, without an interruption and with one."""
+    for kind in kinds:
+        remember(kind)
+        whole = fit_together(settings, f"{folder}/{kind}/whole", 2, sharded)
+        fit_together(settings, f"{folder}/{kind}/parts", 2, sharded, 1)
+        parts = fit_together(settings, f"{folder}/{kind}/parts", 2, sharded)
+        assert reproducible(parts) == reproducible(whole), kind
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+def test_interrupted_workers_remember_what_their_method_had(sharded: bool, tiny: Tiny, tmp_path: Path) -> None:
+    settings = settings_of(tiny, "causal-lm", rows=3, method="lora", max_steps=4, lora_dropout=0.3)
+    kinds = ["buffer of another dtype", "buffer of another shape", "scalar tensor", "schedule in a group", "generator"]
+    together(2, remember_together, settings, str(tmp_path), kinds, sharded)
+    for kind in kinds:
+        trials = (TrialFolder(tmp_path / kind / name) for name in ("parts", "whole"))
+        ours, theirs = (load_file(trial.checkpoint_at(4) / TENSORS) for trial in trials)
+        assert ours.keys() == theirs.keys()
+        assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
 def test_one_worker_goes_on_where_two_were(tiny: Tiny, tmp_path: Path) -> None:
