@@ -1,4 +1,4 @@
-"""Methods that remember something of every kind from one step to the next, and by it move what is trained."""
+"""Toy methods: some remember something from one step to the next, of every kind; one asks for the loss twice a step."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.method import LoraAdamW
-from bilora_ray.method.base import Place
+from bilora_ray.method.base import Closure, Place
 from bilora_ray.training import model as models
 
 
@@ -97,6 +97,45 @@ MEMORIES: dict[str, Callable[..., float]] = {
     "generator": _drawn,
     "number of all": _own,
 }
+
+
+class TwoPasses(LoraAdamW):
+    """Takes the gradient of plain LoRA at the weights moved by `rho` along it, as sharpness-aware methods do.
+
+    Attributes:
+        losses: of both passes of each step.
+    """
+
+    def __init__(self, model: nn.Module, learning_rate: float, rho: float) -> None:
+        super().__init__(model, learning_rate=learning_rate, max_grad_norm=1.0)
+        self.rho = rho
+        self.losses: list[tuple[Tensor, Tensor]] = []
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
+        assert closure is not None
+        with torch.enable_grad():
+            first = closure()
+        moves = {parameter: self.rho * parameter.grad for parameter in self.param_groups[0]["params"]}
+        for parameter, move in moves.items():
+            parameter.add_(move)
+        with torch.enable_grad():
+            second = closure()
+        for parameter, move in moves.items():
+            parameter.sub_(move)
+        self.losses.append((first, second))
+        super().step()
+        return second
+
+
+def pass_twice(rho: float) -> None:
+    """Let every method be `TwoPasses` from now on in this process."""
+    models.build_optimizer = partial(_build_twice, rho)
+
+
+def _build_twice(rho: float, model: PeftModel, config: TrialConfig, place: Place) -> TwoPasses:
+    place(model)
+    return TwoPasses(model, config.learning_rate, rho)
 
 
 def remember(kind: str) -> None:

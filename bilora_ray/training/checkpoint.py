@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bilora_ray.files import atomic_folder
 from bilora_ray.training.distributed.parallel import put, whole
-from bilora_ray.training.distributed.workers import ALONE, Workers
+from bilora_ray.training.distributed.workers import ALONE, Workers, random_states, set_random_states
 from bilora_ray.training.folder import STATE, TENSORS, TrialFolder
 
 # Under these names a checkpoint keeps what the optimizer says its state is: of its parameters, and all else.
@@ -51,7 +51,7 @@ def save_checkpoint(
     tensors = {f"model.{name}": parameter.detach() for name, parameter in trainable(model).items()}
     told = _take_apart(model, optimizer, tensors)
     tensors = {name: whole(tensor) for name, tensor in tensors.items()}
-    for rank, generators in enumerate(workers.gather(_random_states())):
+    for rank, generators in enumerate(workers.gather(random_states())):
         tensors.update({f"random.{rank}.{name}": generator for name, generator in generators.items()})
     if workers.is_first:
         with atomic_folder(path) as unfinished:
@@ -88,22 +88,8 @@ def load_checkpoint(
         put(parameter, saved[name])
     state = json.loads((newest / STATE).read_text())
     _put_together(model, optimizer, state.pop(OPTIMIZER, {}), tensors)
-    _restore_random(_under(f"random.{workers.rank}.", tensors))
+    set_random_states(_under(f"random.{workers.rank}.", tensors))
     return state
-
-
-def _random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _restore_random(states: dict[str, Tensor]) -> None:
-    if "cpu" in states:
-        torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
 
 
 def _named(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[int, tuple[str, nn.Parameter]]:

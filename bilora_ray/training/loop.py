@@ -24,17 +24,18 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.errors import NonFiniteLoss, TrialFailure, UserError
 from bilora_ray.files import atomic_folder
 from bilora_ray.method import export_primary
+from bilora_ray.method.base import Closure
 from bilora_ray.paths import cached_commit
 from bilora_ray.recipe import write_recipe
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import load_checkpoint, save_checkpoint, trainable
 from bilora_ray.training.data.batches import train_batches
 from bilora_ray.training.distributed.parallel import Network, shard, whole
-from bilora_ray.training.distributed.workers import ALONE, Workers, seed_worker
+from bilora_ray.training.distributed.workers import ALONE, Workers, drawing_again, random_states, seed_worker
 from bilora_ray.training.evaluate import evaluate
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import Loaded, load_data
-from bilora_ray.training.tasks.base import collate, target_count
+from bilora_ray.training.tasks.base import Example, collate, target_count
 
 Report = Callable[[dict[str, float]], None]
 
@@ -53,13 +54,20 @@ class Progress:
 
 @dataclass
 class Window:
-    """What has been since the last evaluation: sums over the steps, their seconds, and when it began."""
+    """What has been since the last evaluation: the losses, sums over the steps, their seconds, and when it began."""
 
-    loss: float = 0.0
-    steps: int = 0
+    losses: list[torch.Tensor] = field(default_factory=list)
     tokens: int = 0
     seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def train_loss(self) -> float:
+        """The mean loss; 0 before the first step. This waits for the GPU, once."""
+        total = 0.0
+        for loss in torch.stack(self.losses).tolist() if self.losses else ():
+            total += loss  # sum() rounds in another way from Python 3.12 on
+        return total / max(1, len(self.losses))
 
 
 class Run:
@@ -127,12 +135,13 @@ class Run:
         started = time.perf_counter()
         self.model.train()
         self.learning_rate = self.schedule.get_last_lr()[0]
-        loss = self.optimizer.step(self._closure)
+        examples = self._next_rows()
+        loss = self.optimizer.step(self._closure(examples))
         assert loss is not None
         self.schedule.step()
         self.progress.step += 1
-        self.window.loss += float(loss)
-        self.window.steps += 1
+        self.window.losses.append(loss.detach())
+        self.window.tokens += sum(len(example.input_ids) for example in examples)
         self.window.seconds += time.perf_counter() - started
 
     def evaluation_due(self) -> bool:
@@ -166,13 +175,36 @@ class Run:
     def _settings(self) -> dict[str, Any]:
         return {**self.config.model_dump(mode="json"), "workers": self.workers.planned}
 
-    def _closure(self) -> torch.Tensor:
-        """The mean loss of the current step's rows, over its target tokens or rows, with its gradient."""
-        self.optimizer.zero_grad()
+    def _next_rows(self) -> list[Example]:
         epoch, index = divmod(self.progress.step, self.steps_per_epoch)
         rows = train_batches(len(self.data.train), self.step_rows, self.config.seed, epoch)[index]
-        examples = [self.data.train[row] for row in rows]
-        self.window.tokens += sum(len(example.input_ids) for example in examples)
+        return [self.data.train[row] for row in rows]
+
+    def _closure(self, examples: list[Example]) -> Closure:
+        """What a method calls as often as it needs in one step: the loss of `examples`, with its gradient.
+
+        Each call sees the same dropout. Only the first one waits for the number: where it is finite and a later one
+        is not, the next step or evaluation shows it.
+        """
+        before = random_states()
+        called = False
+
+        def closure() -> torch.Tensor:
+            nonlocal called
+            if called:
+                with drawing_again(before):
+                    return self._backward(examples)
+            called = True
+            loss = self._backward(examples)
+            if not math.isfinite(value := float(loss)):
+                raise NonFiniteLoss(self.progress.step + 1, value)
+            return loss
+
+        return closure
+
+    def _backward(self, examples: list[Example]) -> torch.Tensor:
+        """The mean loss over the target tokens or rows of `examples`, with its gradient."""
+        self.optimizer.zero_grad()
         size = self.config.per_device_train_batch_size
         passes = self.workers.share([examples[start : start + size] for start in range(0, len(examples), size)])
         # Known without asking a GPU, or another worker, for a number: that is to wait for it.
@@ -186,15 +218,13 @@ class Run:
                 # Workers share the mean of their gradients; the loss is a sum over them.
                 (loss * self.workers.world_size).backward()
             total += loss.detach()
-        if not math.isfinite(value := float(self.workers.total(total))):
-            raise NonFiniteLoss(self.progress.step + 1, value)
-        return total
+        return self.workers.total(total)
 
     def _place(self, model: PeftModel) -> None:
         if self.workers.sharded:
             shard(model, self.workers)
 
-    def _batch(self, examples: list[Any]) -> dict[str, torch.Tensor]:
+    def _batch(self, examples: list[Example]) -> dict[str, torch.Tensor]:
         return collate(examples, self.config.task, self.data.tokenizer.pad_token_id)
 
     def _metrics(self) -> dict[str, float]:
@@ -204,7 +234,7 @@ class Run:
             "max_steps": self.max_steps,
             "epoch": step / self.steps_per_epoch,
             "learning_rate": self.learning_rate,
-            "train_loss": window.loss / max(1, window.steps),
+            "train_loss": window.train_loss,
             "tokens_per_second": window.tokens / max(1e-9, window.seconds),
             "rows_cut": sum(split.cut for split in self.data.truncation.values()),
             "rows_dropped": sum(split.dropped for split in self.data.truncation.values()),
@@ -216,8 +246,9 @@ class Run:
         metrics |= evaluate(
             self.network.evaluated, self.data.validation, self.config, self.data.tokenizer, self.workers
         )
-        if not math.isfinite(metrics["eval_loss"]):
-            raise NonFiniteLoss(step, metrics["eval_loss"])
+        for loss in (metrics["train_loss"], metrics["eval_loss"]):
+            if not math.isfinite(loss):
+                raise NonFiniteLoss(step, loss)
         return metrics
 
     def _export(self, path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_trials import METHODS, TASKS, Tiny, reproducible, run_fit, write_rows
 from torch import nn
+from toy_methods import TwoPasses, pass_twice
 
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.errors import NonFiniteLoss, UserError
@@ -31,9 +32,8 @@ def steps_of(run: Run) -> list[float]:
     """The training loss of every step, until the end."""
     losses = []
     while run.progress.step < run.max_steps:
-        before = run.window.loss
         run.train_step()
-        losses.append(run.window.loss - before)
+        losses.append(float(run.window.losses[-1]))
     return losses
 
 
@@ -154,7 +154,7 @@ def test_methods_start_with_the_same_dropout(tiny: Tiny, tmp_path: Path) -> None
         if seed:
             torch.manual_seed(seed)
         run.train_step()
-        losses[name] = run.window.loss
+        losses[name] = float(run.window.losses[-1])
     assert losses["bilora"] == pytest.approx(losses["lora"], rel=1e-5)
     assert losses["other"] != pytest.approx(losses["lora"], rel=1e-3)
 
@@ -176,6 +176,65 @@ def test_accumulated_passes_are_one_large_batch(task: Task, method: str, tiny: T
         run = no_model_dropout(Run(config, TrialFolder(tmp_path / name)))
         losses.append(steps_of(run))
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.fixture
+def any_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts the methods back after a test with a toy one."""
+    monkeypatch.setattr(models, "build_optimizer", models.build_optimizer)
+
+
+@pytest.mark.usefixtures("any_method")
+@pytest.mark.parametrize("task", TASKS)
+def test_two_passes_of_a_step_are_of_the_same_loss(task: Task, tiny: Tiny, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "lora_dropout": 0.5}
+    config = tiny.config(task, method="lora", max_steps=6, **settings)
+    once = Run(config, TrialFolder(tmp_path / "once"))
+    steps_of(once)
+    pass_twice(rho=0.0)
+    twice = Run(config, TrialFolder(tmp_path / "twice"))
+    steps_of(twice)
+    assert isinstance(twice.optimizer, TwoPasses)
+    assert all(torch.equal(first, second) for first, second in twice.optimizer.losses)
+    # And so each step begins with the dropout, and counts the tokens, of a step of one pass.
+    assert [float(loss) for loss in twice.window.losses] == [float(loss) for loss in once.window.losses]
+    assert twice.window.tokens == once.window.tokens > 0
+    ours, theirs = (trainable(run.model) for run in (twice, once))
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+@pytest.mark.usefixtures("any_method")
+def test_what_a_method_draws_between_its_passes_is_not_drawn_again(tiny: Tiny, tmp_path: Path) -> None:
+    run = Run(tiny.config("causal-lm", lora_dropout=0.5), TrialFolder(tmp_path))
+    closure = run._closure(run._next_rows())
+    first = closure()
+    drawn = torch.rand(3)
+    assert torch.equal(closure(), first)
+    assert not torch.equal(torch.rand(3), drawn)
+
+
+@pytest.mark.usefixtures("any_method")
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_step_waits_for_one_number(passes: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if passes == 2:
+        pass_twice(rho=0.1)
+    run = Run(tiny.config("causal-lm", method="lora"), TrialFolder(tmp_path))
+    run.train_step()
+    waits = []
+    to_float = torch.Tensor.__float__
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda tensor: waits.append(1) or to_float(tensor))
+    run.train_step()
+    assert len(waits) == 1
+
+
+@pytest.mark.usefixtures("any_method")
+def test_a_second_pass_that_is_not_a_number_ends_the_trial(tiny: Tiny, tmp_path: Path) -> None:
+    pass_twice(rho=math.inf)
+    with pytest.raises(NonFiniteLoss, match=r"^loss is nan at step 2$"):
+        run_fit(tiny.config("causal-lm", eval_steps=2), tmp_path / "later")
+    with pytest.raises(NonFiniteLoss, match=r"^loss is nan at step 1$"):
+        run_fit(tiny.config("causal-lm", eval_steps=1), tmp_path / "evaluated")
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def no_model_dropout(run: Run) -> Run:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny_trials import TASKS, Tiny, reproducible, run_fit
 from torch import distributed as dist
 from torch import multiprocessing
-from toy_methods import remember
+from toy_methods import pass_twice, remember
 
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.training.distributed.workers import Workers
@@ -141,6 +141,21 @@ def test_interrupted_workers_remember_what_their_method_had(sharded: bool, tiny:
         ours, theirs = (load_file(trial.checkpoint_at(4) / TENSORS) for trial in trials)
         assert ours.keys() == theirs.keys()
         assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def once_and_twice(settings: dict[str, Any], folder: str, sharded: bool) -> None:
+    """Train by plain LoRA, and by a method that asks twice a step for the same loss."""
+    once = fit_together(settings, f"{folder}/once", 2, sharded)
+    pass_twice(rho=0.0)
+    assert reproducible(fit_together(settings, f"{folder}/twice", 2, sharded)) == reproducible(once)
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+def test_workers_pass_twice_with_the_same_dropout(sharded: bool, tiny: Tiny, tmp_path: Path) -> None:
+    settings = settings_of(tiny, "causal-lm", rows=3, method="lora", max_steps=4, lora_dropout=0.5)
+    together(2, once_and_twice, settings, str(tmp_path), sharded)
+    ours, theirs = (load_file(tmp_path / name / "checkpoints/step-00000004" / TENSORS) for name in ("twice", "once"))
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
 def test_one_worker_goes_on_where_two_were(tiny: Tiny, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ decides how fast a trial is, and not what it computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -93,3 +93,30 @@ ALONE = Workers()
 def seed_worker(seed: int, rank: int) -> None:
     """Start torch's generators. The first worker's are those of one worker alone; dropout differs between workers."""
     torch.manual_seed((seed + rank * 0x9E3779B9) % 2**63)
+
+
+def random_states() -> dict[str, Tensor]:
+    """Where torch's generators stand: the CPU's, and that of the GPU in use. Asking a GPU's is no wait for it."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_states(states: Mapping[str, Tensor]) -> None:
+    """Have torch's generators go on from `states`; those that are not in it stay where they are."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+@contextmanager
+def drawing_again(states: Mapping[str, Tensor]) -> Iterator[None]:
+    """In the block draw what was drawn from `states` on, and after it go on as if the block had drawn nothing."""
+    now = random_states()
+    set_random_states(states)
+    try:
+        yield
+    finally:
+        set_random_states(now)
