@@ -75,8 +75,12 @@ def run_fit(config: TrialConfig, path: Path) -> tuple[list[dict[str, float]], An
     from bilora_ray.training.loop import fit
 
     reports: list[dict[str, float]] = []
-    progress = fit(config, TrialFolder(path), reports.append)
-    return reports, progress
+
+    def report(metrics: dict[str, float]) -> bool:
+        reports.append(metrics)
+        return True
+
+    return reports, fit(config, TrialFolder(path), report)
 
 
 def evaluate_adapter(adapter: Path | None, config: TrialConfig) -> dict[str, float]:

@@ -74,13 +74,17 @@ def _train_on_worker(task: Mapping[str, Any]) -> None:
     from bilora_ray.training.distributed.workers import Workers
     from bilora_ray.training.loop import fit
 
+    def report(metrics: dict[str, float]) -> bool:
+        train.report({EVALUATION: metrics})
+        return True  # a trial that shall not go on is ended by Tune
+
     resources = task[RESOURCES]
     if resources["gpus_per_worker"] > 0:
         torch.cuda.set_device(get_device())
     workers = Workers.joined(resources["workers"], resources["parallelism"] == "fsdp")
     folder = folder_of(task)
     with workers.first(folder.lock(ORPHAN_WAIT_S)):
-        fit(TrialConfig(**task[SETTINGS]), folder, lambda metrics: train.report({EVALUATION: metrics}), workers=workers)
+        fit(TrialConfig(**task[SETTINGS]), folder, report, workers=workers)
 
 
 def _failures(error: BaseException) -> list[BaseException]:

@@ -28,9 +28,14 @@ def run_trial(task: Mapping[str, Any]) -> None:
     try:
         folder = folder_of(task)
         with folder.lock(ORPHAN_WAIT_S):
-            fit(TrialConfig(**task[SETTINGS]), folder, lambda metrics: tune.report({EVALUATION: metrics}))
+            fit(TrialConfig(**task[SETTINGS]), folder, _report)
     except EXPECTED as error:
         tune.report(explained(error))
+
+
+def _report(metrics: dict[str, float]) -> bool:
+    tune.report({EVALUATION: metrics})
+    return True  # a trial that shall not go on is ended by Tune
 
 
 def _keep_to_share(gpus: float) -> None:

@@ -49,9 +49,10 @@ def _train(study: SearchStudy, number: int, observers: Observers) -> None:
     from bilora_ray.training.distributed.workers import Workers
     from bilora_ray.training.loop import fit
 
-    def report(metrics: dict[str, float]) -> None:
-        study.report(number, metrics)
+    def report(metrics: dict[str, float]) -> bool:
+        status = study.report(number, metrics)
         observers.trial_reported(study.record(number), metrics)
+        return status is Status.RUNNING
 
     observers.trial_started(study.record(number))
     folder = study.folder(number)

@@ -1,8 +1,8 @@
 """The training loop: `fit` runs one trial from its settings to its best adapter.
 
 It knows a `report` callable, a folder and torch; whoever calls it (a script, a Ray Tune process) decides what a report
-means, and how many workers call it together. A trial that was killed goes on from its last checkpoint with the same
-losses as one that was not.
+means, whether the trial goes on after it, and how many workers call it together. A trial that was killed goes on from
+its last checkpoint with the same losses as one that was not.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.tasks.base import Example, collate, target_count
 
-Report = Callable[[dict[str, float]], None]
+# Takes an evaluation, and says whether the trial shall go on.
+Report = Callable[[dict[str, float]], bool]
 
 
 @dataclass
@@ -272,12 +273,14 @@ def fit(config: TrialConfig, folder: TrialFolder, report: Report, workers: Worke
     Args:
         config: the settings; they decide every number that comes out, on one machine.
         folder: where checkpoints and the best adapter go. Holds the trial's earlier checkpoints if it was interrupted.
-        report: takes the metrics of each evaluation, in order, `step` among them. After an interruption the earlier
-            evaluations are told again, since the last one may have been lost with the process.
-        workers: the processes that call this together, with equal arguments; each of them reports.
+        report: takes the metrics of each evaluation, in order, `step` among them, and says whether to go on. After an
+            interruption the earlier evaluations are told again, since the last one may have been lost with the process.
+        workers: the processes that call this together, with equal arguments; each of them reports, and what the first
+            one is told decides.
 
     Returns:
-        What was done, with the best value and its step.
+        What was done, with the best value and its step. A trial that was ended by a report has its checkpoint: it can
+        be gone on with.
 
     Raises:
         UserError: a row, a column, the model or a target module is not as the settings say.
@@ -286,12 +289,11 @@ def fit(config: TrialConfig, folder: TrialFolder, report: Report, workers: Worke
     try:
         run = Run(config, folder, workers)
         run.resume()
-        for metrics in run.progress.history:
-            report(metrics)
-        while run.progress.step < run.max_steps:
+        goes_on = all(workers.gather(report(metrics))[0] for metrics in run.progress.history)
+        while goes_on and run.progress.step < run.max_steps:
             run.train_step()
             if run.evaluation_due():
-                report(run.evaluate())
+                goes_on = workers.gather(report(run.evaluate()))[0]
     except torch.OutOfMemoryError as error:
         raise TrialFailure(f"out of GPU memory: {str(error).splitlines()[0]}") from error
     return run.progress

@@ -33,10 +33,11 @@ def interrupted(config: TrialConfig, path: Path, evaluation: int) -> None:
     """Train until `report` is called for the `evaluation`-th time."""
     reports = []
 
-    def report(metrics: dict[str, float]) -> None:
+    def report(metrics: dict[str, float]) -> bool:
         reports.append(metrics)
         if len(reports) == evaluation:
             raise Killed
+        return True
 
     with pytest.raises(Killed):
         fit(config, TrialFolder(path), report)
@@ -250,8 +251,9 @@ def test_only_safetensors_json_and_markdown_are_written(tiny: Tiny, tmp_path: Pa
 def test_older_checkpoints_are_removed(tiny: Tiny, tmp_path: Path) -> None:
     kept = []
 
-    def report(_: dict[str, float]) -> None:
+    def report(_: dict[str, float]) -> bool:
         kept.append([path.name for path in (tmp_path / "checkpoints").iterdir()])
+        return True
 
     fit(tiny.config("causal-lm", max_steps=6), TrialFolder(tmp_path), report)
     assert kept == [["step-00000002"], ["step-00000004"], ["step-00000006"]]

@@ -126,9 +126,10 @@ def test_exactly_the_adapter_of_the_best_evaluation_is_kept(
     config = tiny.config("causal-lm", metric=metric, max_steps=4, eval_steps=1)
     folder, kept, known = TrialFolder(tmp_path), [], []
 
-    def report(_: dict[str, float]) -> None:
+    def report(_: dict[str, float]) -> bool:
         kept.append([path.name for path in (tmp_path / "adapters").iterdir()])
         known.append(folder.best_adapter())
+        return True
 
     progress = loop.fit(config, folder, report)
     assert kept == [[f"step-{step:08d}"] for step in best]

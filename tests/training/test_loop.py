@@ -17,7 +17,7 @@ from bilora_ray.training import loop
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import trainable
 from bilora_ray.training.folder import TrialFolder
-from bilora_ray.training.loop import Run, fit
+from bilora_ray.training.loop import Progress, Run, fit
 
 COUNTERS = {"step", "max_steps", "epoch", "rows_cut", "rows_dropped", "train_runtime", "tokens_per_second"}
 QUERY = {
@@ -403,10 +403,42 @@ def test_chat_data_trains(tiny: Tiny, tmp_path: Path) -> None:
     assert reports[-1]["eval_loss"] < reports[0]["eval_loss"]
 
 
+def fit_until(step: int, config: TrialConfig, path: Path) -> tuple[list[float], Progress]:
+    """The steps that are told where the report of `step` says that it is enough, and what `fit` returns."""
+    told: list[float] = []
+
+    def report(metrics: dict[str, float]) -> bool:
+        told.append(metrics["step"])
+        return metrics["step"] != step
+
+    return told, fit(config, TrialFolder(path), report)
+
+
+def test_a_report_that_says_no_ends_the_trial_which_can_go_on_later(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny.config("causal-lm", lora_dropout=0.2)
+    whole, _ = run_fit(config, tmp_path / "whole")
+    path = tmp_path / "ended"
+    told, progress = fit_until(4, config, path)
+    assert (told, progress.step) == ([2, 4], 4)
+    assert TrialFolder(path).state()["step"] == 4
+    assert TrialFolder(path).best_adapter() is not None
+    reports, progress = run_fit(config, path)
+    assert reproducible(reports) == reproducible(whole)
+    assert progress.resumed_at == [4]
+
+
+def test_an_earlier_evaluation_that_is_told_again_can_end_the_trial_too(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny.config("causal-lm")
+    fit_until(6, config, tmp_path)
+    told, progress = fit_until(4, config, tmp_path)
+    assert (told, progress.step) == ([2, 4], 6)
+    assert TrialFolder(tmp_path).state()["step"] == 6
+
+
 def problem(config: TrialConfig, path: Path) -> str:
     """The line that a wrong `config` gives."""
     with pytest.raises(UserError) as caught:
-        fit(config, TrialFolder(path), lambda _: None)
+        fit(config, TrialFolder(path), lambda _: True)
     line = str(caught.value)
     assert "\n" not in line
     return line

@@ -47,10 +47,11 @@ def fit_together(settings: dict[str, Any], path: str, planned: int, sharded: boo
 
     reports: list[dict[str, float]] = []
 
-    def report(metrics: dict[str, float]) -> None:
+    def report(metrics: dict[str, float]) -> bool:
         reports.append(metrics)
         if len(reports) == stop_after:
             raise KeyboardInterrupt
+        return True
 
     workers = Workers.joined(planned, sharded)
     try:
@@ -141,6 +142,24 @@ def test_interrupted_workers_remember_what_their_method_had(sharded: bool, tiny:
         ours, theirs = (load_file(trial.checkpoint_at(4) / TENSORS) for trial in trials)
         assert ours.keys() == theirs.keys()
         assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def end_apart(settings: dict[str, Any], path: str) -> list[float]:
+    """The steps that this worker reports where the first one is told to end at 4, and the other at 2."""
+    from bilora_ray.training.loop import fit
+
+    told: list[float] = []
+
+    def report(metrics: dict[str, float]) -> bool:
+        told.append(metrics["step"])
+        return metrics["step"] != 4 - 2 * dist.get_rank()
+
+    fit(TrialConfig(**settings), TrialFolder(Path(path)), report, Workers.joined(2, False))
+    return told
+
+
+def test_what_the_first_worker_is_told_ends_the_trial_of_all(tiny: Tiny, tmp_path: Path) -> None:
+    assert together(2, end_apart, settings_of(tiny, "causal-lm", rows=3), str(tmp_path)) == [[2, 4], [2, 4]]
 
 
 def once_and_twice(settings: dict[str, Any], folder: str, sharded: bool) -> None:

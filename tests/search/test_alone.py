@@ -1,0 +1,54 @@
+"""A trial without a search: what the study says of each evaluation is what the training hears."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState
+from tiny_trials import Tiny
+
+from bilora_ray.records import Status
+from bilora_ray.search import alone
+from bilora_ray.search.session import Observers
+from bilora_ray.search.space_file import load_space
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.studies import open_study
+from bilora_ray.search.study.study import SearchStudy
+from bilora_ray.training import loop
+
+
+@pytest.fixture
+def study(tiny: Tiny, tmp_path: Path) -> SearchStudy:
+    """A study of one trial, which evaluates at the steps 2, 4, 6 and 8."""
+    trial = tiny.config("causal-lm").model_dump(exclude_unset=True)
+    settings = ["study.name=s", "study.num_trials=1", *(f"trial.{key}={value}" for key, value in trial.items())]
+    study = open_study(load_space(None, settings), Layout(tmp_path / "runs"), {})
+    assert study.next_trial() == 0
+    return study
+
+
+def test_the_last_evaluation_ends_the_trial(study: SearchStudy, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdicts = []
+    fit = loop.fit
+
+    def spied(config: Any, folder: Any, report: loop.Report, *more: Any) -> Any:
+        return fit(config, folder, lambda metrics: verdicts.append(report(metrics)) or verdicts[-1], *more)
+
+    monkeypatch.setattr(loop, "fit", spied)
+    alone._train(study, 0, Observers([]))
+    assert verdicts == [True, True, True, False]
+    assert study.record(0).status is Status.COMPLETE
+
+
+def test_a_trial_that_the_study_ends_trains_no_further(study: SearchStudy, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prune(number: int, metrics: Mapping[str, float]) -> Status:
+        study._end(number, TrialState.PRUNED)
+        return Status.PRUNED
+
+    monkeypatch.setattr(study, "report", prune)
+    alone._train(study, 0, Observers([]))
+    assert study.folder(0).state()["step"] == 2
+    assert study.record(0).status is Status.PRUNED
