@@ -35,10 +35,18 @@ from peft.tuners import lora
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from bilora_ray.method import build_method
+from bilora_ray.method import METHODS, build_method
 from bilora_ray.method.layers import PRIMARY, add_low_rank
 
 RANK = 8
+SETTINGS = {
+    "learning_rate": 5e-4,
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "rho": 0.05,
+    "auxiliary_rank": RANK,
+    "auxiliary_learning_rate": 5e-4,
+}
 VOCABULARY = 1024
 Step = Callable[[], Any]
 
@@ -60,16 +68,8 @@ def contender(name: str, base: PreTrainedModel, batch: dict[str, Tensor]) -> Ste
         for module in model.modules():
             if isinstance(module, lora.Linear):
                 module.__class__ = FusedLoraLinear
-    optimizer = build_method(
-        "lora" if name == "lora-fused" else name,
-        model,
-        learning_rate=5e-4,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        rho=0.05,
-        auxiliary_rank=RANK,
-        auxiliary_learning_rate=5e-4,
-    )
+    method = "lora" if name == "lora-fused" else name
+    optimizer = build_method(method, model, **{key: SETTINGS[key] for key in METHODS[method].settings})
     model.train()
 
     def closure() -> Tensor:

@@ -315,11 +315,6 @@ class TrialConfig(Settings):
         """`lora_alpha`, or the paper's 2 x rank."""
         return 2.0 * self.rank if self.lora_alpha is None else self.lora_alpha
 
-    @property
-    def resolved_auxiliary_learning_rate(self) -> float:
-        """`auxiliary_learning_rate`, or the paper's choice: the primary's."""
-        return self.learning_rate if self.auxiliary_learning_rate is None else self.auxiliary_learning_rate
-
 
 def facts_of(kind: type[Settings]) -> dict[str, Facts]:
     """The facts of every setting of a `kind`. TypeError if one was declared without `setting`."""

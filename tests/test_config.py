@@ -58,16 +58,14 @@ def test_the_defaults_are_what_the_paper_fixed() -> None:
     assert defaults.lora_dropout == 0
     assert defaults.rho == 0.05
     assert defaults.learning_rate == 5e-4
-    assert defaults.resolved_auxiliary_learning_rate == 5e-4
+    assert defaults.auxiliary_learning_rate is None  # the primary's
     assert (defaults.lr_scheduler_type, defaults.warmup_ratio) == ("cosine", 0.03)
     assert defaults.num_train_epochs == 3
 
 
-def test_alpha_and_the_auxiliary_learning_rate_follow_the_primary_until_they_are_given() -> None:
+def test_alpha_follows_the_rank_until_it_is_given() -> None:
     assert config(rank=32).resolved_lora_alpha == 64
     assert config(rank=32, lora_alpha=8).resolved_lora_alpha == 8
-    assert config(learning_rate=1e-3).resolved_auxiliary_learning_rate == 1e-3
-    assert config(learning_rate=1e-3, auxiliary_learning_rate=2e-4).resolved_auxiliary_learning_rate == 2e-4
 
 
 def test_the_split_follows_the_seed_until_it_has_its_own() -> None:

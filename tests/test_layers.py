@@ -3,8 +3,11 @@
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from bilora_ray.config import MethodName
 
 PACKAGE = Path(__file__).resolve().parents[1] / "bilora_ray"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -137,6 +140,12 @@ def _may_import(room: str, other: str) -> bool:
     return room == other or DEPTH[room] < DEPTH[other]
 
 
+def names_in(source: str, names: set[str]) -> list[str]:
+    """Where `source` has one of `names` as a text of its own."""
+    constants = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))
+    return [f"line {node.lineno}: {node.value}" for node in constants if node.value in names]
+
+
 def unsafe(source: str) -> list[str]:
     """What `source` does that could run a stranger's text or file as a program."""
     found = []
@@ -198,6 +207,12 @@ def test_no_module_imports_in_a_circle() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
 def test_nothing_runs_a_strangers_text_or_file(path: Path) -> None:
     assert unsafe(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_a_methods_name_stands_in_its_room_and_among_the_settings_only(path: Path) -> None:
+    found = names_in(path.read_text(encoding="utf-8"), set(get_args(MethodName)))
+    assert found == [] or _is_in(module_of(path), ("method", "config"))
 
 
 # The checks themselves: each finds what it is for.
@@ -292,6 +307,14 @@ def test_an_import_against_the_arrows_is_found(module: str, line: str, name: str
 )
 def test_an_import_with_the_arrows_is_let_through(module: str, line: str) -> None:
     assert wrong_imports(line, module) == []
+
+
+@pytest.mark.parametrize(
+    "line", ['if config.method == "lora":', 'if config.method in ("lora", "x"):', 'for x in {"lora": 1}:']
+)
+def test_a_methods_name_is_found(line: str) -> None:
+    assert names_in(f"{line}\n    pass\n", {"lora"}) == ["line 1: lora"]
+    assert names_in(f"{line}\n    pass\n", {"bilora"}) == []
 
 
 def test_a_packages_relative_import_starts_at_itself() -> None:

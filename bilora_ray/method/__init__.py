@@ -15,7 +15,7 @@ from bilora_ray.method.adapters import (
     has_auxiliary,
     primary_parameters,
 )
-from bilora_ray.method.base import MethodAdamW, MethodSettings
+from bilora_ray.method.base import Method, MethodAdamW
 from bilora_ray.method.bilora import BiLoraAdamW
 from bilora_ray.method.lora import LoraAdamW
 from bilora_ray.method.radius import Factors, perturbation_norm, project_
@@ -26,8 +26,8 @@ __all__ = [
     "BiLoraAdamW",
     "Factors",
     "LoraAdamW",
+    "Method",
     "MethodAdamW",
-    "MethodSettings",
     "attach_auxiliary",
     "auxiliary_factors",
     "auxiliary_parameters",

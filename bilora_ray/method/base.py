@@ -1,4 +1,4 @@
-"""What all methods share: AdamW whose step evaluates the loss, and the settings that a method is built from.
+"""What all methods share: AdamW whose step evaluates the loss, and what there is to say of a method.
 
 Every method is an optimizer with the same seam: a training loop calls `optimizer.step(closure)` and nothing else, so
 that a method which needs the loss twice a step fits the same loop.
@@ -19,27 +19,6 @@ from bilora_ray.method.adapters import primary_parameters
 
 Closure = Callable[[], Tensor]
 Place = Callable[[PeftModel], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodSettings:
-    """The settings of all methods; each reads its part.
-
-    Attributes:
-        learning_rate: lr of the primary and all else that descends.
-        weight_decay: AdamW's, of the descent.
-        max_grad_norm: limit on the gradient's norm, for each branch by itself; None for no limit.
-        rho: radius of the auxiliary perturbation s2 B2 A2, Frobenius norm over all layers.
-        auxiliary_rank: r2.
-        auxiliary_learning_rate: lr2.
-    """
-
-    learning_rate: float
-    weight_decay: float
-    max_grad_norm: float | None
-    rho: float
-    auxiliary_rank: int
-    auxiliary_learning_rate: float
 
 
 class MethodAdamW(torch.optim.AdamW):
@@ -84,6 +63,27 @@ class MethodAdamW(torch.optim.AdamW):
 
     def _after_update(self) -> None:
         """What a method does to the parameters once they have moved."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """All that is to say of a method: what stands for its name in `METHODS`.
+
+    Attributes:
+        build: makes its optimizer for a PEFT LoRA model with the primary adapter, to which it attaches what the method
+            needs. Its arguments are the model, a `Place` to call once all parameters are there, and by keyword each
+            setting that the method reads, under its name in `TrialConfig`.
+        title: what a model card calls it, with a link to its source.
+    """
+
+    build: Callable[..., MethodAdamW]
+    title: str
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The settings that the method reads: the keywords of `build`."""
+        parameters = inspect.signature(self.build).parameters.values()
+        return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 
 
 def descent_group(

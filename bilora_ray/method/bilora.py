@@ -6,7 +6,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bilora_ray.method.adapters import attach_auxiliary, auxiliary_factors
-from bilora_ray.method.base import MethodAdamW, MethodSettings, Place, descent_group
+from bilora_ray.method.base import Method, MethodAdamW, Place, descent_group
 from bilora_ray.method.radius import Factors, perturbation_norm, project_
 
 
@@ -78,14 +78,28 @@ class BiLoraAdamW(MethodAdamW):
         return list(map(Factors, ascent["params"][0::2], ascent["params"][1::2], ascent["scalings"]))
 
 
-def build(model: PeftModel, settings: MethodSettings, place: Place) -> BiLoraAdamW:
-    attach_auxiliary(model, settings.auxiliary_rank)
+def build(
+    model: PeftModel,
+    place: Place,
+    *,
+    auxiliary_rank: int,
+    rho: float,
+    learning_rate: float,
+    auxiliary_learning_rate: float | None,
+    weight_decay: float,
+    max_grad_norm: float | None,
+) -> BiLoraAdamW:
+    """Bi-LoRA on the primary adapter and a new auxiliary. ValueError if the model has other than linear layers."""
+    attach_auxiliary(model, auxiliary_rank)
     place(model)
     return BiLoraAdamW(
         model,
-        learning_rate=settings.learning_rate,
-        rho=settings.rho,
-        auxiliary_learning_rate=settings.auxiliary_learning_rate,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
+        learning_rate=learning_rate,
+        rho=rho,
+        auxiliary_learning_rate=auxiliary_learning_rate,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
     )
+
+
+METHOD = Method(build, "Bi-LoRA (sharpness-aware LoRA, [arXiv 2508.19564](https://arxiv.org/abs/2508.19564))")

@@ -6,7 +6,7 @@ from peft import PeftModel
 from torch import nn
 
 from bilora_ray.method.adapters import has_auxiliary
-from bilora_ray.method.base import MethodAdamW, MethodSettings, Place, descent_group
+from bilora_ray.method.base import Method, MethodAdamW, Place, descent_group
 
 
 class LoraAdamW(MethodAdamW):
@@ -30,11 +30,12 @@ class LoraAdamW(MethodAdamW):
         super().__init__([descent_group(model, learning_rate, weight_decay, max_grad_norm)])
 
 
-def build(model: PeftModel, settings: MethodSettings, place: Place) -> LoraAdamW:
+def build(
+    model: PeftModel, place: Place, *, learning_rate: float, weight_decay: float, max_grad_norm: float | None
+) -> LoraAdamW:
+    """Plain LoRA on the primary adapter. ValueError if there is nothing to train."""
     place(model)
-    return LoraAdamW(
-        model,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-    )
+    return LoraAdamW(model, learning_rate=learning_rate, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+
+
+METHOD = Method(build, "LoRA")

@@ -9,13 +9,10 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from bilora_ray.config import MODEL_CLASS, TrialConfig, applies, shown
+from bilora_ray.method import METHODS
 from bilora_ray.paths import BUILTIN, kind_by_name
 
 CARD = "README.md"
-METHOD = {
-    "lora": "LoRA",
-    "bilora": "Bi-LoRA (sharpness-aware LoRA, [arXiv 2508.19564](https://arxiv.org/abs/2508.19564))",
-}
 
 
 def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) -> None:
@@ -54,7 +51,7 @@ def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) ->
 
 # LoRA adapter of `{base}`
 
-Trained with {METHOD[config.method]} by bilora-ray: trial {origin["trial"]} of study `{origin["study"]}`{result}.
+Trained with {METHODS[config.method].title} by bilora-ray: trial {origin["trial"]} of study `{origin["study"]}`{result}.
 `bilora_ray.json` has all of its settings.
 
 | setting | value |

@@ -22,7 +22,7 @@ from transformers import (
 
 from bilora_ray.config import MODEL_CLASS, TrialConfig
 from bilora_ray.errors import UserError, first_line
-from bilora_ray.method import MethodAdamW, build_method
+from bilora_ray.method import METHODS, MethodAdamW, build_method
 from bilora_ray.method.base import Place
 from bilora_ray.paths import kind_of, loadable
 from bilora_ray.training.distributed.workers import ALONE, Workers
@@ -192,18 +192,9 @@ def build_optimizer(model: PeftModel, config: TrialConfig, place: Place) -> Meth
         config: the settings.
         place: see `build_method`.
     """
+    settings = {key: getattr(config, key) for key in METHODS[config.method].settings}
     try:
-        return build_method(
-            config.method,
-            model,
-            place,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            auxiliary_rank=config.auxiliary_rank,
-            auxiliary_learning_rate=config.resolved_auxiliary_learning_rate,
-            rho=config.rho,
-        )
+        return build_method(config.method, model, place, **settings)
     except ValueError as error:  # the settings are checked, so what doesn't fit is a module
         raise UserError(f"target_modules: {error}") from None
 

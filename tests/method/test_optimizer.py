@@ -37,7 +37,7 @@ def parameters_of(model):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_through_the_same_seam(name):
     model, batch = primary_model("llama")
-    optimizer = build_method(name, model, **SETTINGS)
+    optimizer = build_method(name, model, **{key: SETTINGS[key] for key in METHODS[name].settings})
     assert has_auxiliary(model) == (name == "bilora")
     losses = train(model, optimizer, batch, 15)
     assert losses[-1] < losses[0]
@@ -159,3 +159,5 @@ def test_misuse_is_refused():
         build_method("bi-lora", plain, **SETTINGS)
     with pytest.raises(TypeError, match="rhoo"):
         build_method("bilora", plain, **SETTINGS, rhoo=1.0)
+    with pytest.raises(TypeError, match="weight_decay"):
+        build_method("bilora", plain, learning_rate=1e-3)

@@ -5,7 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel
 
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.method import METHODS as METHOD_TABLE
 from bilora_ray.recipe import evaluation_config, is_merged, read_recipe
 from bilora_ray.release.card import write_card
 from bilora_ray.release.export import export_adapter, export_merged
@@ -249,6 +250,16 @@ def test_the_card_says_what_was_trained_and_its_code_loads_the_adapter(
     monkeypatch.chdir(tmp_path / "x")
     model = runpy.run_path(str(tmp_path / "load.py"))["model"]
     assert float((logits_of(model, trial) - trial.logits).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("name", METHOD_TABLE)
+def test_the_card_names_the_method_as_the_table_does(
+    name: Any, trained: dict[Task, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHOD_TABLE, name, replace(METHOD_TABLE[name], title="A Method ([paper](https://a.b))"))
+    export_adapter(trained["causal-lm"].adapter, tmp_path / "x", ORIGIN)
+    write_card(tmp_path / "x", trained["causal-lm"].config.model_copy(update={"method": name}), ORIGIN)
+    assert "Trained with A Method ([paper](https://a.b)) by bilora-ray" in (tmp_path / "x" / "README.md").read_text()
 
 
 def test_the_card_loads_the_base_as_it_was_trained_on(trained: dict[Task, Trained], tmp_path: Path) -> None:

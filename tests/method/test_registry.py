@@ -1,0 +1,57 @@
+"""The table of methods: each has its word in the settings and its entry, and reads what is said to be of it."""
+
+from typing import get_args
+
+import pytest
+from tiny import closure_of, primary_model
+
+from bilora_ray.config import MethodName, TrialConfig, applies
+from bilora_ray.method import METHODS, LoraAdamW, build_method
+from bilora_ray.method.base import Method
+from bilora_ray.training import model as models
+
+NEEDED = {"model_name_or_path": "m", "task": "causal-lm", "train_data": "d"}
+
+
+def test_each_word_has_its_entry_and_each_entry_its_word():
+    assert set(METHODS) == set(get_args(MethodName))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_reads_settings_that_apply_to_it(name):
+    settings = METHODS[name].settings
+    assert {"learning_rate"} <= set(settings) <= set(TrialConfig.model_fields)
+    assert [setting for setting in settings if not applies(setting, name)] == []
+
+
+def test_a_setting_of_some_methods_only_is_read_by_those():
+    for setting in TrialConfig.model_fields:
+        of = {name for name in METHODS if applies(setting, name)}
+        if of != set(METHODS):
+            assert {name for name in METHODS if setting in METHODS[name].settings} == of, setting
+
+
+def test_the_settings_of_a_trial_reach_its_method():
+    config = TrialConfig(**NEEDED, rho=0.3, auxiliary_rank=5, auxiliary_learning_rate=2e-3, max_grad_norm=None)
+    model, _ = primary_model("llama")
+    descent, ascent = models.build_optimizer(model, config, lambda _: None).param_groups
+    assert (ascent["rho"], ascent["lr"], descent["lr"]) == (0.3, 2e-3, config.learning_rate)
+    assert (descent["max_grad_norm"], ascent["max_grad_norm"]) == (None, None)
+    assert ascent["params"][0].shape[0] == 5
+
+
+def test_a_new_method_is_one_entry(monkeypatch):
+    def build(model, place, *, learning_rate, rho):
+        place(model)
+        return LoraAdamW(model, learning_rate=rho * learning_rate)
+
+    monkeypatch.setitem(METHODS, "lora", Method(build, "Slow LoRA"))
+    model, batch = primary_model("llama")
+    placed = []
+    optimizer = build_method("lora", model, placed.append, learning_rate=1e-3, rho=0.5)
+    assert placed == [model]
+    assert optimizer.param_groups[0]["lr"] == 5e-4
+    assert optimizer.step(closure_of(model.train(), optimizer, batch)) is not None
+    model, _ = primary_model("llama")
+    optimizer = models.build_optimizer(model, TrialConfig(**NEEDED, method="lora", rho=0.1), lambda _: None)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-5)
