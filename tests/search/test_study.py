@@ -25,7 +25,7 @@ from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.samplers import SAMPLERS
 from bilora_ray.search.study.schedulers import SCHEDULERS
 from bilora_ray.search.study.storage import open_storage, running_study, study_names
-from bilora_ray.search.study.studies import SPACE, check_study, delete_study, load_study, summarise
+from bilora_ray.search.study.studies import SPACE, check_study, delete_study, load_study, num_trials_before, summarise
 from bilora_ray.search.study.studies import open_study as open_study_on
 from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.training.folder import STATE, TENSORS
@@ -574,6 +574,18 @@ def test_more_trials_may_be_asked_for_on_resume(layout: Layout) -> None:
     more = space({"num_trials": 5})
     check_study(more, layout, True, DIGESTS)
     assert open_study(more, layout).next_trial() == 4
+
+
+@pytest.mark.parametrize("joining", [False, True])
+def test_fewer_trials_than_were_asked_for_are_refused(layout: Layout, joining: bool) -> None:
+    open_study(space(), layout).next_trial()
+    fewer = space({"num_trials": 3})
+    line = "study 's': num_trials was 4, is 3: it may grow only; show and export take a study as it is"
+    with pytest.raises(UserError) as error:
+        open_study_on(fewer, layout, DIGESTS) if joining else check_study(fewer, layout, True, DIGESTS)
+    assert str(error.value) == line
+    assert num_trials_before(layout, "s") == 4
+    check_study(space(), layout, True, DIGESTS)
 
 
 def test_a_study_has_one_search_at_a_time(layout: Layout) -> None:

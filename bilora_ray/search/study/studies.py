@@ -59,7 +59,8 @@ def check_study(space: Space, layout: Layout, resume: bool, digests: Mapping[str
         digests: data source -> digest of its content, now.
 
     Raises:
-        UserError: that, or the study began with another space, with other data, or in another storage path.
+        UserError: that, or the study began with another space, with other data, in another storage path, or for more
+            trials.
     """
     name, names = space.study.name, study_names(layout)
     begun = name in names and _has_begun(name, layout)
@@ -80,7 +81,7 @@ def open_study(space: Space, layout: Layout, digests: Mapping[str, str]) -> Sear
     """The study of `space`, created if `check_study` found none. One that was made but never begun is made anew.
 
     Raises:
-        UserError: another process has begun it since `check_study`, with another space or in another storage path.
+        UserError: as `check_study`, if another process has begun it since.
     """
     layout.make(space.study.name)
     with layout.choosing(space.study.name), making(layout, f"study {space.study.name}"):
@@ -187,10 +188,20 @@ def _has_begun(name: str, layout: Layout) -> bool:
 
 
 def _check_begun(study: optuna.Study, space: Space, layout: Layout, digests: Mapping[str, str]) -> None:
-    """Refuse to go on with a study that began with another space, with other data, or in another storage path."""
+    """Refuse to go on with a study that began with another space, with other data, or in another storage path.
+
+    Nor does it get fewer trials than it was asked for: others may run it, and go by their number.
+    """
+    name, stored = study.study_name, _stored(study)
     _check_place(study, layout)
-    _check_same(study.study_name, "space", _comparable(_stored(study)), _comparable(_described(space)))
-    _check_same(study.study_name, "data", study.user_attrs[DIGESTS], dict(digests))
+    _check_same(name, "space", _comparable(stored), _comparable(_described(space)))
+    _check_same(name, "data", study.user_attrs[DIGESTS], dict(digests))
+    before, now = stored["study"]["num_trials"], space.study.num_trials
+    if now < before:
+        raise UserError(
+            f"study '{name}': num_trials was {before}, is {now}: it may grow only; "
+            "show and export take a study as it is"
+        )
 
 
 def _check_place(study: optuna.Study, layout: Layout) -> None:
