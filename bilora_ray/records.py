@@ -92,16 +92,8 @@ class Objective:
         return value, math.inf if record.loss is None else record.loss, record.number
 
     def ranked(self, records: Iterable[TrialRecord]) -> list[TrialRecord]:
-        """Complete trials by value, then those that are neither complete nor failed by theirs, then the rest."""
-
-        def key(record: TrialRecord) -> tuple[int, tuple[float, float, int]]:
-            if record.status is Status.COMPLETE:
-                order = 0
-            else:
-                order = 2 if record.status is Status.FAILED or record.value is None else 1
-            return order, self.rank(record)
-
-        return sorted(records, key=key)
+        """Complete trials by value, then those that have an adapter by its value, however they ended, then the rest."""
+        return sorted(records, key=lambda record: (record.status is not Status.COMPLETE, *self.rank(record)))
 
     def best_of(self, records: Iterable[TrialRecord]) -> TrialRecord | None:
         """The complete trial with the best value; of equals the one with the lowest loss, then the earliest."""

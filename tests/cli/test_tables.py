@@ -50,16 +50,27 @@ def test_more_settings_than_have_room_are_whole_in_one_column() -> None:
     assert "method=" not in " ".join(leaderboard([many], width=120))
 
 
-def test_a_failed_trial_is_below_those_that_were_stopped() -> None:
-    failed = record(1, Status.FAILED, 0.9, error="loss is nan at step 3")
+def test_a_trial_that_failed_late_stands_where_its_adapter_does_and_is_never_the_best() -> None:
     records = [
         record(0, Status.FAILED, error="x"),
-        failed,
+        record(1, Status.FAILED, 0.9, error="loss is nan at step 3"),
         record(2, Status.PRUNED, 0.1),
         record(3, Status.COMPLETE, 0.0),
+        record(4, Status.PRUNED, 0.95),
     ]
-    rows = [line.split() for line in leaderboard(records, width=80)]
-    assert [row[0] for row in rows if row and row[0].isdigit()] == ["3", "2", "1", "0"]
+    lines = leaderboard(records, width=80)
+    rows = [line.split() for line in lines]
+    assert [row[:3] for row in rows if row and row[0].isdigit()] == [
+        ["3", "complete", "0"],
+        ["4", "stopped", "early"],
+        ["1", "failed", "0.9"],
+        ["2", "stopped", "early"],
+        ["0", "failed", "16"],
+    ]
+    assert "trial 1 failed: loss is nan at step 3" in lines
+    best = OBJECTIVE.best_of(records)
+    assert best is not None
+    assert best.number == 3
 
 
 def test_a_trial_without_a_setting_has_an_empty_cell() -> None:

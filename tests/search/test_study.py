@@ -694,6 +694,22 @@ def test_a_trial_that_is_stopped_early_has_the_value_of_the_adapter_that_it_keep
     assert best.number == 0
 
 
+def test_a_trial_that_failed_late_keeps_its_adapter_for_who_names_it(layout: Layout) -> None:
+    study = open_study(space(), layout)
+    run(study, study.next_trial() or 0, [0.7])
+    study.next_trial()
+    checkpoint, metrics = study.folder(1).checkpoint_at(1), {"step": 1, "max_steps": 4, "eval_loss": 0.5}
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").write_text(json.dumps({"history": [metrics], "best_step": 1}))
+    study.report(1, metrics)
+    study.fail(1, "loss is nan at step 3", by_settings=True)
+    view = load_study(layout, "s")
+    assert [record.number for record in view.objective.ranked(view.records())] == [0, 1]
+    assert view.chosen(None).number == 0
+    named = view.chosen(1)
+    assert (named.status, named.value, named.adapter) == (Status.FAILED, 0.5, study.folder(1).adapter_at(1))
+
+
 def test_a_trial_that_no_process_runs_is_shown_as_interrupted(layout: Layout) -> None:
     study = open_study(space(), layout)
     study.next_trial()
