@@ -122,9 +122,10 @@ def measure_study(size: int, scheduler: str, database: str | None) -> str:
         growing = space(size, scheduler)
         growing = replace(growing, study=growing.study.model_copy(update={"name": f"scaling-{size}-{scheduler}"}))
         study = open_study(growing, layout, {})
-        with writes_of(study) as writes, timed(study, "next_trial") as asks, timed(study, "report") as reports:
+        with writes_of(study) as writes, timed(study, "next_trials") as asks, timed(study, "report") as reports:
             began, written = [], 0
-            while (number := study.next_trial()) is not None:
+            while numbers := study.next_trials():
+                (number,) = numbers
                 began.append(time.perf_counter())
                 before = len(writes)
                 for step in range(1, REPORTS + 1):
@@ -133,7 +134,7 @@ def measure_study(size: int, scheduler: str, database: str | None) -> str:
                 written += len(writes) - before
         memory = psutil.Process().memory_info().rss / 2**20
         delete_study(growing, layout)
-    # The last call of next_trial finds nothing left.
+    # The last call of next_trials finds nothing left.
     ask = statistics.median(list(asks.values())[-11:-1])
     report = statistics.median(seconds for at, seconds in reports.items() if at >= began[-min(10, size)])
     total = sum(asks.values()) + sum(reports.values())

@@ -10,10 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.training.folder import TrialFolder
+
+if TYPE_CHECKING:
+    from bilora_ray.search.study.study import SearchStudy
 
 COLOURS = ("red", "green", "blue", "black", "white", "brown")
 TASKS: tuple[Task, ...] = ("causal-lm", "seq2seq-lm", "sequence-classification")
@@ -81,6 +84,13 @@ def run_fit(config: TrialConfig, path: Path) -> tuple[list[dict[str, float]], An
         return True
 
     return reports, fit(config, TrialFolder(path), report)
+
+
+def next_trial(study: SearchStudy) -> int | None:
+    """The number of the one trial that a study hands out next; None when all are given."""
+    numbers = study.next_trials()
+    assert len(numbers) < 2
+    return numbers[0] if numbers else None
 
 
 def evaluate_adapter(adapter: Path | None, config: TrialConfig) -> dict[str, float]:

@@ -10,7 +10,16 @@ from typing import Any
 from ray import get_runtime_context, tune
 
 from bilora_ray.config import TrialConfig
-from bilora_ray.runners.task import EVALUATION, EXPECTED, FOLDER, RESOURCES, SETTINGS, explained, folder_of
+from bilora_ray.runners.task import (
+    EXPECTED,
+    FOLDER,
+    RESOURCES,
+    SETTINGS,
+    explained,
+    folder_of,
+    telling,
+    the_only,
+)
 from bilora_ray.training.folder import ORPHAN_WAIT_S, TrialFolder
 
 
@@ -26,7 +35,7 @@ def run_trial_on_workers(task: Mapping[str, Any]) -> None:
 
     from bilora_ray.runners.rendezvous import PrivateTorchConfig
 
-    resources = task[RESOURCES]
+    resources, trial = task[RESOURCES], the_only(task)
     workers, fewest = resources["workers"], resources["min_workers"]
     each = {"CPU": resources["cpus_per_worker"], "GPU": resources["gpus_per_worker"]}
     trainer = TorchTrainer(
@@ -42,20 +51,20 @@ def run_trial_on_workers(task: Mapping[str, Any]) -> None:
         run_config=RunConfig(
             name="train",
             # For Train's notes on checkpoints of its own, of which there are none.
-            storage_path=str(TrialFolder(Path(task[FOLDER])).scratch),
+            storage_path=str(TrialFolder(Path(trial[FOLDER])).scratch),
             # What a controller tries again is only to find room for its workers, and a trial waits for that.
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=-1),  # type: ignore[call-arg]
             callbacks=[TuneReportCallback()],  # type: ignore[list-item]
         ),
     )
     try:
-        folder_of(task)  # Train would make what is missing
+        folder_of(trial)  # Train would make what is missing
         trainer.fit()
     except (*EXPECTED, TrainingFailedError) as error:
         expected = [cause for cause in map(_cause, _failures(error)) if cause is not None]
         if not expected:
             raise
-        tune.report(explained(expected[0]))
+        tune.report(explained(trial, expected[0]))
 
 
 def name_cluster() -> None:
@@ -74,17 +83,13 @@ def _train_on_worker(task: Mapping[str, Any]) -> None:
     from bilora_ray.training.distributed.workers import Workers
     from bilora_ray.training.loop import fit
 
-    def report(metrics: dict[str, float]) -> bool:
-        train.report({EVALUATION: metrics})
-        return True  # a trial that shall not go on is ended by Tune
-
-    resources = task[RESOURCES]
+    resources, trial = task[RESOURCES], the_only(task)
     if resources["gpus_per_worker"] > 0:
         torch.cuda.set_device(get_device())
     workers = Workers.joined(resources["workers"], resources["parallelism"] == "fsdp")
-    folder = folder_of(task)
+    folder = folder_of(trial)
     with workers.first(folder.lock(ORPHAN_WAIT_S)):
-        fit(TrialConfig(**task[SETTINGS]), folder, report, workers=workers)
+        fit(TrialConfig(**trial[SETTINGS]), folder, telling(train.report, trial), workers=workers)
 
 
 def _failures(error: BaseException) -> list[BaseException]:

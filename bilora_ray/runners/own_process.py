@@ -8,7 +8,7 @@ from typing import Any
 from ray import tune
 
 from bilora_ray.config import CUDA_GIB, TrialConfig
-from bilora_ray.runners.task import EVALUATION, EXPECTED, RESOURCES, SETTINGS, explained, folder_of
+from bilora_ray.runners.task import EXPECTED, RESOURCES, SETTINGS, explained, folder_of, telling, the_only
 from bilora_ray.training.folder import ORPHAN_WAIT_S
 
 
@@ -16,26 +16,22 @@ def run_trial(task: Mapping[str, Any]) -> None:
     """Train one trial in this process, going on from its checkpoint if there is one.
 
     Args:
-        task: `number` of the trial, its `folder` (an absolute path), its `settings` (those of a TrialConfig), and its
-            `resources` (those of a ResourceConfig).
+        task: `trials`, of which there is one: its `number`, its `folder` (an absolute path) and its `settings` (those
+            of a TrialConfig); and `resources` (those of a ResourceConfig).
     """
     from bilora_ray.quiet import quiet
 
     quiet()
     from bilora_ray.training.loop import fit
 
+    trial = the_only(task)
     _keep_to_share(task[RESOURCES]["gpus_per_worker"])
     try:
-        folder = folder_of(task)
+        folder = folder_of(trial)
         with folder.lock(ORPHAN_WAIT_S):
-            fit(TrialConfig(**task[SETTINGS]), folder, _report)
+            fit(TrialConfig(**trial[SETTINGS]), folder, telling(tune.report, trial))
     except EXPECTED as error:
-        tune.report(explained(error))
-
-
-def _report(metrics: dict[str, float]) -> bool:
-    tune.report({EVALUATION: metrics})
-    return True  # a trial that shall not go on is ended by Tune
+        tune.report(explained(trial, error))
 
 
 def _keep_to_share(gpus: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +12,43 @@ from safetensors import SafetensorError
 from bilora_ray.errors import TrialFailure, UserError, first_line
 from bilora_ray.training.folder import TrialFolder
 
-# The keys of a task.
-NUMBER, FOLDER, SETTINGS, RESOURCES = "number", "folder", "settings", "resources"
-# The key of a report: an evaluation's metrics; or why this trial cannot go on; or what is wrong with its settings or
-# data; or what is wrong with the machine, so that the trial may go on another time.
+# The keys of a task: the trials that run together, and what they get. Those of each of its trials.
+TRIALS, RESOURCES = "trials", "resources"
+NUMBER, FOLDER, SETTINGS = "number", "folder", "settings"
+# The keys of a report, beside the trial's number: an evaluation's metrics; or why this trial cannot go on; or what is
+# wrong with its settings or data; or what is wrong with the machine, so that the trial may go on another time.
 EVALUATION, FAILURE, BAD_INPUT, BROKEN = "evaluation", "failure", "bad_input", "broken"
 EXPECTED = (TrialFailure, UserError, OSError, SafetensorError)
 
 
-def explained(error: BaseException) -> dict[str, str]:
+def the_only(task: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The trial of a task that has one."""
+    (trial,) = task[TRIALS]
+    return trial
+
+
+def telling(report: Callable[[dict[str, Any]], None], trial: Mapping[str, Any]) -> Callable[[dict[str, float]], bool]:
+    """What `fit` tells its evaluations to: they go to Tune, which ends a trial that shall not go on by itself."""
+
+    def tell(evaluation: dict[str, float]) -> bool:
+        report({NUMBER: trial[NUMBER], EVALUATION: evaluation})
+        return True
+
+    return tell
+
+
+def explained(trial: Mapping[str, Any], error: BaseException) -> dict[str, Any]:
     """The report of a trial that ended with one of the `EXPECTED` errors."""
     if isinstance(error, TrialFailure):
-        return {FAILURE: str(error)}
+        return {NUMBER: trial[NUMBER], FAILURE: str(error)}
     if isinstance(error, UserError):
-        return {BAD_INPUT: str(error)}
-    return {BROKEN: f"{type(error).__name__}: {first_line(error)}"}
+        return {NUMBER: trial[NUMBER], BAD_INPUT: str(error)}
+    return {NUMBER: trial[NUMBER], BROKEN: f"{type(error).__name__}: {first_line(error)}"}
 
 
-def folder_of(task: Mapping[str, Any]) -> TrialFolder:
+def folder_of(trial: Mapping[str, Any]) -> TrialFolder:
     """The trial's folder, which the search has made; OSError where it is not: a new one would be lost."""
-    folder = TrialFolder(Path(task[FOLDER]))
+    folder = TrialFolder(Path(trial[FOLDER]))
     if not folder.path.is_dir():
         raise FileNotFoundError(f"{folder.path} is not on node {get_node_ip_address()}; all nodes must share it")
     return folder

@@ -37,10 +37,10 @@ def train(
         session(space, layout, mlflow_uri, digests, watcher) as running,
     ):
         study, observers = running.study, running.observers()
-        number = study.next_trial()
-        if number is not None:
+        numbers = study.next_trials()
+        for number in numbers:
             _train(study, number, observers)
-        elif not study.finished():
+        if not numbers and not study.finished():
             raise MachineError(f"run '{space.study.name}' is being trained by another process")
     return study
 

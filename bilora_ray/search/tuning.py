@@ -16,7 +16,17 @@ from ray.tune.search import Searcher
 
 from bilora_ray.errors import MachineError, UserError
 from bilora_ray.records import Status
-from bilora_ray.runners.task import BAD_INPUT, BROKEN, EVALUATION, FAILURE, FOLDER, NUMBER, RESOURCES, SETTINGS
+from bilora_ray.runners.task import (
+    BAD_INPUT,
+    BROKEN,
+    EVALUATION,
+    FAILURE,
+    FOLDER,
+    NUMBER,
+    RESOURCES,
+    SETTINGS,
+    TRIALS,
+)
 from bilora_ray.search.session import Observers
 from bilora_ray.search.study.storage import naming_the_database
 from bilora_ray.search.study.study import SearchStudy
@@ -40,18 +50,22 @@ class StudySearcher(Searcher):
         self.observers = observers
 
     def suggest(self, trial_id: str) -> Any:
-        """The task that Tune gives to the trial's function."""
+        """The task that Tune gives to the function that runs it."""
         with naming_the_database(self.study.layout):
-            number = self.study.next_trial()
-            if number is None:
+            numbers = self.study.next_trials()
+            if not numbers:
                 return Searcher.FINISHED
-            self.observers.trial_started(self.study.record(number))
-            return {
-                NUMBER: number,
-                FOLDER: str(self.study.folder(number).path),
-                SETTINGS: self.study.config(number).model_dump(),
-                RESOURCES: self.study.space.resources.model_dump(),
-            }
+            for number in numbers:
+                self.observers.trial_started(self.study.record(number))
+            resources = self.study.space.resources.model_dump()
+            return {TRIALS: [self._trial(number) for number in numbers], RESOURCES: resources}
+
+    def _trial(self, number: int) -> dict[str, Any]:
+        return {
+            NUMBER: number,
+            FOLDER: str(self.study.folder(number).path),
+            SETTINGS: self.study.config(number).model_dump(),
+        }
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         """Nothing: the scheduler has told the study already."""
@@ -98,12 +112,13 @@ class StudyScheduler(FIFOScheduler):
             return
         try:
             with naming_the_database(self.study.layout):
-                self._fail(trial.config[NUMBER], _cause(trial), by_settings=False)
+                for number in self._running(trial):
+                    self._fail(number, _cause(trial), by_settings=False)
         except MachineError as error:
             self._halt(tune_controller, error)
 
     def _take_in(self, tune_controller: Any, trial: Trial, result: Mapping[str, Any]) -> str:
-        number = trial.config[NUMBER]
+        number = result[NUMBER]
         if BROKEN in result:
             line = f"trial {number}: {result[BROKEN]}; mend that and go on with --resume"
             return self._halt(tune_controller, MachineError(line))
@@ -111,22 +126,29 @@ class StudyScheduler(FIFOScheduler):
             # Another trial's evaluation shows that what all share is right: then it is this one's own settings.
             others_work = any(record.history for record in self.study.records())
             self._fail(number, result[BAD_INPUT], by_settings=others_work)
-            if others_work:
-                return TrialScheduler.STOP
-            return self._halt(tune_controller, UserError(result[BAD_INPUT]))
+            if not others_work:
+                return self._halt(tune_controller, UserError(result[BAD_INPUT]))
+            return self._verdict(trial)
         if FAILURE in result:
             self._fail(number, result[FAILURE], by_settings=True)
-            return TrialScheduler.STOP
+            return self._verdict(trial)
         # Tune flattens what it is given and adds a dozen keys of its own.
         metrics = {key.removeprefix(METRICS): value for key, value in result.items() if key.startswith(METRICS)}
         trial.max_failures = trial.num_failures + MAX_FAILURES
         status = self.study.report(number, metrics)
         record = self.study.record(number)
         self.observers.trial_reported(record, metrics)
-        if status is Status.RUNNING:
-            return TrialScheduler.CONTINUE
-        self.observers.trial_ended(record)
-        return TrialScheduler.STOP
+        if status is not Status.RUNNING:
+            self.observers.trial_ended(record)
+        return self._verdict(trial)
+
+    def _verdict(self, trial: Trial) -> str:
+        return TrialScheduler.CONTINUE if self._running(trial) else TrialScheduler.STOP
+
+    def _running(self, trial: Trial) -> list[int]:
+        """Those of the trials that Tune runs as one that have not ended."""
+        running = self.study.in_hand()
+        return [one[NUMBER] for one in trial.config[TRIALS] if one[NUMBER] in running]
 
     def _halt(self, tune_controller: Any, error: UserError) -> str:
         self.halted = self.halted or error

@@ -17,7 +17,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 from mlflow import MlflowClient
-from tiny_trials import Tiny
+from tiny_trials import Tiny, next_trial
 
 from bilora_ray.errors import UserError
 from bilora_ray.recipe import read_recipe
@@ -118,7 +118,7 @@ def test_local_models_and_several_models_are_not_pinned(hub: Hub, tiny: Tiny) ->
 def test_a_resumed_study_keeps_its_commit_after_the_hub_has_moved_on(hub: Hub, tiny: Tiny, tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     study = open_study(pinned(space(tiny), None), layout, {})
-    number = study.next_trial()
+    number = next_trial(study)
     assert number is not None
     study.release()
     assert study.config(number).model_revision == OLD
@@ -136,7 +136,7 @@ def test_a_resumed_study_keeps_its_commit_after_the_hub_has_moved_on(hub: Hub, t
 def test_a_study_that_began_without_a_commit_goes_on_without_one(hub: Hub, tiny: Tiny, tmp_path: Path) -> None:
     layout = Layout(tmp_path)
     study = open_study(space(tiny), layout, {})
-    study.next_trial()
+    next_trial(study)
     study.release()
     assert revision(pinned(space(tiny), layout)) is None
 

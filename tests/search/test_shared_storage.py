@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -154,14 +155,13 @@ def test_a_cluster_of_one_node_is_not_asked(tmp_path: Path, monkeypatch: pytest.
 def test_a_trial_on_a_node_without_the_storage_says_so_and_makes_no_folder(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[dict[str, str]] = []
+    told: list[dict[str, Any]] = []
     monkeypatch.setattr(own_process.tune, "report", told.append)
     folder = tmp_path / "runs" / "studies" / "s" / "trials" / "0000"
     settings = tiny.config("causal-lm").model_dump()
-    own_process.run_trial(
-        {"number": 0, "folder": str(folder), "settings": settings, "resources": {"gpus_per_worker": 0}}
-    )
-    ((key, line),) = told[0].items()
-    assert key == task.BROKEN
-    assert line.startswith(f"FileNotFoundError: {folder} is not on node ")
+    trial = {"number": 3, "folder": str(folder), "settings": settings}
+    own_process.run_trial({"trials": [trial], "resources": {"gpus_per_worker": 0}})
+    assert told[0].keys() == {task.NUMBER, task.BROKEN}
+    assert told[0][task.NUMBER] == 3
+    assert told[0][task.BROKEN].startswith(f"FileNotFoundError: {folder} is not on node ")
     assert list(tmp_path.iterdir()) == []

@@ -15,6 +15,7 @@ import optuna
 import pytest
 from optuna.pruners import SuccessiveHalvingPruner
 from optuna.trial import TrialState
+from tiny_trials import next_trial
 
 from bilora_ray.errors import UserError
 from bilora_ray.records import Status, TrialRecord
@@ -74,10 +75,10 @@ def run(study: SearchStudy, number: int, losses: list[float]) -> Status:
 
 def all_proposals(space: Space, layout: Layout, interrupt: bool) -> list[dict[str, Any]]:
     study = open_study(space, layout)
-    while (number := study.next_trial()) is not None:
+    while (number := next_trial(study)) is not None:
         if interrupt:
             study = open_study(space, layout)
-            assert study.next_trial() == number
+            assert next_trial(study) == number
         run(study, number, [1.0 / (1 + number)])
     return [dict(record.sampled) for record in study.records()]
 
@@ -89,7 +90,7 @@ def test_each_word_that_a_space_file_may_say_has_its_entry(setting: str, table: 
 
 def test_the_value_of_a_complete_trial_is_its_best_evaluation(layout: Layout) -> None:
     study = open_study(space(), layout)
-    number = study.next_trial()
+    number = next_trial(study)
     assert number == 0
     assert run(study, number, [3.0, 1.0, 2.0]) is Status.COMPLETE
     assert study.record(0).value == 1.0
@@ -98,7 +99,7 @@ def test_the_value_of_a_complete_trial_is_its_best_evaluation(layout: Layout) ->
 def test_greater_is_better_makes_the_best_the_largest(layout: Layout) -> None:
     study = open_study(space(trial={"metric": "eval_token_accuracy"}), layout)
     for values in ([0.1, 0.5, 0.2], [0.3, 0.4, 0.2]):
-        number = study.next_trial()
+        number = next_trial(study)
         assert number is not None
         for step, value in enumerate(values, start=1):
             study.report(number, {"step": step, "max_steps": 3, "eval_token_accuracy": value})
@@ -110,7 +111,7 @@ def test_greater_is_better_makes_the_best_the_largest(layout: Layout) -> None:
 def test_as_many_trials_are_handed_out_as_the_study_asks_for(layout: Layout) -> None:
     study = open_study(space(), layout)
     numbers = []
-    while (number := study.next_trial()) is not None:
+    while (number := next_trial(study)) is not None:
         numbers.append(number)
     assert numbers == [0, 1, 2, 3]
     assert not study.finished()
@@ -118,13 +119,13 @@ def test_as_many_trials_are_handed_out_as_the_study_asks_for(layout: Layout) -> 
 
 def test_an_interrupted_trial_is_handed_out_again_before_a_new_one_with_the_same_settings(layout: Layout) -> None:
     study = open_study(space(), layout)
-    first, second = study.next_trial(), study.next_trial()
+    first, second = next_trial(study), next_trial(study)
     assert (first, second) == (0, 1)
     run(study, 0, [1.0])
     again = open_study(space(), layout)
-    assert again.next_trial() == 1
+    assert next_trial(again) == 1
     assert again.config(1) == study.config(1)
-    assert again.next_trial() == 2
+    assert next_trial(again) == 2
 
 
 def test_a_trial_that_died_between_being_asked_for_and_sampled_is_completed(layout: Layout) -> None:
@@ -132,9 +133,9 @@ def test_a_trial_that_died_between_being_asked_for_and_sampled_is_completed(layo
     study.study.ask()
     again = open_study(space(), layout)
     assert set(again.record(0).sampled) == {"rho", "rank"}
-    assert again.next_trial() == 0
+    assert next_trial(again) == 0
     undisturbed = open_study(space(), Layout(layout.storage_path / "other"))
-    undisturbed.next_trial()
+    next_trial(undisturbed)
     assert again.record(0).sampled == undisturbed.record(0).sampled
 
 
@@ -154,10 +155,10 @@ def test_another_seed_gives_other_proposals(tmp_path: Path) -> None:
 
 def test_a_report_told_twice_changes_nothing(layout: Layout) -> None:
     study = open_study(space(), layout)
-    study.next_trial()
+    next_trial(study)
     study.report(0, {"step": 1, "max_steps": 3, "eval_loss": 2.0})
     again = open_study(space(), layout)
-    again.next_trial()
+    next_trial(again)
     assert again.report(0, {"step": 1, "max_steps": 3, "eval_loss": 2.0}) is Status.RUNNING
     assert again.report(0, {"step": 3, "max_steps": 3, "eval_loss": 1.0}) is Status.COMPLETE
     assert again.study.trials[0].intermediate_values == {1: 2.0, 3: 1.0}
@@ -165,11 +166,11 @@ def test_a_report_told_twice_changes_nothing(layout: Layout) -> None:
 
 def test_a_trial_that_finished_but_was_not_told_completes_on_resume(layout: Layout) -> None:
     study = open_study(space(), layout)
-    study.next_trial()
+    next_trial(study)
     for step, loss in ((1, 2.0), (2, 1.0)):
         study._live[0].report(loss, step)  # the process died before the study could end the trial
     again = open_study(space(), layout)
-    again.next_trial()
+    next_trial(again)
     assert run(again, 0, [2.0, 1.0]) is Status.COMPLETE
     assert again.record(0).value == 1.0
 
@@ -178,7 +179,7 @@ def test_weak_trials_stop_at_the_rungs_of_successive_halving(layout: Layout) -> 
     study = open_study(space({"scheduler": "asha", "grace_period": 2, "num_trials": 20}), layout)
     statuses = []
     for loss in (1.0, 2.0, 3.0, 0.5):
-        number = study.next_trial()
+        number = next_trial(study)
         assert number is not None
         statuses.append(run(study, number, [loss] * 9))
     assert statuses == [Status.COMPLETE, Status.PRUNED, Status.PRUNED, Status.COMPLETE]
@@ -189,7 +190,7 @@ def test_weak_trials_stop_at_the_rungs_of_successive_halving(layout: Layout) -> 
 def test_what_a_stopped_trial_writes_until_it_hears_of_it_takes_no_room(layout: Layout, killed: bool) -> None:
     study = open_study(space({"scheduler": "asha", "grace_period": 2, "num_trials": 2}), layout)
     for losses in ([1.0] * 9, [2.0] * 9):
-        number = study.next_trial()
+        number = next_trial(study)
         assert number is not None
         status = run(study, number, losses)
     assert status is Status.PRUNED
@@ -219,7 +220,7 @@ def test_early_stops_after_a_resume_are_those_of_the_whole_search(tmp_path: Path
 
     def search(layout: Layout, resume: bool) -> list[tuple[Status, int]]:
         study = open_study(halving, layout)
-        while (number := study.next_trial()) is not None:
+        while (number := next_trial(study)) is not None:
             run(study, number, losses[number])
             if resume:
                 study = open_study(halving, layout)
@@ -234,15 +235,15 @@ def test_early_stops_after_a_resume_are_those_of_the_whole_search(tmp_path: Path
 def test_a_verdict_that_a_kill_took_away_is_reached_again(layout: Layout, after: str) -> None:
     halving = space({"scheduler": "asha", "grace_period": 2, "num_trials": 5})
     study = open_study(halving, layout)
-    study.next_trial()
+    next_trial(study)
     run(study, 0, [1.0] * 9)
-    study.next_trial()
+    next_trial(study)
     study.report(1, {"step": 1, "max_steps": 9, "eval_loss": 2.0})
     study._live[1].report(2.0, 2)
     if after == "rung":  # and the process dies before the trial is told
         assert SuccessiveHalvingPruner(min_resource=2, reduction_factor=3).prune(study.study, study.study.trials[1])
     again = open_study(halving, layout)
-    again.next_trial()
+    next_trial(again)
     assert again.report(1, {"step": 1, "max_steps": 9, "eval_loss": 2.0}) is Status.RUNNING
     assert again.report(1, {"step": 2, "max_steps": 9, "eval_loss": 2.0}) is Status.PRUNED
 
@@ -250,27 +251,27 @@ def test_a_verdict_that_a_kill_took_away_is_reached_again(layout: Layout, after:
 def test_a_trial_that_passed_a_rung_passes_it_again_after_a_resume(layout: Layout) -> None:
     halving = space({"scheduler": "asha", "grace_period": 2, "num_trials": 5})
     study = open_study(halving, layout)
-    study.next_trial()
+    next_trial(study)
     study.report(0, {"step": 2, "max_steps": 9, "eval_loss": 2.0})
-    study.next_trial()
+    next_trial(study)
     run(study, 1, [1.0] * 9)
     again = open_study(halving, layout)
-    again.next_trial()
+    next_trial(again)
     assert again.report(0, {"step": 2, "max_steps": 9, "eval_loss": 2.0}) is Status.RUNNING
 
 
 def test_the_first_rung_is_a_ninth_of_a_trial_unless_said(layout: Layout) -> None:
     study = open_study(space({"scheduler": "asha"}), layout)
-    study.next_trial()
+    next_trial(study)
     study.report(0, {"step": 10, "max_steps": 90, "eval_loss": 1.0})
-    study.next_trial()
+    next_trial(study)
     assert study.report(1, {"step": 9, "max_steps": 90, "eval_loss": 2.0}) is Status.RUNNING
     assert study.report(1, {"step": 10, "max_steps": 90, "eval_loss": 2.0}) is Status.PRUNED
 
 
 def test_the_first_rung_is_decided_by_one_search_at_a_time(layout: Layout) -> None:
     study = open_study(space({"scheduler": "asha"}), layout)
-    study.next_trial()
+    next_trial(study)
     with ThreadPoolExecutor() as threads:
         with layout.choosing("s"):  # another search has found no first rung, and is about to decide
             report = threads.submit(study.report, 0, {"step": 10, "max_steps": 90, "eval_loss": 1.0})
@@ -278,7 +279,7 @@ def test_the_first_rung_is_decided_by_one_search_at_a_time(layout: Layout) -> No
             study.study.set_user_attr("grace_rows", 40 * 8)
         assert report.result() is Status.RUNNING
     assert study.report(0, {"step": 40, "max_steps": 90, "eval_loss": 1.0}) is Status.RUNNING
-    study.next_trial()
+    next_trial(study)
     assert study.report(1, {"step": 10, "max_steps": 90, "eval_loss": 2.0}) is Status.RUNNING
     assert study.report(1, {"step": 40, "max_steps": 90, "eval_loss": 2.0}) is Status.PRUNED
     assert study.study.user_attrs["grace_rows"] == 40 * 8
@@ -292,7 +293,7 @@ def two_batches(layout: Layout, **study: Any) -> SearchStudy:
     points = "[{per_device_train_batch_size: 32}, {per_device_train_batch_size: 8}]"
     searched = space({"scheduler": "asha", "points_to_evaluate": points, **study}, BATCHES)
     opened = open_study(searched, layout)
-    assert [opened.next_trial(), opened.next_trial()] == [0, 1]
+    assert [next_trial(opened), next_trial(opened)] == [0, 1]
     return opened
 
 
@@ -320,7 +321,7 @@ def test_a_study_of_version_0_1_0_goes_on_with_rungs_in_steps(layout: Layout) ->
 
 def test_settings_of_another_method_are_not_searched(layout: Layout) -> None:
     study = open_study(space({"num_trials": 12}, {"method": "{choice: [lora, bilora]}"}), layout)
-    while study.next_trial() is not None:
+    while next_trial(study) is not None:
         pass
     sampled = [dict(record.sampled) for record in study.records()]
     assert {frozenset(s) for s in sampled if s["method"] == "lora"} == {frozenset({"method", "rank"})}
@@ -330,9 +331,9 @@ def test_settings_of_another_method_are_not_searched(layout: Layout) -> None:
 def test_points_to_evaluate_come_first_and_only_once(layout: Layout) -> None:
     pointed = space({"points_to_evaluate": "[{rho: 0.05, rank: 8}, {rho: 0.1, rank: 4}]"})
     study = open_study(pointed, layout)
-    assert study.next_trial() == 0
+    assert next_trial(study) == 0
     study = open_study(pointed, layout)
-    while study.next_trial() is not None:
+    while next_trial(study) is not None:
         pass
     sampled = [dict(record.sampled) for record in study.records()]
     assert sampled[:2] == [{"rho": 0.05, "rank": 8}, {"rho": 0.1, "rank": 4}]
@@ -341,7 +342,7 @@ def test_points_to_evaluate_come_first_and_only_once(layout: Layout) -> None:
 
 def test_points_that_leave_a_setting_open_get_different_values_for_it(layout: Layout) -> None:
     study = open_study(space({"points_to_evaluate": "[{rank: 4}, {rank: 8}, {rank: 16}]", "num_trials": 6}), layout)
-    while study.next_trial() is not None:
+    while next_trial(study) is not None:
         pass
     assert len({record.sampled["rho"] for record in study.records()}) == 6
 
@@ -349,20 +350,20 @@ def test_points_that_leave_a_setting_open_get_different_values_for_it(layout: La
 @pytest.mark.parametrize("by_settings", [True, False])
 def test_a_failed_trial_keeps_its_reason_and_counts(layout: Layout, by_settings: bool) -> None:
     study = open_study(space({"num_trials": 1}), layout)
-    study.next_trial()
+    next_trial(study)
     study.fail(0, "loss is nan at step 3", by_settings)
     assert (study.record(0).status, study.record(0).error) == (Status.FAILED, "loss is nan at step 3")
     assert study.finished()
     assert study.best() is None
     assert study.study.trials[0].state is (TrialState.PRUNED if by_settings else TrialState.FAIL)
     again = open_study(space({"num_trials": 1}), layout)
-    assert again.next_trial() is None
+    assert next_trial(again) is None
     assert again.records() == load_study(layout, "s").records() == study.records()
 
 
 def test_a_trial_that_version_0_1_0_failed_reads_as_failed(layout: Layout) -> None:
     study = open_study(space({"num_trials": 1}), layout)
-    study.next_trial()
+    next_trial(study)
     study._live[0].set_user_attr("error", "loss is nan at step 3")
     study.study.tell(0, state=TrialState.FAIL)
     assert (study.record(0).status, study.record(0).error) == (Status.FAILED, "loss is nan at step 3")
@@ -370,10 +371,10 @@ def test_a_trial_that_version_0_1_0_failed_reads_as_failed(layout: Layout) -> No
 
 def test_a_verdict_that_was_not_told_is_no_verdict(layout: Layout) -> None:
     study = open_study(space(), layout)
-    study.next_trial()
+    next_trial(study)
     study._live[0].set_user_attr("error", "out of GPU memory")  # and the process dies
     again = open_study(space(), layout)
-    again.next_trial()
+    next_trial(again)
     assert run(again, 0, [1.0]) is Status.COMPLETE
     assert again.record(0).error is None
 
@@ -387,7 +388,7 @@ def exploding(layout: Layout, seed: int, metric: str, by_settings: bool, sampler
     memory = optuna.create_study(direction="minimize" if metric == "eval_loss" else "maximize")
     study, proposed = SearchStudy(memory, searched, Layout(layout.storage_path / f"{seed}{by_settings}")), []
     study.layout.make(memory.study_name)
-    while (number := study.next_trial()) is not None:
+    while (number := next_trial(study)) is not None:
         exponent = math.log10(study.config(number).learning_rate)
         proposed.append(exponent > -3)
         loss = 0.0 if exponent > -3 else 2 + abs(exponent + 3.2)
@@ -413,7 +414,7 @@ def test_while_every_trial_has_failed_none_is_followed(layout: Layout) -> None:
     failing, blind = space({"num_trials": 12}), space({"num_trials": 12, "sampler": "random", "name": "t"})
     studies = [open_study_on(each, layout, DIGESTS) for each in (failing, blind)]
     for study in studies:
-        while (number := study.next_trial()) is not None:
+        while (number := next_trial(study)) is not None:
             study.fail(number, "out of GPU memory", by_settings=True)
     tpe, random = ([record.sampled for record in study.records()] for study in studies)
     assert tpe == random
@@ -421,7 +422,7 @@ def test_while_every_trial_has_failed_none_is_followed(layout: Layout) -> None:
 
 def test_a_study_is_shown_without_its_space_file(layout: Layout) -> None:
     study = open_study(space(), layout)
-    study.next_trial()
+    next_trial(study)
     run(study, 0, [1.0])
     shown = load_study(layout, "s")
     assert shown.records() == study.records()
@@ -453,7 +454,7 @@ def test_a_wrong_start_is_refused_before_anything_is_written(
     layout: Layout, resume: bool, begun: dict[str, Any] | None, now: dict[str, Any], line: str
 ) -> None:
     if begun is not None:
-        open_study(space(begun), layout).next_trial()
+        next_trial(open_study(space(begun), layout))
     before = sorted(layout.storage_path.rglob("*")) if begun is not None else None
     with pytest.raises(UserError) as error:
         check_study(space(now), layout, resume, DIGESTS)
@@ -472,7 +473,7 @@ def test_a_wrong_start_is_refused_before_anything_is_written(
     ],
 )
 def test_a_resume_with_another_setting_says_what_it_was(layout: Layout, trial: dict[str, Any], difference: str) -> None:
-    open_study(space(), layout).next_trial()
+    next_trial(open_study(space(), layout))
     with pytest.raises(UserError, match=re.escape(f"began with other space: {difference}; of a study only")):
         check_study(space(trial=trial), layout, True, DIGESTS)
 
@@ -480,7 +481,7 @@ def test_a_resume_with_another_setting_says_what_it_was(layout: Layout, trial: d
 @pytest.mark.parametrize("section", ["study", "resources"])
 def test_what_an_earlier_version_did_not_know_has_its_default(layout: Layout, section: str) -> None:
     study, key = open_study(space(), layout), {"study": "scheduler", "resources": "workers"}[section]
-    study.next_trial()
+    next_trial(study)
     begun = space({"scheduler": "asha"})
     described = study.study.user_attrs[SPACE]
     described["study"]["scheduler"] = "asha"  # the default
@@ -489,7 +490,7 @@ def test_what_an_earlier_version_did_not_know_has_its_default(layout: Layout, se
     check_study(begun, layout, True, DIGESTS)
     shown = load_study(layout, "s").space
     assert (shown.study, shown.resources) == (begun.study, begun.resources)
-    assert open_study(begun, layout).next_trial() == 0
+    assert next_trial(open_study(begun, layout)) == 0
     with pytest.raises(UserError, match=r"began with other space: study\.scheduler was 'asha', is 'none'"):
         check_study(space(), layout, True, DIGESTS)
 
@@ -497,7 +498,7 @@ def test_what_an_earlier_version_did_not_know_has_its_default(layout: Layout, se
 @pytest.mark.parametrize("now", [False, True])
 def test_a_setting_that_has_its_default_is_as_good_as_absent(layout: Layout, now: bool) -> None:
     plain, said = space(), space(trial={"weight_decay": "0", "column_names": "null", "seed": 0})
-    open_study(plain if now else said, layout).next_trial()
+    next_trial(open_study(plain if now else said, layout))
     check_study(said if now else plain, layout, True, DIGESTS)
     with pytest.raises(UserError, match="began with other space: seed was 0, is 1"):
         check_study(space(trial={"seed": 1}), layout, True, DIGESTS)
@@ -509,7 +510,7 @@ def test_a_setting_that_has_its_default_is_as_good_as_absent(layout: Layout, now
 )
 def test_a_study_of_a_later_version_is_told_in_a_line(layout: Layout, part: str, key: str) -> None:
     study = open_study(space(), layout)
-    study.next_trial()
+    next_trial(study)
     described = study.study.user_attrs[SPACE]
     described[part]["new"] = {"choice": [1]} if part == "distributions" else 1
     study.study.set_user_attr(SPACE, described)
@@ -523,7 +524,7 @@ def test_a_study_of_a_later_version_is_told_in_a_line(layout: Layout, part: str,
 
 def test_a_word_of_a_later_version_is_told_in_a_line(layout: Layout) -> None:
     study = open_study(space(), layout)
-    study.next_trial()
+    next_trial(study)
     described = study.study.user_attrs[SPACE]
     described["study"]["sampler"] = "oracle"
     study.study.set_user_attr(SPACE, described)
@@ -536,12 +537,12 @@ def test_a_study_that_never_handed_out_a_trial_is_made_anew(layout: Layout) -> N
     check_study(space(), layout, False, DIGESTS)
     study = open_study(space(trial={"metric": "eval_token_accuracy"}), layout)
     assert study.objective.greater_is_better
-    study.next_trial()
+    next_trial(study)
     assert study.record(0).sampled["rho"] != 0.1
 
 
 def test_other_data_is_refused_on_resume(layout: Layout) -> None:
-    open_study(space(), layout).next_trial()
+    next_trial(open_study(space(), layout))
     with pytest.raises(UserError) as error:
         check_study(space(), layout, True, {"org/data": "4567"})
     assert str(error.value) == (
@@ -569,16 +570,16 @@ def test_a_file_that_is_no_database_is_named(layout: Layout) -> None:
 
 def test_more_trials_may_be_asked_for_on_resume(layout: Layout) -> None:
     study = open_study(space(), layout)
-    while (number := study.next_trial()) is not None:
+    while (number := next_trial(study)) is not None:
         run(study, number, [1.0])
     more = space({"num_trials": 5})
     check_study(more, layout, True, DIGESTS)
-    assert open_study(more, layout).next_trial() == 4
+    assert next_trial(open_study(more, layout)) == 4
 
 
 @pytest.mark.parametrize("joining", [False, True])
 def test_fewer_trials_than_were_asked_for_are_refused(layout: Layout, joining: bool) -> None:
-    open_study(space(), layout).next_trial()
+    next_trial(open_study(space(), layout))
     fewer = space({"num_trials": 3})
     line = "study 's': num_trials was 4, is 3: it may grow only; show and export take a study as it is"
     with pytest.raises(UserError) as error:
@@ -620,7 +621,7 @@ def test_who_waits_for_another_search_hears_of_it_and_of_its_trials(
     monkeypatch.setattr(study_module, "POLL_S", 0.05)
     three, watch = space({"num_trials": 3}), Watch()
     mine, other = (open_study_on(three, layout, DIGESTS) for _ in range(2))
-    assert [mine.next_trial(), other.next_trial(), other.next_trial()] == [0, 1, 2]
+    assert [next_trial(mine), next_trial(other), next_trial(other)] == [0, 1, 2]
     run(mine, 0, [1.0])
     with ThreadPoolExecutor() as threads:
         waiting = threads.submit(mine.await_others, watch, watch.say)
@@ -642,7 +643,7 @@ def _until(true: Callable[[], bool]) -> None:
 
 def test_who_has_nobody_to_wait_for_says_nothing(layout: Layout) -> None:
     study, watch = open_study(space({"num_trials": 1}), layout), Watch()
-    study.next_trial()
+    next_trial(study)
     run(study, 0, [1.0])
     assert not study.await_others(watch, watch.say)
     assert watch.said == []
@@ -668,7 +669,7 @@ def test_importances_need_four_complete_trials(layout: Layout) -> None:
     study = open_study(space({"num_trials": 6}), layout)
     for count in range(6):
         assert (study.importances() == {}) is (count < 4)
-        number = study.next_trial()
+        number = next_trial(study)
         assert number is not None
         run(study, number, [float(study.record(number).sampled["rho"])])  # type: ignore[arg-type]
     importances = study.importances()
@@ -679,8 +680,8 @@ def test_importances_need_four_complete_trials(layout: Layout) -> None:
 
 def test_a_trial_that_is_stopped_early_has_the_value_of_the_adapter_that_it_keeps(layout: Layout) -> None:
     study = open_study(space({"scheduler": "asha", "grace_period": 2, "reduction_factor": 2}), layout)
-    run(study, study.next_trial() or 0, [0.1] * 4)
-    number = study.next_trial()
+    run(study, next_trial(study) or 0, [0.1] * 4)
+    number = next_trial(study)
     assert number == 1
     history = [{"step": step, "max_steps": 4, "eval_loss": loss} for step, loss in ((1, 0.5), (2, 0.9))]
     checkpoint = study.folder(number).checkpoint_at(2)
@@ -696,8 +697,8 @@ def test_a_trial_that_is_stopped_early_has_the_value_of_the_adapter_that_it_keep
 
 def test_a_trial_that_failed_late_keeps_its_adapter_for_who_names_it(layout: Layout) -> None:
     study = open_study(space(), layout)
-    run(study, study.next_trial() or 0, [0.7])
-    study.next_trial()
+    run(study, next_trial(study) or 0, [0.7])
+    next_trial(study)
     checkpoint, metrics = study.folder(1).checkpoint_at(1), {"step": 1, "max_steps": 4, "eval_loss": 0.5}
     checkpoint.mkdir(parents=True)
     (checkpoint / "state.json").write_text(json.dumps({"history": [metrics], "best_step": 1}))
@@ -712,13 +713,13 @@ def test_a_trial_that_failed_late_keeps_its_adapter_for_who_names_it(layout: Lay
 
 def test_a_trial_that_no_process_runs_is_shown_as_interrupted(layout: Layout) -> None:
     study = open_study(space(), layout)
-    study.next_trial()
-    study.next_trial()
+    next_trial(study)
+    next_trial(study)
     run(study, 0, [1.0])
     shown = load_study(layout, "s")
     assert [record.status for record in shown.records_now()] == [Status.COMPLETE, Status.RUNNING]
     study.release()
     assert [record.status for record in shown.records_now()] == [Status.COMPLETE, Status.INTERRUPTED]
     again = open_study(space(), layout)
-    assert again.next_trial() == 1
+    assert next_trial(again) == 1
     assert [record.status for record in again.records_now()] == [Status.COMPLETE, Status.RUNNING]

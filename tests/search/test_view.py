@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from optuna.exceptions import StorageInternalError
+from tiny_trials import next_trial
 
 from bilora_ray.cli.main import main
 from bilora_ray.files import is_held, locked
@@ -69,7 +70,7 @@ def study(open_folder: Path) -> Iterator[SearchStudy]:
     """Of three trials the first is complete, the second runs, and the third was interrupted."""
     study = open_study(SPACE, Layout(open_folder / "r?u#n s%20"), {})
     other = open_study(SPACE, study.layout, {})
-    assert [study.next_trial(), study.next_trial(), other.next_trial()] == [0, 1, 2]
+    assert [next_trial(study), next_trial(study), next_trial(other)] == [0, 1, 2]
     checkpoint, adapter = study.folder(0).checkpoint_at(1), study.folder(0).adapter_at(1)
     metrics = {"step": 1, "max_steps": 1, "eval_loss": 1.0}
     for folder in (checkpoint, adapter):

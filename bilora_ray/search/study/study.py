@@ -53,10 +53,11 @@ class SearchStudy(StudyView):
         for trial in self._trials(TrialState.PRUNED, TrialState.FAIL):  # whose search may have died before `settle`
             self.folder(trial.number).discard_tensors()
 
-    def next_trial(self) -> int | None:
-        """The number of a trial to run: an interrupted one if there is any, else a new one; None when all are given.
+    def next_trials(self) -> list[int]:
+        """The numbers of the trials to run together next; none when all are given.
 
-        The trial is this process's until it ends, or `release`.
+        Today that is one: an interrupted one if there is any, else a new one. It is this process's until it ends, or
+        `release`.
         """
         with self.layout.choosing(self.study.study_name):
             number = next(self._orphans(), None)
@@ -67,7 +68,7 @@ class SearchStudy(StudyView):
                 self._claims.take(number)
             if number is not None:
                 self._live[number] = propose(self.study, self.space, number)
-        return number
+        return [] if number is None else [number]
 
     def await_others(self, observer: Observer, say: Callable[[str], None]) -> bool:
         """Wait while other processes run all that is left.
