@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from bilora_ray import builtin
 from bilora_ray.errors import UserError
@@ -15,6 +16,10 @@ from bilora_ray.errors import UserError
 BUILTIN = "builtin:"
 DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+WEIGHTS = "model.safetensors"
+# Files of a model that transformers asks for and that a repository need not have; the cache remembers which it has not.
+OPTIONAL = ("tokenizer_config.json", "chat_template.jinja", "adapter_config.json")
 Kind = Literal["built in", "local", "hub"]
 # A source's name, the folder that relative paths start at, where the name is written, whether it is data -> the source.
 Locate = Callable[[str, Path, str, bool], str]
@@ -105,6 +110,26 @@ class SourcesElsewhere:
         source = LocalSource(where, name, Path(os.path.abspath(base / name)))
         self.local.append(source)
         return str(source.path)
+
+
+def is_cached(model: str, revision: str | None) -> bool:
+    """Whether the Hub's cache on this machine has a model's commit whole: its settings, tokenizer and weights.
+
+    A branch or tag may have moved since, so of one this is not known.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    if not COMMIT.fullmatch(revision or "") or kind_of(model, is_data=False) != "hub" or not HUB_NAME.fullmatch(model):
+        return False
+
+    def found(file: str) -> Any:
+        return try_to_load_from_cache(model, file, revision=revision)
+
+    weights = {WEIGHTS}
+    if isinstance(index := found(f"{WEIGHTS}.index.json"), str):
+        weights = set(json.loads(Path(index).read_text())["weight_map"].values())
+    known = all(found(file) is not None for file in OPTIONAL)
+    return known and all(isinstance(found(file), str) for file in ("config.json", *weights))
 
 
 def cached_commit(model: str, revision: str | None) -> str | None:

@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.lora import layer as lora_layers
 from peft.tuners.lora.tp_layer import LoraParallelLinear
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
@@ -98,6 +99,9 @@ def primary_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def export_primary(model: PeftModel, folder: str | PathLike[str], weights: Mapping[str, Tensor] | None = None) -> None:
     """Write the primary as the ordinary PEFT adapter that plain LoRA would write; training may go on undisturbed.
 
+    Embeddings are in it where the adapter is on them, as PEFT has it, or where they are in `modules_to_save`; that is
+    where a vocabulary that has grown belongs, since nobody is asked for its size before.
+
     Args:
         model: with or without an auxiliary.
         folder: gets adapter_config.json and adapter_model.safetensors.
@@ -109,8 +113,12 @@ def export_primary(model: PeftModel, folder: str | PathLike[str], weights: Mappi
     merged = [name for name, layer in _adapted(model) if layer.merged]
     if merged:
         raise ValueError(f"unmerge the adapter before exporting it; it is merged into {_listed(merged)}")
+    # PEFT would ask the Hub's newest commit, each time, whether the vocabulary has grown since.
+    embeddings = _adapts_embeddings(model)
     # PEFT's signature takes what it hands on, `state_dict` among it.
-    model.save_pretrained(str(folder), selected_adapters=[PRIMARY], state_dict=weights)
+    model.save_pretrained(
+        str(folder), selected_adapters=[PRIMARY], save_embedding_layers=embeddings, state_dict=weights
+    )
 
 
 def _adapted(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
@@ -118,6 +126,12 @@ def _adapted(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and PRIMARY in module.r:
             yield name, module
+
+
+def _adapts_embeddings(model: PeftModel) -> bool:
+    if getattr(model.peft_config[PRIMARY], "trainable_token_indices", None) is not None:
+        return False
+    return any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name, _ in _adapted(model))
 
 
 def _perturbed_layers(model: nn.Module) -> dict[str, PerturbedLayer]:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError, first_line
-from bilora_ray.paths import cached_commit, kind_of
+from bilora_ray.paths import COMMIT, cached_commit, kind_of
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.training.tasks.notes import notes
 from bilora_ray.training.tasks.rows import load_rows
 
-COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_TIMEOUT_S = 10
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from bilora_ray.config import MODEL_CLASS, TrialConfig
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.method import METHODS, MethodAdamW, build_method
 from bilora_ray.method.base import Place
-from bilora_ray.paths import kind_of, loadable
+from bilora_ray.paths import is_cached, kind_of, loadable
 from bilora_ray.training.distributed.workers import ALONE, Workers
 
 AUTO_CLASS: dict[str, Any] = {task: getattr(transformers, name) for task, name in MODEL_CLASS.items()}
@@ -48,7 +48,7 @@ def device() -> torch.device:
 def load_tokenizer(config: TrialConfig) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, with a padding token. UserError if there is none."""
     with _naming_the_model(config):
-        tokenizer = AutoTokenizer.from_pretrained(source(config), **_hub_arguments(config))
+        tokenizer = _from_pretrained(AutoTokenizer, config, _hub_arguments(config))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
@@ -130,9 +130,8 @@ def _with_weights(
         arguments = {**arguments, "quantization_config": _quantization(config)}
     if not workers.sharded:
         arguments = {**arguments, "device_map": {"": device()}}
-    model, loading = AUTO_CLASS[config.task].from_pretrained(
-        source(config), output_loading_info=True, use_safetensors=True, **arguments
-    )
+    arguments = {**arguments, "output_loading_info": True, "use_safetensors": True}
+    model, loading = _from_pretrained(AUTO_CLASS[config.task], config, arguments)
     for module in model.modules():
         if hasattr(module, PACKS):
             setattr(module, PACKS, False)
@@ -142,7 +141,7 @@ def _with_weights(
 def _without_weights(config: TrialConfig, arguments: dict[str, Any]) -> PreTrainedModel:
     """The same model with empty parameters: their values come from another worker."""
     dtype, attention = arguments.pop("dtype"), arguments.pop("attn_implementation", None)
-    model_config = AutoConfig.from_pretrained(source(config), **arguments)
+    model_config = _from_pretrained(AutoConfig, config, arguments)
     chosen = {} if attention is None else {"attn_implementation": attention}
     if config.trust_remote_code and hasattr(model_config, "auto_map"):
         chosen["code_revision"] = config.model_revision
@@ -208,6 +207,14 @@ def enable_gradient_checkpointing(model: PeftModel) -> None:
 def source(config: TrialConfig) -> str:
     """What `from_pretrained` takes for `model_name_or_path`."""
     return loadable(config.model_name_or_path)
+
+
+def _from_pretrained(kind: Any, config: TrialConfig, arguments: dict[str, Any]) -> Any:
+    """`kind.from_pretrained` of the settings' model. transformers would ask the Hub even of a commit that is here."""
+    if is_cached(config.model_name_or_path, config.model_revision):
+        with suppress(OSError, ValueError):  # something is missing after all
+            return kind.from_pretrained(source(config), local_files_only=True, **arguments)
+    return kind.from_pretrained(source(config), **arguments)
 
 
 def _hub_arguments(config: TrialConfig) -> dict[str, Any]:

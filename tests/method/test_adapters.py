@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
+from peft.utils import save_and_load
 from safetensors.torch import load_file
 from tiny import FAMILIES, bilora_model, primary_model, randomize
 from torch import nn
@@ -152,6 +153,30 @@ def test_disabled_adapters_are_the_base_model_in_training_too():
     base = copy.deepcopy(model).unload()
     with model.disable_adapter():
         assert torch.equal(model(**batch).logits, base.train()(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    ("config", "embeddings"),
+    [
+        ({}, set()),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, {"embed_tokens"}),
+        ({"target_modules": r".*(q_proj|lm_head)"}, {"lm_head"}),
+        ({"modules_to_save": ["embed_tokens"]}, {"embed_tokens"}),
+        ({"trainable_token_indices": {"embed_tokens": [1, 2]}}, {"embed_tokens"}),
+    ],
+)
+def test_embeddings_are_exported_where_peft_would_and_nobody_is_asked(config, embeddings, tmp_path, monkeypatch):
+    model, _ = primary_model("llama", **config)
+    expected = get_peft_model_state_dict(model)  # of a model without a name, of which PEFT asks nobody
+    model.peft_config["default"].base_model_name_or_path = "someone/model"
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    asked = []
+    monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", lambda *names: asked.append(names))
+    export_primary(model, tmp_path)
+    exported = load_file(tmp_path / "adapter_model.safetensors")
+    assert exported.keys() == expected.keys()
+    found = {name for name in ("embed_tokens", "lm_head") if any(name in key for key in exported)}
+    assert (found, asked) == (embeddings, [])
 
 
 def test_export_refuses_a_merged_adapter(tmp_path):
