@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bilora_ray.files import atomic_folder
-from bilora_ray.training.distributed.parallel import put, whole
+from bilora_ray.training.distributed.parallel import collected, put
 from bilora_ray.training.distributed.workers import ALONE, Workers, random_states, set_random_states
 from bilora_ray.training.folder import STATE, TENSORS, TrialFolder
 
@@ -50,12 +50,12 @@ def save_checkpoint(
     """
     tensors = {f"model.{name}": parameter.detach() for name, parameter in trainable(model).items()}
     told = _take_apart(model, optimizer, tensors)
-    tensors = {name: whole(tensor) for name, tensor in tensors.items()}
+    tensors = collected(tensors, workers)
     for rank, generators in enumerate(workers.gather(random_states())):
         tensors.update({f"random.{rank}.{name}": generator for name, generator in generators.items()})
     if workers.is_first:
         with atomic_folder(path) as unfinished:
-            save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, unfinished / TENSORS)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
             (unfinished / STATE).write_text(json.dumps({**state, OPTIMIZER: told}))
     workers.wait()
 

@@ -23,14 +23,14 @@ from transformers import get_scheduler
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import NonFiniteLoss, TrialFailure, UserError
 from bilora_ray.files import atomic_folder
-from bilora_ray.method import export_primary
+from bilora_ray.method import export_primary, primary_parameters
 from bilora_ray.method.base import Closure
 from bilora_ray.paths import cached_commit
 from bilora_ray.recipe import write_recipe
 from bilora_ray.training import model as models
-from bilora_ray.training.checkpoint import load_checkpoint, save_checkpoint, trainable
+from bilora_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from bilora_ray.training.data.batches import train_batches
-from bilora_ray.training.distributed.parallel import Network, shard, whole
+from bilora_ray.training.distributed.parallel import Network, collected, shard
 from bilora_ray.training.distributed.workers import ALONE, Workers, drawing_again, random_states, seed_worker
 from bilora_ray.training.evaluate import evaluate
 from bilora_ray.training.folder import TrialFolder
@@ -253,12 +253,13 @@ class Run:
         return metrics
 
     def _export(self, path: Path) -> None:
-        weights = {name: whole(parameter.detach()) for name, parameter in trainable(self.model).items()}
+        parts = {name: parameter.detach() for name, parameter in primary_parameters(self.model).items()}
+        weights = collected(parts, self.workers) if self.workers.sharded else None
         if not self.workers.is_first:
             return
         # PEFT would make its folder, and all above it, where a storage that was there has just gone away.
         with tempfile.TemporaryDirectory(prefix="bilora-ray-") as written, atomic_folder(path) as unfinished:
-            export_primary(self.model, written, weights if self.workers.sharded else None)
+            export_primary(self.model, written, weights)
             # With the labels in the recipe, an evaluation elsewhere does not need the training data.
             settings = self.config.model_copy(update={"label_names": self.data.label_names})
             commit = cached_commit(settings.model_name_or_path, settings.model_revision)

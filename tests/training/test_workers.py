@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,40 @@ def test_workers_pass_twice_with_the_same_dropout(sharded: bool, tiny: Tiny, tmp
     together(2, once_and_twice, settings, str(tmp_path), sharded)
     ours, theirs = (load_file(tmp_path / name / "checkpoints/step-00000004" / TENSORS) for name in ("twice", "once"))
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+def most_whole_at_once(settings: dict[str, Any], path: str) -> tuple[int, int]:
+    """How many tensors were put together for exports and checkpoints, and how many at most were there at one time."""
+    from bilora_ray.training.distributed import parallel
+
+    together, alive, most = parallel.whole, 0, 0
+    count = 0
+
+    def gone() -> None:
+        nonlocal alive
+        alive -= 1
+
+    def spied(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal alive, most, count
+        full = together(tensor)
+        if full is not tensor:
+            alive, count = alive + 1, count + 1
+            most = max(most, alive)
+            weakref.finalize(full, gone)
+        return full
+
+    parallel.whole = spied
+    fit_together(settings, path, 2, True)
+    return count, most
+
+
+def test_only_the_first_worker_keeps_what_is_written(tiny: Tiny, tmp_path: Path) -> None:
+    settings = settings_of(tiny, "causal-lm", rows=3, max_steps=2, eval_steps=1)
+    (count, _), (same, most) = together(2, most_whole_at_once, settings, str(tmp_path))
+    newest = TrialFolder(tmp_path).latest()
+    assert newest is not None
+    assert count == same > len([name for name in load_file(newest / TENSORS) if name.startswith("model.")])
+    assert most == 1
 
 
 def test_one_worker_goes_on_where_two_were(tiny: Tiny, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -88,6 +88,20 @@ def shard(model: PeftModel, workers: Workers) -> None:
 def whole(tensor: Tensor) -> Tensor:
     """`tensor`, put together on every worker if it is sharded: all workers must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def collected(tensors: Mapping[str, Tensor], workers: Workers) -> dict[str, Tensor]:
+    """`tensors`, put together one after the other in the first worker's main memory: the others get none.
+
+    All workers must ask for it, with the same names in the same order.
+    """
+    kept: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if workers.is_first:
+            kept[name] = whole(tensor).cpu()
+        else:
+            whole(tensor)
+    return kept
 
 
 def put(target: Tensor, value: Tensor) -> None:
