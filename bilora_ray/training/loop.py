@@ -20,6 +20,7 @@ import torch
 from peft import PeftModel
 from transformers import get_scheduler
 
+from bilora_ray.checking import completed
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import NonFiniteLoss, TrialFailure, UserError
 from bilora_ray.files import atomic_folder
@@ -118,7 +119,8 @@ class Run:
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one. UserError if it is of a trial with other settings."""
         state = self.workers.gather(self.folder.state())[0]
-        if state.get("settings", self._settings()) != self._settings():
+        stored = state.get("settings")
+        if stored is not None and completed(TrialConfig, stored) != self._settings():
             raise UserError(f"{self.folder.path}: holds a trial with other settings; move it away")
         restored = load_checkpoint(self.folder, self.model, self.optimizer, self.workers)
         if restored is None:

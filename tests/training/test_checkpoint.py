@@ -276,6 +276,34 @@ def test_a_folder_of_a_trial_with_other_settings_is_refused(
     assert str(error.value) == f"{tmp_path}: holds a trial with other settings; move it away"
 
 
+def without_stored(setting: str, path: Path) -> None:
+    """Let the checkpoint be of a version that did not know `setting`."""
+    newest = TrialFolder(path).latest()
+    assert newest is not None
+    state = json.loads((newest / STATE).read_text())
+    del state["settings"][setting]
+    (newest / STATE).write_text(json.dumps(state))
+
+
+@pytest.mark.parametrize("setting", ["auxiliary_rank", "answer_pattern", "column_names", "eval_steps"])
+def test_a_setting_that_is_new_since_a_checkpoint_had_its_default_there(
+    setting: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    config = tiny.config("causal-lm", max_steps=4, eval_steps=TrialConfig.model_fields["eval_steps"].default)
+    assert getattr(config, setting) == TrialConfig.model_fields[setting].default
+    interrupted(config, tmp_path, 2)
+    without_stored(setting, tmp_path)
+    assert run_fit(config, tmp_path)[1].resumed_at == [2]
+
+
+def test_a_setting_that_is_new_since_a_checkpoint_and_is_not_its_default_is_another(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny.config("causal-lm", auxiliary_rank=3)
+    interrupted(config, tmp_path, 1)
+    without_stored("auxiliary_rank", tmp_path)
+    with pytest.raises(UserError, match="holds a trial with other settings"):
+        run_fit(config, tmp_path)
+
+
 @pytest.mark.parametrize(("module", "call"), [(checkpoint, "save_file"), (files, "_sync")])
 def test_a_checkpoint_is_whole_or_absent(
     module: ModuleType, call: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

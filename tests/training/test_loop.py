@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_trials import METHODS, TASKS, Tiny, reproducible, run_fit, write_rows
+from tiny_trials import METHODS, TASKS, Tiny, evaluate_adapter, reproducible, run_fit, write_rows
 from torch import nn
 from toy_methods import TwoPasses, pass_twice
 
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.errors import NonFiniteLoss, UserError
 from bilora_ray.method import primary_parameters
+from bilora_ray.recipe import evaluation_config
+from bilora_ray.release.export import export_adapter
 from bilora_ray.training import loop
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import trainable
@@ -358,6 +360,26 @@ def test_nothing_is_kept_of_the_step_that_failed(tiny: Tiny, tmp_path: Path, mon
     assert best is not None
     assert [path.name for path in (tmp_path / "adapters").iterdir()] == [best.name]
     assert int(best.name.removeprefix("step-")) <= 4
+
+
+def test_what_was_good_before_a_late_nan_stays_and_is_exported(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny.config("causal-lm", eval_steps=2)
+    run = Run(config, TrialFolder(tmp_path / "trial"))
+    for _ in range(4):
+        run.train_step()
+        if run.evaluation_due():
+            metrics = run.evaluate()
+    with torch.no_grad():
+        next(iter(primary_parameters(run.model).values())).fill_(math.nan)
+    with pytest.raises(NonFiniteLoss, match=r"^loss is nan at step 5$"):
+        run.train_step()
+    run.folder.discard_tensors()  # as the study does with a trial that failed
+    best = run.folder.best_adapter()
+    assert best is not None
+    export_adapter(best, tmp_path / "exported", {"study": "s", "trial": 0})
+    measured = evaluate_adapter(tmp_path / "exported", evaluation_config(tmp_path / "exported", {}))
+    kept = metrics if run.progress.best_step == 4 else run.progress.history[0]
+    assert measured == {name: kept[name] for name in config.available_metrics}
 
 
 def explode_at(count: int, evaluate: Any) -> Any:
