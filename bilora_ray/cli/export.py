@@ -55,12 +55,11 @@ def command(
     if record.adapter is None:
         raise UserError(f"study '{study}': trial {record.number} has no adapter; it ended before its first evaluation")
 
+    from bilora_ray.quiet import quiet
+
+    quiet()
     from bilora_ray.release.export import export_adapter, export_merged
 
-    if merge:
-        from bilora_ray.quiet import quiet
-
-        quiet()
     origin = {"study": study, "trial": record.number, found.objective.metric: record.value}
     try:
         (export_merged if merge else export_adapter)(record.adapter, absolute(output), origin)

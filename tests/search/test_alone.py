@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from optuna.trial import TrialState
-from tiny_trials import Tiny
+from tiny_trials import Tiny, evaluate_adapter
 
+from bilora_ray.cli.main import main
+from bilora_ray.recipe import evaluation_config, read_recipe
 from bilora_ray.records import Status
 from bilora_ray.search import alone
 from bilora_ray.search.session import Observers
@@ -52,3 +56,24 @@ def test_a_trial_that_the_study_ends_trains_no_further(study: SearchStudy, monke
     alone._train(study, 0, Observers([]))
     assert study.folder(0).state()["step"] == 2
     assert study.record(0).status is Status.PRUNED
+
+
+def test_a_trial_that_diverges_late_is_failed_and_its_earlier_adapter_exported(
+    study: SearchStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = loop.evaluate
+
+    def diverging(*arguments: Any) -> dict[str, float]:
+        metrics = evaluate(*arguments)
+        return metrics if study.folder(0).latest() is None else metrics | {"eval_loss": math.nan}
+
+    monkeypatch.setattr(loop, "evaluate", diverging)
+    alone._train(study, 0, Observers([]))
+    record = study.record(0)
+    assert (record.status, record.error) == (Status.FAILED, "loss is nan at step 4")
+    study.release()
+    typed = ["export", "s", "--trial", "0", "--storage-path", str(tmp_path / "runs"), "--output", str(tmp_path / "x")]
+    result = CliRunner().invoke(main, typed)
+    assert result.exit_code == 0, result.output
+    assert read_recipe(tmp_path / "x")["step"] == 2
+    assert evaluate_adapter(tmp_path / "x", evaluation_config(tmp_path / "x", {}))["eval_loss"] == record.loss
