@@ -9,9 +9,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
-# Fewer complete trials say nothing of which setting mattered.
-LEAST_FOR_IMPORTANCES = 4
-
 
 class Status(Enum):
     """Where a trial stands. The words are the same on the terminal, in JSON and in MLflow's tags."""

@@ -84,14 +84,20 @@ def non_default(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def study_as_json(study: StudyView) -> dict[str, Any]:
     """A study as JSON: what `tune --json` and `show --json` print."""
-    best, metric = study.best(), study.objective.metric
+    best, metric, importances = study.best(), study.objective.metric, study.importances()
     return {
         "study": study.space.study.name,
         "metric": metric,
         "greater_is_better": study.objective.greater_is_better,
         "num_trials": study.space.study.num_trials,
         "best": None if best is None else as_json(best, metric),
-        "importances": study.importances(),
+        "importances": {key: share.share for key, share in importances.shares.items()},
+        "importances_detail": {
+            "step": importances.step,
+            "num_trials": importances.num_trials,
+            "intervals": {key: [share.low, share.high] for key, share in importances.shares.items()},
+            "unknown": importances.unknown,
+        },
         "trials": [as_json(record, metric) for record in study.records_now()],
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,13 +22,15 @@ from bilora_ray.cli.options import (
 from bilora_ray.cli.tables import in_short
 from bilora_ray.config import CUDA_GIB
 from bilora_ray.errors import UserError
-from bilora_ray.records import LEAST_FOR_IMPORTANCES, Status
+from bilora_ray.records import Status
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from bilora_ray.search.study.importances import Importances
     from bilora_ray.search.study.layout import Layout
     from bilora_ray.search.study.studies import StudySummary
+    from bilora_ray.search.study.view import StudyView
 
 EPILOG = """\b
 Examples:
@@ -73,13 +75,8 @@ def command(study: str | None, storage_path: Path, study_database: str | None, a
     summary = ", ".join(f"{count} {words}" for words, count in counts.items() if count) or "no trials"
     console.print(f"Study '{study}': {summary} of {found.space.study.num_trials}", style="bold", markup=False)
     print_leaderboard(console, records, found.objective)
-    if importances:
-        console.print(
-            f"What mattered, by the variance of {found.objective.metric} among complete trials:", markup=False
-        )
-        print_settings(console, {key: f"{share:.0%}" for key, share in importances.items()})
-    elif found.space.distributions:
-        console.print(f"What mattered: {_why_unknown(counts)}")
+    if found.space.distributions:
+        _print_importances(console, found, importances)
     peak = max((metrics.get("gpu_memory_gib", 0) for record in records for metrics in record.history), default=0)
     if peak:
         console.print(f"GPU memory of a worker: {peak + CUDA_GIB:.1f} GiB at the most, with CUDA's own")
@@ -92,11 +89,18 @@ def command(study: str | None, storage_path: Path, study_database: str | None, a
         print_next(study, storage_path, study_database, best.adapter)
 
 
-def _why_unknown(counts: Mapping[str, int]) -> str:
-    complete = counts[STATUS_WORDS[Status.COMPLETE]]
-    if complete < LEAST_FOR_IMPORTANCES:
-        return f"known from {LEAST_FOR_IMPORTANCES} complete trials on; there are {complete}"
-    return "unknown: all complete trials have the same value"
+def _print_importances(console: Console, study: StudyView, found: Importances) -> None:
+    from bilora_ray.search.study.importances import METHOD
+
+    at = "" if found.step is None else f", by {study.objective.metric} at step {found.step}"
+    if found.unknown:
+        console.print(f"What mattered{at}: {found.unknown}", markup=False)
+        return
+    console.print(f"What mattered{at}, of its variance among {found.num_trials} trials:", markup=False)
+    shares = {key: f"{share.share:.0%} ({share.low:.0%} to {share.high:.0%})" for key, share in found.shares.items()}
+    others = [key for key in study.space.distributions if key not in shares]
+    print_settings(console, shares | dict.fromkeys(others, "cannot be told"))
+    console.print(f"By {METHOD}.", style="dim", markup=False)
 
 
 def _print_studies(console: Console, summaries: Sequence[StudySummary], layout: Layout) -> None:

@@ -665,17 +665,21 @@ def test_no_study_is_named_when_there_is_none(layout: Layout) -> None:
     assert str(error.value) == f"study 's': not in {layout.storage_path}"
 
 
-def test_importances_need_four_complete_trials(layout: Layout) -> None:
-    study = open_study(space({"num_trials": 6}), layout)
-    for count in range(6):
-        assert (study.importances() == {}) is (count < 4)
+def test_what_mattered_is_told_by_all_trials_that_did_not_fail(layout: Layout) -> None:
+    stops = {"num_trials": 24, "scheduler": "asha", "grace_period": 2}
+    study = open_study(space(stops), layout)
+    for count in range(24):
         number = next_trial(study)
-        assert number is not None
-        run(study, number, [float(study.record(number).sampled["rho"])])  # type: ignore[arg-type]
-    importances = study.importances()
-    assert set(importances) == {"rho", "rank"}
-    assert importances["rho"] > importances["rank"]
-    assert study.study.direction == optuna.study.StudyDirection.MINIMIZE
+        assert number == count
+        if count < 4:
+            study.fail(number, "out of memory", by_settings=count % 2 == 0)
+        else:
+            run(study, number, [float(study.record(number).sampled["rho"])] * 9)
+    statuses = [record.status for record in study.records()]
+    assert statuses.count(Status.COMPLETE) < 12
+    found = study.importances()
+    assert (found.step, found.num_trials, found.unknown) == (2, 20, None)
+    assert list(found.shares) == ["rho"]
 
 
 def test_a_trial_that_is_stopped_early_has_the_value_of_the_adapter_that_it_keeps(layout: Layout) -> None:

@@ -13,8 +13,9 @@ from optuna.trial import FrozenTrial, TrialState
 from bilora_ray.config import TrialConfig, applies
 from bilora_ray.errors import UserError
 from bilora_ray.files import is_held
-from bilora_ray.records import LEAST_FOR_IMPORTANCES, Objective, Status, TrialRecord
+from bilora_ray.records import Objective, Status, TrialRecord
 from bilora_ray.search.space import Space
+from bilora_ray.search.study.importances import Importances, importances_of
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.training.folder import TrialFolder
 
@@ -118,12 +119,10 @@ class StudyView:
         """What trials are judged by."""
         return objective_of(self.study, self.space.fixed)
 
-    def importances(self) -> dict[str, float]:
-        """How much of the values' variance each searched setting explains; empty if too few trials are complete."""
-        values = [trial.value for trial in self._trials(TrialState.COMPLETE)]
-        if len(values) < LEAST_FOR_IMPORTANCES or len(set(values)) < 2:
-            return {}
-        return optuna.importance.get_param_importances(self.study)
+    def importances(self) -> Importances:
+        """Which of the searched settings mattered, among the trials that are complete or were stopped early."""
+        judged = [trial for trial in self._trials(TrialState.COMPLETE, TrialState.PRUNED) if not _failed(trial)]
+        return importances_of(judged, self.space.distributions)
 
     def _trial(self, number: int) -> FrozenTrial:
         """One trial, read by itself: what a report costs must not grow with the study."""
@@ -146,7 +145,7 @@ class StudyView:
         if all(key in trial.params for key in self.space.distributions if self.space.asked(key, trial.params)):
             config = self.space.trial_config(trial.params)
             settings = {key: value for key, value in config.model_dump().items() if applies(key, config.method)}
-        failed = trial.state == TrialState.FAIL or (trial.state == TrialState.PRUNED and bool(trial.constraints))
+        failed = _failed(trial)
         return TrialRecord(
             number=trial.number,
             status=Status.FAILED if failed else STATUS[trial.state],
@@ -158,3 +157,7 @@ class StudyView:
             adapter=None if best_step is None else folder.adapter_at(best_step),
             error=trial.user_attrs.get(ERROR) if failed else None,
         )
+
+
+def _failed(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.FAIL or (trial.state == TrialState.PRUNED and bool(trial.constraints))

@@ -1,0 +1,73 @@
+"""What `show` says of a study's settings: which mattered, by what, and how sure that is; or why it does not say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from tiny_trials import next_trial
+
+from bilora_ray.cli.main import main
+from bilora_ray.search.space_file import load_space
+from bilora_ray.search.study.importances import METHOD
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.studies import open_study
+
+SPACE = [
+    "study.name=s",
+    "study.scheduler=none",
+    "trial.model_name_or_path=org/model",
+    "trial.task=causal-lm",
+    "trial.train_data=org/data",
+    "trial.rho={low: 0.01, high: 0.2, log: true}",
+    "trial.rank={choice: [4, 8, 16]}",
+]
+
+
+def shown(*arguments: str) -> str:
+    result = CliRunner().invoke(main, ["show", "s", *arguments])
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def searched(trials: int) -> None:
+    """A study in `runs` whose trials' losses are their `rho`."""
+    study = open_study(load_space(None, [*SPACE, f"study.num_trials={trials}"]), Layout(Path("runs")), {})
+    while (number := next_trial(study)) is not None:
+        rho = float(study.config(number).rho)
+        for step in (5, 10):
+            study.report(number, {"step": step, "max_steps": 10, "eval_loss": rho})
+    study.release()
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "300")
+
+
+def test_what_mattered_is_shown_with_its_interval_and_its_method() -> None:
+    searched(20)
+    lines = shown().splitlines()
+    start = lines.index("What mattered, by eval_loss at step 10, of its variance among 20 trials:")
+    detail = json.loads(shown("--json"))
+    share, (low, high) = detail["importances"]["rho"], detail["importances_detail"]["intervals"]["rho"]
+    assert 0.9 < low <= share <= high <= 1
+    assert lines[start + 1 : start + 4] == [
+        f"  rho   {share:.0%} ({low:.0%} to {high:.0%})",
+        "  rank  cannot be told",
+        f"By {METHOD}.",
+    ]
+    assert detail["importances"].keys() == {"rho"}
+    assert (detail["importances_detail"]["step"], detail["importances_detail"]["num_trials"]) == (10, 20)
+
+
+def test_where_nothing_is_known_it_says_why() -> None:
+    searched(3)
+    why = "known from 12 trials at one step on; there are 3"
+    assert f"What mattered, by eval_loss at step 10: {why}" in shown().splitlines()
+    found = json.loads(shown("--json"))
+    assert found["importances"] == {}
+    assert found["importances_detail"] == {"step": 10, "num_trials": 3, "intervals": {}, "unknown": why}
