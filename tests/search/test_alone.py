@@ -30,7 +30,7 @@ def study(tiny: Tiny, tmp_path: Path) -> SearchStudy:
     trial = tiny.config("causal-lm").model_dump(exclude_unset=True)
     settings = ["study.name=s", "study.num_trials=1", *(f"trial.{key}={value}" for key, value in trial.items())]
     study = open_study(load_space(None, settings), Layout(tmp_path / "runs"), {})
-    assert study.next_trial() == 0
+    assert study.next_trials() == [0]
     return study
 
 
