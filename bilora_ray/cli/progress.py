@@ -40,9 +40,10 @@ class SearchProgress:
         self.num_trials = num_trials
         self.objective, self.metric = objective, objective.metric
         self.notes = notes
+        # A thread draws both dictionaries at any moment, so neither is changed: another one takes its place.
         self.ended: dict[int, TrialRecord] = {}
-        self.ended_before = 0
         self.running: dict[int, tuple[TrialRecord, Mapping[str, float]]] = {}
+        self.ended_before = 0
         self.started = time.monotonic()
         self._said_start = self._said_cut = False
         self._reported = time.monotonic()
@@ -72,11 +73,11 @@ class SearchProgress:
                 self.say(f"Note: {note}")
             if self._live is None:
                 self._print(f"{len(self.ended)} of {self.num_trials} trials done; running")
-        self.running[trial.number] = (trial, trial.history[-1] if trial.history else {})
+        self.running = {**self.running, trial.number: (trial, trial.history[-1] if trial.history else {})}
 
     def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
         """Move the trial's line on."""
-        self.running[trial.number] = (trial, metrics)
+        self.running = {**self.running, trial.number: (trial, metrics)}
         if self._live is None and time.monotonic() >= self._reported + REPORT_EVERY_S:
             self._reported = time.monotonic()
             self._print(
@@ -89,9 +90,9 @@ class SearchProgress:
 
     def trial_ended(self, trial: TrialRecord) -> None:
         """Count the trial, if this is the first that is heard of its end."""
-        self.running.pop(trial.number, None)
+        self.running = {number: shown for number, shown in self.running.items() if number != trial.number}
         known = trial.number in self.ended
-        self.ended[trial.number] = trial
+        self.ended = {**self.ended, trial.number: trial}
         if self._live is None and not known:
             self._print(f"{len(self.ended)} of {self.num_trials} trials done: {self._in_words(trial)}")
 

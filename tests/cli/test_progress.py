@@ -1,0 +1,58 @@
+"""The picture of a search, drawn while what it shows changes."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from bilora_ray.cli.progress import SearchProgress
+from bilora_ray.records import Status, TrialRecord
+
+TRIALS = 3000
+
+
+def trial(number: int, status: Status) -> TrialRecord:
+    return TrialRecord(number, status, {}, {"rho": 0.1, "rank": 8}, value=float(number))
+
+
+@pytest.fixture
+def _eager_threads() -> Iterator[None]:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("_eager_threads")
+def test_trials_may_start_and_end_while_it_is_drawn() -> None:
+    progress = SearchProgress(TRIALS, "eval_loss", False)
+    failures: list[BaseException] = []
+    drawn = 0
+    done = threading.Event()
+
+    def draw() -> None:
+        nonlocal drawn
+        try:
+            while not done.is_set():
+                progress.__rich__()
+                drawn += 1
+        except BaseException as error:  # a thread would keep it to itself
+            failures.append(error)
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    try:
+        for number in range(TRIALS):
+            progress.trial_started(trial(number, Status.RUNNING))
+            if number >= 20:
+                progress.trial_ended(trial(number - 20, Status.COMPLETE))
+    finally:
+        done.set()
+        thread.join()
+    assert failures == []
+    assert drawn > 0
+    assert len(progress.ended) == TRIALS - 20
+    assert len(progress.running) == 20
