@@ -3,10 +3,31 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+from collections.abc import Iterable, Iterator
 
 # So many names are listed in a line.
 MOST_NAMES = 20
+# What is said to whom a machine has stopped amid a study.
+GO_ON = "; mend that and go on with --resume"
+# What the system says of a path that is not as a user named it. All else that it says is the machine's.
+WRONG_PATH = frozenset(
+    {
+        errno.EACCES,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EPERM,
+    }
+)
+# Whose errors are a connection's; what a server refuses has the server's response.
+NETWORK = frozenset({"aiohttp", "httpcore", "httpx", "httpx2", "requests", "urllib3"})
+# A server that is asked too much, or fails, may answer the same another time.
+BUSY = frozenset({408, 429})
+# The Hub has not answered, and its cache here has not what was asked for.
+UNREACHED = "LocalEntryNotFoundError"
 
 
 class UserError(Exception):
@@ -17,7 +38,7 @@ class UserError(Exception):
 
 
 class MachineError(UserError):
-    """What stopped a search is the machine's, such as a full disk: the search can go on once that is mended."""
+    """What stopped a search is the machine's or the network's, as a full disk is: it can go on once that is mended."""
 
 
 class TrialFailure(Exception):
@@ -48,6 +69,40 @@ def nearest(name: str, allowed: Iterable[str], otherwise: str = "none has a name
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what `error` says, or its type's name if it says nothing."""
+    """The first line of what `error` says, or its type's name if it says nothing.
+
+    Of the system's errors that is what happened, and to which file: of two the one that was to be written.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        file = error.filename2 or error.filename
+        return error.strerror if file is None else f"{error.strerror}: {file}"
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def refusal(line: str, cause: BaseException) -> UserError:
+    """`line` about what could not be read because of `cause`, as the error to raise.
+
+    It is bad input if a file is missing or malformed, and a MachineError if the same file may be read another time: the
+    disk, the network or the Hub failed.
+    """
+    return MachineError(line) if any(map(_may_pass, _chain(cause))) else UserError(line)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """`error`, and what it came of: a library seldom hands on what the system said."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _may_pass(error: BaseException) -> bool:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is not None:
+        return status >= 500 or status in BUSY
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno not in WRONG_PATH
+    library = type(error).__module__.partition(".")[0]
+    return isinstance(error, ConnectionError | MemoryError | TimeoutError) or (
+        library in NETWORK or type(error).__name__ == UNREACHED
+    )

@@ -5,10 +5,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+# How Rust tells which error of the system's it met.
+SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 @contextlib.contextmanager
@@ -52,19 +59,49 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         FileNotFoundError: the folder that `path` is to be in does not exist.
+        OSError: it cannot be written; the error names a file.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     try:
-        yield unfinished
-        for path_inside in (*unfinished.rglob("*"), unfinished):
-            _sync(path_inside)
-        shutil.rmtree(path, ignore_errors=True)
-        unfinished.rename(path)
-        _sync(path.parent)
+        with _naming(path):
+            yield unfinished
+            for path_inside in (*unfinished.rglob("*"), unfinished):
+                _sync(path_inside)
+            shutil.rmtree(path, ignore_errors=True)
+            unfinished.rename(path)
+            _sync(path.parent)
     except BaseException:  # Ctrl-C and a stopped trial too: nothing half-written stays, and all is raised again
         shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder for the block, where the system keeps what is temporary. OSError if that cannot be written."""
+    with tempfile.TemporaryDirectory(prefix="bilora-ray-") as name, _naming(Path(name)):
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say in what goes wrong in the block that it was `path`: who writes to a file that is open is told no name.
+
+    Raises:
+        OSError: with the name of a file; safetensors' error about the system too.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        found = SYSTEM_ERROR.search(str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
 
 

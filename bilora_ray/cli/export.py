@@ -14,8 +14,9 @@ from bilora_ray.cli.options import (
     study_argument,
     study_database_option,
     trial_option,
+    where_adapter_is,
 )
-from bilora_ray.errors import UserError, first_line
+from bilora_ray.errors import MachineError, UserError, first_line
 
 EPILOG = """\b
 Examples:
@@ -47,13 +48,15 @@ def command(
     from bilora_ray.search.study.studies import load_study
 
     layout = Layout(absolute(storage_path), study_database)
-    with naming_the_database(layout):
+    with naming_the_database(layout, then=""):
         found = load_study(layout, study)
+        _check_new(output)
         record = found.chosen(number)
-    if output.exists() and any(output.iterdir() if output.is_dir() else [output]):
-        raise UserError(f"--output {output}: exists already")
-    if record.adapter is None:
+    adapter = where_adapter_is(found, record)
+    if record.adapter is None and record.value is None:
         raise UserError(f"study '{study}': trial {record.number} has no adapter; it ended before its first evaluation")
+    if record.adapter is None or not adapter.is_dir():
+        raise UserError(f"study '{study}': the adapter of trial {record.number} is gone; it was in {adapter}")
 
     from bilora_ray.quiet import quiet
 
@@ -62,10 +65,19 @@ def command(
 
     origin = {"study": study, "trial": record.number, found.objective.metric: record.value}
     try:
-        (export_merged if merge else export_adapter)(record.adapter, absolute(output), origin)
+        (export_merged if merge else export_adapter)(adapter, absolute(output), origin)
     except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error.strerror or first_line(error)})") from None
+        raise MachineError(f"--output {output}: cannot be written ({error.strerror or first_line(error)})") from None
     if as_json:
         print_json({"output": str(absolute(output)), "merged": merge, **origin})
     else:
         click.echo(f"{'Merged model' if merge else 'Adapter'} of trial {record.number} is in {output}")
+
+
+def _check_new(output: Path) -> None:
+    try:
+        found = output.exists() and any(output.iterdir() if output.is_dir() else [output])
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be read ({error.strerror})") from None
+    if found:
+        raise UserError(f"--output {output}: exists already")

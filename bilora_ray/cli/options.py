@@ -12,12 +12,16 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 
 from bilora_ray.addresses import masked
+from bilora_ray.records import TrialRecord
 from bilora_ray.tracking.store import SERVERS
+
+if TYPE_CHECKING:
+    from bilora_ray.search.study.view import StudyView
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -155,11 +159,20 @@ def say_how_to_go_on(*more: str) -> NoReturn:
 
 
 def print_next(
-    study: str, storage_path: Path, study_database: str | None, adapter: Path | None, mlflow_uri: str | None = None
+    study: str, storage_path: Path, study_database: str | None, adapter: Path, mlflow_uri: str | None = None
 ) -> None:
-    """Print where the best adapter is and what can be done next."""
+    """Print where the best adapter is, or that it is gone, and what can be done next.
+
+    Args:
+        study: its name.
+        storage_path: as it was given.
+        study_database: as it was given.
+        adapter: the folder, as `where_adapter_is` tells it.
+        mlflow_uri: as it was given.
+    """
     command = shlex.join(program())
-    if adapter is not None and adapter.is_relative_to(Path.cwd()):
+    there = adapter.is_dir()
+    if adapter.is_relative_to(Path.cwd()):
         adapter = adapter.relative_to(Path.cwd())
     runs = "" if storage_path == Path("runs") else f" --storage-path {shlex.quote(str(storage_path))}"
     where = runs + _again("--study-database", study_database, "BILORA_RAY_STUDY_DATABASE")
@@ -171,13 +184,18 @@ def print_next(
         if mlflow_uri.partition("://")[0] in SERVERS:  # it has pages of its own, which `ui` does not show
             pages = masked(mlflow_uri)
     for what, line in (
-        ("Adapter", str(adapter)),
+        ("Adapter", str(adapter) if there else f"gone; it was in {adapter}"),
         ("More", f"{command} show {study}{where}"),
-        ("Take it", f"{command} export {study}{where} --output {study}-adapter"),
+        ("Take it", f"{command} export {study}{where} --output {study}-adapter" if there else None),
         ("Browse", pages),
     ):
         if line is not None:
             click.echo(f"{what:<8} {line}")
+
+
+def where_adapter_is(study: StudyView, record: TrialRecord) -> Path:
+    """The folder of a trial's adapter; the trial's own, where nothing there tells of an adapter any more."""
+    return record.adapter or study.folder(record.number).path
 
 
 def _again(option: str, uri: str | None, variable: str) -> str:

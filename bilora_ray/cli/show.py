@@ -18,6 +18,7 @@ from bilora_ray.cli.options import (
     print_next,
     storage_option,
     study_database_option,
+    where_adapter_is,
 )
 from bilora_ray.cli.tables import in_short
 from bilora_ray.config import CUDA_GIB
@@ -47,30 +48,42 @@ Examples:
 @json_option
 def command(study: str | None, storage_path: Path, study_database: str | None, as_json: bool) -> None:
     """Show a study's trials, its best settings and what mattered; without STUDY, list the studies."""
-    from rich.console import Console
-
     from bilora_ray.search.study.layout import Layout
     from bilora_ray.search.study.storage import naming_the_database
-    from bilora_ray.search.study.studies import load_study, summarise
 
     layout = Layout(absolute(storage_path), study_database)
-    console = Console(highlight=False)
-    if study is None:
-        if study_database is None and not layout.storage_path.is_dir():
-            raise UserError(f"--storage-path {storage_path}: no such folder; `bilora-ray tune` and `train` make it")
-        with naming_the_database(layout):
-            summaries = summarise(layout)
-        if as_json:
-            print_json([asdict(summary) for summary in summaries])
+    if study is None and study_database is None and not layout.storage_path.is_dir():
+        raise UserError(f"--storage-path {storage_path}: no such folder; `bilora-ray tune` and `train` make it")
+    with naming_the_database(layout, then=""):
+        if study is None:
+            _show_studies(layout, as_json)
         else:
-            _print_studies(console, summaries, layout)
+            _show_study(study, layout, storage_path, as_json)
+
+
+def _show_studies(layout: Layout, as_json: bool) -> None:
+    from rich.console import Console
+
+    from bilora_ray.search.study.studies import summarise
+
+    summaries = summarise(layout)
+    if as_json:
+        print_json([asdict(summary) for summary in summaries])
+    else:
+        _print_studies(Console(highlight=False), summaries, layout)
+
+
+def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -> None:
+    from rich.console import Console
+
+    from bilora_ray.search.study.studies import load_study
+
+    console = Console(highlight=False)
+    found = load_study(layout, study)
+    if as_json:
+        print_json(study_as_json(found))
         return
-    with naming_the_database(layout):
-        found = load_study(layout, study)
-        if as_json:
-            print_json(study_as_json(found))
-            return
-        records, importances = found.records_now(), found.importances()
+    records, importances = found.records_now(), found.importances()
     counts = {words: sum(record.status is status for record in records) for status, words in STATUS_WORDS.items()}
     summary = ", ".join(f"{count} {words}" for words, count in counts.items() if count) or "no trials"
     console.print(f"Study '{study}': {summary} of {found.space.study.num_trials}", style="bold", markup=False)
@@ -86,7 +99,7 @@ def command(study: str | None, storage_path: Path, study_database: str | None, a
     console.print()
     best = print_best(console, found, records)
     if best is not None:
-        print_next(study, storage_path, study_database, best.adapter)
+        print_next(study, storage_path, layout.study_database, where_adapter_is(found, best))
 
 
 def _print_importances(console: Console, study: StudyView, found: Importances) -> None:

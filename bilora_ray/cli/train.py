@@ -23,6 +23,7 @@ from bilora_ray.cli.options import (
     storage_option,
     study_database_option,
     trial_option,
+    where_adapter_is,
 )
 from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.errors import UserError
@@ -114,7 +115,7 @@ def command(
         raise UserError(f"run '{name}' failed: {record.error}")
     if not as_json:
         click.secho(f"{objective.metric} {record.value:.6g}", fg="green", bold=True)
-        print_next(name, storage_path, study_database, record.adapter, mlflow_uri)
+        print_next(name, storage_path, study_database, where_adapter_is(trained, record), mlflow_uri)
 
 
 def _space_of(layout: Layout, study: str, number: int | None, overrides: Sequence[str]) -> tuple[Space, int]:
@@ -122,7 +123,7 @@ def _space_of(layout: Layout, study: str, number: int | None, overrides: Sequenc
     from bilora_ray.search.study.storage import naming_the_database
     from bilora_ray.search.study.studies import load_study
 
-    with naming_the_database(layout):
+    with naming_the_database(layout, then=""):
         found = load_study(layout, study)
         record = found.chosen(number)
     trial = non_default(record.settings)

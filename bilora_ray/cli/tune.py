@@ -18,6 +18,7 @@ from bilora_ray.cli.options import (
     print_next,
     say_how_to_go_on,
     search_options,
+    where_adapter_is,
 )
 from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.cli.tables import duration, in_quotes
@@ -136,7 +137,7 @@ def _rehearse(
     from bilora_ray.search.study.storage import naming_the_database
     from bilora_ray.search.study.studies import check_study
 
-    with naming_the_database(layout):
+    with naming_the_database(layout, then=""):
         check_study(space, layout, resume, digests)
     check_address(ray_address)
     if is_own(ray_address):
@@ -204,4 +205,4 @@ def _print_result(
     print_leaderboard(console, records, study.objective, most=10)
     best = print_best(console, study, records)
     if best is not None:
-        print_next(name, storage_path, study_database, best.adapter, mlflow_uri)
+        print_next(name, storage_path, study_database, where_adapter_is(study, best), mlflow_uri)

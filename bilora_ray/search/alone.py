@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bilora_ray.errors import MachineError, TrialFailure, UserError
+from bilora_ray.errors import GO_ON, MachineError, TrialFailure, UserError
 from bilora_ray.records import Status
 from bilora_ray.search.session import Observers, Watcher, session
 from bilora_ray.search.space import Space
@@ -28,8 +28,9 @@ def train(
 
     Raises:
         UserError: the study or MLflow are not there as said, or the trial met bad input.
+        MachineError: a disk or the network failed, and the trial can go on once that is mended.
     """
-    with naming_the_database(layout):
+    with naming_the_database(layout, then=""):
         check_study(space, layout, resume, digests)
     with (
         naming_the_database(layout),
@@ -60,6 +61,8 @@ def _train(study: SearchStudy, number: int, observers: Observers) -> None:
         with folder.lock(ORPHAN_WAIT_S):
             # As many rows a step as where the space's workers share them.
             fit(study.config(number), folder, report, Workers(planned=study.space.resources.workers))
+    except MachineError as error:
+        raise MachineError(f"{error}{GO_ON}") from None
     except (TrialFailure, UserError) as error:
         study.fail(number, str(error), by_settings=isinstance(error, TrialFailure))
         if isinstance(error, UserError):

@@ -69,7 +69,7 @@ def search(
             input; or the study database is gone.
         KeyboardInterrupt: of Ctrl-C, once the trials are stopped and MLflow knows it.
     """
-    with naming_the_database(layout):
+    with naming_the_database(layout, then=""):
         check_study(space, layout, resume, digests)
     check_address(ray_address)
     nested = space.resources.workers > 1

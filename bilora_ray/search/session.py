@@ -11,12 +11,12 @@ from threading import Timer
 from typing import Protocol
 
 from bilora_ray.addresses import masked
-from bilora_ray.errors import MachineError, UserError
+from bilora_ray.errors import GO_ON, MachineError, UserError
 from bilora_ray.files import locked
 from bilora_ray.records import Observer, TrialRecord
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.layout import WAIT_S, Layout
-from bilora_ray.search.study.storage import is_database, study_names
+from bilora_ray.search.study.storage import is_database, naming_the_database, study_names
 from bilora_ray.search.study.studies import delete_study, open_study
 from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.tracking.mlflow_tracker import BackgroundTracker, MlflowTracker, default_uri
@@ -129,7 +129,8 @@ def session(
     if mlflow_uri and layout.study_database and is_database(mlflow_uri, layout.study_database):
         raise UserError(f"--mlflow-uri {masked(mlflow_uri)}: holds the studies; MLflow needs a database of its own")
     begins = space.study.name not in study_names(layout)
-    study = open_study(space, layout, digests)
+    with naming_the_database(layout, then="" if begins else GO_ON):
+        study = open_study(space, layout, digests)
     with ThreadPoolExecutor(max_workers=1) as executor:
         running = Session(study, watcher, executor.submit(_tracker, study, mlflow_uri, digests, watcher))
         try:

@@ -14,7 +14,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from bilora_ray.errors import MachineError, UserError
+from bilora_ray.errors import GO_ON, MachineError, UserError
 from bilora_ray.records import Status
 from bilora_ray.runners.task import (
     BAD_INPUT,
@@ -120,8 +120,7 @@ class StudyScheduler(FIFOScheduler):
     def _take_in(self, tune_controller: Any, trial: Trial, result: Mapping[str, Any]) -> str:
         number = result[NUMBER]
         if BROKEN in result:
-            line = f"trial {number}: {result[BROKEN]}; mend that and go on with --resume"
-            return self._halt(tune_controller, MachineError(line))
+            return self._halt(tune_controller, MachineError(f"trial {number}: {result[BROKEN]}{GO_ON}"))
         if BAD_INPUT in result:
             # Another trial's evaluation shows that what all share is right: then it is this one's own settings.
             others_work = any(record.history for record in self.study.records())

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bilora_ray.errors import MachineError, first_line
 from bilora_ray.files import atomic_folder
 from bilora_ray.training.distributed.parallel import collected, put
 from bilora_ray.training.distributed.workers import ALONE, Workers, random_states, set_random_states
@@ -69,6 +71,7 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: this worker does not see the checkpoint that the first one sees.
+        MachineError: the checkpoint is torn, which it was not when it got its name.
         ValueError: the checkpoint belongs to another model or method.
     """
     newest = folder.latest()
@@ -78,7 +81,10 @@ def load_checkpoint(
     newest = workers.gather(newest)[0]
     if newest is None:
         return None
-    tensors = load_file(newest / TENSORS)
+    try:
+        tensors = load_file(newest / TENSORS)
+    except SafetensorError as error:
+        raise MachineError(f"{newest / TENSORS}: cannot be read ({first_line(error)})") from None
     saved = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     parameters = trainable(model)
     # Without the shapes copy_ would spread a rank of 1 over any other.

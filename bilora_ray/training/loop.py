@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +22,7 @@ from transformers import get_scheduler
 from bilora_ray.checking import completed
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import NonFiniteLoss, TrialFailure, UserError
-from bilora_ray.files import atomic_folder
+from bilora_ray.files import atomic_folder, temporary_folder
 from bilora_ray.method import export_primary, primary_parameters
 from bilora_ray.method.base import Closure
 from bilora_ray.paths import cached_commit
@@ -260,14 +259,15 @@ class Run:
         if not self.workers.is_first:
             return
         # PEFT would make its folder, and all above it, where a storage that was there has just gone away.
-        with tempfile.TemporaryDirectory(prefix="bilora-ray-") as written, atomic_folder(path) as unfinished:
+        with temporary_folder() as written:
             export_primary(self.model, written, weights)
             # With the labels in the recipe, an evaluation elsewhere does not need the training data.
             settings = self.config.model_copy(update={"label_names": self.data.label_names})
             commit = cached_commit(settings.model_name_or_path, settings.model_revision)
-            write_recipe(Path(written), settings, {"step": self.progress.step, "model_commit": commit})
-            for file in Path(written).iterdir():
-                shutil.copyfile(file, unfinished / file.name)
+            write_recipe(written, settings, {"step": self.progress.step, "model_commit": commit})
+            with atomic_folder(path) as unfinished:
+                for file in written.iterdir():
+                    shutil.copyfile(file, unfinished / file.name)
 
 
 def fit(config: TrialConfig, folder: TrialFolder, report: Report, workers: Workers = ALONE) -> Progress:
@@ -287,6 +287,8 @@ def fit(config: TrialConfig, folder: TrialFolder, report: Report, workers: Worke
 
     Raises:
         UserError: a row, a column, the model or a target module is not as the settings say.
+        MachineError: the data or the model cannot be read now.
+        OSError: the folder, or where the system keeps what is temporary, cannot be written; it names a file.
         TrialFailure: the loss became NaN or infinite, or memory ran out.
     """
     try:

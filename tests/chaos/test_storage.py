@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chaos.disks import Disk
 from chaos.searches import Search, kill_searches
 from chaos.soundness import assert_resumed, assert_sound, torn
 from tiny_trials import Tiny, reproducible, run_fit
@@ -31,48 +32,12 @@ os.fsync, os.rename, os.replace = slowed(os.fsync), slowed(os.rename), slowed(os
 """
 
 
-class Disk:
-    """A folder that can be taken away: a mount, or where mounting is not allowed, a folder that is renamed.
-
-    Args:
-        folder: of the disk; made here.
-        size: of a disk in memory, in bytes; None: no limit.
-    """
-
-    def __init__(self, folder: Path, size: int | None = None) -> None:
-        self.folder = folder
-        self._away = folder.with_name("away")
-        self._mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
-        folder.mkdir()
-        if size is None:
-            self._away.mkdir()
-            self._mount = ["mount", "--bind", self._away, folder]
-        done = subprocess.run(self._mount, capture_output=True, text=True)
-        self.mounted, self.refusal = done.returncode == 0, done.stderr.strip()
-
-    def take_away(self) -> None:
-        """Whoever has a file open keeps it."""
-        if self.mounted:
-            subprocess.run(["umount", "--lazy", self.folder], check=True)
-        else:
-            self._away.rmdir()
-            self.folder.rename(self._away)
-
-    def bring_back(self) -> None:
-        """What was in the folder is there again."""
-        if self.mounted:
-            subprocess.run(self._mount, check=True)
-        else:
-            self._away.rename(self.folder)
-
-
 @pytest.fixture
 def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Disk]:
     made = Disk(tmp_path / "disk", getattr(request, "param", None))
     yield made
     kill_searches()
-    if made.mounted:
-        subprocess.run(["umount", "--lazy", made.folder], check=False)
+    made.remove()
 
 
 def assert_ends_with_a_line(search: Search, process: subprocess.Popen[bytes], *reasons: str) -> None:
@@ -91,16 +56,11 @@ def test_a_full_disk_stops_the_search_and_a_resume_finishes_it(tiny: Tiny, tmp_p
     search = Search(tmp_path, tiny, storage=disk.folder / "runs", num_trials=2, max_steps=300, eval_steps=10)
     process = search.start()
     search.wait(process, lambda: search.has_checkpoint(0))
-    with (disk.folder / "filler").open("wb") as file:
-        while True:
-            try:
-                os.write(file.fileno(), bytes(4096))
-            except OSError:
-                break
+    disk.fill()
     in_flight = search.in_flight()
     assert_ends_with_a_line(search, process, "No space left on device", "database or disk is full")
     assert list(torn(search)) == []
-    (disk.folder / "filler").unlink()
+    disk.free()
     assert search.ends(search.start("--resume")) == 0, search.log
     assert_sound(search)
     assert_resumed(search, in_flight)

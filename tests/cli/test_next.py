@@ -18,6 +18,7 @@ def _runs_and_nothing_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for variable in VARIABLES.values():
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "adapter").mkdir()
     for runs in ("runs", "my runs"):
         (tmp_path / runs).mkdir()
         (tmp_path / runs / "mlflow.db").touch()
@@ -101,8 +102,16 @@ def test_an_adapter_below_the_current_folder_is_told_from_there(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for adapter, line in ((tmp_path / "runs" / "a", "runs/a"), (tmp_path.parent / "a", str(tmp_path.parent / "a"))):
+        adapter.mkdir()
         print_next("s", Path("runs"), None, adapter)
         assert capsys.readouterr().out.startswith(f"Adapter  {line}\n")
+
+
+def test_an_adapter_that_is_gone_is_said_to_be_and_not_offered(capsys: pytest.CaptureFixture[str]) -> None:
+    (Path("adapter")).rmdir()
+    lines = told(capsys)
+    assert lines["Adapter"] == "gone; it was in adapter"
+    assert "Take it" not in lines
 
 
 def test_the_study_database_is_named_without_its_password(capsys: pytest.CaptureFixture[str]) -> None:

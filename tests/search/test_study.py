@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
+import sqlite3
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,15 +20,16 @@ from optuna.pruners import SuccessiveHalvingPruner
 from optuna.trial import TrialState
 from tiny_trials import next_trial
 
-from bilora_ray.errors import UserError
+from bilora_ray.errors import GO_ON, MachineError, UserError
 from bilora_ray.records import Status, TrialRecord
 from bilora_ray.search.space import Space, StudyConfig
 from bilora_ray.search.space_file import load_space
+from bilora_ray.search.study import storage as storage_module
 from bilora_ray.search.study import study as study_module
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.samplers import SAMPLERS
 from bilora_ray.search.study.schedulers import SCHEDULERS
-from bilora_ray.search.study.storage import open_storage, running_study, study_names
+from bilora_ray.search.study.storage import naming_the_database, open_storage, running_study, study_names
 from bilora_ray.search.study.studies import SPACE, check_study, delete_study, load_study, num_trials_before, summarise
 from bilora_ray.search.study.studies import open_study as open_study_on
 from bilora_ray.search.study.study import SearchStudy
@@ -566,6 +570,47 @@ def test_a_file_that_is_no_database_is_named(layout: Layout) -> None:
         open_storage(layout)
     file = layout.storage_path / "studies.db"
     assert str(error.value) == f"{file}: is not a database of studies that this version can read"
+
+
+def test_a_database_of_something_else_is_told_from_one_that_another_process_holds(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_study(space(), layout)
+    monkeypatch.setattr(storage_module, "WAIT_S", 0.1)
+    with closing(sqlite3.connect(layout.database_file)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(MachineError) as busy, naming_the_database(layout, then=""):
+            load_study(layout, "s")
+        connection.rollback()
+        connection.execute("DROP TABLE version_info")
+        connection.execute("CREATE TABLE version_info (what TEXT)")
+    with pytest.raises(UserError) as foreign, naming_the_database(layout, then=""):
+        load_study(layout, "s")
+    assert str(busy.value) == f"study database of {layout.storage_path}: database is locked"
+    file = layout.database_file
+    assert str(foreign.value) == f"{file}: is not a database of studies that this version can read"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.ENOSPC, "Full", "{path}/a"), "--storage-path {path}: Full: {path}/a"),
+        (OSError(errno.ENOSPC, "Full", "/tmp/a", None, "{path}/a"), "--storage-path {path}: Full: {path}/a"),
+        (OSError(errno.ENOSPC, "Full", "/elsewhere"), "Full: /elsewhere"),
+        (OSError(errno.ENOSPC, "Full"), "Full"),
+        (TimeoutError(errno.ETIMEDOUT, "Connection timed out", "/nfs/a"), "Connection timed out: /nfs/a"),
+        (TimeoutError("lock is held by another process"), "lock is held by another process for too long"),
+    ],
+)
+def test_what_the_system_says_is_one_line_whether_or_not_it_names_a_file(
+    error: OSError, line: str, layout: Layout
+) -> None:
+    for attribute in ("filename", "filename2"):
+        if (name := getattr(error, attribute)) is not None:
+            setattr(error, attribute, name.format(path=layout.storage_path))
+    with pytest.raises(MachineError) as caught, naming_the_database(layout):
+        raise error
+    assert str(caught.value) == line.format(path=layout.storage_path) + GO_ON
 
 
 def test_more_trials_may_be_asked_for_on_resume(layout: Layout) -> None:

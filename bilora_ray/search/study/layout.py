@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bilora_ray.addresses import masked
+from bilora_ray.errors import UserError
 from bilora_ray.files import is_held, locked
 from bilora_ray.training.folder import TrialFolder
 
 # Two processes may want the same for a moment: each waits for the other instead of failing.
 WAIT_S = 60.0
+# The study database and MLflow get the path in a URL, and MLflow takes these for more than themselves.
+NOT_IN_A_PATH = "%?{}"
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,17 @@ class Layout:
         storage_path: an absolute path.
         study_database: URL of a PostgreSQL database with the studies; None: a SQLite file in the storage path. In
             PostgreSQL several processes, on several machines, may run one study.
+
+    Raises:
+        UserError: the path has a character that cannot be.
     """
 
     storage_path: Path
     study_database: str | None = None
+
+    def __post_init__(self) -> None:
+        if wrong := [character for character in NOT_IN_A_PATH if character in str(self.storage_path)]:
+            raise UserError(f"--storage-path {self.storage_path}: may not hold {wrong[0]}; MLflow could not use it")
 
     @property
     def database_file(self) -> Path:

@@ -19,7 +19,7 @@ from sqlalchemy.exc import ArgumentError, DatabaseError, OperationalError
 from sqlalchemy.pool import NullPool
 
 from bilora_ray.addresses import is_local, masked
-from bilora_ray.errors import MachineError, UserError, first_line
+from bilora_ray.errors import GO_ON, MachineError, UserError, first_line
 from bilora_ray.files import locked
 from bilora_ray.search.study.layout import WAIT_S, Layout
 
@@ -27,6 +27,8 @@ CONNECT_TIMEOUT_S = 5
 PORT = 5432
 # Of the tables that Optuna makes.
 LAST_TABLE = "alembic_version"
+# What SQLite says of a file that is not its own, is torn, or has other tables.
+NOT_OURS = frozenset({sqlite3.SQLITE_ERROR, sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 
 
 def open_storage(layout: Layout) -> optuna.storages.RDBStorage:
@@ -34,6 +36,7 @@ def open_storage(layout: Layout) -> optuna.storages.RDBStorage:
 
     Raises:
         UserError: the file is something else, or the server does not answer.
+        DatabaseError: the file is held by another process, or its disk fails: see `naming_the_database`.
     """
     return _open(layout) if layout.study_database is None else _open_once(layout)
 
@@ -84,11 +87,19 @@ def _readable(layout: Layout) -> Iterator[None]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         yield
-    except (DatabaseError, RuntimeError) as error:
+    except (DatabaseError, StorageInternalError, RuntimeError) as error:
+        cause = _cause(error)
         if layout.study_database is not None:
-            reason = first_line(getattr(error, "orig", None) or error)
-            raise UserError(f"--study-database {layout.database}: cannot be used ({reason})") from None
+            raise UserError(f"--study-database {layout.database}: cannot be used ({first_line(cause)})") from None
+        if isinstance(cause, sqlite3.Error) and cause.sqlite_errorcode & 0xFF not in NOT_OURS:  # more bits say more
+            raise
         raise UserError(f"{layout.database_file}: is not a database of studies that this version can read") from None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a database said, of what Optuna and SQLAlchemy make of it."""
+    cause = (error.__cause__ or error) if isinstance(error, StorageInternalError) else error
+    return getattr(cause, "orig", None) or cause
 
 
 @contextmanager
@@ -134,8 +145,12 @@ def running_study(layout: Layout, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def naming_the_database(layout: Layout) -> Iterator[None]:
-    """Tell an error of the study database or the storage path in the block, such as a full disk, in one line.
+def naming_the_database(layout: Layout, then: str = GO_ON) -> Iterator[None]:
+    """Tell an error of the study database or of a disk in the block, such as a full one, in one line.
+
+    Args:
+        layout: where studies are.
+        then: ends the line: what to do about it.
 
     Raises:
         MachineError: the study can go on once that is mended.
@@ -143,17 +158,15 @@ def naming_the_database(layout: Layout) -> Iterator[None]:
     try:
         yield
     except (DatabaseError, StorageInternalError) as error:
-        cause = error.__cause__ if isinstance(error, StorageInternalError) else error
-        reason = first_line(getattr(cause, "orig", None) or error)
-        line = f"study database of {layout.database}: {reason}; mend that and go on with --resume"
-        raise MachineError(line) from None
-    except TimeoutError as error:
-        raise MachineError(f"{first_line(error)} for too long; go on with --resume") from None
+        line = f"study database of {layout.database}: {first_line(_cause(error))}"
+        raise MachineError(f"{line}{then}") from None
     except OSError as error:
-        if not Path(str(error.filename)).is_relative_to(layout.storage_path):
-            raise
-        line = f"--storage-path {layout.storage_path}: {error.strerror}: {error.filename}"
-        raise MachineError(f"{line}; mend that and go on with --resume") from None
+        if isinstance(error, TimeoutError) and error.errno is None:  # of a lock, not of a disk
+            raise MachineError(f"{first_line(error)} for too long{then}") from None
+        file = error.filename2 or error.filename
+        ours = file is not None and Path(str(file)).is_relative_to(layout.storage_path)
+        where = f"--storage-path {layout.storage_path}: " if ours else ""
+        raise MachineError(f"{where}{first_line(error)}{then}") from None
 
 
 def is_database(uri: str, database: str) -> bool:

@@ -20,7 +20,7 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig, Space, StudyConfig
 from bilora_ray.search.study.layout import Layout
-from bilora_ray.search.study.storage import making, open_storage, read_storage, study_names
+from bilora_ray.search.study.storage import making, naming_the_database, open_storage, read_storage, study_names
 from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.search.study.view import ID, StudyView, objective_of
 
@@ -154,16 +154,18 @@ def _summary(study: optuna.Study) -> StudySummary:
 
 def settings_before(layout: Layout, name: str) -> dict[str, Any] | None:
     """The settings that all trials of study `name` share since it began; None if there is no such study."""
-    if name not in study_names(layout):
-        return None
-    return _read(layout, name).user_attrs.get(SPACE, {}).get("fixed")
+    with naming_the_database(layout, then=""):
+        if name not in study_names(layout):
+            return None
+        return _read(layout, name).user_attrs.get(SPACE, {}).get("fixed")
 
 
 def num_trials_before(layout: Layout, name: str) -> int:
     """How many trials study `name` was asked for when it last ran; 0 if there is no such study."""
-    if name not in study_names(layout):
-        return 0
-    return int(_read(layout, name).user_attrs.get(SPACE, {}).get("study", {}).get("num_trials", 0))
+    with naming_the_database(layout, then=""):
+        if name not in study_names(layout):
+            return 0
+        return int(_read(layout, name).user_attrs.get(SPACE, {}).get("study", {}).get("num_trials", 0))
 
 
 def delete_study(space: Space, layout: Layout) -> None:

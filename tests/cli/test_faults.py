@@ -1,0 +1,186 @@
+"""A machine that fails under a command: one line, exit code 2, nothing half-written, and the line is right."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from chaos.disks import Disk
+from click.testing import CliRunner, Result
+from tiny_trials import Tiny
+
+from bilora_ray.cli.main import main
+from bilora_ray.cli.progress import SearchProgress
+from bilora_ray.errors import GO_ON
+from bilora_ray.training import loading
+
+COMMAND = Path(sys.executable).with_name("bilora-ray")
+DISK_BYTES = 8 * 1024**2
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for variable in ("MLFLOW_TRACKING_URI", "BILORA_RAY_STORAGE_PATH", "BILORA_RAY_STUDY_DATABASE"):
+        monkeypatch.delenv(variable, raising=False)
+    loading._kept.clear()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Disk]:
+    made = Disk(tmp_path / "disk", DISK_BYTES)
+    if not made.mounted:
+        pytest.skip(f"no disk can be mounted here: {made.refusal}")
+    yield made
+    made.remove()
+
+
+def bilora_ray(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def settings(tiny: Tiny) -> list[str]:
+    """Of a run with two evaluations."""
+    config = tiny.config("causal-lm", max_steps=4, eval_steps=2).model_dump(exclude_unset=True)
+    return [f"--set={key}={json.dumps(value)}" for key, value in config.items()]
+
+
+def train(tiny: Tiny, runs: Path, *more: str) -> Result:
+    """Train a study `once`. MLflow's database is not in `runs`: it would take most of a small disk."""
+    mlflow = f"--mlflow-uri=sqlite:///{tiny.folder}/mlflow.db"
+    return bilora_ray("train", "--name=once", *settings(tiny), f"--storage-path={runs}", mlflow, *more)
+
+
+@pytest.fixture(scope="session")
+def trained(tiny: Tiny) -> Path:
+    """The storage path of a run that is done; only to be read."""
+    assert train(tiny, tiny.folder / "runs").exit_code == 0
+    return tiny.folder / "runs"
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    """The same, to do with as one likes."""
+    return shutil.copytree(trained, tmp_path / "runs")
+
+
+def line_of(result: Result) -> str:
+    """The one line of a command that ended as one should whose machine failed."""
+    assert result.exit_code == 2, (result.output, result.exception)
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+    assert "Traceback" not in result.output
+    return line.removeprefix("Error: ")
+
+
+def half_written(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.name.startswith(".") or path.name.endswith(".tmp")]
+
+
+@pytest.mark.parametrize("kib", [0, 60, 120, 180, 240])
+def test_train_on_a_full_disk_says_so_and_how_to_go_on(kib: int, tiny: Tiny, disk: Disk) -> None:
+    disk.fill(but_for=kib * 1024)
+    runs = disk.folder / "runs"
+    line = line_of(train(tiny, runs))
+    assert "No space left on device" in line or "disk is full" in line
+    assert str(runs) in line
+    assert half_written(runs) == []
+    disk.free()
+    assert train(tiny, runs, *(["--resume"] if line.endswith(GO_ON) else [])).exit_code == 0
+
+
+def test_the_disk_of_what_is_temporary_is_named_when_it_is_full(
+    tiny: Tiny, disk: Disk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(disk.folder))
+    disk.fill(but_for=8192)
+    line = line_of(train(tiny, tmp_path / "runs"))
+    assert line.startswith(f"No space left on device: {disk.folder}")
+    assert line.endswith(GO_ON)
+    disk.free()
+    assert train(tiny, tmp_path / "runs", "--resume").exit_code == 0
+
+
+def test_storage_that_vanishes_amid_a_run_is_not_made_anew(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, away = tmp_path / "runs", tmp_path / "away"
+
+    def take_away(*_: object) -> None:
+        if runs.exists():
+            runs.rename(away)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SearchProgress, "trial_reported", take_away)
+        line = line_of(train(tiny, runs))
+    assert line.endswith(GO_ON)
+    assert str(runs) in line
+    assert not runs.exists()
+    away.rename(runs)
+    assert train(tiny, runs, "--resume").exit_code == 0
+
+
+@pytest.mark.parametrize("more", [[], ["--merge"]], ids=["adapter", "merged"])
+def test_export_to_a_full_disk_leaves_nothing(more: list[str], trained: Path, disk: Disk) -> None:
+    disk.fill(but_for=8192)
+    result = bilora_ray("export", "once", f"--storage-path={trained}", f"--output={disk.folder}/out", *more)
+    assert line_of(result).startswith(f"--output {disk.folder}/out: cannot be written (No space left on device")
+    disk.free()
+    assert list(disk.folder.iterdir()) == []
+
+
+def test_what_may_only_be_read_is_one_line(tiny: Tiny, trained: Path, disk: Disk, tmp_path: Path) -> None:
+    runs = shutil.copytree(trained, disk.folder / "runs")
+    (tmp_path / "space.yaml").write_text("study: {name: new}\ntrial: {}\n")
+    disk.forbid_writing()
+    search = ["tune", "--space=space.yaml", *settings(tiny), "--set=rho={low: 0.1, high: 1}", f"--storage-path={runs}"]
+    for result in (train(tiny, runs, "--resume"), train(tiny, runs, "--name=new"), bilora_ray(*search)):
+        assert "Read-only file system" in line_of(result)
+    for verb in (["show"], ["show", "once"], ["export", "once", "--output=out"], ["train", "--study=once"]):
+        result = bilora_ray(*verb, f"--storage-path={runs}")
+        assert result.exit_code == 0 or "Read-only file system" in line_of(result)
+
+
+@pytest.mark.parametrize("gone", ["the trial", "the adapter"])
+def test_an_adapter_that_is_gone_is_said_to_be(gone: str, copied: Path, tmp_path: Path) -> None:
+    trial = copied / "studies" / "once" / "trials" / "0000"
+    (adapter,) = (trial / "adapters").iterdir()
+    was = trial if gone == "the trial" else adapter
+    shutil.rmtree(was)
+    shown = bilora_ray("show", "once", f"--storage-path={copied}")
+    assert shown.exit_code == 0, shown.exception
+    assert f"Adapter  gone; it was in {was.relative_to(tmp_path)}\n" in shown.stdout
+    assert "Take it" not in shown.stdout
+    result = bilora_ray("export", "once", f"--storage-path={copied}", "--output=out")
+    assert line_of(result) == f"study 'once': the adapter of trial 0 is gone; it was in {was}"
+
+
+@pytest.mark.parametrize("name", ["my runs", "a#b", "ü&=+"])
+def test_a_storage_path_of_any_name_is_used(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    assert train(tiny, tmp_path / name).exit_code == 0
+    shown = bilora_ray("show", "--json", f"--storage-path={tmp_path / name}")
+    assert [study["study"] for study in json.loads(shown.stdout)] == ["once"]
+
+
+@pytest.mark.parametrize("name", ["a?b", "100%", "{runs}", "a%20b"])
+def test_a_storage_path_that_a_url_cannot_hold_is_refused(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    sign = next(sign for sign in name if sign in "?%{}")
+    for result in (train(tiny, tmp_path / name), bilora_ray("show", f"--storage-path={tmp_path / name}")):
+        assert line_of(result) == f"--storage-path {tmp_path / name}: may not hold {sign}; MLflow could not use it"
+    assert not (tmp_path / name).exists()
+
+
+def test_a_storage_path_that_is_a_file_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    for result in (
+        train(tiny, file),
+        train(tiny, file, "--resume"),
+        *(bilora_ray(*verb, f"--storage-path={file}") for verb in (["show"], ["show", "s"], ["ui"])),
+        bilora_ray("export", "s", "--output=out", f"--storage-path={file}"),
+    ):
+        assert str(file) in line_of(result)

@@ -1,0 +1,58 @@
+"""Folders that are whole or not there, and errors that say which folder could not be written."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from bilora_ray.files import atomic_folder, temporary_folder
+
+FULL = "Error while serializing: I/O error: No space left on device (os error 28)"
+
+
+def written_to_a_full_device() -> None:
+    with Path("/dev/full").open("w") as file:
+        file.write("x")
+
+
+def refused_by_safetensors() -> None:
+    raise SafetensorError(FULL)
+
+
+def refused_by_name() -> None:
+    Path("/nowhere/at/all").write_text("x")
+
+
+@pytest.mark.parametrize("write", [written_to_a_full_device, refused_by_safetensors])
+def test_an_error_without_a_name_gets_that_of_the_folder_that_was_filled(
+    write: Callable[[], None], tmp_path: Path
+) -> None:
+    with pytest.raises(OSError, match="No space left") as caught, atomic_folder(tmp_path / "adapter"):
+        write()
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "adapter"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", [lambda path: atomic_folder(path / "a"), lambda path: temporary_folder()])
+def test_an_error_with_a_name_keeps_it(folder: Callable[[Path], AbstractContextManager[Path]], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught, folder(tmp_path):
+        refused_by_name()
+    assert caught.value.filename == "/nowhere/at/all"
+
+
+def test_what_safetensors_says_of_a_file_is_no_error_of_the_system(tmp_path: Path) -> None:
+    with pytest.raises(SafetensorError), atomic_folder(tmp_path / "adapter"):
+        raise SafetensorError("Error while deserializing header")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_temporary_folder_is_named_and_removed() -> None:
+    with pytest.raises(OSError, match="No space left") as caught, temporary_folder() as folder:
+        written_to_a_full_device()
+    assert caught.value.filename == str(folder)
+    assert not folder.exists()
