@@ -61,6 +61,7 @@ class Facts:
         searched: whether a search may try several values: trials that differ in it can be compared.
         holds_out: whether it decides which rows are held out: see `deciding_the_split`.
         source: what it names a file, a folder or a Hub repository of.
+        revision: the setting that names the commit of such a repository.
         rehearsed: whether a dry run tries each of its values, as they could have other modules.
         shown: where a person is told of it unasked: in the table of a model `card`, under the `best` trial.
     """
@@ -70,6 +71,7 @@ class Facts:
     of: tuple[MethodName, ...] = METHODS
     holds_out: bool = False
     source: Literal["model", "data"] | None = None
+    revision: str | None = None
     rehearsed: bool = False
     shown: tuple[Literal["card", "best"], ...] = ()
 
@@ -111,7 +113,13 @@ class TrialConfig(Settings):
 
     # Model
     model_name_or_path: str = setting(
-        ..., "Hub id, local folder, or builtin:NAME", min_length=1, decides="model", source="model", rehearsed=True
+        ...,
+        "Hub id, local folder, or builtin:NAME",
+        min_length=1,
+        decides="model",
+        source="model",
+        revision="model_revision",
+        rehearsed=True,
     )
     model_revision: str | None = setting(None, "Hub revision (branch, tag or commit)", decides="model")
     trust_remote_code: bool = setting(False, "run model code that comes from the Hub", decides="model", searched=False)
@@ -135,9 +143,15 @@ class TrialConfig(Settings):
         searched=True,
         holds_out=True,
         source="data",
+        revision="train_revision",
     )
     validation_data: str | None = setting(
-        None, "as train_data; a split by split_seed is made when absent", decides="rows", holds_out=True, source="data"
+        None,
+        "as train_data; a split by split_seed is made when absent",
+        decides="rows",
+        holds_out=True,
+        source="data",
+        revision="validation_revision",
     )
     validation_fraction: Float = setting(
         0.1, "share of train_data held out when it is split", gt=0, lt=1, decides="rows", holds_out=True
@@ -146,9 +160,13 @@ class TrialConfig(Settings):
         None, "configuration of a Hub dataset, such as sst2", decides="rows", holds_out=True
     )
     train_split: str = setting("train", "split of a Hub dataset to train on", decides="rows", holds_out=True)
+    train_revision: str | None = setting(
+        None, "Hub revision of train_data (branch, tag or commit)", decides="rows", holds_out=True
+    )
     validation_split: str | None = setting(
         None, "split of a Hub dataset to validate on", decides="rows", holds_out=True
     )
+    validation_revision: str | None = setting(None, "Hub revision of validation_data", decides="rows", holds_out=True)
     column_names: tuple[str, ...] | None = setting(
         None, "columns of a CSV or TSV file without a header", decides="rows", holds_out=True
     )
@@ -350,6 +368,14 @@ def shown(place: Literal["card", "best"]) -> tuple[str, ...]:
 TRAINING_SETTINGS = deciding("training", "training rows")
 # What names a model or data -> which of the two.
 SOURCES = {key: facts.source for key, facts in FACTS.items() if facts.source is not None}
+# The same -> what names the commit of one that is on the Hub.
+REVISIONS = {key: facts.revision for key, facts in FACTS.items() if facts.revision is not None}
+
+
+def of_other_sources(settings: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with `others` on top, less the revision of each source that is another now: it is not of that one."""
+    gone = {revision for source, revision in REVISIONS.items() if source in others and revision not in others}
+    return {key: value for key, value in {**settings, **others}.items() if key not in gone}
 
 
 def template_columns(template: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bilora_ray.checking import build
-from bilora_ray.config import TrialConfig
+from bilora_ray.config import TrialConfig, of_other_sources
 from bilora_ray.errors import UserError
 
 RECIPE, MERGED = "bilora_ray.json", "merged"
@@ -68,7 +68,7 @@ def evaluation_config(exported: Path, settings: Mapping[str, Any], base_model: b
         if "model_name_or_path" in settings:
             raise UserError(f"{exported}: is a whole model, so model_name_or_path says nothing")
         recipe |= {"model_name_or_path": str(exported.resolve()), "model_revision": None}
-    return build(TrialConfig, {**recipe, **settings}, f"{exported / RECIPE}: settings")
+    return build(TrialConfig, of_other_sources(recipe, settings), f"{exported / RECIPE}: settings")
 
 
 def _recipe(folder: Path) -> dict[str, Any]:

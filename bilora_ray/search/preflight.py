@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bilora_ray.config import TrialConfig
+from bilora_ray.config import REVISIONS, SOURCES, TrialConfig
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import COMMIT, cached_commit, kind_of
 from bilora_ray.search.space import Space
@@ -53,7 +53,7 @@ def _source(config: TrialConfig, setting: str) -> str:
 
 
 def pinned(space: Space, resumed_in: Layout | None) -> Space:
-    """`space` with the commit of its Hub model: all trials get the same weights, those of a resumed study too.
+    """`space` with the commits of its Hub model and data: all trials get the same, those of a resumed study too.
 
     A branch or tag is looked up each time, so a study that named one is not resumed once it has moved. Where the space
     tries several models or revisions, each trial gets what there is when it starts.
@@ -65,15 +65,23 @@ def pinned(space: Space, resumed_in: Layout | None) -> Space:
     Raises:
         UserError: there is no such model.
     """
-    if not space.distributions.keys().isdisjoint({"model_name_or_path", "model_revision"}):
-        return space
     config = space.first_config()
     before = None if resumed_in is None else _settings_before(resumed_in, space.study.name)
-    if before is not None and config.model_revision is None:
-        revision = before.get("model_revision")
-    else:
-        revision = check_model(config)
-    return space if revision is None else replace(space, fixed={**space.fixed, "model_revision": revision})
+    found = {}
+    for source, revision in REVISIONS.items():
+        name, given = getattr(config, source), getattr(config, revision)
+        if name is None or not space.distributions.keys().isdisjoint({source, revision}):
+            continue
+        if before is not None and given is None:
+            found[revision] = before.get(revision)
+        elif kind_of(name, is_data=SOURCES[source] == "data") != "hub":
+            continue
+        elif SOURCES[source] == "model":
+            found[revision] = _hub_commit(name, given, source)
+        else:
+            found[revision] = _dataset_commit(name, given)
+    commits = {revision: commit for revision, commit in found.items() if commit is not None}
+    return replace(space, fixed={**space.fixed, **commits}) if commits else space
 
 
 def _settings_before(layout: Layout, name: str) -> dict[str, Any] | None:
@@ -82,24 +90,29 @@ def _settings_before(layout: Layout, name: str) -> dict[str, Any] | None:
     return settings_before(layout, name)
 
 
-def check_model(config: TrialConfig) -> str | None:
+def check_model(config: TrialConfig) -> None:
     """Look for the base model: built in, in a local folder, on the Hub, or in the Hub's cache if that does not answer.
 
-    Returns:
-        The commit of a model that is on the Hub; None for another.
-
     Raises:
-        UserError: it is nowhere. A Hub that does not answer is asked once, where transformers tries for a minute.
+        UserError: it is nowhere. A Hub that does not answer is asked once, where transformers tries for a minute; for a
+            commit, which is what `pinned` has found, not at all.
     """
-    name, where = config.model_name_or_path, "model_name_or_path"
+    name, revision = config.model_name_or_path, config.model_revision
     kind = kind_of(name, is_data=False)
-    if kind == "built in":
+    if kind == "hub" and not COMMIT.fullmatch(revision or ""):
+        _hub_commit(name, revision, "model_name_or_path")
+    if kind == "local" and not Path(name, "config.json").is_file():
+        raise UserError(f"model_name_or_path: {name} holds no model: config.json is missing")
+
+
+def _dataset_commit(name: str, revision: str | None) -> str | None:
+    """The commit of a `revision` of a Hub dataset; None if the Hub does not say, which who loads it may."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(name, revision=revision, timeout=HUB_TIMEOUT_S).sha
+    except Exception:  # which one it is depends on the HTTP library beneath
         return None
-    if kind == "local":
-        if not Path(name, "config.json").is_file():
-            raise UserError(f"{where}: {name} holds no model: config.json is missing")
-        return None
-    return _hub_commit(name, config.model_revision, where)
 
 
 def _hub_commit(name: str, revision: str | None, where: str) -> str | None:

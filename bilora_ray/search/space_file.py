@@ -10,7 +10,16 @@ from typing import Any
 import yaml
 
 from bilora_ray.checking import build, nearest_setting
-from bilora_ray.config import FACTS, SOURCES, TrialConfig, coerce, deciding_the_split, is_integer, is_number
+from bilora_ray.config import (
+    FACTS,
+    SOURCES,
+    TrialConfig,
+    coerce,
+    deciding_the_split,
+    is_integer,
+    is_number,
+    of_other_sources,
+)
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.paths import Locate, locate_here
 from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig, Space, StudyConfig, Value
@@ -66,7 +75,8 @@ def checked_space(
     for override in overrides:
         section, key, value = parse_override(override)
         given[section][key] = value
-    kept = {key: value for key, value in sections["trial"].items() if key not in given["trial"]}
+    merged = of_other_sources(sections["trial"], given["trial"])
+    kept = {key: value for key, value in merged.items() if key not in given["trial"]}
     trial = {
         **absolute_sources(kept, path.resolve().parent, f"{path}: trial", locate),
         **absolute_sources(given["trial"], Path.cwd(), "--set trial", locate),

@@ -119,6 +119,7 @@ class Run:
         """Go on from the newest checkpoint, if there is one. UserError if it is of a trial with other settings."""
         state = self.workers.gather(self.folder.state())[0]
         stored = state.get("settings")
+        # A setting that is new since then had its default's effect.
         if stored is not None and completed(TrialConfig, stored) != self._settings():
             raise UserError(f"{self.folder.path}: holds a trial with other settings; move it away")
         restored = load_checkpoint(self.folder, self.model, self.optimizer, self.workers)

@@ -1,4 +1,7 @@
-"""A Hub model's commit: looked up once, kept with the study, the same for every trial. There is no Hub here: a fake."""
+"""The commits of a Hub model and of Hub data: looked up once, kept with the study, the same for every trial.
+
+There is no Hub here: a fake.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
@@ -23,21 +27,23 @@ from bilora_ray.errors import UserError
 from bilora_ray.recipe import read_recipe
 from bilora_ray.search.preflight import pinned, preflight
 from bilora_ray.search.space import Space
-from bilora_ray.search.space_file import load_space
+from bilora_ray.search.space_file import checked_space, load_space
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.studies import check_study, load_study, open_study
 from bilora_ray.tracking.mlflow_tracker import default_uri
+from bilora_ray.training.tasks.rows import load_rows
 
-NAME = "someone/model"
+NAME, DATA = "someone/model", ("someone/data", "someone/else")
 OLD, NEW, TAGGED = "0" * 40, "1" * 40, "2" * 40
 
 
 @dataclass
 class Hub:
-    """A Hub with one model, whose branches and tags are `refs`; None: it does not answer."""
+    """A Hub with one model and one data set, whose branches and tags are `refs`; None: it does not answer."""
 
     refs: dict[str, str] | None = field(default_factory=lambda: {"main": OLD, "v1": TAGGED})
     asked: list[str | None] = field(default_factory=list)
+    read: list[str | None] = field(default_factory=list)
 
     def model_info(self, name: str, revision: str | None = None, timeout: float | None = None) -> Any:
         self.asked.append(revision)
@@ -46,11 +52,22 @@ class Hub:
         assert name == NAME
         return SimpleNamespace(sha=self.refs.get(revision or "main", revision))
 
+    def dataset_info(self, name: str, revision: str | None = None, timeout: float | None = None) -> Any:
+        if self.refs is None:
+            raise OfflineModeIsEnabled("offline")
+        assert name in DATA
+        return SimpleNamespace(sha=self.refs.get(revision or "main", revision))
+
+    def load_dataset(self, name: str, config_name: str | None, split: str, revision: str | None) -> Any:
+        self.read.append(revision)
+        return datasets.Dataset.from_list([{"prompt": split, "completion": str(revision)}] * 4)
+
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Hub:
     fake = Hub()
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: fake)
+    monkeypatch.setattr(datasets, "load_dataset", fake.load_dataset)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     return fake
 
@@ -139,6 +156,76 @@ def test_a_study_that_began_without_a_commit_goes_on_without_one(hub: Hub, tiny:
     next_trial(study)
     study.release()
     assert revision(pinned(space(tiny), layout)) is None
+
+
+@pytest.mark.parametrize("given", [None, "v1", f"'{TAGGED}'"])
+def test_the_hub_is_asked_once_at_a_start(given: str | None, hub: Hub, tiny: Tiny) -> None:
+    trial = {} if given is None else {"model_revision": given}
+    preflight(pinned(space(tiny, **trial), None))
+    assert len(hub.asked) == 1
+
+
+def test_of_several_models_the_first_is_looked_for_once(hub: Hub, tiny: Tiny) -> None:
+    preflight(pinned(space(tiny, "model_revision={choice: [v1, main]}"), None))
+    assert hub.asked == ["v1"]
+
+
+def data(**trial: Any) -> dict[str, Any]:
+    return {"train_data": DATA[0], "validation_data": DATA[1], "validation_split": "dev", **trial}
+
+
+def revisions(found: Space) -> list[object]:
+    return [found.fixed.get(key) for key in ("train_revision", "validation_revision")]
+
+
+def test_hub_data_are_pinned_and_a_branch_that_moves_changes_no_trial(hub: Hub, tiny: Tiny, tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    begun = pinned(space(tiny, **data()), None)
+    assert revisions(begun) == [OLD, OLD]
+    digests = preflight(begun).digests
+    study = open_study(begun, layout, digests)
+    number = study.next_trial()
+    assert number is not None
+    study.release()
+    assert hub.refs is not None
+    hub.refs["main"] = NEW
+    load_rows(study.config(number))
+    again = pinned(space(tiny, **data()), layout)
+    assert revisions(again) == [OLD, OLD]
+    check_study(again, layout, True, preflight(again).digests)
+    assert set(hub.read) == {OLD}
+    with pytest.raises(UserError, match=f"train_revision was '{OLD}', is '{NEW}'"):
+        check_study(pinned(space(tiny, **data(train_revision="main")), layout), layout, True, digests)
+
+
+def test_data_that_are_files_or_searched_over_are_not_pinned(hub: Hub, tiny: Tiny) -> None:
+    assert revisions(pinned(space(tiny), None)) == [None, None]
+    several = pinned(space(tiny, "train_data={choice: [someone/data, someone/else]}", **data()), None)
+    assert revisions(several) == [None, OLD]
+    hub.refs = None
+    cache(TAGGED)
+    assert revisions(pinned(space(tiny, **data()), None)) == [None, None]
+
+
+def test_a_study_that_began_with_unpinned_data_goes_on_with_them(hub: Hub, tiny: Tiny, tmp_path: Path) -> None:
+    layout, begun = Layout(tmp_path), space(tiny, model_revision=f"'{TAGGED}'", **data())
+    study = open_study(begun, layout, {})
+    study.next_trial()
+    study.release()
+    again = pinned(begun, layout)
+    assert revisions(again) == [None, None]
+    check_study(again, layout, True, {})
+
+
+def test_another_source_has_another_revision(tiny: Tiny) -> None:
+    settings = {**data(), "model_name_or_path": NAME, "task": "causal-lm"}
+    settings |= {"model_revision": "m", "train_revision": "t", "validation_revision": "v"}
+    sections = {"study": {"name": "s"}, "trial": settings}
+    found = checked_space(sections, Path("space.yaml"), ["train_data=someone/else", "model_name_or_path=a/b"])
+    kept = {key: value for key, value in found.fixed.items() if key.endswith("_revision")}
+    assert kept == {"validation_revision": "v"}
+    found = checked_space(sections, Path("space.yaml"), ["train_data=someone/else", "train_revision=u"])
+    assert found.fixed["train_revision"] == "u"
 
 
 @pytest.mark.slow

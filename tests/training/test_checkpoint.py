@@ -408,3 +408,17 @@ def test_the_state_of_a_checkpoint_is_plain_json(tiny: Tiny, tmp_path: Path) -> 
     assert state["history"] == reports
     assert (state["step"], state["best_step"]) == (8, progress.best_step)
     assert state["best_value"] == min(report["eval_loss"] for report in reports)
+
+
+def test_a_trial_that_began_before_there_was_a_setting_goes_on(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny.config("causal-lm", max_steps=4, eval_steps=2)
+    folder = TrialFolder(tmp_path)
+    whole, _ = run_fit(config, tmp_path)
+    for file in folder.checkpoints.glob(f"*/{STATE}"):
+        state = json.loads(file.read_text())
+        for setting in ("train_revision", "validation_revision"):
+            del state["settings"][setting]
+        file.write_text(json.dumps(state))
+    again, progress = run_fit(config, tmp_path)
+    assert reproducible(again) == reproducible(whole)
+    assert progress.resumed_at == [4]

@@ -1,5 +1,6 @@
 """Reading: every format gives the same records, and every broken file one line that names the place."""
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from bilora_ray import builtin
 from bilora_ray.config import TrialConfig
-from bilora_ray.errors import UserError
+from bilora_ray.errors import MachineError, UserError
 from bilora_ray.training.data.sources import read_file, read_train, read_validation
 
 ROWS = [{"text": 'a "quoted", text', "label": "0"}, {"text": "é\u2028b", "label": "1"}]
@@ -149,9 +150,13 @@ def test_unknown_built_in_data() -> None:
 class Hub:
     """Stands for the Hub: one data set with two splits."""
 
-    def load(self, name: str, config_name: str | None, split: str) -> Any:
+    def __init__(self) -> None:
+        self.revisions: list[str | None] = []
+
+    def load(self, name: str, config_name: str | None, split: str, revision: str | None) -> Any:
         import datasets
 
+        self.revisions.append(revision)
         if name != "org/data":
             raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub\nmore")
         if split not in ("train", "dev"):
@@ -160,10 +165,12 @@ class Hub:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
     import datasets
 
-    monkeypatch.setattr(datasets, "load_dataset", Hub().load)
+    fake = Hub()
+    monkeypatch.setattr(datasets, "load_dataset", fake.load)
+    return fake
 
 
 @pytest.mark.usefixtures("hub")
@@ -210,6 +217,52 @@ def test_hub_errors_are_one_line(settings: dict[str, str], message: str) -> None
     with pytest.raises(UserError) as caught:
         read(config(**settings))
     assert str(caught.value) == message
+
+
+def test_each_data_set_is_read_at_its_own_revision(hub: Hub) -> None:
+    both = {"train_data": "org/data", "train_revision": "a", "validation_split": "dev"}
+    read_train(config(**both))
+    read_validation(config(**both))
+    read_validation(config(**both, validation_data="org/data", validation_revision="b"))
+    assert hub.revisions == ["a", "a", "b"]
+    with pytest.raises(UserError, match=r"^validation_revision: is of validation_data, which is absent"):
+        read_validation(config(**both, validation_revision="b"))
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ConnectionError("Couldn't reach 'org/data' on the Hub (ConnectTimeout)"), MachineError),
+        (OSError("Not enough disk space. Needed: 3 GB (download: 1 GB, generated: 2 GB)"), MachineError),
+        (OSError(errno.EIO, "Input/output error", "a.arrow"), MachineError),
+        (ImportError("To support decoding images, please install 'Pillow'."), UserError),
+        (RuntimeError("Dataset scripts are no longer supported, but found data.py"), UserError),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_hub_or_disk_that_fails_is_told_from_data_that_cannot_be_read(
+    error: Exception, kind: type[UserError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def failing(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", failing)
+    with pytest.raises(UserError, match=r"^train_data: cannot load 'org/data', split 'train' \(") as caught:
+        read_train(config(train_data="org/data"))
+    assert type(caught.value) is kind
+
+
+def test_a_file_on_a_disk_that_fails_is_no_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = written(tmp_path / "d.jsonl", "{}")
+
+    def failing(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(MachineError, match=r"^train_data: cannot read .* \(Stale file handle\)$"):
+        read_file(name, None, "train_data")
 
 
 def test_a_file_has_no_splits(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bilora_ray.config import TrialConfig
-from bilora_ray.errors import UserError, first_line
+from bilora_ray.errors import MachineError, UserError, first_line, refusal
 from bilora_ray.paths import DATA_SUFFIXES, kind_of, loadable
 
 
@@ -49,7 +49,7 @@ class Source:
 
 def read_train(config: TrialConfig) -> Source:
     """The records of the training data. UserError if they can't be read or there are none."""
-    return _read(config.train_data, config.train_split, config, "train_data")
+    return _read(config.train_data, config.train_split, config.train_revision, config, "train_data")
 
 
 def read_validation(config: TrialConfig) -> Source | None:
@@ -58,23 +58,27 @@ def read_validation(config: TrialConfig) -> Source | None:
     `validation_split` alone is a split of the training data's Hub dataset.
 
     Raises:
-        UserError: they can't be read or there are none; a Hub dataset without a split, or a split of a file.
+        UserError: they can't be read or there are none; a Hub dataset without a split, or a split of a file; a revision
+            of what is not named.
     """
-    name, split = config.validation_data, config.validation_split
+    name, split, revision = config.validation_data, config.validation_split, config.validation_revision
+    if name is None and revision is not None:
+        raise UserError("validation_revision: is of validation_data, which is absent; train_revision is of train_data")
     if name is None and split is None:
         return None
     if name is None and _is_file(config.train_data):
         raise UserError(f"validation_split: {config.train_data} has no splits; name a file in validation_data")
     if name is not None and split is None and not _is_file(name):
         raise UserError(f"validation_split: missing; it says which split of '{name}' to validate on")
-    setting = "validation_split" if name is None else "validation_data"
-    return _read(name or config.train_data, split or "", config, setting)
+    if name is None:
+        return _read(config.train_data, split or "", config.train_revision, config, "validation_split")
+    return _read(name, split or "", revision, config, "validation_data")
 
 
-def _read(name: str, split: str, config: TrialConfig, setting: str) -> Source:
+def _read(name: str, split: str, revision: str | None, config: TrialConfig, setting: str) -> Source:
     if _is_file(name):
         return read_file(name, config.column_names, setting)
-    return _read_hub(name, config.dataset_config_name, split, setting)
+    return _read_hub(name, config.dataset_config_name, split, revision, setting)
 
 
 def read_file(name: str, column_names: Sequence[str] | None, setting: str) -> Source:
@@ -126,7 +130,7 @@ def _bytes(path: Path, name: str, setting: str) -> bytes:
     except FileNotFoundError:
         raise UserError(f"{setting}: no such file: {name}") from None
     except OSError as error:
-        raise UserError(f"{setting}: cannot read {name} ({error.strerror})") from None
+        raise refusal(f"{setting}: cannot read {name} ({error.strerror})", error) from None
 
 
 def _text(data: bytes, name: str) -> str:
@@ -221,15 +225,18 @@ def _parquet(data: bytes, name: str) -> Iterator[Record]:
         yield Record(row, f"{name}, row {number}")
 
 
-def _read_hub(name: str, config_name: str | None, split: str, setting: str) -> Source:
+def _read_hub(name: str, config_name: str | None, split: str, revision: str | None, setting: str) -> Source:
     import datasets
 
     label = f"{name}/{config_name}" if config_name else name
     try:
-        dataset = datasets.load_dataset(name, config_name, split=split)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        raise UserError(f"{setting}: cannot load '{label}', split '{split}' ({first_line(error)})") from error
-    records = [Record(row, f"{label}, {split} row {number}") for number, row in enumerate(dataset, start=1)]
+        dataset = datasets.load_dataset(name, config_name, split=split, revision=revision)
+        records = [Record(row, f"{label}, {split} row {number}") for number, row in enumerate(dataset, start=1)]
+    except Exception as error:  # of the Hub, of the network, of a file's format, of a package that reads that
+        line = f"{setting}: cannot load '{label}', split '{split}' ({first_line(error)})"
+        if type(error) is OSError:  # how `datasets` tells of a full disk, and of what the system said as it wrote there
+            raise MachineError(line) from error
+        raise refusal(line, error) from error
     if not records:
         raise UserError(f"{setting}: no rows in '{label}', split '{split}'")
     return Source(records, dataset._fingerprint)
