@@ -140,7 +140,8 @@ def _rehearse(
     with naming_the_database(layout, then=""):
         check_study(space, layout, resume, digests)
     check_address(ray_address)
-    if is_own(ray_address):
+    here = is_own(ray_address)
+    if here:
         capacity(space.resources, this_machine())
     quiet()
     from bilora_ray.training.rehearsal import rehearse
@@ -149,7 +150,7 @@ def _rehearse(
     for key, distribution in space.distributions.items():
         if FACTS[key].rehearsed:
             configs += [configs[0].model_copy(update={key: value}) for value in distribution.ends()[1:]]
-    first, *_ = [rehearse(config) for config in configs]
+    first, *_ = [rehearse(config, here) for config in configs]
     return first
 
 

@@ -32,15 +32,13 @@ def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> Non
 
     A base that was quantised for training is loaded as it was published: a sum could not be written in 4 bits exactly.
     """
-    from peft import PeftModel
-
     from bilora_ray.training import model as models
 
     settings = {**read_recipe(adapter)["settings"], "quantization": None}
     config = build(TrialConfig, settings, f"{adapter / RECIPE}: settings")
     tokenizer = models.load_tokenizer(config)
     base, _ = models.load_base(config, tokenizer, config.label_names)
-    merged: Any = PeftModel.from_pretrained(base, str(adapter)).merge_and_unload()
+    merged: Any = models.load_adapter(base, adapter).merge_and_unload()
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(output) as unfinished:
         merged.save_pretrained(unfinished)

@@ -17,6 +17,7 @@ from bilora_ray.runners.task import (
     SETTINGS,
     explained,
     folder_of,
+    not_again,
     telling,
     the_only,
 )
@@ -88,7 +89,7 @@ def _train_on_worker(task: Mapping[str, Any]) -> None:
         torch.cuda.set_device(get_device())
     workers = Workers.joined(resources["workers"], resources["parallelism"] == "fsdp")
     folder = folder_of(trial)
-    with workers.first(folder.lock(ORPHAN_WAIT_S)):
+    with workers.first(folder.lock(ORPHAN_WAIT_S)), not_again():
         fit(TrialConfig(**trial[SETTINGS]), folder, telling(train.report, trial), workers=workers)
 
 

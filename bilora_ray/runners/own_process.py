@@ -8,7 +8,7 @@ from typing import Any
 from ray import tune
 
 from bilora_ray.config import CUDA_GIB, TrialConfig
-from bilora_ray.runners.task import EXPECTED, RESOURCES, SETTINGS, explained, folder_of, telling, the_only
+from bilora_ray.runners.task import EXPECTED, RESOURCES, SETTINGS, explained, folder_of, not_again, telling, the_only
 from bilora_ray.training.folder import ORPHAN_WAIT_S
 
 
@@ -28,7 +28,7 @@ def run_trial(task: Mapping[str, Any]) -> None:
     _keep_to_share(task[RESOURCES]["gpus_per_worker"])
     try:
         folder = folder_of(trial)
-        with folder.lock(ORPHAN_WAIT_S):
+        with folder.lock(ORPHAN_WAIT_S), not_again():
             fit(TrialConfig(**trial[SETTINGS]), folder, telling(tune.report, trial))
     except EXPECTED as error:
         tune.report(explained(trial, error))

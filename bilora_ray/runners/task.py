@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ray.util import get_node_ip_address
 from safetensors import SafetensorError
 
-from bilora_ray.errors import TrialFailure, UserError, first_line
+from bilora_ray.errors import MachineError, TrialFailure, UserError, first_line
 from bilora_ray.training.folder import TrialFolder
 
 # The keys of a task: the trials that run together, and what they get. Those of each of its trials.
@@ -19,6 +21,20 @@ NUMBER, FOLDER, SETTINGS = "number", "folder", "settings"
 # wrong with its settings or data; or what is wrong with the machine, so that the trial may go on another time.
 EVALUATION, FAILURE, BAD_INPUT, BROKEN = "evaluation", "failure", "bad_input", "broken"
 EXPECTED = (TrialFailure, UserError, OSError, SafetensorError)
+# What code raises again, however often it is started: it is wrong itself, or what it was given is.
+SAME_AGAIN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
+# As torch says it of tensors that do not go together. Else its RuntimeErrors may be of a device or of another worker.
+MISFIT = re.compile(r"\b(dimensions?|dtypes?|scalar type|shapes?|sizes?)\b", re.IGNORECASE)
 
 
 def the_only(task: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -41,9 +57,22 @@ def explained(trial: Mapping[str, Any], error: BaseException) -> dict[str, Any]:
     """The report of a trial that ended with one of the `EXPECTED` errors."""
     if isinstance(error, TrialFailure):
         return {NUMBER: trial[NUMBER], FAILURE: str(error)}
-    if isinstance(error, UserError):
+    if isinstance(error, UserError) and not isinstance(error, MachineError):
         return {NUMBER: trial[NUMBER], BAD_INPUT: str(error)}
-    return {NUMBER: trial[NUMBER], BROKEN: f"{type(error).__name__}: {first_line(error)}"}
+    return {NUMBER: trial[NUMBER], BROKEN: first_line(error)}
+
+
+@contextmanager
+def not_again() -> Iterator[None]:
+    """Turn what the block would raise in each of several starts into a TrialFailure, after which there is no other."""
+    try:
+        yield
+    except EXPECTED:
+        raise
+    except (*SAME_AGAIN, RuntimeError) as error:
+        if not isinstance(error, SAME_AGAIN) and not (type(error) is RuntimeError and MISFIT.search(str(error))):
+            raise
+        raise TrialFailure(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def folder_of(trial: Mapping[str, Any]) -> TrialFolder:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -73,11 +72,11 @@ def load_adapted(adapter: Path | None, config: TrialConfig) -> tuple[Model, Load
     """The base model of `config` with an exported adapter, or alone, and the data.
 
     Raises:
-        UserError: the data or the base model are not as `config` says.
+        UserError: the data or the base model are not as `config` says, or the adapter is not the base model's.
     """
     data = load_data(config)
     model: Model = models.load_base(config, data.tokenizer, data.label_names)[0]
-    return model if adapter is None else PeftModel.from_pretrained(model, str(adapter)), data
+    return model if adapter is None else models.load_adapter(model, adapter), data
 
 
 def predict(model: Model, data: Loaded, config: TrialConfig, count: int) -> list[Prediction]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -19,9 +20,10 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from bilora_ray.config import MODEL_CLASS, TrialConfig
-from bilora_ray.errors import UserError, first_line
+from bilora_ray.errors import UserError, first_line, refusal
 from bilora_ray.method import METHODS, MethodAdamW, build_method
 from bilora_ray.method.base import Place
 from bilora_ray.paths import is_cached, kind_of, loadable
@@ -37,6 +39,8 @@ TASK_TYPE = {
 HEADS = ("classifier", "score")
 # On some CPUs bitsandbytes packs 4-bit weights for an evaluation, and unpacks them for training to others than before.
 PACKS = "support_avx512bf16_for_cpu"
+# What the device tells, whatever it was asked for: not the model's fault. Older versions of torch know the first alone.
+DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -46,7 +50,7 @@ def device() -> torch.device:
 
 
 def load_tokenizer(config: TrialConfig) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, with a padding token. UserError if there is none."""
+    """The base model's tokenizer, with a padding token. UserError if there is none that can be read."""
     with _naming_the_model(config):
         tokenizer = _from_pretrained(AutoTokenizer, config, _hub_arguments(config))
     if tokenizer.pad_token is None:
@@ -71,7 +75,8 @@ def load_base(
     at all on the others.
 
     Raises:
-        UserError: there is no such model, or it does not fit the task.
+        UserError: there is no such model, it does not fit the task, or a package that it needs is missing.
+        MachineError: it cannot be read now.
     """
     if workers.sharded and config.quantization is not None:
         raise UserError("quantization: quantised weights cannot be cut into parts; use parallelism: ddp")
@@ -94,14 +99,19 @@ def load_base(
     return model, fresh
 
 
-def load_shape(config: TrialConfig, label_names: Sequence[str] | None) -> PreTrainedModel:
-    """As `load_base`, but without any weights: its modules show what a trial would refuse."""
-    if config.quantization is not None:
+def load_shape(config: TrialConfig, label_names: Sequence[str] | None, here: bool = True) -> PreTrainedModel:
+    """As `load_base`, but without any weights: its modules show what a trial would refuse.
+
+    Args:
+        config: the settings.
+        label_names: names by label index; None where the task has no labels.
+        here: whether trials run on this machine. What another one has of packages and GPUs is not known.
+    """
+    if here and config.quantization is not None:
         _quantization(config)
-    # Which attention there is depends on the GPU, which the trials may have elsewhere.
-    anywhere = config.model_copy(update={"attn_implementation": None})
+    asked = config if here else config.model_copy(update={"attn_implementation": None})
     with _naming_the_model(config):
-        model = _without_weights(config, _base_arguments(anywhere, label_names))
+        model = _without_weights(config, _base_arguments(asked, label_names))
     _check_length(model, config)
     return model
 
@@ -143,11 +153,14 @@ def _without_weights(config: TrialConfig, arguments: dict[str, Any]) -> PreTrain
     dtype, attention = arguments.pop("dtype"), arguments.pop("attn_implementation", None)
     model_config = _from_pretrained(AutoConfig, config, arguments)
     chosen = {} if attention is None else {"attn_implementation": attention}
-    if config.trust_remote_code and hasattr(model_config, "auto_map"):
-        chosen["code_revision"] = config.model_revision
+    model_class, revision = AUTO_CLASS[config.task], config.model_revision
+    code = getattr(model_config, "auto_map", {}).get(model_class.__name__)
+    if code is not None and config.trust_remote_code:
+        # Registered, as from_config would do itself; but then it would take no revision of the code a second time.
+        remote = get_class_from_dynamic_module(code, source(config), revision=revision, code_revision=revision)
+        model_class.register(type(model_config), remote, exist_ok=True)
     with torch.device("meta"):
-        code = config.trust_remote_code
-        return AUTO_CLASS[config.task].from_config(model_config, dtype=dtype, trust_remote_code=code, **chosen)
+        return model_class.from_config(model_config, dtype=dtype, trust_remote_code=config.trust_remote_code, **chosen)
 
 
 def _quantization(config: TrialConfig) -> BitsAndBytesConfig:
@@ -181,6 +194,21 @@ def add_primary(model: PreTrainedModel, config: TrialConfig, fresh: Sequence[str
         return get_peft_model(model, lora)
     except ValueError as error:
         raise UserError(f"target_modules: {first_line(error)}") from None
+
+
+def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    """`model` with the exported `adapter`.
+
+    Raises:
+        UserError: the adapter's files are torn, or of another model.
+        MachineError: they cannot be read now.
+    """
+    try:
+        return PeftModel.from_pretrained(model, str(adapter))
+    except DEVICE_ERRORS:
+        raise
+    except (KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        raise refusal(f"{adapter}: is no adapter of this base model ({first_line(error)})", error) from error
 
 
 def build_optimizer(model: PeftModel, config: TrialConfig, place: Place) -> MethodAdamW:
@@ -233,16 +261,32 @@ def _modules(model: nn.Module, missing: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _naming_the_model(config: TrialConfig) -> Iterator[None]:
-    """Turns what transformers raises for a wrong model into one line that names the setting."""
+    """Turns what a wrong model, a missing package or a failing disk raises into one line that names the setting."""
     name = config.model_name_or_path
     if kind_of(name, is_data=False) == "local" and not Path(name).is_dir():
         raise UserError(f"model_name_or_path: no such folder: {name}")
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (UserError, *DEVICE_ERRORS):
+        raise
+    except ImportError as error:
+        raise UserError(_missing(error, config)) from error
+    except Exception as error:  # of which type depends on the library, and on the model's own code
         if "Unrecognized configuration class" in str(error):  # the class's name would follow, and all that are known
             raise UserError(f"task: '{name}' is no model for {config.task}") from error
-        raise UserError(f"model_name_or_path: cannot load '{name}' ({first_line(error)})") from error
+        raise refusal(f"model_name_or_path: cannot load '{name}' ({first_line(error)})", error) from error
+
+
+def _missing(error: ImportError, config: TrialConfig) -> str:
+    """What `error` misses, and which setting asks for that."""
+    name, attention, reason = config.model_name_or_path, config.attn_implementation, first_line(error)
+    if "FlashAttention" in reason:
+        if importlib.util.find_spec("flash_attn") is None:
+            return f"attn_implementation: {attention} needs the package flash-attn: pip install flash-attn"
+        return f"attn_implementation: {attention} cannot be used here ({reason})"
+    if config.trust_remote_code:
+        return f"trust_remote_code: the code of '{name}' cannot be imported ({reason})"
+    return f"model_name_or_path: '{name}' needs a package that is not here ({reason})"
 
 
 def _keep_fp32(module: nn.Module) -> None:

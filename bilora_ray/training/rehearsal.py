@@ -30,14 +30,19 @@ class Rehearsal:
     target: str
 
 
-def rehearse(config: TrialConfig) -> Rehearsal:
+def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
     """Tokenize the data, and put the method's adapters on the base model's shape.
 
+    Args:
+        config: the settings.
+        here: whether trials run on this machine, so that its packages and GPUs are theirs.
+
     Raises:
-        UserError: the data, the tokenizer, the model, `max_length` or a target module is not as the settings say.
+        UserError: the data, the tokenizer, the model, `max_length` or a target module is not as the settings say, or a
+            package that they need is missing.
     """
     data = load_data(config)
-    model = models.add_primary(models.load_shape(config, data.label_names), config, fresh=())
+    model = models.add_primary(models.load_shape(config, data.label_names, here), config, fresh=())
     models.build_optimizer(model, config, _nowhere)
     first = data.train[0]
     target = _text(first.labels, data.tokenizer)

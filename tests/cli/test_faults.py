@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import sys
@@ -13,6 +14,7 @@ import pytest
 from chaos.disks import Disk
 from click.testing import CliRunner, Result
 from tiny_trials import Tiny
+from transformers import AutoModelForCausalLM
 
 from bilora_ray.cli.main import main
 from bilora_ray.cli.progress import SearchProgress
@@ -122,6 +124,20 @@ def test_storage_that_vanishes_amid_a_run_is_not_made_anew(
     assert not runs.exists()
     away.rename(runs)
     assert train(tiny, runs, "--resume").exit_code == 0
+
+
+def test_weights_that_cannot_be_read_now_fail_no_trial(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoModelForCausalLM, "from_pretrained", failing)
+        line = line_of(train(tiny, tmp_path / "runs"))
+    model = tiny.model("causal-lm")
+    assert line == f"model_name_or_path: cannot load '{model}' (Stale file handle){GO_ON}"
+    assert train(tiny, tmp_path / "runs", "--resume").exit_code == 0
 
 
 @pytest.mark.parametrize("more", [[], ["--merge"]], ids=["adapter", "merged"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import sqlite3
 import time
@@ -118,6 +120,45 @@ def test_bad_input_that_only_a_trial_can_see_ends_the_search_with_its_line(tiny:
     with pytest.raises(UserError) as error:
         run(space(tiny, target_modules="[nothing_like_it]"), tmp_path, spy)
     assert str(error.value).startswith("target_modules: ")
+    assert spy.told == [("started", 0), ("ended", 0)]
+
+
+CODE = """
+from pathlib import Path
+from transformers import LlamaForCausalLM
+{line}
+
+class Mine(LlamaForCausalLM):
+    def forward(self, *arguments, **options):
+        with Path({log!r}).open("a") as log:
+            log.write("forward\\n")
+        raise TypeError("not so")
+"""
+
+
+def with_code(tiny: Tiny, folder: Path, name: str, line: str = "") -> Path:
+    """A model with code of its own, which fails, and says in `log` that it was asked."""
+    model = shutil.copytree(tiny.model("causal-lm"), folder / "model")
+    config = json.loads((model / "config.json").read_text())
+    auto_map = {"AutoModelForCausalLM": f"{name}.Mine"}
+    (model / "config.json").write_text(json.dumps({**config, "auto_map": auto_map}))
+    (model / f"{name}.py").write_text(CODE.format(log=str(folder / "log"), line=line))
+    return model
+
+
+def test_an_error_that_would_be_the_same_again_is_met_once(tiny: Tiny, tmp_path: Path) -> None:
+    model = with_code(tiny, tmp_path, "that_fails")
+    study = run(space(tiny, {"num_trials": 1}, model_name_or_path=model, trust_remote_code="true"), tmp_path)
+    record = study.record(0)
+    assert (record.status, record.error) == (Status.FAILED, "TypeError: not so")
+    assert (tmp_path / "log").read_text() == "forward\n"
+
+
+def test_a_package_that_a_model_misses_ends_the_search_with_its_line(tiny: Tiny, tmp_path: Path) -> None:
+    model = with_code(tiny, tmp_path, "that_misses_a_package", "import no_such_package")
+    spy = Spy()
+    with pytest.raises(UserError, match=r"^trust_remote_code: .*pip install no_such_package"):
+        run(space(tiny, model_name_or_path=model, trust_remote_code="true"), tmp_path, spy)
     assert spy.told == [("started", 0), ("ended", 0)]
 
 

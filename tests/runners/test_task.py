@@ -1,0 +1,73 @@
+"""How a trial's end is told: what another start would end with too, what the machine did, what the input was."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import distributed
+
+from bilora_ray.errors import MachineError, NonFiniteLoss, TrialFailure, UserError
+from bilora_ray.runners.task import BAD_INPUT, BROKEN, FAILURE, explained, not_again
+
+
+def misfit() -> None:
+    torch.zeros(2, 3) @ torch.zeros(2, 3)
+
+
+def other_dtype() -> None:
+    torch.zeros(2, 2) @ torch.zeros(2, 2, dtype=torch.bfloat16)
+
+
+def no_such_package() -> None:
+    import no_such_package  # noqa: F401
+
+
+def raising(error: Exception) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize("run", [misfit, other_dtype, no_such_package, raising(TypeError("no argument 'x'"))])
+def test_what_would_be_the_same_again_is_not_started_again(run: Callable[[], None]) -> None:
+    with pytest.raises(TrialFailure) as caught, not_again():
+        run()
+    cause = caught.value.__cause__
+    assert str(caught.value).startswith(f"{type(cause).__name__}: {str(cause)[:20]}")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: unspecified launch failure"),
+        RuntimeError("[../gloo/transport/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:1234"),
+        torch.AcceleratorError("CUDA error: invalid argument of some size"),
+        distributed.DistBackendError("NCCL error: remote process exited, message size 8"),
+        OSError(errno.EIO, "Input/output error"),
+        MachineError("the Hub does not answer"),
+        UserError("target_modules: none"),
+        NonFiniteLoss(3, float("nan")),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_another_start_may_mend_or_what_is_told_already_stays(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, not_again():
+        raise error
+    assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (NonFiniteLoss(3, float("inf")), {FAILURE: "loss is inf at step 3"}),
+        (UserError("rank: no"), {BAD_INPUT: "rank: no"}),
+        (MachineError("the Hub does not answer"), {BROKEN: "the Hub does not answer"}),
+        (OSError(errno.ENOSPC, "No space left on device", "/a"), {BROKEN: "No space left on device: /a"}),
+    ],
+)
+def test_a_trial_says_whose_fault_its_end_was(error: Exception, told: dict[str, str]) -> None:
+    assert explained(error) == told
