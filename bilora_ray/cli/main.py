@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import click
 
 from bilora_ray import __version__
-from bilora_ray.errors import UserError, nearest
+from bilora_ray.errors import UserError, first_line, nearest
 
 # Verb -> its line in `bilora-ray --help`. The module of a verb is imported only when it is called.
 COMMANDS = {
@@ -69,13 +72,13 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         """Read a command's options and run it."""
-        with _one_line():
+        with _one_line(), _heeding_sigterm():
             return super().invoke(ctx)
 
 
 @contextmanager
 def _one_line() -> Iterator[None]:
-    """A mistake of the user in the block becomes its line on stderr and exit code 2."""
+    """A mistake of the user or a fault of the machine in the block becomes its line on stderr and exit code 2."""
     try:
         yield
     except click.exceptions.NoArgsIsHelpError:
@@ -85,11 +88,38 @@ def _one_line() -> Iterator[None]:
         _refuse(f"{error.format_message()}{see}")
     except UserError as error:
         _refuse(str(error))
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # whoever read what is printed has read enough
+            raise
+        _refuse(first_line(error))
+    except KeyboardInterrupt:
+        click.echo("\nInterrupted", err=True)
+        sys.exit(130)
+
+
+@contextmanager
+def _heeding_sigterm() -> Iterator[None]:
+    """Let SIGTERM, by which a cluster or a service manager ends a process, end the block as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _refuse(line: str) -> NoReturn:
+    _drop_what_cannot_be_printed()
     click.echo(f"Error: {line}", err=True)
     sys.exit(2)
+
+
+def _drop_what_cannot_be_printed() -> None:
+    """Python would try to print it once more as it ends, and say so in its own words."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})

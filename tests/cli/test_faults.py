@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from click.testing import CliRunner, Result
 from tiny_trials import Tiny
 from transformers import AutoModelForCausalLM
 
+from bilora_ray import quiet
 from bilora_ray.cli.main import main
 from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.errors import GO_ON
@@ -159,6 +162,50 @@ def test_what_may_only_be_read_is_one_line(tiny: Tiny, trained: Path, disk: Disk
     for verb in (["show"], ["show", "once"], ["export", "once", "--output=out"], ["train", "--study=once"]):
         result = bilora_ray(*verb, f"--storage-path={runs}")
         assert result.exit_code == 0 or "Read-only file system" in line_of(result)
+
+
+@pytest.mark.parametrize("typed", ["settings", "settings --json", "--help", "tune --help", "validate space.yaml"])
+def test_a_result_that_cannot_be_printed_is_one_line(typed: str, tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(
+        "study: {name: s}\ntrial: {model_name_or_path: a/b, task: causal-lm, train_data: a/b}\n"
+    )
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([COMMAND, *typed.split()], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "Error: No space left on device\n")
+
+
+def interrupted_by_a_signal() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+def interrupted_by_hand() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("interrupt", [interrupted_by_hand, interrupted_by_a_signal])
+@pytest.mark.parametrize("verb", ["evaluate", "export", "train", "tune"])
+def test_an_interruption_before_anything_is_begun_is_one_line(
+    verb: str,
+    interrupt: Callable[[], None],
+    tiny: Tiny,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (adapter,) = trained.glob("studies/once/trials/0000/adapters/*")
+    (tmp_path / "space.yaml").write_text("study: {name: new}\ntrial: {}\n")
+    typed: dict[str, list[str | Path]] = {
+        "evaluate": ["evaluate", adapter],
+        "export": ["export", "once", f"--storage-path={trained}", f"--output={tmp_path}/merged", "--merge"],
+        "train": ["train", "--name=new", *settings(tiny)],
+        "tune": ["tune", "--space=space.yaml", *settings(tiny), "--set=rho={low: 0.1, high: 1}", "--dry-run"],
+    }
+    monkeypatch.setattr(quiet, "quiet", interrupt)
+    before = signal.getsignal(signal.SIGTERM)
+    result = bilora_ray(*typed[verb])
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "\nInterrupted\n")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert half_written(tmp_path) == []
 
 
 @pytest.mark.parametrize("gone", ["the trial", "the adapter"])
