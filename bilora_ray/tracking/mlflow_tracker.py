@@ -19,7 +19,7 @@ from bilora_ray.errors import UserError
 from bilora_ray.records import Status, TrialRecord
 from bilora_ray.tracking.guard import Guard, reason
 from bilora_ray.tracking.provenance import provenance
-from bilora_ray.tracking.store import SERVERS, connect, make_store
+from bilora_ray.tracking.store import SERVERS, check_runs, connect, make_store
 from bilora_ray.tracking.study_runs import StudyInfo, StudyRuns
 
 LATER = "the search goes on, and what is missed is sent later"
@@ -218,10 +218,11 @@ def ui_command(uri: str, port: int) -> tuple[list[str], dict[str, str]]:
         port: on 127.0.0.1.
 
     Raises:
-        UserError: `uri` is a server, which has pages of its own.
+        UserError: `uri` is a server, which has pages of its own, or a file without runs.
     """
     if uri.partition("://")[0] in SERVERS:
         raise UserError(f"--mlflow-uri {masked(uri)}: a server with pages of its own; open it in a browser")
+    check_runs(uri)
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--registry-store-uri", uri]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level=warning"]
     # The job runner is not needed to look at runs, and would be most of the time until the first page.

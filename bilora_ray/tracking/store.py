@@ -9,7 +9,7 @@ import socket
 import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -92,6 +92,25 @@ def connect(uri: str, project: str, artifact_root: Path) -> tuple[MlflowClient, 
             return _client(uri, project, artifact_root)
     except (OSError, sqlite3.Error) as error:
         raise UserError(f"{option}: cannot be written ({reason(error)})") from None
+
+
+def check_runs(uri: str) -> None:
+    """Refuse the file of a SQLite store that is not there, or is something else: MLflow would make it, or a long noise.
+
+    Raises:
+        UserError: that.
+    """
+    option = f"--mlflow-uri {masked(uri)}"
+    database = _check(uri, option)
+    if database is None:
+        return
+    if not database.is_file():
+        raise UserError(f"{option}: no such file")
+    try:
+        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=PROBE_TIMEOUT_S)) as connection:
+            connection.execute("SELECT experiment_id FROM experiments LIMIT 1")
+    except sqlite3.Error as error:
+        raise UserError(f"{option}: cannot be read as MLflow's ({reason(error)})") from None
 
 
 def unprotected(uri: str) -> bool:

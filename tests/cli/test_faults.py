@@ -237,6 +237,15 @@ def test_a_storage_path_that_a_url_cannot_hold_is_refused(name: str, tiny: Tiny,
     assert not (tmp_path / name).exists()
 
 
+@pytest.mark.parametrize("content", [None, b"not a database", b""])
+def test_ui_refuses_what_holds_no_runs(content: bytes | None, tmp_path: Path) -> None:
+    file = tmp_path / "mlflow.db"
+    if content is not None:
+        file.write_bytes(content)
+    assert line_of(bilora_ray("ui", f"--mlflow-uri=sqlite:///{file}")).startswith(f"--mlflow-uri sqlite:///{file}: ")
+    assert file.exists() is (content is not None)
+
+
 def test_a_storage_path_that_is_a_file_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
