@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from bilora_ray.addresses import masked
+from bilora_ray.errors import UserError, first_line
 from bilora_ray.records import TrialRecord
 from bilora_ray.tracking.store import SERVERS
 
@@ -208,5 +209,8 @@ def _again(option: str, uri: str | None, variable: str) -> str:
 
 
 def absolute(path: Path) -> Path:
-    """`path` as trials, which run in folders of their own, can use it."""
-    return path.expanduser().resolve()
+    """`path` as trials, which run in folders of their own, can use it. UserError if it is in a home that is unknown."""
+    try:
+        return path.expanduser().resolve()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {first_line(error)}") from None

@@ -120,7 +120,7 @@ def unprotected(uri: str) -> bool:
     except ValueError:  # no address, which is said when it is used
         return False
     known = parts.password or any(all(map(os.environ.get, names)) for names in CREDENTIALS)
-    known = known or Path(CREDENTIALS_FILE).expanduser().is_file()
+    known = known or os.path.isfile(os.path.expanduser(CREDENTIALS_FILE))  # as it is, where no home is known
     return parts.scheme in SERVERS and bool(parts.hostname) and not is_local(parts.hostname or "") and not known
 
 

@@ -256,3 +256,14 @@ def test_a_storage_path_that_is_a_file_is_one_line(tiny: Tiny, tmp_path: Path) -
         bilora_ray("export", "s", "--output=out", f"--storage-path={file}"),
     ):
         assert str(file) in line_of(result)
+
+
+def test_without_a_home_only_what_is_in_it_is_refused(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(_: object) -> None:
+        raise KeyError("uid not found")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert line_of(bilora_ray("show", "--storage-path=~/runs")) == "~/runs: Could not determine home directory."
+    refused = "--mlflow-uri http://mlflow.example.org: "
+    assert line_of(train(tiny, Path("runs"), "--mlflow-uri=http://mlflow.example.org")).startswith(refused)
