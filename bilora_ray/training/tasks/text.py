@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.config import TrialConfig
+from bilora_ray.training.data.chat import conversation
 from bilora_ray.training.metrics import IGNORED
 from bilora_ray.training.tasks.base import Example
-from bilora_ray.training.tasks.chat import conversation
 from bilora_ray.training.tasks.rows import ChatRow, LabelledRow, TextRow
 
 if TYPE_CHECKING:

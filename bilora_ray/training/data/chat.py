@@ -1,4 +1,4 @@
-"""Conversations as token ids: which tokens are the assistant's."""
+"""Conversations: read, and as token ids of which some are the assistant's. Nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,33 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from bilora_ray.errors import UserError
+from bilora_ray.training.data.columns import check_characters, value_of
+from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import IGNORED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def messages_of(record: Record, column: str) -> list[Mapping[str, Any]]:
+    """The conversation up to the assistant's last turn: nothing after it is learned or read.
+
+    Raises:
+        UserError: it is none, or the assistant answers nothing in it.
+    """
+    messages = value_of(record, column)
+    if not isinstance(messages, list):
+        raise UserError(f"{record.where}: column '{column}' must be a list of messages, not {type(messages).__name__}")
+    for number, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise UserError(f"{record.where}: message {number} must have a role and a content, both text")
+        check_characters(message["content"], f"{record.where}: message {number}")
+    spoken = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if not spoken:
+        raise UserError(f"{record.where}: no message has the role 'assistant'")
+    if spoken[0] == 0:
+        raise UserError(f"{record.where}: the first message is the assistant's; there is nothing it answers")
+    return messages[: spoken[-1] + 1]
 
 
 def conversation(
