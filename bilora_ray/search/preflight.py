@@ -11,8 +11,7 @@ from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import COMMIT, cached_commit, kind_of
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.layout import Layout
-from bilora_ray.training.tasks.notes import notes
-from bilora_ray.training.tasks.rows import load_rows
+from bilora_ray.training.tasks.rows import load_rows, notes
 
 HUB_TIMEOUT_S = 10
 

@@ -6,23 +6,54 @@ differ in what does not touch it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from bilora_ray.config import TrialConfig, deciding
+from bilora_ray.errors import UserError
+from bilora_ray.training.metrics import IGNORED
 from bilora_ray.training.model import load_tokenizer
-from bilora_ray.training.tasks.prepare import Prepared, prepare
-from bilora_ray.training.tasks.rows import load_rows
+from bilora_ray.training.tasks.base import Example
+from bilora_ray.training.tasks.rows import Dataset, Row, load_rows
+from bilora_ray.training.tasks.text import encode
 
 # All settings but these decide the examples, or could.
 NOT_OF_EXAMPLES = deciding("training", "memory")
 WITHOUT_EFFECT = {key: TrialConfig.model_fields[key].default for key in NOT_OF_EXAMPLES}
 
+# Rows tokenized at one time: enough to be fast, few enough that Python's int lists stay small.
+CHUNK = 1000
+
 # What tells a file from the same one after it was written again.
 Stamp = tuple[int, int]
 _kept: dict[tuple[TrialConfig, Stamp | None, Stamp | None], Loaded] = {}
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What `max_length` did to one split.
+
+    Attributes:
+        rows: rows before.
+        cut: rows that lost tokens and are still used.
+        dropped: rows left out because they have no token to predict.
+    """
+
+    rows: int
+    cut: int
+    dropped: int
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The examples of a trial, and what truncation did, by split: `train` and `validation`."""
+
+    train: Sequence[Example]
+    validation: Sequence[Example]
+    truncation: dict[str, Truncation]
 
 
 @dataclass(frozen=True)
@@ -58,6 +89,43 @@ def _load(config: TrialConfig) -> Loaded:
     tokenizer = load_tokenizer(config)
     prepared = prepare(rows, config, tokenizer)
     return Loaded(**vars(prepared), tokenizer=tokenizer, label_names=rows.label_names)
+
+
+def prepare(dataset: Dataset, config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+    """Tokenize all rows; `examples` says what happens to those longer than `max_length`.
+
+    Validation examples keep their prompts, from which a text can be generated.
+
+    Raises:
+        UserError: the tokenizer lacks what the task needs, or a row or a split has nothing to predict.
+    """
+    if config.task != "sequence-classification" and tokenizer.eos_token_id is None:
+        raise UserError(f"model_name_or_path: the tokenizer of {config.model_name_or_path} has no end of sequence")
+    if config.messages_column is not None and tokenizer.chat_template is None:
+        raise UserError(f"messages_column: the tokenizer of {config.model_name_or_path} has no chat template")
+    train, train_truncation = _encoded(dataset.train, config, tokenizer, "train")
+    validation, validation_truncation = _encoded(dataset.validation, config, tokenizer, "validation")
+    return Prepared(train, validation, {"train": train_truncation, "validation": validation_truncation})
+
+
+def _encoded(
+    rows: Sequence[Row], config: TrialConfig, tokenizer: PreTrainedTokenizerBase, split: str
+) -> tuple[list[Example], Truncation]:
+    generate = split == "validation" and config.task != "sequence-classification"
+    examples, cut = [], 0
+    for start in range(0, len(rows), CHUNK):
+        chunk = rows[start : start + CHUNK]
+        for row, (example, was_cut) in zip(chunk, encode(chunk, config, tokenizer, generate), strict=True):
+            if not example.input_ids or (config.predict_with_generate and generate and not example.prompt_ids):
+                raise UserError(f"{row.where}: there is no text to read")
+            # A causal model predicts a token from those before it, so never the first one.
+            if config.task == "causal-lm" and all(label == IGNORED for label in example.labels[1:]):
+                continue
+            examples.append(example)
+            cut += was_cut
+    if not examples:
+        raise UserError(f"{split}_data: no row has a token to predict")
+    return examples, Truncation(len(rows), cut, len(rows) - len(examples))
 
 
 def _stamp(name: str | None) -> Stamp | None:

@@ -10,9 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.training import model as models
-from bilora_ray.training.loading import load_data
+from bilora_ray.training.loading import Truncation, load_data
 from bilora_ray.training.metrics import IGNORED
-from bilora_ray.training.tasks.prepare import Truncation
 
 
 @dataclass(frozen=True)

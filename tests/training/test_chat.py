@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.training.tasks.prepare import Prepared, prepare
+from bilora_ray.training.loading import Prepared, prepare
 from bilora_ray.training.tasks.rows import ChatRow, Dataset
 
 CHATML = (

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.training.data.batches import eval_batches, in_row_order, train_batches
+from bilora_ray.training.loading import Prepared, Truncation, prepare
 from bilora_ray.training.tasks.base import collate, collate_prompts, target_count
-from bilora_ray.training.tasks.prepare import Prepared, Truncation, prepare
 from bilora_ray.training.tasks.rows import Dataset, LabelledRow, Row, TextRow
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghij"]

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.training.evaluate import evaluate, load_adapted, predict
 from bilora_ray.training.folder import TrialFolder
+from bilora_ray.training.loading import prepare
 from bilora_ray.training.loop import Run
-from bilora_ray.training.tasks.prepare import prepare
 from bilora_ray.training.tasks.rows import load_rows
 
 AUTO = {"causal-lm": AutoModelForCausalLM, "seq2seq-lm": AutoModelForSeq2SeqLM}

@@ -12,8 +12,8 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.recipe import evaluation_config
 from bilora_ray.training.data.batches import eval_batches
 from bilora_ray.training.folder import TrialFolder
+from bilora_ray.training.loading import Truncation, prepare
 from bilora_ray.training.tasks.base import collate, target_count
-from bilora_ray.training.tasks.prepare import Truncation, prepare
 from bilora_ray.training.tasks.rows import TextRow, load_rows
 
 

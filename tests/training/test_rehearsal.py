@@ -11,9 +11,9 @@ from tiny_trials import METHODS, TASKS, Tiny
 from bilora_ray.config import Task
 from bilora_ray.errors import UserError
 from bilora_ray.training.folder import TrialFolder
+from bilora_ray.training.loading import Truncation
 from bilora_ray.training.loop import fit
 from bilora_ray.training.rehearsal import rehearse
-from bilora_ray.training.tasks.prepare import Truncation
 
 
 @pytest.mark.parametrize("method", METHODS)

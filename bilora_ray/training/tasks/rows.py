@@ -6,8 +6,9 @@ A wrong row is found here, in seconds and by its file and line, and not by a wor
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bilora_ray.config import TrialConfig, template_columns
@@ -19,6 +20,8 @@ from bilora_ray.training.data.sources import Record, read_train, read_validation
 from bilora_ray.training.metrics import NO_LABEL, answer, label_index
 
 INTEGER = re.compile(r"-?\d+")
+# Short texts come again in many a data set; a larger share is a mistake.
+MOST_SHARED = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,3 +155,44 @@ def _check_references(rows: Iterable[Row], config: TrialConfig) -> None:
         elif label_index(row.completion, config.label_names, config.answer_pattern) == NO_LABEL:
             labels = listed(config.label_names)
             raise UserError(f"{row.where}: the completion's answer is not among the labels ({labels})")
+
+
+def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:
+    """What is allowed in a trial and yet seldom meant: lines that begin with a setting, told as a search starts.
+
+    Args:
+        dataset: the rows.
+        config: the settings.
+        workers: how many train the trial together.
+    """
+    named = [key for key in ("validation_data", "validation_split") if getattr(config, key) is not None]
+    validation_data = (*named, "train_data")[0]
+    contents = Counter(map(_content, dataset.validation))
+    shared = sum(contents[content] for content in {_content(row) for row in dataset.train if _content(row) in contents})
+    if shared > MOST_SHARED * len(dataset.validation):
+        yield (
+            f"{validation_data}: {shared} of {len(dataset.validation)} validation rows are training rows too, "
+            "which no metric of generalisation should see"
+        )
+    is_text = config.task != "sequence-classification" and config.messages_column is None
+    if is_text and not template_columns(config.completion_template):
+        yield "completion_template: names no column, so that every row has the same completion"
+    for setting, kind, rows in (
+        ("train_data", "training", dataset.train),
+        (validation_data, "validation", dataset.validation),
+    ):
+        if empty := _empty(rows):
+            yield f"{setting}: {empty} of {len(rows)} {kind} rows have an empty completion"
+    step = config.step_rows(workers)
+    if step > len(dataset.train):
+        yield f"per_device_train_batch_size: a step would take {step} rows, and there are {len(dataset.train)}"
+    if config.max_steps is not None and "num_train_epochs" in config.model_fields_set:
+        yield f"num_train_epochs: changes nothing beside max_steps ({config.max_steps})"
+
+
+def _content(row: Row) -> str:
+    return repr(replace(row, where=""))
+
+
+def _empty(rows: Sequence[Row]) -> int:
+    return sum(not isinstance(row, LabelledRow) and not row.completion.strip() for row in rows)
