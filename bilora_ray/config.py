@@ -31,13 +31,6 @@ MethodName = Literal["lora", "bilora"]
 Decides = Literal["rows", "training rows", "model", "training", "evaluation", "memory"]
 METHODS: tuple[MethodName, ...] = get_args(MethodName)
 
-# What transformers calls the models of a task.
-MODEL_CLASS: dict[Task, str] = {
-    "causal-lm": "AutoModelForCausalLM",
-    "seq2seq-lm": "AutoModelForSeq2SeqLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-}
-
 # About what CUDA takes of a GPU for each process, beside what torch allocates: an estimate, not measured here.
 CUDA_GIB = 0.5
 
@@ -46,6 +39,28 @@ LM_METRICS = ("eval_loss", "eval_perplexity", "eval_token_accuracy")
 EXACT_MATCH = "eval_exact_match"
 LABEL_METRICS = ("eval_accuracy", "eval_f1", "eval_matthews_correlation")
 MINIMIZED = frozenset({"eval_loss", "eval_perplexity"})
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What the settings of a task are checked by. All else of it is in its file in `training/tasks`.
+
+    Attributes:
+        model_class: what transformers calls its models.
+        metrics: what every evaluation measures.
+        generates: whether its models write text, which `predict_with_generate` judges.
+    """
+
+    model_class: str
+    metrics: tuple[str, ...]
+    generates: bool = False
+
+
+TASK_FACTS: dict[Task, TaskFacts] = {
+    "causal-lm": TaskFacts("AutoModelForCausalLM", LM_METRICS, generates=True),
+    "seq2seq-lm": TaskFacts("AutoModelForSeq2SeqLM", LM_METRICS, generates=True),
+    "sequence-classification": TaskFacts("AutoModelForSequenceClassification", LOSS_METRICS + LABEL_METRICS),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,16 +306,17 @@ class TrialConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrialConfig:
+        generates = TASK_FACTS[self.task].generates
         if self.metric not in self.available_metrics:
             # A right name in the wrong place needs the list, not a guess at another name.
-            known = self.metric in (*LM_METRICS, EXACT_MATCH, *LABEL_METRICS)
+            known = self.metric in {EXACT_MATCH, *(name for facts in TASK_FACTS.values() for name in facts.metrics)}
             allowed = f"allowed: {', '.join(sorted(self.available_metrics))}"
             hint = allowed if known else nearest(self.metric, self.available_metrics)
-            if self.metric == EXACT_MATCH and self.task != "sequence-classification":
+            if self.metric == EXACT_MATCH and generates:
                 hint = "it needs predict_with_generate: true"
             raise ValueError(f"metric: '{self.metric}' is not measured here; {hint}")
-        if self.task == "sequence-classification" and self.predict_with_generate:
-            raise ValueError("predict_with_generate: sequence-classification generates no text")
+        if self.predict_with_generate and not generates:
+            raise ValueError(f"predict_with_generate: {self.task} generates no text")
         if self.label_names is not None and len(set(self.label_names)) < max(2, len(self.label_names)):
             raise ValueError("label_names: needs two or more different names")
         return self
@@ -308,11 +324,10 @@ class TrialConfig(Settings):
     @property
     def available_metrics(self) -> tuple[str, ...]:
         """Names of the metrics that an evaluation of this trial reports."""
-        if self.task == "sequence-classification":
-            return LOSS_METRICS + LABEL_METRICS
-        if not self.predict_with_generate:
-            return LM_METRICS
-        return LM_METRICS + (EXACT_MATCH,) + (LABEL_METRICS if self.label_names else ())
+        facts = TASK_FACTS[self.task]
+        if not (self.predict_with_generate and facts.generates):
+            return facts.metrics
+        return facts.metrics + (EXACT_MATCH,) + (LABEL_METRICS if self.label_names else ())
 
     @property
     def objective(self) -> Objective:

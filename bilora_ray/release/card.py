@@ -8,7 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from bilora_ray.config import MODEL_CLASS, TrialConfig, applies, shown
+from bilora_ray.config import TASK_FACTS, TrialConfig, applies, shown
 from bilora_ray.method import METHODS
 from bilora_ray.paths import BUILTIN, kind_by_name
 
@@ -23,7 +23,7 @@ def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) ->
         config: the settings of the trial.
         origin: the study, the trial's number and the value of its metric.
     """
-    base, model_class = config.model_name_or_path, MODEL_CLASS[config.task]
+    base, model_class = config.model_name_or_path, TASK_FACTS[config.task].model_class
     arguments, imports = [f'"{base}"'], ""
     if kind_by_name(base, is_data=False) == "built in":
         imports, arguments = "from bilora_ray import builtin\n", [f'builtin.path("{base.removeprefix(BUILTIN)}")']

@@ -22,14 +22,14 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from bilora_ray.config import MODEL_CLASS, TrialConfig
+from bilora_ray.config import TASK_FACTS, TrialConfig
 from bilora_ray.errors import UserError, first_line, refusal
 from bilora_ray.method import METHODS, MethodAdamW, build_method
 from bilora_ray.method.base import Place
 from bilora_ray.paths import is_cached, kind_of, loadable
 from bilora_ray.training.distributed.workers import ALONE, Workers
 
-AUTO_CLASS: dict[str, Any] = {task: getattr(transformers, name) for task, name in MODEL_CLASS.items()}
+AUTO_CLASS: dict[str, Any] = {task: getattr(transformers, facts.model_class) for task, facts in TASK_FACTS.items()}
 TASK_TYPE = {
     "causal-lm": TaskType.CAUSAL_LM,
     "seq2seq-lm": TaskType.SEQ_2_SEQ_LM,
