@@ -7,7 +7,8 @@ from typing import get_args
 
 import pytest
 
-from bilora_ray.config import MethodName
+from bilora_ray.config import TASK_FACTS, MethodName, Task
+from bilora_ray.training.tasks import TASKS
 
 PACKAGE = Path(__file__).resolve().parents[1] / "bilora_ray"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -146,6 +147,30 @@ def names_in(source: str, names: set[str]) -> list[str]:
     return [f"line {node.lineno}: {node.value}" for node in constants if node.value in names]
 
 
+def asks_for_a_task(source: str) -> list[str]:
+    """The comparisons of `source` that ask which task it is: that belongs into the file of the task."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            asked = [node.left, *node.comparators]
+        elif isinstance(node, ast.Match):
+            asked = [node.subject]
+        else:
+            continue
+        if any(_name(operand) == "task" or _word(operand) in get_args(Task) for operand in asked):
+            found.append(f"line {node.lineno}")
+    return found
+
+
+def _name(operand: ast.expr) -> str:
+    """`task` of `config.task`, and of `task` too."""
+    return operand.attr if isinstance(operand, ast.Attribute) else getattr(operand, "id", "")
+
+
+def _word(operand: ast.expr) -> object:
+    return operand.value if isinstance(operand, ast.Constant) else None
+
+
 def unsafe(source: str) -> list[str]:
     """What `source` does that could run a stranger's text or file as a program."""
     found = []
@@ -202,6 +227,15 @@ def test_no_module_imports_in_a_circle() -> None:
     while leaves := {module for module, others in edges.items() if not others & edges.keys()}:
         edges = {module: others for module, others in edges.items() if module not in leaves}
     assert edges == {}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_only_its_own_file_asks_for_a_task(path: Path) -> None:
+    assert _is_in(module_of(path), ("training.tasks",)) or asks_for_a_task(path.read_text(encoding="utf-8")) == []
+
+
+def test_each_word_for_a_task_has_its_entries() -> None:
+    assert set(get_args(Task)) == set(TASK_FACTS) == set(TASKS)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
@@ -322,6 +356,25 @@ def test_a_packages_relative_import_starts_at_itself() -> None:
         (1, "bilora_ray.search.space"),
         (2, "bilora_ray.errors"),
     ]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "x = 1 if config.task == 'a' else 2",
+        "if 'a' != config.task: x = 1",
+        "x = config.task in ('a', 'b')",
+        "x = 1 if task == 'a' else 2",
+        "x = kind == 'seq2seq-lm'",
+        "match config.task:\n        case _: pass",
+    ],
+)
+def test_who_asks_for_a_task_is_found(line: str) -> None:
+    assert asks_for_a_task(f"def f():\n    {line}\n") == ["line 2"]
+
+
+def test_who_reads_the_table_of_tasks_is_let_through() -> None:
+    assert asks_for_a_task("x = TASKS[config.task].heads == () or TASK_FACTS[task].generates is True") == []
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard
 from bilora_ray.config import TASK_FACTS, TrialConfig, applies, shown
 from bilora_ray.method import METHODS
 from bilora_ray.paths import BUILTIN, kind_by_name
+from bilora_ray.training.tasks import TASKS
 
 CARD = "README.md"
 
@@ -31,8 +32,8 @@ def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) ->
         arguments.append(f'revision="{config.model_revision}"')
     if config.trust_remote_code:
         arguments.append("trust_remote_code=True")
-    if config.task == "sequence-classification":
-        arguments.append(f"num_labels={len(config.label_names or ())}")
+    more = TASKS[config.task].model_arguments(config.label_names)
+    arguments += [f"{key}={value}" for key, value in more.items() if isinstance(value, int)]
     settings = {key: value for key, value in config.model_dump().items() if applies(key, config.method)}
     if config.max_steps is not None:
         del settings["num_train_epochs"]

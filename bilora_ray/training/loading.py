@@ -14,11 +14,10 @@ from transformers import PreTrainedTokenizerBase
 
 from bilora_ray.config import TrialConfig, deciding
 from bilora_ray.errors import UserError
-from bilora_ray.training.metrics import IGNORED
 from bilora_ray.training.model import load_tokenizer
-from bilora_ray.training.tasks.base import Example
-from bilora_ray.training.tasks.rows import Dataset, Row, load_rows
-from bilora_ray.training.tasks.text import encode
+from bilora_ray.training.tasks import TASKS
+from bilora_ray.training.tasks.base import Dataset, Example, Row
+from bilora_ray.training.tasks.rows import load_rows
 
 # All settings but these decide the examples, or could.
 NOT_OF_EXAMPLES = deciding("training", "memory")
@@ -92,17 +91,13 @@ def _load(config: TrialConfig) -> Loaded:
 
 
 def prepare(dataset: Dataset, config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
-    """Tokenize all rows; `examples` says what happens to those longer than `max_length`.
+    """Tokenize all rows; the task's file says what happens to those longer than `max_length`.
 
     Validation examples keep their prompts, from which a text can be generated.
 
     Raises:
         UserError: the tokenizer lacks what the task needs, or a row or a split has nothing to predict.
     """
-    if config.task != "sequence-classification" and tokenizer.eos_token_id is None:
-        raise UserError(f"model_name_or_path: the tokenizer of {config.model_name_or_path} has no end of sequence")
-    if config.messages_column is not None and tokenizer.chat_template is None:
-        raise UserError(f"messages_column: the tokenizer of {config.model_name_or_path} has no chat template")
     train, train_truncation = _encoded(dataset.train, config, tokenizer, "train")
     validation, validation_truncation = _encoded(dataset.validation, config, tokenizer, "validation")
     return Prepared(train, validation, {"train": train_truncation, "validation": validation_truncation})
@@ -111,18 +106,16 @@ def prepare(dataset: Dataset, config: TrialConfig, tokenizer: PreTrainedTokenize
 def _encoded(
     rows: Sequence[Row], config: TrialConfig, tokenizer: PreTrainedTokenizerBase, split: str
 ) -> tuple[list[Example], Truncation]:
-    generate = split == "validation" and config.task != "sequence-classification"
+    task, keep_prompts = TASKS[config.task], split == "validation"
     examples, cut = [], 0
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
-        for row, (example, was_cut) in zip(chunk, encode(chunk, config, tokenizer, generate), strict=True):
-            if not example.input_ids or (config.predict_with_generate and generate and not example.prompt_ids):
+        for row, (example, was_cut) in zip(chunk, task.examples(chunk, config, tokenizer, keep_prompts), strict=True):
+            if not example.input_ids or (config.predict_with_generate and keep_prompts and not example.prompt_ids):
                 raise UserError(f"{row.where}: there is no text to read")
-            # A causal model predicts a token from those before it, so never the first one.
-            if config.task == "causal-lm" and all(label == IGNORED for label in example.labels[1:]):
-                continue
-            examples.append(example)
-            cut += was_cut
+            if task.target_count([example]):
+                examples.append(example)
+                cut += was_cut
     if not examples:
         raise UserError(f"{split}_data: no row has a token to predict")
     return examples, Truncation(len(rows), cut, len(rows) - len(examples))

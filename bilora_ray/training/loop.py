@@ -35,7 +35,8 @@ from bilora_ray.training.distributed.workers import ALONE, Workers, drawing_agai
 from bilora_ray.training.evaluate import evaluate
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import Loaded, load_data
-from bilora_ray.training.tasks.base import Example, collate, target_count
+from bilora_ray.training.tasks import TASKS
+from bilora_ray.training.tasks.base import Example
 
 # Takes an evaluation, and says whether the trial shall go on.
 Report = Callable[[dict[str, float]], bool]
@@ -82,6 +83,7 @@ class Run:
 
     def __init__(self, config: TrialConfig, folder: TrialFolder, workers: Workers = ALONE) -> None:
         self.config = config
+        self.task = TASKS[config.task]
         self.folder = folder
         self.workers = workers
         folder.make()
@@ -211,10 +213,10 @@ class Run:
         size = self.config.per_device_train_batch_size
         passes = self.workers.share([examples[start : start + size] for start in range(0, len(examples), size)])
         # Known without asking a GPU, or another worker, for a number: that is to wait for it.
-        targets = target_count(examples, self.config.task)
+        targets = self.task.target_count(examples)
         total = torch.zeros((), device=models.device())
         for number, (part, counts) in enumerate(passes, start=1):
-            weight = counts * target_count(part, self.config.task) / targets
+            weight = counts * self.task.target_count(part) / targets
             batch = {key: tensor.to(models.device(), non_blocking=True) for key, tensor in self._batch(part).items()}
             with self.network.accumulating(last=number == len(passes)):
                 loss = self.network(**batch).loss * weight
@@ -228,7 +230,7 @@ class Run:
             shard(model, self.workers)
 
     def _batch(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        return collate(examples, self.config.task, self.data.tokenizer.pad_token_id)
+        return self.task.collate(examples, self.data.tokenizer.pad_token_id)
 
     def _metrics(self) -> dict[str, float]:
         window, step = self.window, self.progress.step

@@ -28,15 +28,9 @@ from bilora_ray.method import METHODS, MethodAdamW, build_method
 from bilora_ray.method.base import Place
 from bilora_ray.paths import is_cached, kind_of, loadable
 from bilora_ray.training.distributed.workers import ALONE, Workers
+from bilora_ray.training.tasks import TASKS
 
 AUTO_CLASS: dict[str, Any] = {task: getattr(transformers, facts.model_class) for task, facts in TASK_FACTS.items()}
-TASK_TYPE = {
-    "causal-lm": TaskType.CAUSAL_LM,
-    "seq2seq-lm": TaskType.SEQ_2_SEQ_LM,
-    "sequence-classification": TaskType.SEQ_CLS,
-}
-# The heads that PEFT trains and saves by itself.
-HEADS = ("classifier", "score")
 # On some CPUs bitsandbytes packs 4-bit weights for an evaluation, and unpacks them for training to others than before.
 PACKS = "support_avx512bf16_for_cpu"
 # What the device tells, whatever it was asked for: not the model's fault. Older versions of torch know the first alone.
@@ -93,7 +87,7 @@ def load_base(
     text_config = model.config.get_text_config()
     if text_config.pad_token_id is None:
         text_config.pad_token_id = tokenizer.pad_token_id
-    heads = [name for name in HEADS if config.task == "sequence-classification" and hasattr(model, name)]
+    heads = [name for name in TASKS[config.task].heads if hasattr(model, name)]
     for name in (*fresh, *heads):
         _keep_fp32(model.get_submodule(name))
     return model, fresh
@@ -120,10 +114,7 @@ def _base_arguments(config: TrialConfig, label_names: Sequence[str] | None) -> d
     arguments: dict[str, Any] = {"dtype": DTYPE[config.precision], **_hub_arguments(config)}
     if config.attn_implementation is not None:
         arguments["attn_implementation"] = config.attn_implementation
-    if config.task == "sequence-classification":
-        names = dict(enumerate(label_names or ()))
-        arguments |= {"num_labels": len(names), "id2label": names, "label2id": {n: i for i, n in names.items()}}
-    return arguments
+    return arguments | TASKS[config.task].model_arguments(None if label_names is None else tuple(label_names))
 
 
 def _check_length(model: PreTrainedModel, config: TrialConfig) -> None:
@@ -145,7 +136,7 @@ def _with_weights(
     for module in model.modules():
         if hasattr(module, PACKS):
             setattr(module, PACKS, False)
-    return model, _modules(model, loading["missing_keys"])
+    return model, _modules(model, loading["missing_keys"], TASKS[config.task].heads)
 
 
 def _without_weights(config: TrialConfig, arguments: dict[str, Any]) -> PreTrainedModel:
@@ -182,7 +173,7 @@ def add_primary(model: PreTrainedModel, config: TrialConfig, fresh: Sequence[str
     torch.manual_seed(config.seed)
     targets = config.target_modules
     lora = LoraConfig(
-        task_type=TASK_TYPE[config.task],
+        task_type=TaskType[TASKS[config.task].peft_type],
         r=config.rank,
         lora_alpha=config.resolved_lora_alpha,  # type: ignore[arg-type] # PEFT divides it by r: a float is right
         lora_dropout=config.lora_dropout,
@@ -252,11 +243,11 @@ def _hub_arguments(config: TrialConfig) -> dict[str, Any]:
     return arguments
 
 
-def _modules(model: nn.Module, missing: Sequence[str]) -> list[str]:
-    """The modules that own the parameters in `missing`, less the heads that PEFT trains and saves by itself."""
+def _modules(model: nn.Module, missing: Sequence[str], heads: Sequence[str]) -> list[str]:
+    """The modules that own the parameters in `missing`, less the `heads` that PEFT trains and saves by itself."""
     known = {name for name, _ in model.named_parameters()}
     owners = {name.rpartition(".")[0] for name in missing if name in known}
-    return sorted(owner for owner in owners if owner.split(".")[0] not in HEADS)
+    return sorted(owner for owner in owners if owner.split(".")[0] not in heads)
 
 
 @contextmanager

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.training import model as models
 from bilora_ray.training.loading import Truncation, load_data
-from bilora_ray.training.metrics import IGNORED
+from bilora_ray.training.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -44,14 +43,8 @@ def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
     model = models.add_primary(models.load_shape(config, data.label_names, here), config, fresh=())
     models.build_optimizer(model, config, _nowhere)
     first = data.train[0]
-    target = _text(first.labels, data.tokenizer)
-    if config.task == "sequence-classification" and data.label_names is not None:
-        target = data.label_names[first.labels[0]]
-    return Rehearsal(data.truncation, _text(first.input_ids, data.tokenizer), target)
-
-
-def _text(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.decode([token for token in ids if token != IGNORED]))
+    target = TASKS[config.task].learned(first, data.tokenizer, data.label_names)
+    return Rehearsal(data.truncation, str(data.tokenizer.decode(first.input_ids.tolist())), target)
 
 
 def _nowhere(_: PeftModel) -> None:

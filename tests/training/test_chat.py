@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.training.loading import Prepared, prepare
-from bilora_ray.training.tasks.rows import ChatRow, Dataset
+from bilora_ray.training.tasks.base import Dataset
+from bilora_ray.training.tasks.causal_lm import ChatRow
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"

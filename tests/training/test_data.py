@@ -13,8 +13,10 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.training.data.batches import eval_batches, in_row_order, train_batches
 from bilora_ray.training.loading import Prepared, Truncation, prepare
-from bilora_ray.training.tasks.base import collate, collate_prompts, target_count
-from bilora_ray.training.tasks.rows import Dataset, LabelledRow, Row, TextRow
+from bilora_ray.training.tasks import TASKS
+from bilora_ray.training.tasks.base import Dataset, Row
+from bilora_ray.training.tasks.sequence_classification import LabelledRow
+from bilora_ray.training.tasks.text import TextRow, collate_prompts
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghij"]
 PAD, BOS, EOS = 0, 1, 2
@@ -102,7 +104,7 @@ def test_what_cannot_be_prepared() -> None:
     assert error([text("a", "b")], word_tokenizer(eos_token=None)) == (
         "model_name_or_path: the tokenizer of m has no end of sequence"
     )
-    assert error([], messages_column="chat") == "messages_column: the tokenizer of m has no chat template"
+    assert error([text("a", "b")], messages_column="chat") == "messages_column: the tokenizer of m has no chat template"
     labelled: list[Row] = [LabelledRow("", None, 0, "d.tsv, line 2")]
     assert error(labelled, plain, task="sequence-classification") == "d.tsv, line 2: there is no text to read"
 
@@ -144,7 +146,7 @@ def test_pairs(has_types: bool) -> None:
     tokenizer = word_tokenizer(model_input_names=inputs)
     data = prepared(rows, tokenizer, task="sequence-classification", max_length=5)
     assert [example.input_ids.tolist() for example in data.train] == [[BOS, A, EOS, B, C], [BOS, A, B, EOS, E]]
-    batch = collate(data.train, "sequence-classification", PAD)
+    batch = TASKS["sequence-classification"].collate(data.train, PAD)
     assert ("token_type_ids" in batch) is has_types
     if has_types:
         assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]
@@ -193,33 +195,33 @@ def test_collate_pads_at_the_right_and_prompts_at_the_left() -> None:
     rows: list[Row] = [text("a b c", "d"), text("a", "e")]
     # The padding token is the end of sequence, as it often is: the real end must stay visible and learned.
     examples = prepared(rows, predict_with_generate=True).validation
-    batch = collate(examples, "causal-lm", EOS)
+    batch = TASKS["causal-lm"].collate(examples, EOS)
     assert batch["input_ids"].tolist() == [[BOS, A, B, C, D, EOS], [BOS, A, E, EOS, EOS, EOS]]
     assert batch["attention_mask"].tolist() == [[1] * 6, [1, 1, 1, 1, 0, 0]]
     assert batch["labels"].tolist() == [[-100] * 4 + [D, EOS], [-100, -100, E, EOS, -100, -100]]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
-    prompts = collate_prompts(examples, "causal-lm", PAD)
+    prompts = collate_prompts(examples, PAD, left=True)
     assert prompts["input_ids"].tolist() == [[BOS, A, B, C], [PAD, PAD, BOS, A]]
     assert prompts["attention_mask"].tolist() == [[1] * 4, [0, 0, 1, 1]]
-    assert target_count(examples, "causal-lm") == 4
+    assert TASKS["causal-lm"].target_count(examples) == 4
 
 
 def test_collate_seq2seq_and_classification() -> None:
     rows: list[Row] = [text("a b c", "d"), text("a", "e b")]
     examples = prepared(rows, word_tokenizer("$A </s>"), task="seq2seq-lm", predict_with_generate=True).validation
-    batch = collate(examples, "seq2seq-lm", PAD)
+    batch = TASKS["seq2seq-lm"].collate(examples, PAD)
     assert batch["input_ids"].tolist() == [[A, B, C, EOS], [A, EOS, PAD, PAD]]
     assert batch["labels"].tolist() == [[D, EOS, -100], [E, B, EOS]]
-    assert target_count(examples, "seq2seq-lm") == 5
-    prompts = collate_prompts(examples, "seq2seq-lm", PAD)
+    assert TASKS["seq2seq-lm"].target_count(examples) == 5
+    prompts = collate_prompts(examples, PAD, left=False)
     assert torch.equal(prompts["input_ids"], batch["input_ids"])
     labelled: list[Row] = [LabelledRow("a", None, 1, "w"), LabelledRow("b c", None, 0, "w")]
     examples = prepared(labelled, task="sequence-classification").train
-    batch = collate(examples, "sequence-classification", PAD)
+    batch = TASKS["sequence-classification"].collate(examples, PAD)
     assert batch["labels"].tolist() == [1, 0]
-    assert target_count(examples, "sequence-classification") == 2
+    assert TASKS["sequence-classification"].target_count(examples) == 2
 
 
 def test_a_causal_target_at_the_first_position_is_not_counted() -> None:
     examples = prepared([text("", "a b")], word_tokenizer("$A")).train
-    assert target_count(examples, "causal-lm") == 2
+    assert TASKS["causal-lm"].target_count(examples) == 2

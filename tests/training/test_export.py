@@ -27,7 +27,6 @@ from bilora_ray.release.export import export_adapter, export_merged
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run
 from bilora_ray.training.model import AUTO_CLASS
-from bilora_ray.training.tasks.base import collate
 
 ORIGIN = {"study": "s", "trial": 3}
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "bilora_ray.json"]
@@ -70,7 +69,7 @@ def train(config: TrialConfig, path: Path) -> Trained:
     metrics = run.evaluate()
     adapter = run.folder.best_adapter()
     assert adapter == run.folder.adapter_at(run.max_steps)
-    batch = collate(run.data.validation, config.task, run.data.tokenizer.pad_token_id)
+    batch = run.task.collate(run.data.validation, run.data.tokenizer.pad_token_id)
     run.model.eval()
     with torch.inference_mode():
         logits = run.model(**batch).logits

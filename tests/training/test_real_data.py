@@ -13,8 +13,9 @@ from bilora_ray.recipe import evaluation_config
 from bilora_ray.training.data.batches import eval_batches
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import Truncation, prepare
-from bilora_ray.training.tasks.base import collate, target_count
-from bilora_ray.training.tasks.rows import TextRow, load_rows
+from bilora_ray.training.tasks import TASKS
+from bilora_ray.training.tasks.rows import load_rows
+from bilora_ray.training.tasks.text import TextRow
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +47,8 @@ def test_gsm8k(tokenizer: Any, shared_data: Path) -> None:
     targets = 0
     for batch in batches:
         examples = [data.validation[row] for row in batch]
-        tensors = collate(examples, config.task, tokenizer.pad_token_id)
-        targets += target_count(examples, config.task)
+        tensors = TASKS[config.task].collate(examples, tokenizer.pad_token_id)
+        targets += TASKS[config.task].target_count(examples)
         assert int(tensors["attention_mask"].sum()) == sum(lengths[row] for row in batch)
     assert targets == sum(label != -100 for example in data.validation for label in example.labels)
     assert all(re.search(r"#### ", example.reference) for example in data.validation)

@@ -10,7 +10,11 @@ import pytest
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.training.tasks.rows import ChatRow, Dataset, LabelledRow, TextRow, load_rows
+from bilora_ray.training.tasks.base import Dataset
+from bilora_ray.training.tasks.causal_lm import ChatRow
+from bilora_ray.training.tasks.rows import load_rows
+from bilora_ray.training.tasks.sequence_classification import LabelledRow
+from bilora_ray.training.tasks.text import TextRow
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -1,1 +1,13 @@
-"""What is learned: a file a task."""
+"""What is learned: a file a task, and here a line a task. `base` says what a task is."""
+
+from __future__ import annotations
+
+from bilora_ray import config
+from bilora_ray.training.tasks import causal_lm, seq2seq_lm, sequence_classification
+from bilora_ray.training.tasks.base import Task
+
+TASKS: dict[config.Task, Task] = {
+    "causal-lm": causal_lm.TASK,
+    "seq2seq-lm": seq2seq_lm.TASK,
+    "sequence-classification": sequence_classification.TASK,
+}

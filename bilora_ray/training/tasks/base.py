@@ -1,16 +1,54 @@
-"""What all tasks share: the example, and how examples become tensors."""
+"""What a task is, and what all tasks share: the example, and how examples become tensors.
+
+Torch is imported by what makes tensors only, for rows are checked without it.
+"""
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-
-from bilora_ray.config import Task
+from bilora_ray.config import TrialConfig
+from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import IGNORED
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from bilora_ray.training.distributed.workers import Workers
+
+# A transformers model or a PEFT model around one: neither's stubs know what the other adds.
+Model = Any
+Labels = tuple[str, ...] | None
+
+
+class Row(Protocol):
+    """What a record is to a task: a frozen dataclass."""
+
+    @property
+    def where(self) -> str:
+        """The row's place, for errors."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """All the rows of one trial.
+
+    Attributes:
+        train: rows to train on, in the order of their source.
+        validation: rows to evaluate on, in the order of their source.
+        label_names: names by label index; None where the task has no labels.
+        digests: what identifies the content, by setting (`train_data`, `validation_data`); the latter is absent
+            when validation rows are split off the training data. See `sources.Source`.
+    """
+
+    train: Sequence[Row]
+    validation: Sequence[Row]
+    label_names: Labels
+    digests: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,52 +71,110 @@ class Example:
     reference: str = ""
 
 
-def collate(examples: Sequence[Example], task: Task, pad_token_id: int) -> dict[str, Tensor]:
-    """A batch to compute the loss of, int64 and padded at the right.
+@dataclass(frozen=True)
+class Prediction:
+    """What a model makes of a row.
 
-    Returns:
-        input_ids and attention_mask (batch, length); labels (batch, length), of seq2seq-lm (batch, target length)
-        and of sequence-classification (batch,), padded with IGNORED; token_type_ids (batch, length) of pairs.
+    Attributes:
+        input: the row as the model reads it, with special tokens.
+        prediction: what it writes then, or the label that it finds most likely.
+        reference: the row's completion or label.
     """
-    batch = _padded([example.input_ids for example in examples], pad_token_id)
-    batch["labels"] = _stacked([example.labels for example in examples], IGNORED)
-    if task == "sequence-classification":
-        batch["labels"] = batch["labels"][:, 0]
-    types = [example.token_type_ids for example in examples if example.token_type_ids is not None]
-    if types:
-        batch["token_type_ids"] = _stacked(types, 0)
-    return batch
+
+    input: str
+    prediction: str
+    reference: str
 
 
-def collate_prompts(examples: Sequence[Example], task: Task, pad_token_id: int) -> dict[str, Tensor]:
-    """A batch to generate from: input_ids and attention_mask (batch, length), int64.
+def given_labels(records: Iterable[Record], config: TrialConfig) -> Labels:
+    """The labels that the settings name."""
+    return config.label_names
 
-    A causal model goes on after the last position, so its prompts are padded at the left.
+
+def decoded_labels(example: Example, tokenizer: PreTrainedTokenizerBase, label_names: Labels) -> str:
+    """The text of the tokens that are learned."""
+    return str(tokenizer.decode([token for token in example.labels if token != IGNORED]))
+
+
+def nothing(*_: Any, **__: Any) -> Any:
+    """Where a task has no such facts: no problems, no notes, no metrics, no arguments."""
+    return {}
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that is known of one task beside what the settings are checked by (`config.TASK_FACTS`).
+
+    Attributes:
+        peft_type: name of PEFT's TaskType.
+        row: a record and the label names -> the task's row. UserError if the record is none.
+        examples: rows, the tokenizer, and whether prompts are kept -> each row's example, and whether `max_length`
+            took something from it. UserError if the tokenizer lacks what the task needs.
+        collate: examples and the padding token -> a batch to compute the loss of: int64, padded at the right.
+        target_count: how many predictions the mean loss over examples is of.
+        forward: a model and a batch -> logits (..., classes) and the targets (...) that they predict, IGNORED where
+            there is nothing to predict.
+        measure: logits and targets of one batch -> what `metrics` needs of them, with no tensor in it.
+        metrics: what `measure` gave, by batch -> metrics by name.
+        predict: what a model makes of examples, for people to read.
+        learned: what is learned of an example, for people to read.
+        label_names: records of the training data -> names by label index.
+        check: UserError unless validation rows can be measured.
+        notes: lines about a dataset that is allowed and yet seldom meant; the last argument is the setting that
+            decides its validation rows.
+        generated: metrics of what a model writes, with `predict_with_generate`.
+        model_arguments: label names -> what `from_pretrained` takes beside what all tasks give it.
+        heads: modules that PEFT trains and saves by itself.
+        takes_messages: whether a row may be a conversation.
     """
-    prompts = [example.prompt_ids for example in examples if example.prompt_ids is not None]
-    assert len(prompts) == len(examples), "only validation examples have prompts"
-    return _padded(prompts, pad_token_id, left=task == "causal-lm")
+
+    peft_type: str
+    row: Callable[[Record, TrialConfig, Labels], Row]
+    examples: Callable[
+        [Sequence[Any], TrialConfig, PreTrainedTokenizerBase, bool],
+        Iterator[tuple[Example, bool]],
+    ]
+    collate: Callable[[Sequence[Example], int], dict[str, Tensor]]
+    target_count: Callable[[Sequence[Example]], int]
+    forward: Callable[[Model, dict[str, Tensor]], tuple[Tensor, Tensor]]
+    measure: Callable[[Tensor, Tensor], Any]
+    metrics: Callable[[Sequence[Any]], dict[str, float]]
+    predict: Callable[
+        [Model, Sequence[Example], TrialConfig, PreTrainedTokenizerBase, Labels, Workers],
+        list[Prediction],
+    ]
+    learned: Callable[[Example, PreTrainedTokenizerBase, Labels], str] = decoded_labels
+    label_names: Callable[[Iterable[Record], TrialConfig], Labels] = given_labels
+    check: Callable[[Sequence[Any], TrialConfig], None] = nothing
+    notes: Callable[[Dataset, TrialConfig, str], Iterable[str]] = nothing
+    generated: Callable[
+        [Model, Sequence[Example], TrialConfig, PreTrainedTokenizerBase, Workers],
+        dict[str, float],
+    ] = nothing
+    model_arguments: Callable[[Labels], dict[str, Any]] = nothing
+    heads: tuple[str, ...] = ()
+    takes_messages: bool = False
 
 
-def target_count(examples: Sequence[Example], task: Task) -> int:
-    """How many predictions the mean loss over `examples` is of: target tokens, or rows of a classification."""
-    if task == "sequence-classification":
-        return len(examples)
-    # A causal model predicts a token from those before it, so never the first one.
-    targets = [example.labels[1:] if task == "causal-lm" else example.labels for example in examples]
-    return sum(len(labels) - labels.count(IGNORED) for labels in targets)
-
-
-def _padded(sequences: Sequence[array[int]], pad_token_id: int, left: bool = False) -> dict[str, Tensor]:
+def padded(sequences: Sequence[array[int]], pad_token_id: int, left: bool = False) -> dict[str, Tensor]:
+    """`input_ids` and `attention_mask`, (batch, length), int64, padded at the right unless at the `left`."""
     # The mask goes by length: the padding token is often the end of sequence, which is a real token too.
     ones = [array("i", [1]) * len(sequence) for sequence in sequences]
-    return {"input_ids": _stacked(sequences, pad_token_id, left), "attention_mask": _stacked(ones, 0, left)}
+    return {"input_ids": stacked(sequences, pad_token_id, left), "attention_mask": stacked(ones, 0, left)}
 
 
-def _stacked(sequences: Sequence[array[int]], filler: int, left: bool = False) -> Tensor:
+def stacked(sequences: Sequence[array[int]], filler: int, left: bool = False) -> Tensor:
+    """(batch, length), int64: `sequences` filled up to the longest one."""
+    import torch
+
     width = max(len(sequence) for sequence in sequences)
     rows = []
     for sequence in sequences:
         padding = array("i", [filler]) * (width - len(sequence))
         rows.append((padding + sequence if left else sequence + padding).tolist())
     return torch.tensor(rows, dtype=torch.int64)
+
+
+def on_device(batch: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
+    """`batch` where `model` computes."""
+    return {key: tensor.to(model.device) for key, tensor in batch.items()}

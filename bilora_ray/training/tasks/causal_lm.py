@@ -1,0 +1,146 @@
+"""causal-lm: a model that goes on with its prompt learns the completion, or the assistant's turns of a conversation.
+
+Of a row with more than `max_length` tokens the prompt (of a conversation: all before the assistant's last turn) loses
+tokens at its left, never its leading special tokens. Only a completion that is too long by itself loses its end; it
+leaves room for one token of the prompt.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from bilora_ray.config import TrialConfig
+from bilora_ray.errors import UserError
+from bilora_ray.training.data.chat import conversation, messages_of
+from bilora_ray.training.data.sources import Record
+from bilora_ray.training.metrics import IGNORED
+from bilora_ray.training.tasks.base import Example, Labels, Model, Task
+from bilora_ray.training.tasks.text import (
+    TextRow,
+    check_answers,
+    check_tokenizer,
+    collate,
+    generated,
+    measure,
+    metrics,
+    predict,
+    target_count,
+    text_notes,
+    text_row,
+    without_special_tokens,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRow:
+    """A conversation that ends with the assistant's turn and does not start with it."""
+
+    messages: Sequence[Mapping[str, Any]]
+    where: str
+
+    @property
+    def completion(self) -> str:
+        """The assistant's last turn."""
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The ids of one row: leading special tokens, the rest of the prompt and its labels, the completion."""
+
+    head: list[int]
+    prompt: list[int]
+    prompt_labels: list[int]
+    target: list[int]
+
+
+def _row(record: Record, config: TrialConfig, names: Labels) -> TextRow | ChatRow:
+    if config.messages_column is not None:
+        return ChatRow(messages_of(record, config.messages_column), record.where)
+    return text_row(record, config, names)
+
+
+def _examples(
+    rows: Sequence[Any], config: TrialConfig, tokenizer: PreTrainedTokenizerBase, keep_prompts: bool
+) -> Iterator[tuple[Example, bool]]:
+    check_tokenizer(config, tokenizer)
+    if config.messages_column is not None and tokenizer.chat_template is None:
+        raise UserError(f"messages_column: the tokenizer of {config.model_name_or_path} has no chat template")
+    parts = _completions(rows, tokenizer) if config.messages_column is None else _conversations(rows, tokenizer)
+    for row, part in zip(rows, parts, strict=True):
+        room = max(config.max_length - len(part.head), 0)
+        target = part.target[: max(room - min(len(part.prompt), 1), 0)]
+        prompt = _last(part.prompt, room - len(target))
+        prompt_ids = part.head + _last(part.prompt, room) if keep_prompts else None
+        example = Example(
+            input_ids=array("i", part.head + prompt + target),
+            labels=array("i", [IGNORED] * len(part.head) + _last(part.prompt_labels, len(prompt)) + target),
+            prompt_ids=None if prompt_ids is None else array("i", prompt_ids),
+            reference=row.completion,
+        )
+        yield example, len(prompt) + len(target) < len(part.prompt) + len(part.target)
+
+
+def _last(values: list[int], count: int) -> list[int]:
+    return values[max(len(values) - count, 0) :]
+
+
+def _completions(rows: Sequence[TextRow], tokenizer: PreTrainedTokenizerBase) -> Iterator[Parts]:
+    """Prompt and completion are tokenized apart, so that a prompt has the same tokens in training and generation."""
+    head = _leading_special_tokens(tokenizer)
+    prompts = without_special_tokens([row.prompt for row in rows], tokenizer)
+    completions = without_special_tokens([row.completion for row in rows], tokenizer)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        yield Parts(head, prompt, [IGNORED] * len(prompt), [*completion, tokenizer.eos_token_id])
+
+
+def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text. What it may put after one would end the prompt before the completion."""
+    text = tokenizer("a", return_special_tokens_mask=True)
+    return text["input_ids"][: text["special_tokens_mask"].index(0)]
+
+
+def _conversations(rows: Sequence[ChatRow], tokenizer: PreTrainedTokenizerBase) -> Iterator[Parts]:
+    for row in rows:
+        prompt, labels, target = conversation(row.messages, tokenizer, row.where)
+        start = int(prompt[:1] == [tokenizer.bos_token_id])
+        yield Parts(prompt[:start], prompt[start:], labels[start:], target)
+
+
+def _target_count(examples: Sequence[Example]) -> int:
+    """Tokens that are learned and predicted from those before them: never the first one."""
+    return target_count(example.labels[1:] for example in examples)
+
+
+def _forward(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Position i predicts token i + 1, and the last one nothing."""
+    labels = batch["labels"]
+    logits = model(**{key: tensor for key, tensor in batch.items() if key != "labels"}).logits
+    targets = labels.new_full(labels.shape, IGNORED)
+    targets[:, :-1] = labels[:, 1:]
+    return logits, targets
+
+
+TASK = Task(
+    peft_type="CAUSAL_LM",
+    row=_row,
+    examples=_examples,
+    collate=collate,
+    target_count=_target_count,
+    forward=_forward,
+    measure=measure,
+    metrics=metrics,
+    predict=partial(predict, continues=True),
+    check=check_answers,
+    notes=text_notes,
+    generated=partial(generated, continues=True),
+    takes_messages=True,
+)

@@ -1,0 +1,75 @@
+"""seq2seq-lm: an encoder reads the prompt, and a decoder learns the completion.
+
+Of a row with more than `max_length` tokens in either, prompt and completion each lose their end.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from bilora_ray.config import TrialConfig
+from bilora_ray.training.tasks.base import Example, Model, Task
+from bilora_ray.training.tasks.text import (
+    TextRow,
+    check_answers,
+    check_tokenizer,
+    collate,
+    generated,
+    measure,
+    metrics,
+    predict,
+    target_count,
+    text_notes,
+    text_row,
+    with_special_tokens,
+    without_special_tokens,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+
+def _examples(
+    rows: Sequence[TextRow], config: TrialConfig, tokenizer: PreTrainedTokenizerBase, keep_prompts: bool
+) -> Iterator[tuple[Example, bool]]:
+    check_tokenizer(config, tokenizer)
+    inputs = with_special_tokens([row.prompt for row in rows], None, config.max_length, tokenizer)
+    completions = without_special_tokens([row.completion for row in rows], tokenizer)
+    for row, (ids, _, cut), completion in zip(rows, inputs, completions, strict=True):
+        target = [*completion, tokenizer.eos_token_id]
+        example = Example(
+            input_ids=ids,
+            labels=array("i", target[: config.max_length]),
+            prompt_ids=ids if keep_prompts else None,
+            reference=row.completion,
+        )
+        yield example, cut or len(target) > config.max_length
+
+
+def _target_count(examples: Sequence[Example]) -> int:
+    return target_count(example.labels for example in examples)
+
+
+def _forward(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The model makes the decoder's input of the labels, so that it needs them."""
+    return model(**batch).logits, batch["labels"]
+
+
+TASK = Task(
+    peft_type="SEQ_2_SEQ_LM",
+    row=text_row,
+    examples=_examples,
+    collate=collate,
+    target_count=_target_count,
+    forward=_forward,
+    measure=measure,
+    metrics=metrics,
+    predict=partial(predict, continues=False),
+    check=check_answers,
+    notes=text_notes,
+    generated=partial(generated, continues=False),
+)

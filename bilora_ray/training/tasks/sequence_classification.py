@@ -1,0 +1,145 @@
+"""sequence-classification: a head on the model learns the label of a text, or of a pair of texts.
+
+A text with more than `max_length` tokens loses its end; of a pair, the longer text first.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bilora_ray.config import TrialConfig
+from bilora_ray.errors import UserError
+from bilora_ray.training.data.columns import label_of, label_text_of, text_of
+from bilora_ray.training.data.sources import Record
+from bilora_ray.training.metrics import IGNORED, LossSum, label_metrics
+from bilora_ray.training.tasks.base import Example, Labels, Model, Prediction, Task, on_device, padded, stacked
+from bilora_ray.training.tasks.text import with_special_tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from bilora_ray.training.distributed.workers import Workers
+
+INTEGER = re.compile(r"-?\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledRow:
+    """A text, or a pair of texts, and the index of its label."""
+
+    text: str
+    text_pair: str | None
+    label: int
+    where: str
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of the rows of one batch: their loss, and the indices of the labels that were found and that are right."""
+
+    loss: LossSum
+    predicted: list[int]
+    reference: list[int]
+    num_labels: int
+
+
+def _label_names(records: Iterable[Record], config: TrialConfig) -> Labels:
+    if config.label_names is not None:
+        return config.label_names
+    found = {label_text_of(record, config.label_column) for record in records}
+    if len(found) < 2:
+        raise UserError(f"train_data: every label in {config.train_data} is '{found.pop()}'; two or more are needed")
+    if all(INTEGER.fullmatch(name) for name in found):
+        return tuple(sorted(found, key=lambda name: (int(name), name)))
+    return tuple(sorted(found))
+
+
+def _row(record: Record, config: TrialConfig, names: Labels) -> LabelledRow:
+    assert names is not None
+    pair = None if config.text_pair_column is None else text_of(record, config.text_pair_column)
+    return LabelledRow(text_of(record, config.text_column), pair, label_of(record, config, names), record.where)
+
+
+def _examples(
+    rows: Sequence[LabelledRow], config: TrialConfig, tokenizer: PreTrainedTokenizerBase, keep_prompts: bool
+) -> Iterator[tuple[Example, bool]]:
+    pairs = [row.text_pair for row in rows if row.text_pair is not None]
+    inputs = with_special_tokens([row.text for row in rows], pairs or None, config.max_length, tokenizer)
+    for row, (ids, token_type_ids, cut) in zip(rows, inputs, strict=True):
+        yield Example(ids, array("i", [row.label]), token_type_ids=token_type_ids), cut
+
+
+def _collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
+    """As for a text, with `labels` (batch,) and the `token_type_ids` (batch, length) of pairs."""
+    batch = padded([example.input_ids for example in examples], pad_token_id)
+    batch["labels"] = stacked([example.labels for example in examples], IGNORED)[:, 0]
+    types = [example.token_type_ids for example in examples if example.token_type_ids is not None]
+    if types:
+        batch["token_type_ids"] = stacked(types, 0)
+    return batch
+
+
+def _forward(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return model(**{key: tensor for key, tensor in batch.items() if key != "labels"}).logits, batch["labels"]
+
+
+def _measure(logits: Tensor, targets: Tensor) -> Measured:
+    loss = LossSum()
+    loss.add(logits, targets)
+    return Measured(loss, logits.argmax(-1).tolist(), targets.tolist(), logits.shape[-1])
+
+
+def _metrics(parts: Sequence[Measured]) -> dict[str, float]:
+    loss = LossSum.of([part.loss for part in parts]).mean
+    predicted = [label for part in parts for label in part.predicted]
+    reference = [label for part in parts for label in part.reference]
+    return {"eval_loss": loss, **label_metrics(predicted, reference, parts[0].num_labels)}
+
+
+def _predict(
+    model: Model,
+    examples: Sequence[Example],
+    config: TrialConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    label_names: Labels,
+    workers: Workers,
+) -> list[Prediction]:
+    predictions = []
+    for example in examples:
+        logits, _ = _forward(model, on_device(_collate([example], tokenizer.pad_token_id), model))
+        names = label_names or ()
+        text = str(tokenizer.decode(example.input_ids.tolist()))
+        predictions.append(Prediction(text, names[int(logits.argmax())], names[example.labels[0]]))
+    return predictions
+
+
+def _learned(example: Example, tokenizer: PreTrainedTokenizerBase, label_names: Labels) -> str:
+    assert label_names is not None
+    return label_names[example.labels[0]]
+
+
+def _model_arguments(label_names: Labels) -> dict[str, Any]:
+    names = dict(enumerate(label_names or ()))
+    return {"num_labels": len(names), "id2label": names, "label2id": {name: index for index, name in names.items()}}
+
+
+TASK = Task(
+    peft_type="SEQ_CLS",
+    row=_row,
+    examples=_examples,
+    collate=_collate,
+    target_count=len,
+    forward=_forward,
+    measure=_measure,
+    metrics=_metrics,
+    predict=_predict,
+    learned=_learned,
+    label_names=_label_names,
+    model_arguments=_model_arguments,
+    heads=("classifier", "score"),
+)
