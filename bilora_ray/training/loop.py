@@ -219,7 +219,7 @@ class Run:
             weight = counts * self.task.target_count(part) / targets
             batch = {key: tensor.to(models.device(), non_blocking=True) for key, tensor in self._batch(part).items()}
             with self.network.accumulating(last=number == len(passes)):
-                loss = self.network(**batch).loss * weight
+                loss = self.task.loss(self.network, batch) * weight
                 # Workers share the mean of their gradients; the loss is a sum over them.
                 (loss * self.workers.world_size).backward()
             total += loss.detach()

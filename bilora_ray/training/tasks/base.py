@@ -96,6 +96,17 @@ def decoded_labels(example: Example, tokenizer: PreTrainedTokenizerBase, label_n
     return str(tokenizer.decode([token for token in example.labels if token != IGNORED]))
 
 
+def cross_entropy(model: Model, batch: dict[str, Tensor]) -> Tensor:
+    """The mean loss over a batch's labels, in nats; scalar, float32 whatever the logits are.
+
+    The model's own loss is in the type of its logits, and of what its config says that it was trained for.
+    """
+    from torch.nn import functional
+
+    logits, labels = model(**batch).logits, batch["labels"]
+    return functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+
+
 def nothing(*_: Any, **__: Any) -> Any:
     """Where a task has no such facts: no problems, no notes, no metrics, no arguments."""
     return {}
@@ -114,6 +125,7 @@ class Task:
         target_count: how many predictions the mean loss over examples is of.
         forward: a model and a batch -> logits (..., classes) and the targets (...) that they predict, IGNORED where
             there is nothing to predict.
+        loss: a model and a batch -> the mean loss that is trained; scalar, float32.
         measure: logits and targets of one batch -> what `metrics` needs of them, with no tensor in it.
         metrics: what `measure` gave, by batch -> metrics by name.
         predict: what a model makes of examples, for people to read.
@@ -143,6 +155,7 @@ class Task:
         [Model, Sequence[Example], TrialConfig, PreTrainedTokenizerBase, Labels, Workers],
         list[Prediction],
     ]
+    loss: Callable[[Model, dict[str, Tensor]], Tensor] = cross_entropy
     learned: Callable[[Example, PreTrainedTokenizerBase, Labels], str] = decoded_labels
     label_names: Callable[[Iterable[Record], TrialConfig], Labels] = given_labels
     check: Callable[[Sequence[Any], TrialConfig], None] = nothing

@@ -120,6 +120,11 @@ def _target_count(examples: Sequence[Example]) -> int:
     return target_count(example.labels[1:] for example in examples)
 
 
+def _loss(model: Model, batch: dict[str, Tensor]) -> Tensor:
+    """The model's own, which transformers computes in float32, with what the routers of experts may add to it."""
+    return model(**batch).loss
+
+
 def _forward(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Position i predicts token i + 1, and the last one nothing."""
     labels = batch["labels"]
@@ -135,6 +140,7 @@ TASK = Task(
     examples=_examples,
     collate=collate,
     target_count=_target_count,
+    loss=_loss,
     forward=_forward,
     measure=measure,
     metrics=metrics,
