@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) ->
     if config.trust_remote_code:
         arguments.append("trust_remote_code=True")
     more = TASKS[config.task].model_arguments(config.label_names)
-    arguments += [f"{key}={value}" for key, value in more.items() if isinstance(value, int)]
+    arguments += [f"{key}={json.dumps(value)}" for key, value in more.items() if isinstance(value, int | str)]
     settings = {key: value for key, value in config.model_dump().items() if applies(key, config.method)}
     if config.max_steps is not None:
         del settings["num_train_epochs"]

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_trials import TASKS, Tiny
+from tiny_trials import TASKS, Tiny, reproducible, run_fit
 
 from bilora_ray.config import Task
+from bilora_ray.release.export import export_merged
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run
 
@@ -51,3 +52,19 @@ def test_in_bf16_the_loss_is_computed_and_weighted_in_float32(task: Task, tiny: 
     expected = mean_by_hand(run)
     run.train_step()
     assert run.window.loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_what_a_base_was_trained_for_does_not_matter(problem: str, tiny: Tiny, tmp_path: Path) -> None:
+    name: Task = "sequence-classification"
+    settings: dict[str, Any] = {"max_steps": 2, "eval_steps": 1}
+    plain = base_that_says(tiny, name, tmp_path / "plain")
+    other = base_that_says(tiny, name, tmp_path / "other", problem_type=problem)
+    expected, _ = run_fit(tiny.config(name, model_name_or_path=plain, **settings), tmp_path / "a")
+    reports, _ = run_fit(tiny.config(name, model_name_or_path=other, **settings), tmp_path / "b")
+    assert reproducible(reports) == reproducible(expected)
+    adapter = TrialFolder(tmp_path / "b").best_adapter()
+    assert adapter is not None
+    export_merged(adapter, tmp_path / "merged", {})
+    merged = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert merged["problem_type"] == "single_label_classification"

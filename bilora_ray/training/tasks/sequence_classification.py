@@ -125,7 +125,13 @@ def _learned(example: Example, tokenizer: PreTrainedTokenizerBase, label_names: 
 
 def _model_arguments(label_names: Labels) -> dict[str, Any]:
     names = dict(enumerate(label_names or ()))
-    return {"num_labels": len(names), "id2label": names, "label2id": {name: index for index, name in names.items()}}
+    return {
+        "num_labels": len(names),
+        "id2label": names,
+        "label2id": {name: index for index, name in names.items()},
+        # The base may have been a regression, or have had several labels a text.
+        "problem_type": "single_label_classification",
+    }
 
 
 TASK = Task(
