@@ -97,7 +97,7 @@ def evaluate_adapter(adapter: Path | None, config: TrialConfig) -> dict[str, flo
     """The metrics of an exported adapter, or of the base model alone, as `bilora-ray evaluate` measures them."""
     from bilora_ray.training.evaluate import evaluate, load_adapted
 
-    model, data = load_adapted(adapter, config)
+    model, data, _ = load_adapted(adapter, config)
     return evaluate(model, data.validation, config, data.tokenizer)
 
 

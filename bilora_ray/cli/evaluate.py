@@ -65,12 +65,16 @@ def command(
     quiet()
     from bilora_ray.training.evaluate import evaluate, load_adapted, predict
 
-    model, loaded = load_adapted(None if base_model or is_merged(adapter) else adapter, config)
+    model, loaded, notes = load_adapted(None if base_model or is_merged(adapter) else adapter, config)
     metrics: dict[str, Any] = evaluate(model, loaded.validation, config, loaded.tokenizer)
     predictions = predict(model, loaded, config, examples) if examples else []
     if as_json:
-        print_json(metrics | ({"examples": [asdict(prediction) for prediction in predictions]} if examples else {}))
+        told = {"notes": notes} if notes else {}
+        shown = {"examples": [asdict(prediction) for prediction in predictions]} if examples else {}
+        print_json(metrics | told | shown)
     else:
+        for note in notes:
+            click.secho(f"Note: {note}", fg="yellow", err=True)
         what = f"base model {config.model_name_or_path}" if base_model else str(adapter)
         click.echo(f"{what} on {len(loaded.validation)} rows of {_rows(config)}:")
         for key, value in metrics.items():

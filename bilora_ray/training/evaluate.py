@@ -48,15 +48,19 @@ def evaluate(
     return metrics
 
 
-def load_adapted(adapter: Path | None, config: TrialConfig) -> tuple[Model, Loaded]:
-    """The base model of `config` with an exported adapter, or alone, and the data.
+def load_adapted(adapter: Path | None, config: TrialConfig) -> tuple[Model, Loaded, list[str]]:
+    """The base model of `config` with an exported adapter, or alone; the data; and what to tell who measures it.
 
     Raises:
         UserError: the data or the base model are not as `config` says, or the adapter is not the base model's.
     """
     data = load_data(config)
-    model: Model = models.load_base(config, data.tokenizer, data.label_names)[0]
-    return model if adapter is None else models.load_adapter(model, adapter), data
+    model: Model
+    model, fresh = models.load_base(config, data.tokenizer, data.label_names)
+    if adapter is not None:
+        return models.load_adapter(model, adapter), data, []
+    missing = f"its files hold no weights of {', '.join(fresh)}"
+    return model, data, [f"the head of base model {config.model_name_or_path} is random: {missing}"] if fresh else []
 
 
 def predict(model: Model, data: Loaded, config: TrialConfig, count: int) -> list[Prediction]:

@@ -88,7 +88,7 @@ def load_base(
     if text_config.pad_token_id is None:
         text_config.pad_token_id = tokenizer.pad_token_id
     heads = [name for name in TASKS[config.task].heads if hasattr(model, name)]
-    for name in (*fresh, *heads):
+    for name in (*_beside_heads(fresh, config), *heads):
         _keep_fp32(model.get_submodule(name))
     return model, fresh
 
@@ -136,7 +136,7 @@ def _with_weights(
     for module in model.modules():
         if hasattr(module, PACKS):
             setattr(module, PACKS, False)
-    return model, _modules(model, loading["missing_keys"], TASKS[config.task].heads)
+    return model, _modules(model, loading["missing_keys"])
 
 
 def _without_weights(config: TrialConfig, arguments: dict[str, Any]) -> PreTrainedModel:
@@ -169,7 +169,13 @@ def _quantization(config: TrialConfig) -> BitsAndBytesConfig:
 
 
 def add_primary(model: PreTrainedModel, config: TrialConfig, fresh: Sequence[str]) -> PeftModel:
-    """`model` with the primary LoRA adapter, B = 0, decided by `config.seed`. UserError if no module is a target."""
+    """`model` with the primary LoRA adapter, B = 0, decided by `config.seed`. UserError if no module is a target.
+
+    Args:
+        model: as `load_base` gives it.
+        config: the settings.
+        fresh: modules that start random, which are trained and saved with the adapter.
+    """
     torch.manual_seed(config.seed)
     targets = config.target_modules
     lora = LoraConfig(
@@ -178,7 +184,7 @@ def add_primary(model: PreTrainedModel, config: TrialConfig, fresh: Sequence[str
         lora_alpha=config.resolved_lora_alpha,  # type: ignore[arg-type] # PEFT divides it by r: a float is right
         lora_dropout=config.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        modules_to_save=list(fresh) or None,
+        modules_to_save=_beside_heads(fresh, config) or None,
         revision=config.model_revision,
     )
     try:
@@ -243,11 +249,15 @@ def _hub_arguments(config: TrialConfig) -> dict[str, Any]:
     return arguments
 
 
-def _modules(model: nn.Module, missing: Sequence[str], heads: Sequence[str]) -> list[str]:
-    """The modules that own the parameters in `missing`, less the `heads` that PEFT trains and saves by itself."""
+def _modules(model: nn.Module, missing: Sequence[str]) -> list[str]:
+    """The modules that own the parameters in `missing`."""
     known = {name for name, _ in model.named_parameters()}
-    owners = {name.rpartition(".")[0] for name in missing if name in known}
-    return sorted(owner for owner in owners if owner.split(".")[0] not in heads)
+    return sorted({name.rpartition(".")[0] for name in missing if name in known})
+
+
+def _beside_heads(modules: Sequence[str], config: TrialConfig) -> list[str]:
+    """`modules` less the heads that PEFT trains and saves by itself."""
+    return [name for name in modules if name.split(".")[0] not in TASKS[config.task].heads]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What `evaluate` measures on: the rows that the training held out, or others that are named."""
+"""What `evaluate` measures on, held-out rows or others that are named, and what it says beside the numbers."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from tiny_trials import Tiny
+from tiny_trials import Tiny, run_fit
 
 from bilora_ray.cli.main import main
+from bilora_ray.config import Task
+from bilora_ray.release.export import export_merged
+from bilora_ray.training.folder import TrialFolder
 
 # An adapter as far as it is read before anything is measured.
 FILES = {"adapter_config.json": "{}", "adapter_model.safetensors": ""}
@@ -102,3 +105,35 @@ def test_a_trial_trained_anew_with_another_seed_is_measured_on_the_same_rows(tin
     recipe = {key: value for key, value in recipes["one"].items() if key != "split_seed"}
     (here / "one" / "bilora_ray.json").write_text(json.dumps({"settings": recipe}))
     assert ran("evaluate one --json") == before
+
+
+def evaluate(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, ["evaluate", *map(str, arguments)])
+
+
+def adapter_of(tiny: Tiny, task: Task, folder: Path, **settings: Any) -> Path:
+    """An adapter that was trained for a step."""
+    run_fit(tiny.config(task, max_steps=1, **settings), folder)
+    adapter = TrialFolder(folder).best_adapter()
+    assert adapter is not None
+    return adapter
+
+
+def test_a_base_model_whose_head_is_random_is_told(tiny: Tiny, tmp_path: Path) -> None:
+    adapter = adapter_of(tiny, "sequence-classification", tmp_path / "trial")
+    base = tiny.model("sequence-classification")
+    line = f"the head of base model {base} is random: its files hold no weights of classifier"
+    shown = evaluate(adapter, "--base-model")
+    assert f"Note: {line}\n" in shown.stderr
+    assert "Note" not in shown.stdout
+    assert json.loads(evaluate(adapter, "--base-model", "--json").stdout)["notes"] == [line]
+    # An adapter has its head with it, and so has a merged model.
+    export_merged(adapter, tmp_path / "merged", {})
+    for trained in (adapter, tmp_path / "merged"):
+        assert "Note" not in evaluate(trained).stderr
+        assert "notes" not in json.loads(evaluate(trained, "--json").stdout)
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm"])
+def test_a_base_model_that_is_whole_is_measured_without_a_word(task: Task, tiny: Tiny, tmp_path: Path) -> None:
+    assert "Note" not in evaluate(adapter_of(tiny, task, tmp_path), "--base-model").stderr

@@ -183,7 +183,7 @@ def test_a_prediction_is_what_is_measured(task: Task, tiny: Tiny, tmp_path: Path
     config = tiny.config(task, max_steps=24, **settings)
     run_fit(config, tmp_path)
     adapter = TrialFolder(tmp_path).best_adapter()
-    model, loaded = load_adapted(adapter, config)
+    model, loaded, _ = load_adapted(adapter, config)
     metrics = evaluate(model, loaded.validation, config, loaded.tokenizer)
     predictions = predict(model, loaded, config, 1000)
     assert len(predictions) == len(loaded.validation)
