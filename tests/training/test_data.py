@@ -68,20 +68,44 @@ def test_a_completion_is_learned_with_its_end_and_the_prompt_is_not(single: str)
         ("$A", text("a b c", "d e"), 6, [A, B, C, D, E, EOS], [A, B, C]),
         ("$A", text("a b c", "d e"), 5, [B, C, D, E, EOS], [A, B, C]),
         ("<s> $A", text("a b c", "d e"), 5, [BOS, C, D, E, EOS], [BOS, A, B, C]),
-        ("<s> $A", text("a b c d e", "d"), 4, [BOS, E, D, EOS], [BOS, C, D, E]),
+        ("<s> $A", text("a b c d e", "d"), 4, [BOS, E, D, EOS], [BOS, D, E]),
         ("<s> $A", text("a b c", "a b c d"), 5, [BOS, C, A, B, C], [BOS, A, B, C]),
         ("$A", text("a b c", "a b c d"), 5, [C, A, B, C, D], [A, B, C]),
         ("<s> $A", text("", "a b c d"), 4, [BOS, A, B, C], [BOS]),
     ],
 )
 def test_what_is_cut(single: str, row: TextRow, limit: int, ids: list[int], prompt: list[int]) -> None:
-    data = prepared([row], word_tokenizer(single), max_length=limit, predict_with_generate=True)
+    data = prepared([row], word_tokenizer(single), max_length=limit, predict_with_generate=True, max_new_tokens=1)
     example = data.validation[0]
     assert (example.input_ids.tolist(), lists(example)[2]) == (ids, prompt)
     whole = len((row.prompt + " " + row.completion).split()) + 1 + ("<s>" in single)
     assert data.truncation["validation"] == Truncation(1, int(len(ids) < whole), 0)
     first = next(i for i, label in enumerate(example.labels) if label != -100)
     assert example.labels.tolist() == [-100] * first + ids[first:]
+
+
+@pytest.mark.parametrize(
+    ("new", "prompt"),
+    [(1, [BOS, A, B, C, D]), (3, [BOS, A, B, C, D]), (4, [BOS, B, C, D]), (6, [BOS, D])],
+)
+def test_a_prompt_leaves_room_for_what_is_written(new: int, prompt: list[int]) -> None:
+    settings = {"max_length": 8, "max_new_tokens": new}
+    for generates in (True, False):  # `evaluate --examples` writes without it
+        data = prepared([text("a b c d", "e")], predict_with_generate=generates, **settings)
+        assert lists(data.validation[0]) == ([BOS, A, B, C, D, E, EOS], [-100] * 5 + [E, EOS], prompt)
+        assert data.truncation["validation"] == Truncation(1, int(generates and len(prompt) < 5), 0)
+        assert data.truncation["train"] == Truncation(1, 0, 0)
+
+
+@pytest.mark.parametrize("new", [7, 8, 64])
+def test_a_text_that_leaves_no_room_for_a_prompt_is_refused(new: int) -> None:
+    rows: list[Row] = [text("a", "e")]
+    with pytest.raises(UserError) as error:
+        prepared(rows, max_length=8, max_new_tokens=new, predict_with_generate=True)
+    line = f"max_new_tokens: {new} leaves no room for a prompt; both must fit into max_length (8)"
+    assert str(error.value) == line
+    prepared(rows, max_length=8, max_new_tokens=new)
+    prepared(rows, word_tokenizer("$A </s>"), task="seq2seq-lm", max_length=8, max_new_tokens=new)
 
 
 def test_a_row_with_nothing_to_predict_is_dropped() -> None:

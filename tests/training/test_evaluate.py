@@ -11,13 +11,23 @@ import torch
 from peft import PeftModel
 from sklearn.metrics import f1_score, matthews_corrcoef
 from tiny_trials import TASKS, Tiny, evaluate_adapter, run_fit
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+)
 
 from bilora_ray.config import Task, TrialConfig
+from bilora_ray.errors import UserError
 from bilora_ray.training.evaluate import evaluate, load_adapted, predict
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import prepare
 from bilora_ray.training.loop import Run
+from bilora_ray.training.rehearsal import rehearse
 from bilora_ray.training.tasks.rows import load_rows
 
 AUTO = {"causal-lm": AutoModelForCausalLM, "seq2seq-lm": AutoModelForSeq2SeqLM}
@@ -195,3 +205,83 @@ def test_a_prediction_is_what_is_measured(task: Task, tiny: Tiny, tmp_path: Path
     assert predictions[0].reference == row["label" if task == "sequence-classification" else "completion"]
     assert row["text" if task == "sequence-classification" else "prompt"] in predictions[0].input
     assert predict(model, loaded, config, 2) == predictions[:2]
+
+
+def with_positions(tiny: Tiny, task: Task, folder: Path) -> Path:
+    """A model of `task` that has learned 32 positions, with the tokenizer of the task's tiny one."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny.model(task))
+    ids = {key: getattr(tokenizer, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    bart = {
+        f"{part}_{kind}": size for part in ("encoder", "decoder") for kind, size in (("layers", 1), ("ffn_dim", 32))
+    }
+    bart |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_start_token_id": ids["eos_token_id"]}
+    shape = {"vocab_size": len(tokenizer), **ids}
+    torch.manual_seed(0)
+    if task == "causal-lm":
+        GPT2LMHeadModel(GPT2Config(n_positions=32, n_embd=16, n_layer=1, n_head=2, **shape)).save_pretrained(folder)
+    else:
+        config = BartConfig(max_position_embeddings=32, d_model=16, forced_eos_token_id=None, **bart, **shape)
+        BartForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def generating(tiny: Tiny, task: Task, model: Path, **settings: Any) -> TrialConfig:
+    """A trial on texts of which some have more than 32 tokens."""
+    targets = ["c_attn"] if task == "causal-lm" else "all-linear"
+    defaults = {"model_name_or_path": str(model), "target_modules": targets, "max_length": 32, "max_steps": 1}
+    return tiny.config(task, **defaults | settings)
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm"])
+@pytest.mark.parametrize("measured", [True, False])
+def test_what_is_written_has_room_in_the_models_positions(
+    task: Task, measured: bool, tiny: Tiny, tmp_path: Path
+) -> None:
+    template = {"prompt_template": "{prompt} {prompt} {prompt}"}
+    settings = {**template, "predict_with_generate": measured, "max_new_tokens": 24}
+    config = generating(tiny, task, with_positions(tiny, task, tmp_path / "model"), **settings)
+    reports, _ = run_fit(config, tmp_path / "trial")
+    assert ("eval_exact_match" in reports[0]) is measured
+    adapter = TrialFolder(tmp_path / "trial").best_adapter()
+    model, loaded, _ = load_adapted(adapter, config)
+    predictions = predict(model, loaded, config, 1000)
+    assert len(predictions) == len(loaded.validation)
+    if task == "causal-lm":
+        assert max(len(example.prompt_ids or ()) for example in loaded.validation) == 32 - 24
+
+
+def test_what_is_written_is_no_longer_than_what_was_trained(tiny: Tiny, tmp_path: Path) -> None:
+    """Nothing would end a model with rotary positions."""
+    config = answering(tiny, "causal-lm", max_length=16, max_new_tokens=12)
+    run = Run(config, TrialFolder(tmp_path))
+    base, lengths = run.model.get_base_model(), []
+    generate = base.generate
+
+    def measured(*arguments: Any, **options: Any) -> Any:
+        lengths.append(generate(*arguments, **options | {"min_new_tokens": options["max_new_tokens"]}).shape[1])
+        return generate(*arguments, **options)
+
+    base.generate = measured
+    evaluate(run.model, run.data.validation, config, run.data.tokenizer)
+    assert set(lengths) == {16}
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm"])
+def test_a_text_without_room_is_refused_before_anything_is_trained(task: Task, tiny: Tiny, tmp_path: Path) -> None:
+    line = {
+        "causal-lm": "max_new_tokens: 40 leaves no room for a prompt; both must fit into max_length (32)",
+        "seq2seq-lm": "max_new_tokens: 40 is more than the model's 32 positions",
+    }[task]
+    config = generating(tiny, task, with_positions(tiny, task, tmp_path / "model"), max_new_tokens=40)
+    run_fit(config, tmp_path / "trial")  # which writes nothing
+    model, loaded, _ = load_adapted(TrialFolder(tmp_path / "trial").best_adapter(), config)
+    writes = config.model_copy(update={"predict_with_generate": True})
+    for refuse in (
+        lambda: predict(model, loaded, config, 1),
+        lambda: rehearse(writes),
+        lambda: Run(writes, TrialFolder(tmp_path / "other")),
+    ):
+        with pytest.raises(UserError) as error:
+            refuse()
+        assert str(error.value) == line

@@ -52,7 +52,13 @@ def test_trials_that_differ_in_their_training_share_their_data(setting: str, tin
 
 @pytest.mark.parametrize(
     "changed",
-    [{"max_train_samples": 5}, {"max_length": 16}, {"prompt_template": "{prompt}?"}, {"max_eval_samples": 3}],
+    [
+        {"max_train_samples": 5},
+        {"max_length": 16},
+        {"prompt_template": "{prompt}?"},
+        {"max_eval_samples": 3},
+        {"max_new_tokens": 60},
+    ],
     ids=lambda changed: next(iter(changed)),
 )
 def test_other_data_settings_have_data_of_their_own(changed: dict[str, Any], tiny: Tiny) -> None:

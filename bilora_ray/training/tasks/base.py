@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bilora_ray.config import TrialConfig
+from bilora_ray.errors import UserError
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import IGNORED
 
@@ -167,6 +168,19 @@ class Task:
     model_arguments: Callable[[Labels], dict[str, Any]] = nothing
     heads: tuple[str, ...] = ()
     takes_messages: bool = False
+
+
+def check_length(model_config: Any, config: TrialConfig, generates: bool) -> None:
+    """UserError unless a model's positions are enough for a row and, if it `generates`, for what it writes."""
+    check_positions(getattr(model_config.get_text_config(), "max_position_embeddings", None), config, generates)
+
+
+def check_positions(positions: int | None, config: TrialConfig, generates: bool) -> None:
+    """As `check_length`, for a model with so many positions; None: with no end."""
+    for setting in ("max_length", *(["max_new_tokens"] if generates else [])):
+        length = getattr(config, setting)
+        if positions is not None and length > positions:
+            raise UserError(f"{setting}: {length} is more than the model's {positions} positions")
 
 
 def padded(sequences: Sequence[array[int]], pad_token_id: int, left: bool = False) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
 Of a row with more than `max_length` tokens the prompt (of a conversation: all before the assistant's last turn) loses
 tokens at its left, never its leading special tokens. Only a completion that is too long by itself loses its end; it
 leaves room for one token of the prompt.
+
+A prompt to generate from loses tokens at its left in the same way, until `max_new_tokens` have room beside it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from bilora_ray.errors import UserError
 from bilora_ray.training.data.chat import conversation, messages_of
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import IGNORED
-from bilora_ray.training.tasks.base import Example, Labels, Model, Task
+from bilora_ray.training.tasks.base import Example, Labels, Model, Prediction, Task
 from bilora_ray.training.tasks.text import (
     TextRow,
     check_answers,
@@ -37,6 +39,8 @@ from bilora_ray.training.tasks.text import (
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
+
+    from bilora_ray.training.distributed.workers import Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +83,34 @@ def _examples(
         room = max(config.max_length - len(part.head), 0)
         target = part.target[: max(room - min(len(part.prompt), 1), 0)]
         prompt = _last(part.prompt, room - len(target))
-        prompt_ids = part.head + _last(part.prompt, room) if keep_prompts else None
+        asked = _asked(part, config) if keep_prompts else part.prompt
         example = Example(
             input_ids=array("i", part.head + prompt + target),
             labels=array("i", [IGNORED] * len(part.head) + _last(part.prompt_labels, len(prompt)) + target),
-            prompt_ids=None if prompt_ids is None else array("i", prompt_ids),
+            prompt_ids=array("i", part.head + asked) if keep_prompts else None,
             reference=row.completion,
         )
-        yield example, len(prompt) + len(target) < len(part.prompt) + len(part.target)
+        cut = len(prompt) + len(target) < len(part.prompt) + len(part.target)
+        yield example, cut or (config.predict_with_generate and len(asked) < len(part.prompt))
+
+
+def _asked(part: Parts, config: TrialConfig) -> list[int]:
+    """Of the prompt, what is read before a text is written: at least one token, if it has any."""
+    room = config.max_length - config.max_new_tokens - len(part.head)
+    if room < 1 and config.predict_with_generate:
+        raise _no_room(config)
+    return _last(part.prompt, max(room, 1))
+
+
+def _no_room(config: TrialConfig) -> UserError:
+    both = f"both must fit into max_length ({config.max_length})"
+    return UserError(f"max_new_tokens: {config.max_new_tokens} leaves no room for a prompt; {both}")
+
+
+def _check(rows: Sequence[Any], config: TrialConfig) -> None:
+    if config.predict_with_generate and config.max_new_tokens >= config.max_length:
+        raise _no_room(config)
+    check_answers(rows, config)
 
 
 def _last(values: list[int], count: int) -> list[int]:
@@ -134,6 +158,20 @@ def _forward(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return logits, targets
 
 
+def _predict(
+    model: Model,
+    examples: Sequence[Example],
+    config: TrialConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    label_names: Labels,
+    workers: Workers,
+) -> list[Prediction]:
+    longest = max((len(example.prompt_ids or ()) for example in examples), default=0)
+    if longest + config.max_new_tokens > config.max_length:
+        raise _no_room(config)
+    return predict(model, examples, config, tokenizer, workers, continues=True)
+
+
 TASK = Task(
     peft_type="CAUSAL_LM",
     row=_row,
@@ -144,8 +182,8 @@ TASK = Task(
     forward=_forward,
     measure=measure,
     metrics=metrics,
-    predict=partial(predict, continues=True),
-    check=check_answers,
+    predict=_predict,
+    check=_check,
     notes=text_notes,
     generated=partial(generated, continues=True),
     takes_messages=True,

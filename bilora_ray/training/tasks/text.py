@@ -160,7 +160,6 @@ def predict(
     examples: Sequence[Example],
     config: TrialConfig,
     tokenizer: PreTrainedTokenizerBase,
-    label_names: Labels,
     workers: Workers,
     *,
     continues: bool,
