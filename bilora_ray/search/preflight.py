@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bilora_ray.config import REVISIONS, SOURCES, TrialConfig
 from bilora_ray.errors import UserError, first_line
-from bilora_ray.paths import COMMIT, cached_commit, kind_of
+from bilora_ray.paths import COMMIT, cached_commit, kind_of, loadable
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.layout import Layout
+from bilora_ray.training.tasks.base import check_positions
 from bilora_ray.training.tasks.rows import load_rows, notes
 
 HUB_TIMEOUT_S = 10
+# What `config.json` calls the positions of some kinds of models, which transformers has another name for.
+POSITIONS = {
+    "codegen": "n_positions",
+    "ctrl": "n_positions",
+    "dbrx": "max_seq_len",
+    "gpt2": "n_positions",
+    "gpt_bigcode": "n_positions",
+    "gptj": "n_positions",
+    "openai-gpt": "n_positions",
+}
 
 
 @dataclass(frozen=True)
@@ -33,10 +45,11 @@ def preflight(space: Space) -> Checked:
     """Read and check the data and look for the model, with the space's first settings.
 
     Raises:
-        UserError: a file, row, column, label or model is not as the space says.
+        UserError: a file, row, column, label or model is not as the space says, or a row is too long for the model.
     """
     config = space.first_config()
     check_model(config)
+    check_positions(positions(config), config, config.predict_with_generate)
     rows = load_rows(config)
     digests = {_source(config, setting): digest for setting, digest in rows.digests.items()}
     return Checked(digests, tuple(notes(rows, space.largest_step(), space.resources.workers)))
@@ -112,6 +125,33 @@ def _dataset_commit(name: str, revision: str | None) -> str | None:
         return HfApi().dataset_info(name, revision=revision, timeout=HUB_TIMEOUT_S).sha
     except Exception:  # which one it is depends on the HTTP library beneath
         return None
+
+
+def positions(config: TrialConfig) -> int | None:
+    """How many tokens the base model has positions for, as its `config.json` says.
+
+    It is read without transformers, which would import torch.
+
+    Returns:
+        None where it does not say, or cannot be read from here; a trial looks again when it has the model.
+    """
+    try:
+        model = json.loads(_config_file(config).read_text(encoding="utf-8"))
+        model = model.get("text_config", model)
+        found = model.get(POSITIONS.get(model.get("model_type"), "max_position_embeddings"))
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, int) else None
+
+
+def _config_file(config: TrialConfig) -> Path:
+    name, file = config.model_name_or_path, "config.json"
+    if kind_of(name, is_data=False) != "hub":
+        return Path(loadable(name), file)
+    from huggingface_hub import hf_hub_download
+
+    # At a commit that is in the cache, the Hub is not asked.
+    return Path(hf_hub_download(name, file, revision=config.model_revision))
 
 
 def _hub_commit(name: str, revision: str | None, where: str) -> str | None:

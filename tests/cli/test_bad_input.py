@@ -228,6 +228,11 @@ CASES = {
         "max_length: 100000 is more than the model's 128 positions",
         trial={"model_name_or_path": "builtin:quickstart/model"},
     ),
+    "rows that are read on behind the last position": Case(
+        f"{TUNE} --set max_length=129",
+        "max_length: 129 is more than the model's 128 positions",
+        trial={"model_name_or_path": "builtin:quickstart/model"},
+    ),
     "resume of nothing": Case(f"{TUNE} --resume", "study 'bad': nothing to resume in {here}/runs"),
     "storage path that is a file": Case(
         f"{TUNE} --storage-path data.jsonl", "--storage-path {here}/data.jsonl: cannot be written (Not a directory)"

@@ -21,11 +21,12 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 from mlflow import MlflowClient
-from tiny_trials import Tiny, next_trial
+from tiny_trials import TASKS, Tiny, next_trial
 
+from bilora_ray.config import Task
 from bilora_ray.errors import UserError
 from bilora_ray.recipe import read_recipe
-from bilora_ray.search.preflight import pinned, preflight
+from bilora_ray.search.preflight import POSITIONS, pinned, positions, preflight
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import checked_space, load_space
 from bilora_ray.search.study.layout import Layout
@@ -258,3 +259,58 @@ def test_the_notes_are_on_the_trial_whose_steps_take_the_most_rows(tiny: Tiny) -
     local = {"model_name_or_path": str(tiny.model("causal-lm"))}
     (note,) = preflight(space(tiny, *steps, "lora_dropout={low: 0, high: 0.5}", **local)).notes
     assert note == "per_device_train_batch_size: a step would take 128 rows, and there are 44"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_positions_are_those_that_a_trial_finds(task: Task, tiny: Tiny) -> None:
+    from transformers import AutoConfig
+
+    expected = getattr(AutoConfig.from_pretrained(tiny.model(task)), "max_position_embeddings", None)
+    assert positions(tiny.config(task)) == expected
+    assert (expected is None) is (task == "seq2seq-lm")
+
+
+def test_kinds_of_models_call_their_positions_what_transformers_says() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    names = {kind: CONFIG_MAPPING[kind].attribute_map["max_position_embeddings"] for kind in POSITIONS}
+    assert names == POSITIONS
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ('{"model_type": "gpt2", "n_positions": 9}', 9),
+        ('{"model_type": "t5", "n_positions": 9}', None),
+        ('{"model_type": "new", "text_config": {"max_position_embeddings": 9}}', 9),
+        ('{"model_type": "llama", "max_position_embeddings": "9"}', None),
+        ("[]", None),
+        ("{", None),
+        (None, None),
+    ],
+)
+def test_what_config_json_says_of_positions(content: str | None, found: int | None, tiny: Tiny, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    assert positions(tiny.config("causal-lm", model_name_or_path=str(tmp_path))) == found
+
+
+def test_a_hub_model_that_cannot_be_read_from_here_is_left_to_the_trial(hub: Hub, tiny: Tiny) -> None:
+    assert positions(tiny.config("causal-lm", model_name_or_path=NAME)) is None
+    cache(OLD)
+    file = Path(constants.HF_HUB_CACHE, "models--someone--model", "snapshots", OLD, "config.json")
+    file.write_text('{"max_position_embeddings": 9}')
+    assert positions(tiny.config("causal-lm", model_name_or_path=NAME, model_revision=OLD)) == 9
+
+
+def test_rows_too_long_for_the_model_are_refused_before_anything_heavy_is_imported(tiny: Tiny, tmp_path: Path) -> None:
+    found = space(tiny, model_name_or_path="builtin:quickstart/model", max_length=129)
+    with pytest.raises(UserError, match=re.escape("max_length: 129 is more than the model's 128 positions")):
+        preflight(found)
+    settings = tiny.config("causal-lm").model_dump(exclude_unset=True)
+    code = (
+        "import sys; from bilora_ray.config import TrialConfig; from bilora_ray.search.preflight import positions\n"
+        f"assert positions(TrialConfig(**{settings!r})) == 2048\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
