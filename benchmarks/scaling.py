@@ -27,7 +27,8 @@ from ray import tune
 from sqlalchemy import event
 
 from bilora_ray.records import Status
-from bilora_ray.runners.task import EVALUATION
+from bilora_ray.runners import own_process
+from bilora_ray.runners.task import NUMBER, telling, the_only
 from bilora_ray.search.cluster.cluster import cluster
 from bilora_ray.search.run import run_trials
 from bilora_ray.search.session import Observers
@@ -44,8 +45,10 @@ SPACE = Path(__file__).resolve().parents[1] / "search_spaces" / "quickstart.yaml
 
 def null_trial(task: Mapping[str, Any]) -> None:
     """In the place of a training: its reports, as fast as they are taken."""
+    trial = the_only(task)
+    tell = telling(tune.report, trial)
     for step in range(1, REPORTS + 1):
-        tune.report({EVALUATION: evaluation(step, task["number"])})
+        tell(evaluation(step, trial[NUMBER]))
 
 
 def evaluation(step: int, number: int) -> dict[str, float]:
@@ -83,7 +86,7 @@ def measure_search(concurrent: int) -> str:
     trials = max(8, 2 * concurrent)
     with (
         cluster(None),
-        mock.patch("bilora_ray.search.run.run_trial", null_trial),
+        mock.patch.object(own_process, "RUNNER", replace(own_process.RUNNER, run=null_trial)),
         tempfile.TemporaryDirectory() as folder,
     ):
         study = open_study(space(trials, "none"), Layout(Path(folder)), {})

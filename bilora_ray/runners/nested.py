@@ -15,6 +15,7 @@ from bilora_ray.runners.task import (
     FOLDER,
     RESOURCES,
     SETTINGS,
+    Runner,
     explained,
     folder_of,
     not_again,
@@ -22,6 +23,9 @@ from bilora_ray.runners.task import (
     the_only,
 )
 from bilora_ray.training.folder import ORPHAN_WAIT_S, TrialFolder
+
+# What a process asks for that is to be on the head: next to nothing of it.
+ON_HEAD = {"node:__internal_head__": 0.001}
 
 
 def run_trial_on_workers(task: Mapping[str, Any]) -> None:
@@ -68,6 +72,11 @@ def run_trial_on_workers(task: Mapping[str, Any]) -> None:
         tune.report(explained(trial, expected[0]))
 
 
+def _own(_: Mapping[str, Any]) -> dict[str, float]:
+    """The process waits while its workers train: it takes no CPU that they need."""
+    return ON_HEAD
+
+
 def name_cluster() -> None:
     """Name this process's cluster where Ray Train asks for it: it would guess, and fail beside another Ray."""
     os.environ["RAY_ADDRESS"] = get_runtime_context().gcs_address
@@ -110,3 +119,6 @@ def _cause(error: BaseException) -> BaseException | None:
             return seen
         seen = getattr(seen, "cause", None) or seen.__cause__
     return None
+
+
+RUNNER = Runner(run_trial_on_workers, _own, starts_workers=True)

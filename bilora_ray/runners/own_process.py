@@ -8,7 +8,17 @@ from typing import Any
 from ray import tune
 
 from bilora_ray.config import CUDA_GIB, TrialConfig
-from bilora_ray.runners.task import EXPECTED, RESOURCES, SETTINGS, explained, folder_of, not_again, telling, the_only
+from bilora_ray.runners.task import (
+    EXPECTED,
+    RESOURCES,
+    SETTINGS,
+    Runner,
+    explained,
+    folder_of,
+    not_again,
+    telling,
+    the_only,
+)
 from bilora_ray.training.folder import ORPHAN_WAIT_S
 
 
@@ -34,6 +44,10 @@ def run_trial(task: Mapping[str, Any]) -> None:
         tune.report(explained(trial, error))
 
 
+def _own(resources: Mapping[str, Any]) -> dict[str, float]:
+    return {"CPU": resources["cpus_per_worker"], "GPU": resources["gpus_per_worker"]}
+
+
 def _keep_to_share(gpus: float) -> None:
     """Let a trial that has a part of a GPU run out of memory at its own part, and not at that of its neighbours."""
     import torch
@@ -41,3 +55,6 @@ def _keep_to_share(gpus: float) -> None:
     if 0 < gpus < 1 and torch.cuda.is_available():
         total_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(max(gpus - CUDA_GIB / total_gib, 0.01))
+
+
+RUNNER = Runner(run_trial, _own, starts_workers=False)

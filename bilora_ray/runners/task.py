@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,21 @@ SAME_AGAIN = (
 )
 # As torch says it of tensors that do not go together. Else its RuntimeErrors may be of a device or of another worker.
 MISFIT = re.compile(r"\b(dimensions?|dtypes?|scalar type|shapes?|sizes?)\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A way to run a task.
+
+    Attributes:
+        run: a task -> nothing; what a Tune process does.
+        own: what the task gets, as its `resources` say -> what that process takes of it for itself.
+        starts_workers: whether it has others train; then its process is not used again for the next task.
+    """
+
+    run: Callable[[Mapping[str, Any]], None]
+    own: Callable[[Mapping[str, Any]], dict[str, float]]
+    starts_workers: bool
 
 
 def the_only(task: Mapping[str, Any]) -> Mapping[str, Any]:

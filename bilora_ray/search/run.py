@@ -16,9 +16,8 @@ from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 from ray.tune.progress_reporter import ProgressReporter
 
 from bilora_ray.errors import MachineError
-from bilora_ray.runners.nested import run_trial_on_workers
-from bilora_ray.runners.own_process import run_trial
-from bilora_ray.search.cluster.cluster import ON_HEAD, capacity, check_address, check_dashboard, cluster, is_own
+from bilora_ray.runners import runner_for
+from bilora_ray.search.cluster.cluster import capacity, check_address, check_dashboard, cluster, is_own
 from bilora_ray.search.cluster.shared_storage import check_shared
 from bilora_ray.search.cluster.watchdog import head_watched
 from bilora_ray.search.session import Observers, Session, Watcher, session
@@ -72,7 +71,7 @@ def search(
     with naming_the_database(layout, then=""):
         check_study(space, layout, resume, digests)
     check_address(ray_address)
-    nested = space.resources.workers > 1
+    nested = runner_for(space.resources.model_dump()).starts_workers
     with naming_the_database(layout), running_study(layout, space.study.name), ExitStack() as stack:
         # A cluster that is there is joined in a moment, and looked at before the study begins. One of our own is not
         # there for seconds, and starts beside MLflow.
@@ -116,23 +115,19 @@ def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> Non
     if study.finished():
         return
     ENV_VARS_TO_PROPAGATE.difference_update(SECRETS_OF_TUNE)
-    resources = study.space.resources
-    alone = resources.workers == 1
-    # A trial's own process waits while its workers train: it takes no CPU that they need.
-    own = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker} if alone else ON_HEAD
+    resources = study.space.resources.model_dump()
+    runner = runner_for(resources)
+    bundle = {name: amount for name, amount in runner.own(resources).items() if amount}
     scheduler = StudyScheduler(study, observers)
     with tempfile.TemporaryDirectory(prefix="bilora-ray-") as scratch, _heeding_ctrl_c(unless=study.finished):
         tune.Tuner(
-            tune.with_resources(
-                run_trial if alone else run_trial_on_workers,
-                tune.PlacementGroupFactory([{k: v for k, v in own.items() if v}]),
-            ),
+            tune.with_resources(runner.run, tune.PlacementGroupFactory([bundle])),
             tune_config=tune.TuneConfig(
                 num_samples=study.space.study.num_trials,
                 max_concurrent_trials=concurrent,
                 search_alg=StudySearcher(study, observers),
                 scheduler=scheduler,
-                reuse_actors=alone,
+                reuse_actors=not runner.starts_workers,
             ),
             run_config=tune.RunConfig(
                 storage_path=scratch,

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tiny_trials import Tiny
 
 from bilora_ray.errors import MachineError, UserError
 from bilora_ray.records import Status, TrialRecord
+from bilora_ray.runners import own_process
 from bilora_ray.search.cluster.cluster import cluster
 from bilora_ray.search.run import run_trials
 from bilora_ray.search.session import Observers
@@ -231,7 +233,7 @@ def test_ctrl_c_is_given_back_after_trials_that_nobody_interrupted(tiny: Tiny, t
 def test_trials_that_end_without_their_last_evaluation_are_named(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bilora_ray.search.run.run_trial", lambda task: None)
+    monkeypatch.setattr(own_process, "RUNNER", replace(own_process.RUNNER, run=lambda task: None))
     with pytest.raises(MachineError) as error:
         run(space(tiny, {"num_trials": 2}), tmp_path)
     assert str(error.value) == "Ray ended trials that are not done (0, 1); go on with --resume"

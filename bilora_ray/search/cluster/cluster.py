@@ -16,15 +16,13 @@ from ray.exceptions import AuthenticationError, RayError
 from ray.util.state.exception import RayStateApiException
 
 from bilora_ray.errors import UserError, first_line
-from bilora_ray.runners.nested import name_cluster
+from bilora_ray.runners.nested import ON_HEAD, name_cluster
 from bilora_ray.search.cluster.own_ray import private_ray
 from bilora_ray.search.cluster.shared_storage import ANSWER_TIMEOUT_S
 from bilora_ray.search.space import ResourceConfig
 
 PORT = 6379
 PROBE_TIMEOUT_S = 5.0
-# What a process asks for that is to be on the head: next to nothing of it.
-ON_HEAD = {"node:__internal_head__": 0.001}
 TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
