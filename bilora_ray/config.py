@@ -29,7 +29,13 @@ Task = Literal["causal-lm", "seq2seq-lm", "sequence-classification"]
 MethodName = Literal["lora", "bilora"]
 # What a setting decides: see `Facts`.
 Decides = Literal["rows", "training rows", "model", "training", "evaluation", "memory"]
-METHODS: tuple[MethodName, ...] = get_args(MethodName)
+METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
+
+# What a model card calls a method, with its source.
+METHOD_TITLES: dict[MethodName, str] = {
+    "lora": "LoRA",
+    "bilora": "Bi-LoRA (sharpness-aware LoRA, [arXiv 2508.19564](https://arxiv.org/abs/2508.19564))",
+}
 
 # About what CUDA takes of a GPU for each process, beside what torch allocates: an estimate, not measured here.
 CUDA_GIB = 0.5
@@ -83,7 +89,7 @@ class Facts:
 
     decides: Decides
     searched: bool
-    of: tuple[MethodName, ...] = METHODS
+    of: tuple[MethodName, ...] = METHOD_NAMES
     holds_out: bool = False
     source: Literal["model", "data"] | None = None
     revision: str | None = None
@@ -91,7 +97,7 @@ class Facts:
     shown: tuple[Literal["card", "best"], ...] = ()
 
     def __post_init__(self) -> None:
-        if self.decides not in get_args(Decides) or not set(self.of) <= set(METHODS):
+        if self.decides not in get_args(Decides) or not set(self.of) <= set(METHOD_NAMES):
             raise TypeError(f"no such facts: {self}")
 
 

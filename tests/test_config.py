@@ -9,7 +9,7 @@ from pydantic import Field
 from bilora_ray.checking import Settings, build
 from bilora_ray.config import (
     FACTS,
-    METHODS,
+    METHOD_NAMES,
     SOURCES,
     TRAINING_SETTINGS,
     TrialConfig,
@@ -412,7 +412,7 @@ def test_the_auxiliarys_settings_apply_to_bilora_alone(setting: str) -> None:
     assert not applies(setting, "lora")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_the_primarys_settings_apply_to_every_method(method: str) -> None:
     own = ["rho", "auxiliary_rank", "auxiliary_learning_rate"]
     assert [key for key in FACTS if not applies(key, method)] == ([] if method == "bilora" else own)
@@ -459,7 +459,7 @@ def test_rows_and_measures_are_the_same_for_all_trials_unless_a_setting_says_oth
 
     found = facts_of(New)
     assert [found[key].searched for key in ("shuffled", "beams", "momentum", "packed")] == [False, False, True, True]
-    assert found["momentum"].of == METHODS
+    assert found["momentum"].of == METHOD_NAMES
 
 
 # The settings of 0.1.0 and what it knew of them, where each was told in a list of its own.

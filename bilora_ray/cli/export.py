@@ -58,9 +58,10 @@ def command(
     if record.adapter is None or not adapter.is_dir():
         raise UserError(f"study '{study}': the adapter of trial {record.number} is gone; it was in {adapter}")
 
-    from bilora_ray.quiet import quiet
+    if merge:
+        from bilora_ray.quiet import quiet
 
-    quiet()
+        quiet()
     from bilora_ray.release.export import export_adapter, export_merged
 
     origin = {"study": study, "trial": record.number, found.objective.metric: record.value}

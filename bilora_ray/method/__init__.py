@@ -15,18 +15,17 @@ from bilora_ray.method.adapters import (
     has_auxiliary,
     primary_parameters,
 )
-from bilora_ray.method.base import Method, MethodAdamW
+from bilora_ray.method.base import MethodAdamW
 from bilora_ray.method.bilora import BiLoraAdamW
 from bilora_ray.method.lora import LoraAdamW
 from bilora_ray.method.radius import Factors, perturbation_norm, project_
-from bilora_ray.method.registry import METHODS, build_method
+from bilora_ray.method.registry import METHODS, build_method, settings_of
 
 __all__ = [
     "METHODS",
     "BiLoraAdamW",
     "Factors",
     "LoraAdamW",
-    "Method",
     "MethodAdamW",
     "attach_auxiliary",
     "auxiliary_factors",
@@ -38,4 +37,5 @@ __all__ = [
     "perturbation_norm",
     "primary_parameters",
     "project_",
+    "settings_of",
 ]

@@ -1,4 +1,4 @@
-"""What all methods share: AdamW whose step evaluates the loss, and what there is to say of a method.
+"""What all methods share: AdamW whose step evaluates the loss.
 
 Every method is an optimizer with the same seam: a training loop calls `optimizer.step(closure)` and nothing else, so
 that a method which needs the loss twice a step fits the same loop.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,27 +62,6 @@ class MethodAdamW(torch.optim.AdamW):
 
     def _after_update(self) -> None:
         """What a method does to the parameters once they have moved."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """All that is to say of a method: what stands for its name in `METHODS`.
-
-    Attributes:
-        build: makes its optimizer for a PEFT LoRA model with the primary adapter, to which it attaches what the method
-            needs. Its arguments are the model, a `Place` to call once all parameters are there, and by keyword each
-            setting that the method reads, under its name in `TrialConfig`.
-        title: what a model card calls it, with a link to its source.
-    """
-
-    build: Callable[..., MethodAdamW]
-    title: str
-
-    @property
-    def settings(self) -> tuple[str, ...]:
-        """The settings that the method reads: the keywords of `build`."""
-        parameters = inspect.signature(self.build).parameters.values()
-        return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 
 
 def descent_group(

@@ -6,7 +6,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bilora_ray.method.adapters import attach_auxiliary, auxiliary_factors
-from bilora_ray.method.base import Method, MethodAdamW, Place, descent_group
+from bilora_ray.method.base import MethodAdamW, Place, descent_group
 from bilora_ray.method.radius import Factors, perturbation_norm, project_
 
 
@@ -100,6 +100,3 @@ def build(
         weight_decay=weight_decay,
         max_grad_norm=max_grad_norm,
     )
-
-
-METHOD = Method(build, "Bi-LoRA (sharpness-aware LoRA, [arXiv 2508.19564](https://arxiv.org/abs/2508.19564))")

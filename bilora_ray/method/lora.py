@@ -6,7 +6,7 @@ from peft import PeftModel
 from torch import nn
 
 from bilora_ray.method.adapters import has_auxiliary
-from bilora_ray.method.base import Method, MethodAdamW, Place, descent_group
+from bilora_ray.method.base import MethodAdamW, Place, descent_group
 
 
 class LoraAdamW(MethodAdamW):
@@ -36,6 +36,3 @@ def build(
     """Plain LoRA on the primary adapter. ValueError if there is nothing to train."""
     place(model)
     return LoraAdamW(model, learning_rate=learning_rate, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
-
-
-METHOD = Method(build, "LoRA")

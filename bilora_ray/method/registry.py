@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from peft import PeftModel
 
 from bilora_ray.errors import nearest
 from bilora_ray.method import bilora, lora
-from bilora_ray.method.base import Method, MethodAdamW, Place
+from bilora_ray.method.base import MethodAdamW, Place
 
-METHODS: dict[str, Method] = {
-    "lora": lora.METHOD,
-    "bilora": bilora.METHOD,
+# A method's name -> what makes its optimizer for a PEFT LoRA model with the primary adapter, to which it attaches what
+# the method needs. The arguments are the model, a `Place` to call once all parameters are there, and by keyword each
+# setting that the method reads, under its name in `TrialConfig`.
+METHODS: dict[str, Callable[..., MethodAdamW]] = {
+    "lora": lora.build,
+    "bilora": bilora.build,
 }
+
+
+def settings_of(name: str) -> tuple[str, ...]:
+    """The settings that method `name` reads."""
+    parameters = inspect.signature(METHODS[name]).parameters.values()
+    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 
 
 def _keep(model: PeftModel) -> None:
@@ -28,7 +39,7 @@ def build_method(name: str, model: PeftModel, place: Place = _keep, **settings: 
         model: a PEFT LoRA model with its primary adapter.
         place: moves or shards the parameters (FSDP makes new ones), once all of them are there and before the
             optimizer takes them.
-        settings: those that the method reads, every one of them: `METHODS[name].settings`.
+        settings: those that the method reads, every one of them: `settings_of(name)`.
 
     Raises:
         ValueError: there is no such method, or it can't train this model.
@@ -36,4 +47,4 @@ def build_method(name: str, model: PeftModel, place: Place = _keep, **settings: 
     """
     if name not in METHODS:
         raise ValueError(f"unknown method '{name}'; {nearest(name, METHODS)}")
-    return METHODS[name].build(model, place, **settings)
+    return METHODS[name](model, place, **settings)

@@ -9,8 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from bilora_ray.config import TASK_FACTS, TrialConfig, applies, shown
-from bilora_ray.method import METHODS
+from bilora_ray.config import METHOD_TITLES, TASK_FACTS, TrialConfig, applies, shown
 from bilora_ray.paths import BUILTIN, kind_by_name
 from bilora_ray.training.tasks import TASKS
 
@@ -53,7 +52,7 @@ def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) ->
 
 # LoRA adapter of `{base}`
 
-Trained with {METHODS[config.method].title} by bilora-ray: trial {origin["trial"]} of study `{origin["study"]}`{result}.
+Trained with {METHOD_TITLES[config.method]} by bilora-ray: trial {origin["trial"]} of study `{origin["study"]}`{result}.
 `bilora_ray.json` has all of its settings.
 
 | setting | value |

@@ -24,7 +24,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from bilora_ray.config import TASK_FACTS, TrialConfig
 from bilora_ray.errors import UserError, first_line, refusal
-from bilora_ray.method import METHODS, MethodAdamW, build_method
+from bilora_ray.method import MethodAdamW, build_method, settings_of
 from bilora_ray.method.base import Place
 from bilora_ray.paths import is_cached, kind_of, loadable
 from bilora_ray.training.distributed.workers import ALONE, Workers
@@ -211,7 +211,7 @@ def build_optimizer(model: PeftModel, config: TrialConfig, place: Place) -> Meth
         config: the settings.
         place: see `build_method`.
     """
-    settings = {key: getattr(config, key) for key in METHODS[config.method].settings}
+    settings = {key: getattr(config, key) for key in settings_of(config.method)}
     try:
         return build_method(config.method, model, place, **settings)
     except ValueError as error:  # the settings are checked, so what doesn't fit is a module

@@ -5,21 +5,20 @@ from typing import get_args
 import pytest
 from tiny import closure_of, primary_model
 
-from bilora_ray.config import MethodName, TrialConfig, applies
-from bilora_ray.method import METHODS, LoraAdamW, build_method
-from bilora_ray.method.base import Method
+from bilora_ray.config import METHOD_TITLES, MethodName, TrialConfig, applies
+from bilora_ray.method import METHODS, LoraAdamW, build_method, settings_of
 from bilora_ray.training import model as models
 
 NEEDED = {"model_name_or_path": "m", "task": "causal-lm", "train_data": "d"}
 
 
 def test_each_word_has_its_entry_and_each_entry_its_word():
-    assert set(METHODS) == set(get_args(MethodName))
+    assert set(METHODS) == set(METHOD_TITLES) == set(get_args(MethodName))
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_reads_settings_that_apply_to_it(name):
-    settings = METHODS[name].settings
+    settings = settings_of(name)
     assert {"learning_rate"} <= set(settings) <= set(TrialConfig.model_fields)
     assert [setting for setting in settings if not applies(setting, name)] == []
 
@@ -28,7 +27,7 @@ def test_a_setting_of_some_methods_only_is_read_by_those():
     for setting in TrialConfig.model_fields:
         of = {name for name in METHODS if applies(setting, name)}
         if of != set(METHODS):
-            assert {name for name in METHODS if setting in METHODS[name].settings} == of, setting
+            assert {name for name in METHODS if setting in settings_of(name)} == of, setting
 
 
 def test_the_settings_of_a_trial_reach_its_method():
@@ -45,7 +44,7 @@ def test_a_new_method_is_one_entry(monkeypatch):
         place(model)
         return LoraAdamW(model, learning_rate=rho * learning_rate)
 
-    monkeypatch.setitem(METHODS, "lora", Method(build, "Slow LoRA"))
+    monkeypatch.setitem(METHODS, "lora", build)
     model, batch = primary_model("llama")
     placed = []
     optimizer = build_method("lora", model, placed.append, learning_rate=1e-3, rho=0.5)

@@ -5,7 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ from tiny_trials import METHODS, TASKS, Tiny, evaluate_adapter, run_fit
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel
 
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import METHOD_TITLES, Task, TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.method import METHODS as METHOD_TABLE
 from bilora_ray.recipe import evaluation_config, is_merged, read_recipe
 from bilora_ray.release.card import write_card
 from bilora_ray.release.export import export_adapter, export_merged
@@ -251,14 +250,24 @@ def test_the_card_says_what_was_trained_and_its_code_loads_the_adapter(
     assert float((logits_of(model, trial) - trial.logits).abs().max()) <= 1e-5
 
 
-@pytest.mark.parametrize("name", METHOD_TABLE)
-def test_the_card_names_the_method_as_the_table_does(
+@pytest.mark.parametrize("name", METHODS)
+def test_the_card_names_the_method_and_its_source(
     name: Any, trained: dict[Task, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(METHOD_TABLE, name, replace(METHOD_TABLE[name], title="A Method ([paper](https://a.b))"))
+    monkeypatch.setitem(METHOD_TITLES, name, "A Method ([paper](https://a.b))")
     export_adapter(trained["causal-lm"].adapter, tmp_path / "x", ORIGIN)
     write_card(tmp_path / "x", trained["causal-lm"].config.model_copy(update={"method": name}), ORIGIN)
     assert "Trained with A Method ([paper](https://a.b)) by bilora-ray" in (tmp_path / "x" / "README.md").read_text()
+
+
+def test_to_copy_an_adapter_out_takes_no_torch(trained: dict[Task, Trained], tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from bilora_ray.release.export import export_adapter\n"
+        "export_adapter(Path(sys.argv[1]), Path(sys.argv[2]), {'study': 's', 'trial': 3})\n"
+        "assert not {'torch', 'peft', 'transformers'} & set(sys.modules)"
+    )
+    adapter = trained["causal-lm"].adapter
+    subprocess.run([sys.executable, "-c", code, str(adapter), str(tmp_path / "x")], check=True)
 
 
 def test_the_card_loads_the_base_as_it_was_trained_on(trained: dict[Task, Trained], tmp_path: Path) -> None:
