@@ -38,7 +38,7 @@ from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Example
 
-# Takes an evaluation, and says whether the trial shall go on.
+# Takes an evaluation, and says whether the trial shall go on. To say nothing, as 0.1.0 had it, is yes.
 Report = Callable[[dict[str, float]], bool]
 
 
@@ -297,11 +297,11 @@ def fit(config: TrialConfig, folder: TrialFolder, report: Report, workers: Worke
     try:
         run = Run(config, folder, workers)
         run.resume()
-        goes_on = all(workers.gather(report(metrics))[0] for metrics in run.progress.history)
+        goes_on = all(workers.gather(report(metrics))[0] is not False for metrics in run.progress.history)
         while goes_on and run.progress.step < run.max_steps:
             run.train_step()
             if run.evaluation_due():
-                goes_on = workers.gather(report(run.evaluate()))[0]
+                goes_on = workers.gather(report(run.evaluate()))[0] is not False
     except torch.OutOfMemoryError as error:
         raise TrialFailure(f"out of GPU memory: {str(error).splitlines()[0]}") from error
     return run.progress

@@ -449,6 +449,12 @@ def test_a_report_that_says_no_ends_the_trial_which_can_go_on_later(tiny: Tiny, 
     assert progress.resumed_at == [4]
 
 
+def test_a_report_that_says_nothing_says_yes(tiny: Tiny, tmp_path: Path) -> None:
+    reports: list[dict[str, float]] = []
+    progress = fit(tiny.config("causal-lm"), TrialFolder(tmp_path), reports.append)  # type: ignore[arg-type]
+    assert (len(reports), progress.step) == (4, 8)
+
+
 def test_an_earlier_evaluation_that_is_told_again_can_end_the_trial_too(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny.config("causal-lm")
     fit_until(6, config, tmp_path)
