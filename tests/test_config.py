@@ -91,9 +91,11 @@ def test_the_seed_decides_the_split_where_nothing_else_does(settings: dict[str, 
         "dataset_config_name",
         "split_seed",
         "train_data",
+        "train_revision",
         "train_split",
         "validation_data",
         "validation_fraction",
+        "validation_revision",
         "validation_split",
     }
     assert deciding_the_split(settings) - {"seed"} == (set() if named else others)

@@ -185,7 +185,7 @@ def test_hub_data_are_pinned_and_a_branch_that_moves_changes_no_trial(hub: Hub, 
     assert revisions(begun) == [OLD, OLD]
     digests = preflight(begun).digests
     study = open_study(begun, layout, digests)
-    number = study.next_trial()
+    number = next_trial(study)
     assert number is not None
     study.release()
     assert hub.refs is not None
@@ -211,7 +211,7 @@ def test_data_that_are_files_or_searched_over_are_not_pinned(hub: Hub, tiny: Tin
 def test_a_study_that_began_with_unpinned_data_goes_on_with_them(hub: Hub, tiny: Tiny, tmp_path: Path) -> None:
     layout, begun = Layout(tmp_path), space(tiny, model_revision=f"'{TAGGED}'", **data())
     study = open_study(begun, layout, {})
-    study.next_trial()
+    next_trial(study)
     study.release()
     again = pinned(begun, layout)
     assert revisions(again) == [None, None]
