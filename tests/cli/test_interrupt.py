@@ -27,7 +27,7 @@ def _wait_for_a_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("verb", "number"), [("tune", signal.SIGINT), ("tune", signal.SIGTERM), ("train", signal.SIGINT)]
+    ("verb", "number"), [(verb, number) for verb in ("tune", "train") for number in (signal.SIGINT, signal.SIGTERM)]
 )
 def test_a_signal_ends_it_cleanly_and_the_printed_command_goes_on(
     tiny: Tiny, tmp_path: Path, verb: str, number: signal.Signals

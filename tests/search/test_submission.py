@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import requests
 from ray.job_submission import JobStatus
 
+from bilora_ray.errors import UserError
 from bilora_ray.search.cluster import submission
 from bilora_ray.search.cluster.submission import Follower, Outcome
 
@@ -111,3 +115,41 @@ def test_nobody_who_reads_is_no_broken_connection() -> None:
 )
 def test_how_it_ended(ending: Any, outcome: Outcome) -> None:
     assert follow(Cluster(ending=ending))[0] == outcome
+
+
+class Refusing:
+    """Stands for Ray's client, which packs a folder and sends it."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def submit_job(self, **_: object) -> str:
+        raise self.error
+
+    def get_address(self) -> str:
+        return "http://head:8265"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/tmp/job.zip"),
+            "--working-dir /work: cannot be packed (No space left on device: /tmp/job.zip)",
+        ),
+        (
+            requests.exceptions.ConnectionError("no route"),
+            "--address http://head:8265: the cluster does not take the job (no route)",
+        ),
+        (
+            ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"),
+            "--address http://head:8265: the cluster does not take the job ([Errno 104] Connection reset by peer)",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_full_disk_here_is_told_from_a_cluster_that_does_not_take_the_job(error: Exception, line: str) -> None:
+    client: Any = Refusing(error)
+    with pytest.raises(UserError) as caught:
+        submission.submit(client, ["bilora-ray"], Path("/work"))
+    assert str(caught.value) == line

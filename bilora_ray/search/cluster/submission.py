@@ -19,7 +19,7 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from bilora_ray.errors import UserError, first_line
+from bilora_ray.errors import MachineError, UserError, first_line
 
 CONNECT_S, ANSWER_S, UPLOAD_S = 5, 10, 300
 # Ray kills a job 3 s after it asked it to stop; a search ends its trials and its runs in MLflow first.
@@ -88,13 +88,20 @@ def _cause(error: BaseException) -> str:
 
 
 def submit(client: JobSubmissionClient, command: Sequence[str], folder: Path) -> str:
-    """Upload `folder`, run `command` in it on the cluster, and return the job's id. UserError if it is not taken."""
+    """Upload `folder`, run `command` in it on the cluster, and return the job's id.
+
+    Raises:
+        UserError: the cluster does not take it.
+        MachineError: it cannot be packed here, where the system keeps what is temporary.
+    """
     environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}
     try:
         return client.submit_job(
             entrypoint=shlex.join(command), runtime_env={"working_dir": str(folder), "env_vars": environment}
         )
     except CONNECTION_ERRORS as error:
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+            raise MachineError(f"--working-dir {folder}: cannot be packed ({first_line(error)})") from None
         reason = _last_line(str(error) or type(error).__name__)
         raise UserError(f"--address {client.get_address()}: the cluster does not take the job ({reason})") from None
 
