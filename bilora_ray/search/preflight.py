@@ -49,7 +49,7 @@ def preflight(space: Space) -> Checked:
     """
     config = space.first_config()
     check_model(config)
-    check_positions(positions(config), config, config.predict_with_generate)
+    check_positions(positions(config), config)
     rows = load_rows(config)
     digests = {_source(config, setting): digest for setting, digest in rows.digests.items()}
     return Checked(digests, tuple(notes(rows, space.largest_step(), space.resources.workers)))

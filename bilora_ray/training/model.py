@@ -29,7 +29,7 @@ from bilora_ray.method.base import Place
 from bilora_ray.paths import is_cached, kind_of, loadable
 from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import check_length
+from bilora_ray.training.tasks.base import check_positions
 
 AUTO_CLASS: dict[str, Any] = {task: getattr(transformers, facts.model_class) for task, facts in TASK_FACTS.items()}
 # On some CPUs bitsandbytes packs 4-bit weights for an evaluation, and unpacks them for training to others than before.
@@ -84,7 +84,7 @@ def load_base(
         else:
             model, fresh = _with_weights(config, arguments, workers)
     fresh = workers.gather(fresh)[0] if workers.sharded else fresh
-    check_length(model.config, config, config.predict_with_generate)
+    _check_positions(model, config)
     text_config = model.config.get_text_config()
     if text_config.pad_token_id is None:
         text_config.pad_token_id = tokenizer.pad_token_id
@@ -107,7 +107,7 @@ def load_shape(config: TrialConfig, label_names: Sequence[str] | None, here: boo
     asked = config if here else config.model_copy(update={"attn_implementation": None})
     with _naming_the_model(config):
         model = _without_weights(config, _base_arguments(asked, label_names))
-    check_length(model.config, config, config.predict_with_generate)
+    _check_positions(model, config)
     return model
 
 
@@ -116,6 +116,10 @@ def _base_arguments(config: TrialConfig, label_names: Sequence[str] | None) -> d
     if config.attn_implementation is not None:
         arguments["attn_implementation"] = config.attn_implementation
     return arguments | TASKS[config.task].model_arguments(None if label_names is None else tuple(label_names))
+
+
+def _check_positions(model: PreTrainedModel, config: TrialConfig) -> None:
+    check_positions(getattr(model.config.get_text_config(), "max_position_embeddings", None), config)
 
 
 def _with_weights(

@@ -85,16 +85,24 @@ def test_what_is_cut(single: str, row: TextRow, limit: int, ids: list[int], prom
 
 
 @pytest.mark.parametrize(
-    ("new", "prompt"),
-    [(1, [BOS, A, B, C, D]), (3, [BOS, A, B, C, D]), (4, [BOS, B, C, D]), (6, [BOS, D])],
+    ("generates", "new", "prompt"),
+    [
+        (True, 1, [BOS, A, B, C, D]),
+        (True, 3, [BOS, A, B, C, D]),
+        (True, 4, [BOS, B, C, D]),
+        (True, 6, [BOS, D]),
+        # What is written for people only takes half of the room at the most.
+        (False, 3, [BOS, A, B, C, D]),
+        (False, 4, [BOS, B, C, D]),
+        (False, 64, [BOS, B, C, D]),
+    ],
 )
-def test_a_prompt_leaves_room_for_what_is_written(new: int, prompt: list[int]) -> None:
-    settings = {"max_length": 8, "max_new_tokens": new}
-    for generates in (True, False):  # `evaluate --examples` writes without it
-        data = prepared([text("a b c d", "e")], predict_with_generate=generates, **settings)
-        assert lists(data.validation[0]) == ([BOS, A, B, C, D, E, EOS], [-100] * 5 + [E, EOS], prompt)
-        assert data.truncation["validation"] == Truncation(1, int(generates and len(prompt) < 5), 0)
-        assert data.truncation["train"] == Truncation(1, 0, 0)
+def test_a_prompt_leaves_room_for_what_is_written(generates: bool, new: int, prompt: list[int]) -> None:
+    settings = {"max_length": 8, "max_new_tokens": new, "predict_with_generate": generates}
+    data = prepared([text("a b c d", "e")], **settings)
+    assert lists(data.validation[0]) == ([BOS, A, B, C, D, E, EOS], [-100] * 5 + [E, EOS], prompt)
+    assert data.truncation["validation"] == Truncation(1, int(generates and len(prompt) < 5), 0)
+    assert data.truncation["train"] == Truncation(1, 0, 0)
 
 
 @pytest.mark.parametrize("new", [7, 8, 64])

@@ -57,7 +57,7 @@ def test_trials_that_differ_in_their_training_share_their_data(setting: str, tin
         {"max_length": 16},
         {"prompt_template": "{prompt}?"},
         {"max_eval_samples": 3},
-        {"max_new_tokens": 60},
+        {"max_new_tokens": 60, "predict_with_generate": True},
     ],
     ids=lambda changed: next(iter(changed)),
 )

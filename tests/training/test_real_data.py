@@ -41,8 +41,12 @@ def test_gsm8k(tokenizer: Any, shared_data: Path) -> None:
     data = prepare(rows, config, tokenizer)
     lengths = [len(example.input_ids) for example in data.validation]
     cut = data.truncation["validation"].cut
-    assert 0 < cut == sum(whole > 128 for whole in _whole_lengths(rows.validation, tokenizer))
+    # A row is too long in itself, or its prompt beside the 64 tokens that are written after it.
+    prompts = [len(tokenizer(row.prompt)["input_ids"]) - 1 for row in rows.validation if isinstance(row, TextRow)]
+    wholes = _whole_lengths(rows.validation, tokenizer)
+    assert 0 < cut == sum(whole > 128 or prompt > 64 for whole, prompt in zip(wholes, prompts, strict=True))
     assert max(lengths) == 128
+    assert max(len(example.prompt_ids or ()) for example in data.validation) == 64
     batches = eval_batches(lengths, 32)
     targets = 0
     for batch in batches:

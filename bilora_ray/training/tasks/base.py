@@ -170,14 +170,9 @@ class Task:
     takes_messages: bool = False
 
 
-def check_length(model_config: Any, config: TrialConfig, generates: bool) -> None:
-    """UserError unless a model's positions are enough for a row and, if it `generates`, for what it writes."""
-    check_positions(getattr(model_config.get_text_config(), "max_position_embeddings", None), config, generates)
-
-
-def check_positions(positions: int | None, config: TrialConfig, generates: bool) -> None:
-    """As `check_length`, for a model with so many positions; None: with no end."""
-    for setting in ("max_length", *(["max_new_tokens"] if generates else [])):
+def check_positions(positions: int | None, config: TrialConfig) -> None:
+    """UserError unless a row, and a text that is measured, are no longer than so many positions; None: no end."""
+    for setting in ("max_length", *(["max_new_tokens"] if config.predict_with_generate else [])):
         length = getattr(config, setting)
         if positions is not None and length > positions:
             raise UserError(f"{setting}: {length} is more than the model's {positions} positions")

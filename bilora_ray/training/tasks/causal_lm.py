@@ -4,7 +4,7 @@ Of a row with more than `max_length` tokens the prompt (of a conversation: all b
 tokens at its left, never its leading special tokens. Only a completion that is too long by itself loses its end; it
 leaves room for one token of the prompt.
 
-A prompt to generate from loses tokens at its left in the same way, until `max_new_tokens` have room beside it.
+A prompt to generate from loses tokens at its left in the same way, until what is written has room beside it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bilora_ray.errors import UserError
 from bilora_ray.training.data.chat import conversation, messages_of
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import IGNORED
-from bilora_ray.training.tasks.base import Example, Labels, Model, Prediction, Task
+from bilora_ray.training.tasks.base import Example, Labels, Model, Task
 from bilora_ray.training.tasks.text import (
     TextRow,
     check_answers,
@@ -29,6 +29,7 @@ from bilora_ray.training.tasks.text import (
     generated,
     measure,
     metrics,
+    most_new_tokens,
     predict,
     target_count,
     text_notes,
@@ -39,8 +40,6 @@ from bilora_ray.training.tasks.text import (
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
-
-    from bilora_ray.training.distributed.workers import Workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,7 @@ def _examples(
 
 def _asked(part: Parts, config: TrialConfig) -> list[int]:
     """Of the prompt, what is read before a text is written: at least one token, if it has any."""
-    room = config.max_length - config.max_new_tokens - len(part.head)
+    room = config.max_length - most_new_tokens(config) - len(part.head)
     if room < 1 and config.predict_with_generate:
         raise _no_room(config)
     return _last(part.prompt, max(room, 1))
@@ -158,20 +157,6 @@ def _forward(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return logits, targets
 
 
-def _predict(
-    model: Model,
-    examples: Sequence[Example],
-    config: TrialConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    label_names: Labels,
-    workers: Workers,
-) -> list[Prediction]:
-    longest = max((len(example.prompt_ids or ()) for example in examples), default=0)
-    if longest + config.max_new_tokens > config.max_length:
-        raise _no_room(config)
-    return predict(model, examples, config, tokenizer, workers, continues=True)
-
-
 TASK = Task(
     peft_type="CAUSAL_LM",
     row=_row,
@@ -182,7 +167,7 @@ TASK = Task(
     forward=_forward,
     measure=measure,
     metrics=metrics,
-    predict=_predict,
+    predict=partial(predict, continues=True),
     check=_check,
     notes=text_notes,
     generated=partial(generated, continues=True),

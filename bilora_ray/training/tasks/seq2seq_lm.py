@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from bilora_ray.config import TrialConfig
-from bilora_ray.training.tasks.base import Example, Labels, Model, Prediction, Task, check_length
+from bilora_ray.training.tasks.base import Example, Model, Task
 from bilora_ray.training.tasks.text import (
     TextRow,
     check_answers,
@@ -31,8 +31,6 @@ from bilora_ray.training.tasks.text import (
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
-
-    from bilora_ray.training.distributed.workers import Workers
 
 
 def _examples(
@@ -61,18 +59,6 @@ def _forward(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return model(**batch).logits, batch["labels"]
 
 
-def _predict(
-    model: Model,
-    examples: Sequence[Example],
-    config: TrialConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    label_names: Labels,
-    workers: Workers,
-) -> list[Prediction]:
-    check_length(model.config, config, generates=True)
-    return predict(model, examples, config, tokenizer, workers, continues=False)
-
-
 TASK = Task(
     peft_type="SEQ_2_SEQ_LM",
     row=text_row,
@@ -82,7 +68,7 @@ TASK = Task(
     forward=_forward,
     measure=measure,
     metrics=metrics,
-    predict=_predict,
+    predict=partial(predict, continues=False),
     check=check_answers,
     notes=text_notes,
     generated=partial(generated, continues=False),

@@ -135,6 +135,11 @@ def metrics(parts: Sequence[LossSum]) -> dict[str, float]:
     return LossSum.of(parts).metrics()
 
 
+def most_new_tokens(config: TrialConfig) -> int:
+    """How many tokens a text has at the most: where none is measured, of a few rows for people, half of a row."""
+    return config.max_new_tokens if config.predict_with_generate else min(config.max_new_tokens, config.max_length // 2)
+
+
 def generated(
     model: Model,
     examples: Sequence[Example],
@@ -160,6 +165,7 @@ def predict(
     examples: Sequence[Example],
     config: TrialConfig,
     tokenizer: PreTrainedTokenizerBase,
+    label_names: Labels,
     workers: Workers,
     *,
     continues: bool,
@@ -191,7 +197,7 @@ def _texts(
         prompts = on_device(prompts, model)
         output = model.generate(
             **prompts,
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=most_new_tokens(config),
             do_sample=False,
             num_beams=1,
             # A model's own defaults for generation are for chatting, and need not know the end that was trained.
