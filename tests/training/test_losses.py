@@ -51,7 +51,7 @@ def test_in_bf16_the_loss_is_computed_and_weighted_in_float32(task: Task, tiny: 
     run = Run(config, TrialFolder(tmp_path / "trial"))
     expected = mean_by_hand(run)
     run.train_step()
-    assert run.window.loss == pytest.approx(expected, rel=1e-5)
+    assert run.window.train_loss == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
