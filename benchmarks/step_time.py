@@ -35,7 +35,7 @@ from peft.tuners import lora
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from bilora_ray.method import METHODS, build_method
+from bilora_ray.method import build_method, settings_of
 from bilora_ray.method.layers import PRIMARY, add_low_rank
 
 RANK = 8
@@ -69,7 +69,7 @@ def contender(name: str, base: PreTrainedModel, batch: dict[str, Tensor]) -> Ste
             if isinstance(module, lora.Linear):
                 module.__class__ = FusedLoraLinear
     method = "lora" if name == "lora-fused" else name
-    optimizer = build_method(method, model, **{key: SETTINGS[key] for key in METHODS[method].settings})
+    optimizer = build_method(method, model, **{key: SETTINGS[key] for key in settings_of(method)})
     model.train()
 
     def closure() -> Tensor:

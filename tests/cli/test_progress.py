@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from bilora_ray.cli.progress import SearchProgress
-from bilora_ray.records import Status, TrialRecord
+from bilora_ray.records import Objective, Status, TrialRecord
 
 TRIALS = 3000
 
@@ -28,7 +28,7 @@ def _eager_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_eager_threads")
 def test_trials_may_start_and_end_while_it_is_drawn() -> None:
-    progress = SearchProgress(TRIALS, "eval_loss", False)
+    progress = SearchProgress(TRIALS, Objective("eval_loss", greater_is_better=False))
     failures: list[BaseException] = []
     drawn = 0
     done = threading.Event()

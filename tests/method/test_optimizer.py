@@ -13,6 +13,7 @@ from bilora_ray.method import (
     build_method,
     has_auxiliary,
     primary_parameters,
+    settings_of,
 )
 
 SETTINGS = {
@@ -37,7 +38,7 @@ def parameters_of(model):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_through_the_same_seam(name):
     model, batch = primary_model("llama")
-    optimizer = build_method(name, model, **{key: SETTINGS[key] for key in METHODS[name].settings})
+    optimizer = build_method(name, model, **{key: SETTINGS[key] for key in settings_of(name)})
     assert has_auxiliary(model) == (name == "bilora")
     losses = train(model, optimizer, batch, 15)
     assert losses[-1] < losses[0]
