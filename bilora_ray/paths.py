@@ -112,10 +112,15 @@ class SourcesElsewhere:
         return str(source.path)
 
 
-def is_cached(model: str, revision: str | None) -> bool:
+def is_cached(model: str, revision: str | None, *optional: str) -> bool:
     """Whether the Hub's cache on this machine has a model's commit whole: its settings, tokenizer and weights.
 
     A branch or tag may have moved since, so of one this is not known.
+
+    Args:
+        model: its name.
+        revision: the commit.
+        optional: files besides OPTIONAL that are asked for and that it need not have.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -128,7 +133,7 @@ def is_cached(model: str, revision: str | None) -> bool:
     weights = {WEIGHTS}
     if isinstance(index := found(f"{WEIGHTS}.index.json"), str):
         weights = set(json.loads(Path(index).read_text())["weight_map"].values())
-    known = all(found(file) is not None for file in OPTIONAL)
+    known = all(found(file) is not None for file in (*OPTIONAL, *optional))
     return known and all(isinstance(found(file), str) for file in ("config.json", *weights))
 
 

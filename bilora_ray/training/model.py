@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -26,10 +27,13 @@ from bilora_ray.config import TASK_FACTS, TrialConfig
 from bilora_ray.errors import UserError, first_line, refusal
 from bilora_ray.method import MethodAdamW, build_method, settings_of
 from bilora_ray.method.base import Place
+from bilora_ray.method.registry import stay
 from bilora_ray.paths import is_cached, kind_of, loadable
 from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import check_positions
+
+T = TypeVar("T")
 
 AUTO_CLASS: dict[str, Any] = {task: getattr(transformers, facts.model_class) for task, facts in TASK_FACTS.items()}
 # On some CPUs bitsandbytes packs 4-bit weights for an evaluation, and unpacks them for training to others than before.
@@ -119,7 +123,12 @@ def _base_arguments(config: TrialConfig, label_names: Sequence[str] | None) -> d
 
 
 def _check_positions(model: PreTrainedModel, config: TrialConfig) -> None:
-    check_positions(getattr(model.config.get_text_config(), "max_position_embeddings", None), config)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        # Some count positions from behind the padding's on, as RoBERTa does.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions = module.num_embeddings - module.padding_idx - 1
+    check_positions(positions, config, TASKS[config.task].continues)
 
 
 def _with_weights(
@@ -131,7 +140,9 @@ def _with_weights(
     if not workers.sharded:
         arguments = {**arguments, "device_map": {"": device()}}
     arguments = {**arguments, "output_loading_info": True, "use_safetensors": True}
-    model, loading = _from_pretrained(AUTO_CLASS[config.task], config, arguments)
+    # Without it a model is given one that its config.json makes up, which may know fewer ends of a text.
+    generation = ("generation_config.json",) if TASK_FACTS[config.task].generates else ()
+    model, loading = _from_pretrained(AUTO_CLASS[config.task], config, arguments, *generation)
     for module in model.modules():
         if hasattr(module, PACKS):
             setattr(module, PACKS, False)
@@ -147,7 +158,8 @@ def _without_weights(config: TrialConfig, arguments: dict[str, Any]) -> PreTrain
     code = getattr(model_config, "auto_map", {}).get(model_class.__name__)
     if code is not None and config.trust_remote_code:
         # Registered, as from_config would do itself; but then it would take no revision of the code a second time.
-        remote = get_class_from_dynamic_module(code, source(config), revision=revision, code_revision=revision)
+        found = partial(get_class_from_dynamic_module, code, source(config), revision=revision, code_revision=revision)
+        remote = _here_first(config, found)
         model_class.register(type(model_config), remote, exist_ok=True)
     with torch.device("meta"):
         return model_class.from_config(model_config, dtype=dtype, trust_remote_code=config.trust_remote_code, **chosen)
@@ -207,7 +219,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
         raise refusal(f"{adapter}: is no adapter of this base model ({first_line(error)})", error) from error
 
 
-def build_optimizer(model: PeftModel, config: TrialConfig, place: Place) -> MethodAdamW:
+def build_optimizer(model: PeftModel, config: TrialConfig, place: Place = stay) -> MethodAdamW:
     """The optimizer of the settings' method, with all that it adds to `model`. UserError if it cannot train that.
 
     Args:
@@ -233,12 +245,17 @@ def source(config: TrialConfig) -> str:
     return loadable(config.model_name_or_path)
 
 
-def _from_pretrained(kind: Any, config: TrialConfig, arguments: dict[str, Any]) -> Any:
-    """`kind.from_pretrained` of the settings' model. transformers would ask the Hub even of a commit that is here."""
-    if is_cached(config.model_name_or_path, config.model_revision):
+def _from_pretrained(kind: Any, config: TrialConfig, arguments: dict[str, Any], *optional: str) -> Any:
+    """`kind.from_pretrained` of the settings' model; `optional` as in `is_cached`."""
+    return _here_first(config, partial(kind.from_pretrained, source(config), **arguments), *optional)
+
+
+def _here_first(config: TrialConfig, load: Callable[..., T], *optional: str) -> T:
+    """What `load` gives. transformers would ask the Hub even of a commit that is here."""
+    if is_cached(config.model_name_or_path, config.model_revision, *optional):
         with suppress(OSError, ValueError):  # something is missing after all
-            return kind.from_pretrained(source(config), local_files_only=True, **arguments)
-    return kind.from_pretrained(source(config), **arguments)
+            return load(local_files_only=True)
+    return load()
 
 
 def _hub_arguments(config: TrialConfig) -> dict[str, Any]:

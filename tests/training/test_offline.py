@@ -20,8 +20,9 @@ from bilora_ray.paths import OPTIONAL, is_cached
 from bilora_ray.recipe import evaluation_config
 from bilora_ray.release.export import export_adapter, export_merged
 from bilora_ray.training.folder import TrialFolder
-from bilora_ray.training.model import load_tokenizer
+from bilora_ray.training.model import load_base, load_tokenizer
 
+GENERATION = "generation_config.json"
 NAME = "someone/model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -65,7 +66,7 @@ def cached(model: Path, commit: str = COMMIT) -> Path:
     shutil.copytree(model, folder / "snapshots" / commit)
     missing = folder / ".no_exist" / commit
     missing.mkdir(parents=True)
-    for name in OPTIONAL:
+    for name in (*OPTIONAL, GENERATION):
         if not (model / name).exists():
             (missing / name).touch()
     return folder
@@ -99,6 +100,19 @@ def test_a_trial_of_a_cached_model_and_what_comes_of_it_reach_nowhere(
     for folder in (tmp_path / "exported", tmp_path / "merged"):
         evaluate_adapter(folder if folder.name == "exported" else None, evaluation_config(folder, {}))
     assert reached == []
+
+
+def test_a_commit_whose_ends_of_a_text_are_unknown_is_asked_for(tiny: Tiny, reached: list[Any]) -> None:
+    folder = cached(tiny.model("causal-lm"))
+    for place in (folder / "snapshots" / COMMIT, folder / ".no_exist" / COMMIT):
+        (place / GENERATION).unlink(missing_ok=True)
+    assert is_cached(NAME, COMMIT)
+    assert not is_cached(NAME, COMMIT, GENERATION)
+    config = of_the_hub(tiny, "causal-lm")
+    tokenizer = load_tokenizer(config)
+    assert reached == []
+    load_base(config, tokenizer, None)  # the Hub is away, so that what its config.json makes up has to do
+    assert set(reached) == {"huggingface.co"}
 
 
 @pytest.mark.parametrize("lost", ["config.json", "model.safetensors", "chat_template.jinja"])
