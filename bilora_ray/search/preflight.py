@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import COMMIT, cached_commit, kind_of, loadable
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.layout import Layout
+from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import check_positions
 from bilora_ray.training.tasks.rows import load_rows, notes
 
@@ -49,10 +51,20 @@ def preflight(space: Space) -> Checked:
     """
     config = space.first_config()
     check_model(config)
-    check_positions(positions(config), config)
+    check_positions(positions(config), config, TASKS[config.task].continues)
     rows = load_rows(config)
     digests = {_source(config, setting): digest for setting, digest in rows.digests.items()}
-    return Checked(digests, tuple(notes(rows, space.largest_step(), space.resources.workers)))
+    told = (*_unpinned(config), *notes(rows, space.with_step(max), space.resources.workers))
+    return Checked(digests, told)
+
+
+def _unpinned(config: TrialConfig) -> Iterator[str]:
+    """Lines about Hub data whose commit is not known: what changes there between two trials would go unseen."""
+    for source, revision in REVISIONS.items():
+        name = getattr(config, source)
+        is_data = SOURCES[source] == "data"
+        if is_data and name and getattr(config, revision) is None and kind_of(name, is_data) == "hub":
+            yield f"{revision}: the Hub did not say which commit of '{name}' there is, so that none is kept"
 
 
 def _source(config: TrialConfig, setting: str) -> str:

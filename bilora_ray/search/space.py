@@ -11,7 +11,7 @@ imports torch, Ray or Optuna, so that a space file is checked in a moment. `spac
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -172,12 +172,12 @@ class Space:
         """The settings of a trial that gets the first choice, or the low end, of every distribution."""
         return self.trial_config({key: distribution.ends()[0] for key, distribution in self.distributions.items()})
 
-    def largest_step(self) -> TrialConfig:
-        """As `first_config`, of the trial whose steps take the most rows."""
+    def with_step(self, choose: Callable[..., TrialConfig]) -> TrialConfig:
+        """As `first_config`, of the trial whose steps take the most training rows, or the fewest: `max`, or `min`."""
         config = self.first_config()
         for key, distribution in self.distributions.items():
             others = [config.model_copy(update={key: coerce(key, end, key)}) for end in distribution.ends()]
-            config = max(others, key=lambda other: other.step_rows(self.resources.workers))
+            config = choose(others, key=lambda other: other.step_rows(self.resources.workers))
         return config
 
     def asked(self, setting: str, sampled: Mapping[str, Value]) -> bool:

@@ -106,14 +106,11 @@ def test_a_prompt_leaves_room_for_what_is_written(generates: bool, new: int, pro
 
 
 @pytest.mark.parametrize("new", [7, 8, 64])
-def test_a_text_that_leaves_no_room_for_a_prompt_is_refused(new: int) -> None:
-    rows: list[Row] = [text("a", "e")]
-    with pytest.raises(UserError) as error:
-        prepared(rows, max_length=8, max_new_tokens=new, predict_with_generate=True)
-    line = f"max_new_tokens: {new} leaves no room for a prompt; both must fit into max_length (8)"
-    assert str(error.value) == line
-    prepared(rows, max_length=8, max_new_tokens=new)
-    prepared(rows, word_tokenizer("$A </s>"), task="seq2seq-lm", max_length=8, max_new_tokens=new)
+@pytest.mark.parametrize("generates", [True, False])
+def test_a_text_that_would_leave_no_room_for_a_prompt_gets_half(generates: bool, new: int) -> None:
+    settings = {"max_length": 8, "max_new_tokens": new, "predict_with_generate": generates}
+    assert lists(prepared([text("a b c d", "e")], **settings).validation[0])[2] == [BOS, B, C, D]
+    prepared([text("a", "e")], word_tokenizer("$A </s>"), task="seq2seq-lm", **settings)
 
 
 def test_a_row_with_nothing_to_predict_is_dropped() -> None:

@@ -28,7 +28,7 @@ from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import prepare
 from bilora_ray.training.loop import Run
 from bilora_ray.training.rehearsal import rehearse
-from bilora_ray.training.tasks.rows import load_rows
+from bilora_ray.training.tasks.rows import load_rows, notes
 
 AUTO = {"causal-lm": AutoModelForCausalLM, "seq2seq-lm": AutoModelForSeq2SeqLM}
 COLOURS = ("red", "green", "blue")
@@ -267,16 +267,20 @@ def test_what_is_written_is_no_longer_than_what_was_trained(tiny: Tiny, tmp_path
     assert set(lengths) == {16}
 
 
-@pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm"])
-def test_a_text_without_room_is_refused_before_anything_is_trained(task: Task, tiny: Tiny, tmp_path: Path) -> None:
-    line = {
-        "causal-lm": "max_new_tokens: 40 leaves no room for a prompt; both must fit into max_length (32)",
-        "seq2seq-lm": "max_new_tokens: 40 is more than the model's 32 positions",
-    }[task]
-    config = generating(tiny, task, with_positions(tiny, task, tmp_path / "model"), max_new_tokens=40)
+def test_a_text_without_positions_is_refused_before_anything_is_trained(tiny: Tiny, tmp_path: Path) -> None:
+    config = generating(tiny, "seq2seq-lm", with_positions(tiny, "seq2seq-lm", tmp_path / "model"), max_new_tokens=40)
     rehearse(config)  # which writes nothing
     writes = config.model_copy(update={"predict_with_generate": True})
     for refuse in (rehearse, lambda writes: Run(writes, TrialFolder(tmp_path / "trial"))):
         with pytest.raises(UserError) as error:
             refuse(writes)
-        assert str(error.value) == line
+        assert str(error.value) == "max_new_tokens: 40 is more than the model's 32 positions"
+
+
+def test_a_text_that_would_leave_no_room_for_its_prompt_is_told_and_measured(tiny: Tiny, tmp_path: Path) -> None:
+    config = generating(tiny, "causal-lm", with_positions(tiny, "causal-lm", tmp_path / "model"), max_new_tokens=40)
+    writes = config.model_copy(update={"predict_with_generate": True})
+    (note,) = notes(load_rows(writes), writes, 1)
+    assert note == "max_new_tokens: 40 leaves no room for a prompt in max_length (32); a text gets 16"
+    run = Run(writes, TrialFolder(tmp_path / "trial"))
+    assert "eval_exact_match" in evaluate(run.model, run.data.validation, writes, run.data.tokenizer)

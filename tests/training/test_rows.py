@@ -199,14 +199,6 @@ def test_a_validation_completion_must_have_an_answer(folder: Folder) -> None:
 # Conversations
 
 
-def test_a_text_that_is_as_long_as_a_row_may_be_is_refused_without_a_tokenizer(folder: Folder) -> None:
-    settings = {"predict_with_generate": True, "max_length": 32, "max_new_tokens": 32}
-    line = "max_new_tokens: 32 leaves no room for a prompt; both must fit into max_length (32)"
-    assert folder.error(numbered(4), **settings) == line
-    folder.load(numbered(4), **settings | {"max_new_tokens": 31})
-    folder.load(numbered(4), **settings, task="seq2seq-lm")
-
-
 def test_a_conversation_ends_with_the_last_assistant_turn(folder: Folder) -> None:
     rows = [{"chat": [USER, ASSISTANT, USER, ASSISTANT, USER]}]
     dataset = folder.load(rows, rows, messages_column="chat")

@@ -97,15 +97,11 @@ def decoded_labels(example: Example, tokenizer: PreTrainedTokenizerBase, label_n
     return str(tokenizer.decode([token for token in example.labels if token != IGNORED]))
 
 
-def cross_entropy(model: Model, batch: dict[str, Tensor]) -> Tensor:
-    """The mean loss over a batch's labels, in nats; scalar, float32 whatever the logits are.
-
-    The model's own loss is in the type of its logits, and of what its config says that it was trained for.
-    """
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean loss over `targets` (...), in nats; scalar, float32 whatever the `logits` (..., classes) are."""
     from torch.nn import functional
 
-    logits, labels = model(**batch).logits, batch["labels"]
-    return functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), ignore_index=IGNORED)
+    return functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
 
 
 def nothing(*_: Any, **__: Any) -> Any:
@@ -139,6 +135,7 @@ class Task:
         model_arguments: label names -> what `from_pretrained` takes beside what all tasks give it.
         heads: modules that PEFT trains and saves by itself.
         takes_messages: whether a row may be a conversation.
+        continues: whether what a model writes goes on with its prompt, and shares `max_length` with it.
     """
 
     peft_type: str
@@ -150,13 +147,13 @@ class Task:
     collate: Callable[[Sequence[Example], int], dict[str, Tensor]]
     target_count: Callable[[Sequence[Example]], int]
     forward: Callable[[Model, dict[str, Tensor]], tuple[Tensor, Tensor]]
+    loss: Callable[[Model, dict[str, Tensor]], Tensor]
     measure: Callable[[Tensor, Tensor], Any]
     metrics: Callable[[Sequence[Any]], dict[str, float]]
     predict: Callable[
         [Model, Sequence[Example], TrialConfig, PreTrainedTokenizerBase, Labels, Workers],
         list[Prediction],
     ]
-    loss: Callable[[Model, dict[str, Tensor]], Tensor] = cross_entropy
     learned: Callable[[Example, PreTrainedTokenizerBase, Labels], str] = decoded_labels
     label_names: Callable[[Iterable[Record], TrialConfig], Labels] = given_labels
     check: Callable[[Sequence[Any], TrialConfig], None] = nothing
@@ -168,11 +165,15 @@ class Task:
     model_arguments: Callable[[Labels], dict[str, Any]] = nothing
     heads: tuple[str, ...] = ()
     takes_messages: bool = False
+    continues: bool = False
 
 
-def check_positions(positions: int | None, config: TrialConfig) -> None:
-    """UserError unless a row, and a text that is measured, are no longer than so many positions; None: no end."""
-    for setting in ("max_length", *(["max_new_tokens"] if config.predict_with_generate else [])):
+def check_positions(positions: int | None, config: TrialConfig, continues: bool) -> None:
+    """UserError unless a row is no longer than so many positions; None: no end.
+
+    Nor may a measured text be, unless it `continues` its prompt: then both are in a row.
+    """
+    for setting in ("max_length", *(["max_new_tokens"] if config.predict_with_generate and not continues else [])):
         length = getattr(config, setting)
         if positions is not None and length > positions:
             raise UserError(f"{setting}: {length} is more than the model's {positions} positions")

@@ -20,7 +20,7 @@ from bilora_ray.errors import UserError
 from bilora_ray.training.data.chat import conversation, messages_of
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import IGNORED
-from bilora_ray.training.tasks.base import Example, Labels, Model, Task
+from bilora_ray.training.tasks.base import Dataset, Example, Labels, Model, Task
 from bilora_ray.training.tasks.text import (
     TextRow,
     check_answers,
@@ -95,7 +95,7 @@ def _examples(
 
 def _asked(part: Parts, config: TrialConfig) -> list[int]:
     """Of the prompt, what is read before a text is written: at least one token, if it has any."""
-    room = config.max_length - most_new_tokens(config) - len(part.head)
+    room = config.max_length - most_new_tokens(config, continues=True) - len(part.head)
     if room < 1 and config.predict_with_generate:
         raise _no_room(config)
     return _last(part.prompt, max(room, 1))
@@ -106,10 +106,13 @@ def _no_room(config: TrialConfig) -> UserError:
     return UserError(f"max_new_tokens: {config.max_new_tokens} leaves no room for a prompt; {both}")
 
 
-def _check(rows: Sequence[Any], config: TrialConfig) -> None:
-    if config.predict_with_generate and config.max_new_tokens >= config.max_length:
-        raise _no_room(config)
-    check_answers(rows, config)
+def _notes(dataset: Dataset, config: TrialConfig, validation_data: str) -> Iterator[str]:
+    yield from text_notes(dataset, config, validation_data)
+    if config.predict_with_generate and most_new_tokens(config, continues=True) < config.max_new_tokens:
+        line = (
+            f"max_new_tokens: {config.max_new_tokens} leaves no room for a prompt in max_length ({config.max_length})"
+        )
+        yield f"{line}; a text gets {most_new_tokens(config, continues=True)}"
 
 
 def _last(values: list[int], count: int) -> list[int]:
@@ -168,8 +171,9 @@ TASK = Task(
     measure=measure,
     metrics=metrics,
     predict=partial(predict, continues=True),
-    check=_check,
-    notes=text_notes,
+    check=check_answers,
+    notes=_notes,
     generated=partial(generated, continues=True),
     takes_messages=True,
+    continues=True,
 )

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from bilora_ray.config import TrialConfig
-from bilora_ray.training.tasks.base import Example, Model, Task
+from bilora_ray.training.tasks.base import Example, Model, Task, cross_entropy
 from bilora_ray.training.tasks.text import (
     TextRow,
     check_answers,
@@ -54,6 +54,13 @@ def _target_count(examples: Sequence[Example]) -> int:
     return target_count(example.labels for example in examples)
 
 
+def _loss(model: Model, batch: dict[str, Tensor]) -> Tensor:
+    """The model's own, with what the routers of experts may add to it, unless that is not float32."""
+    output = model(**batch)
+    exact = output.loss.dtype == output.loss.float().dtype
+    return output.loss if exact else cross_entropy(output.logits, batch["labels"])
+
+
 def _forward(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The model makes the decoder's input of the labels, so that it needs them."""
     return model(**batch).logits, batch["labels"]
@@ -66,6 +73,7 @@ TASK = Task(
     collate=collate,
     target_count=_target_count,
     forward=_forward,
+    loss=_loss,
     measure=measure,
     metrics=metrics,
     predict=partial(predict, continues=False),

@@ -16,7 +16,17 @@ from bilora_ray.errors import UserError
 from bilora_ray.training.data.columns import label_of, label_text_of, text_of
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import IGNORED, LossSum, label_metrics
-from bilora_ray.training.tasks.base import Example, Labels, Model, Prediction, Task, on_device, padded, stacked
+from bilora_ray.training.tasks.base import (
+    Example,
+    Labels,
+    Model,
+    Prediction,
+    Task,
+    cross_entropy,
+    on_device,
+    padded,
+    stacked,
+)
 from bilora_ray.training.tasks.text import with_special_tokens
 
 if TYPE_CHECKING:
@@ -88,6 +98,11 @@ def _forward(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return model(**{key: tensor for key, tensor in batch.items() if key != "labels"}).logits, batch["labels"]
 
 
+def _loss(model: Model, batch: dict[str, Tensor]) -> Tensor:
+    """Not the model's own, which is in the type of its logits, and of what its config says that it was trained for."""
+    return cross_entropy(*_forward(model, batch))
+
+
 def _measure(logits: Tensor, targets: Tensor) -> Measured:
     loss = LossSum()
     loss.add(logits, targets)
@@ -141,6 +156,7 @@ TASK = Task(
     collate=_collate,
     target_count=len,
     forward=_forward,
+    loss=_loss,
     measure=_measure,
     metrics=_metrics,
     predict=_predict,

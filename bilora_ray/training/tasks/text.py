@@ -135,9 +135,15 @@ def metrics(parts: Sequence[LossSum]) -> dict[str, float]:
     return LossSum.of(parts).metrics()
 
 
-def most_new_tokens(config: TrialConfig) -> int:
-    """How many tokens a text has at the most: where none is measured, of a few rows for people, half of a row."""
-    return config.max_new_tokens if config.predict_with_generate else min(config.max_new_tokens, config.max_length // 2)
+def most_new_tokens(config: TrialConfig, continues: bool) -> int:
+    """How many tokens a text has at the most.
+
+    One that `continues` its prompt shares `max_length` with it. It gets half where it would leave the prompt nothing
+    but the token that many tokenizers put before a text.
+    """
+    if continues:
+        return config.max_new_tokens if config.max_new_tokens + 2 <= config.max_length else config.max_length // 2
+    return config.max_new_tokens if config.predict_with_generate else min(config.max_new_tokens, config.max_length)
 
 
 def generated(
@@ -197,7 +203,7 @@ def _texts(
         prompts = on_device(prompts, model)
         output = model.generate(
             **prompts,
-            max_new_tokens=most_new_tokens(config),
+            max_new_tokens=most_new_tokens(config, continues),
             do_sample=False,
             num_beams=1,
             # A model's own defaults for generation are for chatting, and need not know the end that was trained.
