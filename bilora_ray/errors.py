@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 # So many names are listed in a line.
 MOST_NAMES = 20
@@ -28,6 +30,20 @@ NETWORK = frozenset({"aiohttp", "httpcore", "httpx", "httpx2", "requests", "urll
 BUSY = frozenset({408, 429})
 # The Hub has not answered, and its cache here has not what was asked for.
 UNREACHED = "LocalEntryNotFoundError"
+# What code raises again, however often it is started: it is wrong itself, or what it was given is.
+SAME_AGAIN = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
+# As torch says it of tensors that do not go together. Else its RuntimeErrors may be of a device or of another worker.
+MISFIT = re.compile(r"\b(dimensions?|dtypes?|scalar type|shapes?|sizes?)\b", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -42,11 +58,25 @@ class MachineError(UserError):
 
 
 class TrialFailure(Exception):
-    """A trial that cannot go on although its input is right: the search records it and goes on."""
+    """A trial that cannot go on although its input is right: the search records it and goes on.
+
+    Attributes:
+        by_settings: whether its own settings are why, so that a search is to keep away from them.
+    """
+
+    by_settings = False
+
+
+class OutOfMemory(TrialFailure):
+    """The trial's settings want more memory than the GPU has."""
+
+    by_settings = True
 
 
 class NonFiniteLoss(TrialFailure):
     """The loss became NaN or infinite."""
+
+    by_settings = True
 
     def __init__(self, step: int, loss: float) -> None:
         super().__init__(f"loss is {loss} at step {step}")
@@ -106,3 +136,16 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, ConnectionError | MemoryError | TimeoutError) or (
         library in NETWORK or type(error).__name__ == UNREACHED
     )
+
+
+@contextmanager
+def not_again() -> Iterator[None]:
+    """Turn what the block would raise in each of several starts into a TrialFailure, after which there is no other."""
+    try:
+        yield
+    except (TrialFailure, UserError, OSError):
+        raise
+    except (*SAME_AGAIN, RuntimeError) as error:
+        if not isinstance(error, SAME_AGAIN) and not (type(error) is RuntimeError and MISFIT.search(str(error))):
+            raise
+        raise TrialFailure(f"{type(error).__name__}: {first_line(error)}") from error

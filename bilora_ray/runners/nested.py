@@ -10,6 +10,7 @@ from typing import Any
 from ray import get_runtime_context, tune
 
 from bilora_ray.config import TrialConfig
+from bilora_ray.errors import not_again
 from bilora_ray.runners.task import (
     EXPECTED,
     FOLDER,
@@ -18,7 +19,6 @@ from bilora_ray.runners.task import (
     Runner,
     explained,
     folder_of,
-    not_again,
     telling,
     the_only,
 )

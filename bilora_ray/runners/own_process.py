@@ -8,6 +8,7 @@ from typing import Any
 from ray import tune
 
 from bilora_ray.config import CUDA_GIB, TrialConfig
+from bilora_ray.errors import not_again
 from bilora_ray.runners.task import (
     EXPECTED,
     RESOURCES,
@@ -15,7 +16,6 @@ from bilora_ray.runners.task import (
     Runner,
     explained,
     folder_of,
-    not_again,
     telling,
     the_only,
 )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,24 +16,11 @@ from bilora_ray.training.folder import TrialFolder
 # The keys of a task: the trials that run together, and what they get. Those of each of its trials.
 TRIALS, RESOURCES = "trials", "resources"
 NUMBER, FOLDER, SETTINGS = "number", "folder", "settings"
-# The keys of a report, beside the trial's number: an evaluation's metrics; or why this trial cannot go on; or what is
-# wrong with its settings or data; or what is wrong with the machine, so that the trial may go on another time.
-EVALUATION, FAILURE, BAD_INPUT, BROKEN = "evaluation", "failure", "bad_input", "broken"
+# The keys of a report, beside the trial's number: an evaluation's metrics; or why this trial cannot go on, and whether
+# its own settings are why; or what is wrong with its settings or data; or what is wrong with the machine, so that the
+# trial may go on another time.
+EVALUATION, FAILURE, BY_SETTINGS, BAD_INPUT, BROKEN = "evaluation", "failure", "by_settings", "bad_input", "broken"
 EXPECTED = (TrialFailure, UserError, OSError, SafetensorError)
-# What code raises again, however often it is started: it is wrong itself, or what it was given is.
-SAME_AGAIN = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NameError,
-    NotImplementedError,
-    TypeError,
-    ValueError,
-)
-# As torch says it of tensors that do not go together. Else its RuntimeErrors may be of a device or of another worker.
-MISFIT = re.compile(r"\b(dimensions?|dtypes?|scalar type|shapes?|sizes?)\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -72,23 +57,10 @@ def telling(report: Callable[[dict[str, Any]], None], trial: Mapping[str, Any]) 
 def explained(trial: Mapping[str, Any], error: BaseException) -> dict[str, Any]:
     """The report of a trial that ended with one of the `EXPECTED` errors."""
     if isinstance(error, TrialFailure):
-        return {NUMBER: trial[NUMBER], FAILURE: str(error)}
+        return {NUMBER: trial[NUMBER], FAILURE: str(error), BY_SETTINGS: error.by_settings}
     if isinstance(error, UserError) and not isinstance(error, MachineError):
         return {NUMBER: trial[NUMBER], BAD_INPUT: str(error)}
     return {NUMBER: trial[NUMBER], BROKEN: first_line(error)}
-
-
-@contextmanager
-def not_again() -> Iterator[None]:
-    """Turn what the block would raise in each of several starts into a TrialFailure, after which there is no other."""
-    try:
-        yield
-    except EXPECTED:
-        raise
-    except (*SAME_AGAIN, RuntimeError) as error:
-        if not isinstance(error, SAME_AGAIN) and not (type(error) is RuntimeError and MISFIT.search(str(error))):
-            raise
-        raise TrialFailure(f"{type(error).__name__}: {first_line(error)}") from error
 
 
 def folder_of(trial: Mapping[str, Any]) -> TrialFolder:

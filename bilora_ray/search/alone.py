@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from bilora_ray.errors import GO_ON, MachineError, TrialFailure, UserError
+from bilora_ray.errors import GO_ON, MachineError, TrialFailure, UserError, not_again
 from bilora_ray.records import Status
 from bilora_ray.search.session import Observers, Watcher, session
 from bilora_ray.search.space import Space
@@ -58,13 +58,13 @@ def _train(study: SearchStudy, number: int, observers: Observers) -> None:
     observers.trial_started(study.record(number))
     folder = study.folder(number)
     try:
-        with folder.lock(ORPHAN_WAIT_S):
+        with folder.lock(ORPHAN_WAIT_S), not_again():
             # As many rows a step as where the space's workers share them.
             fit(study.config(number), folder, report, Workers(planned=study.space.resources.workers))
     except MachineError as error:
         raise MachineError(f"{error}{GO_ON}") from None
     except (TrialFailure, UserError) as error:
-        study.fail(number, str(error), by_settings=isinstance(error, TrialFailure))
+        study.fail(number, str(error), by_settings=isinstance(error, TrialFailure) and error.by_settings)
         if isinstance(error, UserError):
             raise
     finally:

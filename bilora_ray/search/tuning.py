@@ -14,11 +14,14 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from bilora_ray.config import SOURCES
 from bilora_ray.errors import GO_ON, MachineError, UserError
+from bilora_ray.paths import kind_of
 from bilora_ray.records import Status
 from bilora_ray.runners.task import (
     BAD_INPUT,
     BROKEN,
+    BY_SETTINGS,
     EVALUATION,
     FAILURE,
     FOLDER,
@@ -119,8 +122,12 @@ class StudyScheduler(FIFOScheduler):
 
     def _take_in(self, tune_controller: Any, trial: Trial, result: Mapping[str, Any]) -> str:
         number = result[NUMBER]
+        if BROKEN not in result and number not in self.study.in_hand():  # it has ended beside others that go on
+            return self._verdict(trial)
         if BROKEN in result:
             return self._halt(tune_controller, MachineError(f"trial {number}: {result[BROKEN]}{GO_ON}"))
+        if BAD_INPUT in result and self._has_lost_a_source():
+            return self._halt(tune_controller, MachineError(f"trial {number}: {result[BAD_INPUT]}{GO_ON}"))
         if BAD_INPUT in result:
             # Another trial's evaluation shows that what all share is right: then it is this one's own settings.
             others_work = any(record.history for record in self.study.records())
@@ -129,7 +136,7 @@ class StudyScheduler(FIFOScheduler):
                 return self._halt(tune_controller, UserError(result[BAD_INPUT]))
             return self._verdict(trial)
         if FAILURE in result:
-            self._fail(number, result[FAILURE], by_settings=True)
+            self._fail(number, result[FAILURE], by_settings=result[BY_SETTINGS])
             return self._verdict(trial)
         # Tune flattens what it is given and adds a dozen keys of its own.
         metrics = {key.removeprefix(METRICS): value for key, value in result.items() if key.startswith(METRICS)}
@@ -140,6 +147,14 @@ class StudyScheduler(FIFOScheduler):
         if status is not Status.RUNNING:
             self.observers.trial_ended(record)
         return self._verdict(trial)
+
+    def _has_lost_a_source(self) -> bool:
+        """Whether a file or folder that all trials share, and that was there at the start, is away."""
+        for key, kind in SOURCES.items():
+            name = self.study.space.fixed.get(key)
+            if name and kind_of(name, kind == "data") == "local" and not Path(name).exists():
+                return True
+        return False
 
     def _verdict(self, trial: Trial) -> str:
         return TrialScheduler.CONTINUE if self._running(trial) else TrialScheduler.STOP

@@ -21,7 +21,7 @@ from transformers import get_scheduler
 
 from bilora_ray.checking import completed
 from bilora_ray.config import TrialConfig
-from bilora_ray.errors import NonFiniteLoss, TrialFailure, UserError
+from bilora_ray.errors import NonFiniteLoss, OutOfMemory, UserError
 from bilora_ray.files import atomic_folder, temporary_folder
 from bilora_ray.method import export_primary, primary_parameters
 from bilora_ray.method.base import Closure
@@ -303,7 +303,7 @@ def fit(config: TrialConfig, folder: TrialFolder, report: Report, workers: Worke
             if run.evaluation_due():
                 goes_on = workers.gather(report(run.evaluate()))[0] is not False
     except torch.OutOfMemoryError as error:
-        raise TrialFailure(f"out of GPU memory: {str(error).splitlines()[0]}") from error
+        raise OutOfMemory(f"out of GPU memory: {str(error).splitlines()[0]}") from error
     return run.progress
 
 

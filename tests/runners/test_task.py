@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import distributed
 
-from bilora_ray.errors import MachineError, NonFiniteLoss, TrialFailure, UserError
-from bilora_ray.runners.task import BAD_INPUT, BROKEN, FAILURE, explained, not_again
+from bilora_ray.errors import MachineError, NonFiniteLoss, OutOfMemory, TrialFailure, UserError, not_again
+from bilora_ray.runners.task import BAD_INPUT, BROKEN, BY_SETTINGS, FAILURE, NUMBER, explained
 
 
 def misfit() -> None:
@@ -63,11 +63,14 @@ def test_what_another_start_may_mend_or_what_is_told_already_stays(error: Except
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (NonFiniteLoss(3, float("inf")), {FAILURE: "loss is inf at step 3"}),
+        (NonFiniteLoss(3, float("inf")), {FAILURE: "loss is inf at step 3", BY_SETTINGS: True}),
+        (OutOfMemory("out"), {FAILURE: "out", BY_SETTINGS: True}),
+        # A node without a package must not teach the sampler.
+        (TrialFailure("ImportError: no"), {FAILURE: "ImportError: no", BY_SETTINGS: False}),
         (UserError("rank: no"), {BAD_INPUT: "rank: no"}),
         (MachineError("the Hub does not answer"), {BROKEN: "the Hub does not answer"}),
         (OSError(errno.ENOSPC, "No space left on device", "/a"), {BROKEN: "No space left on device: /a"}),
     ],
 )
-def test_a_trial_says_whose_fault_its_end_was(error: Exception, told: dict[str, str]) -> None:
-    assert explained(error) == told
+def test_a_trial_says_whose_fault_its_end_was(error: Exception, told: dict[str, object]) -> None:
+    assert explained({NUMBER: 7}, error) == {NUMBER: 7, **told}
