@@ -177,10 +177,14 @@ class SearchStudy(StudyView):
         for trial in self._trials(TrialState.RUNNING):
             if trial.number in self._live or not self._claims.take(trial.number):
                 continue
-            if self._trial(trial.number).state == TrialState.RUNNING:
+            now = self._trial(trial.number)
+            if now.state == TrialState.RUNNING and not now.constraints:
                 yield trial.number
-            else:  # it ended between the question and the claim
-                self._claims.release(trial.number)
+                continue
+            if now.state == TrialState.RUNNING:  # whoever ran it died as it was failed by its settings
+                self.study.tell(trial.number, state=TrialState.PRUNED)
+                self.folder(trial.number).discard_tensors()
+            self._claims.release(trial.number)  # it has ended, now or between the question and the claim
 
     def _end(self, number: int, state: TrialState, value: float | None = None) -> None:
         self.study.tell(self._live.pop(number), values=value, state=state)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bilora_ray.search.study.schedulers import asha, none
-from bilora_ray.search.study.schedulers.base import Asked
+from bilora_ray.search.study.schedulers.base import Asked, once
 
 # What `study.scheduler` says -> whether a trial is stopped.
 SCHEDULERS: dict[str, Callable[[Asked], bool]] = {
-    "asha": asha.is_weak,
+    "asha": once(asha.is_weak),
     "none": none.is_weak,
 }

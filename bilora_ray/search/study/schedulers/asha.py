@@ -10,9 +10,9 @@ import copy
 
 from optuna.pruners import SuccessiveHalvingPruner
 
-from bilora_ray.search.study.schedulers.base import Asked
+from bilora_ray.search.study.schedulers.base import JUDGED, Asked
 
-FIRST_STEPS, FIRST_ROWS, JUDGED = "grace_period", "grace_rows", "judged"
+FIRST_STEPS, FIRST_ROWS = "grace_period", "grace_rows"
 RUNG = "completed_rung_"
 
 
@@ -23,16 +23,11 @@ def is_weak(asked: Asked) -> bool:
     verdict leaves the rung without one: the comparison is made again.
     """
     trial = asked.trial
-    if trial.user_attrs.get(JUDGED, -1) >= asked.step:
-        return False
     first, step = _first_rung(asked)
     pruner = SuccessiveHalvingPruner(min_resource=first, reduction_factor=asked.space.study.reduction_factor)
     measured = copy.copy(trial.storage.get_trial(trial._trial_id))
     measured.intermediate_values = {step * at: value for at, value in measured.intermediate_values.items()}
-    weak = pruner.prune(trial.study, measured) or _lost_a_rung(asked, first, step)
-    if not weak:
-        trial.set_user_attr(JUDGED, asked.step)
-    return weak
+    return pruner.prune(trial.study, measured) or _lost_a_rung(asked, first, step)
 
 
 def _first_rung(asked: Asked) -> tuple[int, int]:
@@ -46,9 +41,12 @@ def _first_rung(asked: Asked) -> tuple[int, int]:
     if FIRST_ROWS in known:
         return known[FIRST_ROWS], rows
     if settings.grace_period is not None:
-        first = settings.grace_period * space.largest_step().step_rows(workers)
+        first = settings.grace_period * space.with_step(max).step_rows(workers)
     else:
-        first = max(1, asked.max_steps // settings.reduction_factor**2) * rows
+        # As many steps see fewer rows in smaller batches: of all trials the shortest has a rung, whoever asks first.
+        shortest = space.with_step(min)
+        step_rows = rows if shortest.max_steps is None else shortest.step_rows(workers)
+        first = max(1, asked.max_steps // settings.reduction_factor**2) * step_rows
     # Trials may differ in their length: the first that any search of the study asks about decides for all.
     with asked.choosing:
         first = study.user_attrs.get(FIRST_ROWS, first)

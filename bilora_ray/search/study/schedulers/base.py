@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -10,6 +10,9 @@ from optuna.trial import Trial
 
 from bilora_ray.records import Objective
 from bilora_ray.search.space import Space, Value
+
+# Of a trial, the step of the last evaluation after which it was let go on.
+JUDGED = "judged"
 
 
 @dataclass(frozen=True)
@@ -35,3 +38,17 @@ class Asked:
     space: Space
     objective: Objective
     choosing: AbstractContextManager[None]
+
+
+def once(is_weak: Callable[[Asked], bool]) -> Callable[[Asked], bool]:
+    """`is_weak`, asked once about each evaluation: a resumed trial tells its last one again."""
+
+    def asked_once(asked: Asked) -> bool:
+        if asked.trial.user_attrs.get(JUDGED, -1) >= asked.step:
+            return False
+        weak = is_weak(asked)
+        if not weak:
+            asked.trial.set_user_attr(JUDGED, asked.step)
+        return weak
+
+    return asked_once
