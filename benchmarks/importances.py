@@ -79,7 +79,7 @@ def search(planted: str, num_trials: int, num_settings: int, seed: int) -> Impor
                 state = TrialState.PRUNED
                 break
         study.tell(trial, level if state == TrialState.COMPLETE else None, state=state)
-    return importances_of(study.get_trials(deepcopy=False), space.distributions)
+    return importances_of(study.get_trials(deepcopy=False), space.distributions, lambda _: 1)
 
 
 def main() -> None:

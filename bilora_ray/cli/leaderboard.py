@@ -93,7 +93,7 @@ def study_as_json(study: StudyView) -> dict[str, Any]:
         "best": None if best is None else as_json(best, metric),
         "importances": {key: share.share for key, share in importances.shares.items()},
         "importances_detail": {
-            "step": importances.step,
+            "rows": importances.rows,
             "num_trials": importances.num_trials,
             "intervals": {key: [share.low, share.high] for key, share in importances.shares.items()},
             "unknown": importances.unknown,

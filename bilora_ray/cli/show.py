@@ -105,7 +105,7 @@ def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -
 def _print_importances(console: Console, study: StudyView, found: Importances) -> None:
     from bilora_ray.search.study.importances import METHOD
 
-    at = "" if found.step is None else f", by {study.objective.metric} at step {found.step}"
+    at = "" if found.rows is None else f", by {study.objective.metric} after {found.rows} training rows"
     if found.unknown:
         console.print(f"What mattered{at}: {found.unknown}", markup=False)
         return

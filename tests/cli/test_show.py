@@ -51,7 +51,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_mattered_is_shown_with_its_interval_and_its_method() -> None:
     searched(20)
     lines = shown().splitlines()
-    start = lines.index("What mattered, by eval_loss at step 10, of its variance among 20 trials:")
+    start = lines.index("What mattered, by eval_loss after 80 training rows, of its variance among 20 trials:")
     detail = json.loads(shown("--json"))
     share, (low, high) = detail["importances"]["rho"], detail["importances_detail"]["intervals"]["rho"]
     assert 0.9 < low <= share <= high <= 1
@@ -61,13 +61,13 @@ def test_what_mattered_is_shown_with_its_interval_and_its_method() -> None:
         f"By {METHOD}.",
     ]
     assert detail["importances"].keys() == {"rho"}
-    assert (detail["importances_detail"]["step"], detail["importances_detail"]["num_trials"]) == (10, 20)
+    assert (detail["importances_detail"]["rows"], detail["importances_detail"]["num_trials"]) == (80, 20)
 
 
 def test_where_nothing_is_known_it_says_why() -> None:
     searched(3)
-    why = "known from 12 trials at one step on; there are 3"
-    assert f"What mattered, by eval_loss at step 10: {why}" in shown().splitlines()
+    why = "known from 12 comparable trials on; there are 3"
+    assert f"What mattered, by eval_loss after 80 training rows: {why}" in shown().splitlines()
     found = json.loads(shown("--json"))
     assert found["importances"] == {}
-    assert found["importances_detail"] == {"step": 10, "num_trials": 3, "intervals": {}, "unknown": why}
+    assert found["importances_detail"] == {"rows": 80, "num_trials": 3, "intervals": {}, "unknown": why}

@@ -133,7 +133,7 @@ def test_the_same_trials_give_the_same_numbers() -> None:
 def test_too_few_trials_say_nothing(count: int) -> None:
     settings = drawn(count)
     shares, unknown = shares_of(settings, of_learning_rate(settings).tolist(), SPACE)
-    assert (shares, unknown) == ({}, f"known from {LEAST_TRIALS} trials at one step on; there are {count}")
+    assert (shares, unknown) == ({}, f"known from {LEAST_TRIALS} comparable trials on; there are {count}")
 
 
 def test_what_cannot_be_told_is_not_shown() -> None:
@@ -149,7 +149,7 @@ def test_what_cannot_be_told_is_not_shown() -> None:
     assert shares_of(settings, values.tolist(), SPACE) == ({}, wide)
 
 
-def test_all_trials_are_compared_at_the_largest_step_that_most_reached() -> None:
+def test_all_trials_are_compared_after_the_most_rows_that_most_saw() -> None:
     settings = drawn(20)
     values = of_learning_rate(settings)
     trials = []
@@ -160,13 +160,32 @@ def test_all_trials_are_compared_at_the_largest_step_that_most_reached() -> None
             trials.append(trial({5: 0.0, 10: value}, TrialState.PRUNED, given))
         else:
             trials.append(trial({7: value, 10: math.inf}, TrialState.PRUNED, given))
-    found = importances_of(trials, SPACE)
-    assert (found.step, found.num_trials, list(found.shares)) == (10, 19, ["learning_rate"])
+    found = importances_of(trials, SPACE, lambda _: 8)
+    assert (found.rows, found.num_trials, list(found.shares)) == (80, 19, ["learning_rate"])
 
 
-def test_trials_that_share_no_step_are_not_compared() -> None:
+def test_trials_that_saw_other_numbers_of_rows_are_not_compared() -> None:
     trials = [trial({5 + number % 3: 1.0}, TrialState.PRUNED, given) for number, given in enumerate(drawn(20))]
-    found = importances_of(trials, SPACE)
-    assert (found.step, found.shares) == (None, {})
-    assert found.unknown == "no step at which most of the 20 trials that ended were evaluated"
-    assert importances_of([], SPACE).unknown == "no trial has ended"
+    found = importances_of(trials, SPACE, lambda _: 8)
+    assert (found.rows, found.shares) == (None, {})
+    assert found.unknown == "most of the 20 trials that ended were not evaluated after as many training rows"
+    assert importances_of([], SPACE, lambda _: 8).unknown == "no trial has ended"
+
+
+@pytest.mark.parametrize("batches", [(8, 16), (4, 8, 16, 32)])
+def test_a_larger_batch_is_compared_after_as_many_rows(batches: tuple[int, ...]) -> None:
+    """All that a value depends on is how many rows were seen, so that no setting matters."""
+    space = {"per_device_train_batch_size": Choice(choice=batches)}
+    trials = []
+    for number in range(24):
+        size = batches[number % len(batches)]
+        steps = range(math.ceil(100 / size), math.ceil(1000 / size) + 1, math.ceil(100 / size))
+        values = {step: 1 / (step * size) + 1e-9 * number for step in steps}
+        trials.append(trial(values, TrialState.COMPLETE, {"per_device_train_batch_size": size}))
+    found = importances_of(trials, space, lambda sampled: int(sampled["per_device_train_batch_size"] or 0))
+    assert found.num_trials == 24
+    assert found.rows is not None
+    assert found.rows >= 900
+    # Batches do not divide the rows, by which the values differ a little; never by ten times the rows.
+    by_step = importances_of(trials, space, lambda _: 1)
+    assert by_step.rows is None or by_step.rows != found.rows

@@ -723,7 +723,7 @@ def test_what_mattered_is_told_by_all_trials_that_did_not_fail(layout: Layout) -
     statuses = [record.status for record in study.records()]
     assert statuses.count(Status.COMPLETE) < 12
     found = study.importances()
-    assert (found.step, found.num_trials, found.unknown) == (2, 20, None)
+    assert (found.rows, found.num_trials, found.unknown) == (16, 20, None)
     assert list(found.shares) == ["rho"]
 
 

@@ -1,4 +1,4 @@
-"""Which searched settings mattered: a functional analysis of variance of all trials at one step, and its doubt.
+"""Which searched settings mattered: a functional analysis of variance of all trials after as many rows.
 
 The effect of a number is a parabola, that of a choice a level for each value. A forest (Hutter et al., ICML 2014,
 https://proceedings.mlr.press/v32/hutter14.html) asks less of their shape and far more of the number of trials; it also
@@ -7,8 +7,7 @@ takes seconds, where hundreds of shuffled and resampled studies are needed to sa
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
@@ -20,8 +19,10 @@ from bilora_ray.search.space import Choice, Distribution, Value
 # From so many on, a learning rate that explains nine tenths of the variance is found in more than 90 of 100 studies, be
 # it one of three settings or of five; a choice among five asks for 20. See benchmarks/results/importances.md.
 LEAST_TRIALS = 12
-# Most have reached a step if so many have. Of fewer, the weak are missing, and with them what made them weak.
+# Most have come so far if so many have. Of fewer, the weak are missing, and with them what made them weak.
 MOST = 0.8
+# An evaluation counts for one after other rows by such a share of them.
+NEAR = 0.05
 SHUFFLES, RESAMPLES = 199, 200
 # In such a share of studies noise alone names a setting.
 FALSE_ALARMS = 0.05
@@ -51,37 +52,52 @@ class Importances:
     """What mattered in a study.
 
     Attributes:
-        step: of the evaluations that were compared; None if there is none that most trials have.
+        rows: training rows before the evaluations that were compared; None if there are none that most trials have.
         num_trials: that have it.
         shares: setting -> its share, the largest first, as far as noise and doubt allow.
         unknown: why `shares` is empty, in words.
     """
 
-    step: int | None
+    rows: int | None
     num_trials: int
     shares: Mapping[str, Share] = field(default_factory=dict)
     unknown: str | None = None
 
 
-def importances_of(trials: Sequence[FrozenTrial], distributions: Mapping[str, Distribution]) -> Importances:
-    """What mattered among `trials`, by their evaluations at the largest step that `MOST` of them have reached.
+def importances_of(
+    trials: Sequence[FrozenTrial],
+    distributions: Mapping[str, Distribution],
+    step_rows: Callable[[Mapping[str, Value]], int],
+) -> Importances:
+    """What mattered among `trials`, after the largest number of training rows at which `MOST` of them were evaluated.
 
-    Trials without a finite value at exactly this step, because their evaluations fall on others, are left out. Where
-    the batch size is searched, what it explains holds what more rows at the same step explain.
+    Steps of larger batches are more training, so that rows are what is compared, as at a rung. An evaluation that is a
+    little off, since a batch does not divide all rows, is taken for one there; a trial without one is left out.
 
     Args:
         trials: that are complete or were stopped early.
         distributions: setting -> what it is drawn from.
+        step_rows: of a trial's settings, the training rows of a step.
     """
-    evaluated = [{s: value for s, value in trial.intermediate_values.items() if np.isfinite(value)} for trial in trials]
-    reached = Counter(step for values in evaluated for step in values)
-    step = max((step for step, count in reached.items() if count >= MOST * len(trials)), default=None)
-    if step is None:
-        why = f"no step at which most of the {len(trials)} trials that ended were evaluated"
-        return Importances(None, 0, unknown=why if trials else "no trial has ended")
-    compared = [(trial.params, values[step]) for trial, values in zip(trials, evaluated, strict=True) if step in values]
-    shares, unknown = shares_of([params for params, _ in compared], [value for _, value in compared], distributions)
-    return Importances(step, len(compared), shares, unknown)
+    evaluated = []
+    for trial in trials:
+        finite = {step: value for step, value in trial.intermediate_values.items() if np.isfinite(value)}
+        of_a_step = step_rows(trial.params) if finite else 0
+        evaluated.append({step * of_a_step: value for step, value in finite.items()})
+    for rows in sorted({rows for values in evaluated for rows in values}, reverse=True):
+        there = [(trial.params, _near(rows, values)) for trial, values in zip(trials, evaluated, strict=True)]
+        compared = [(params, value) for params, value in there if value is not None]
+        if len(compared) >= MOST * len(trials):
+            shares, unknown = shares_of([params for params, _ in compared], [v for _, v in compared], distributions)
+            return Importances(rows, len(compared), shares, unknown)
+    why = f"most of the {len(trials)} trials that ended were not evaluated after as many training rows"
+    return Importances(None, 0, unknown=why if trials else "no trial has ended")
+
+
+def _near(rows: int, values: Mapping[int, float]) -> float | None:
+    """The value after about so many `rows`; None if there is none."""
+    nearest = min(values, key=lambda other: abs(other - rows), default=0)
+    return values[nearest] if values and abs(nearest - rows) <= NEAR * rows else None
 
 
 def shares_of(
@@ -98,7 +114,7 @@ def shares_of(
         distributions: setting -> what it is drawn from.
     """
     if len(values) < LEAST_TRIALS:
-        return {}, f"known from {LEAST_TRIALS} trials at one step on; there are {len(values)}"
+        return {}, f"known from {LEAST_TRIALS} comparable trials on; there are {len(values)}"
     y = _clipped(np.array(values, dtype=float))
     if np.ptp(y) == 0:
         return {}, "all trials have the same value"

@@ -122,7 +122,10 @@ class StudyView:
     def importances(self) -> Importances:
         """Which of the searched settings mattered, among the trials that are complete or were stopped early."""
         judged = [trial for trial in self._trials(TrialState.COMPLETE, TrialState.PRUNED) if not _failed(trial)]
-        return importances_of(judged, self.space.distributions)
+        workers = self.space.resources.workers
+        return importances_of(
+            judged, self.space.distributions, lambda sampled: self.space.trial_config(sampled).step_rows(workers)
+        )
 
     def _trial(self, number: int) -> FrozenTrial:
         """One trial, read by itself: what a report costs must not grow with the study."""
