@@ -83,7 +83,7 @@ class Facts:
         holds_out: whether it decides which rows are held out: see `deciding_the_split`.
         source: what it names a file, a folder or a Hub repository of.
         revision: the setting that names the commit of such a repository.
-        rehearsed: whether a dry run tries each of its values, as they could have other modules.
+        rehearsed: whether a dry run tries each of its values: it could have other modules, or ask for a package.
         shown: where a person is told of it unasked: in the table of a model `card`, under the `best` trial.
     """
 
@@ -149,10 +149,14 @@ class TrialConfig(Settings):
         "fp32", "base weights and activations; adapters stay fp32", decides="memory", shown=("card",)
     )
     quantization: Literal["nf4", "int8"] | None = setting(
-        None, "of the frozen base weights (QLoRA); needs bitsandbytes", decides="memory", shown=("card",)
+        None,
+        "of the frozen base weights (QLoRA); needs bitsandbytes",
+        decides="memory",
+        rehearsed=True,
+        shown=("card",),
     )
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = setting(
-        None, "attention kernel; transformers chooses when absent", decides="memory"
+        None, "attention kernel; transformers chooses when absent", decides="memory", rehearsed=True
     )
 
     # Data
@@ -168,7 +172,7 @@ class TrialConfig(Settings):
     )
     validation_data: str | None = setting(
         None,
-        "as train_data; a split by split_seed is made when absent",
+        "as train_data; without it and validation_split, rows are split off by split_seed",
         decides="rows",
         holds_out=True,
         source="data",

@@ -504,7 +504,10 @@ OF_0_1_0 = """
         ),
         (shown("best"), "auxiliary_rank learning_rate method rank rho"),
         (SOURCES, "model_name_or_path train_data validation_data"),
-        ([key for key, facts in FACTS.items() if facts.rehearsed], "model_name_or_path target_modules"),
+        (
+            [key for key, facts in FACTS.items() if facts.rehearsed],
+            "model_name_or_path quantization attn_implementation target_modules",
+        ),
     ],
     ids=["training", "not searched", "card", "best", "sources", "rehearsed"],
 )

@@ -7,6 +7,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
@@ -100,11 +101,19 @@ def _one_line() -> Iterator[None]:
 @contextmanager
 def _heeding_sigterm() -> Iterator[None]:
     """Let SIGTERM, by which a cluster or a service manager ends a process, end the block as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    if threading.current_thread() is not threading.main_thread():  # signals are none of ours there
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    """Not by SIGINT, to which what a script starts in the background is deaf."""
+    raise KeyboardInterrupt
 
 
 def _refuse(line: str) -> NoReturn:

@@ -72,7 +72,8 @@ def command(
         check_mlflow(mlflow_uri)
     space = space_to_search(space_path, overrides, num_trials, max_concurrent)
     layout = Layout(absolute(storage_path), study_database)
-    if resume and num_trials is None:
+    asked = num_trials is not None or any(override.startswith("study.num_trials=") for override in overrides)
+    if resume and not asked:
         space = _not_shrunk(space, layout)
 
     from bilora_ray.search.cluster.inputs import keep_inputs
@@ -120,7 +121,7 @@ def space_to_search(
 
 
 def _not_shrunk(space: Space, layout: Layout) -> Space:
-    """`space` with as many trials as an earlier --num-trials asked for, if that is more."""
+    """`space` with as many trials as the study was asked for before, if that is more than its file says."""
     from bilora_ray.search.study.studies import num_trials_before
 
     before = num_trials_before(layout, space.study.name)

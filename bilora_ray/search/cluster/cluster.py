@@ -79,11 +79,18 @@ def cluster(address: str | None, nested: bool = False) -> Iterator[None]:
         # Tune prints the traceback of every failed trial; the study keeps the line that matters.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         # A cluster stops a job with SIGTERM, which Ray has just taken: end as cleanly as after Ctrl-C.
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        signal.signal(signal.SIGTERM, _end_as_by_ctrl_c)
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def _end_as_by_ctrl_c(*_: object) -> None:
+    """Tune takes SIGINT for itself, and ends its trials by it. What a script starts in the background is deaf to it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGINT)
 
 
 def is_own(address: str | None) -> bool:

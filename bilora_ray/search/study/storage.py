@@ -160,6 +160,8 @@ def naming_the_database(layout: Layout, then: str = GO_ON) -> Iterator[None]:
     except (DatabaseError, StorageInternalError) as error:
         line = f"study database of {layout.database}: {first_line(_cause(error))}"
         raise MachineError(f"{line}{then}") from None
+    except BrokenPipeError:  # whoever read what is printed has read enough
+        raise
     except OSError as error:
         if isinstance(error, TimeoutError) and error.errno is None:  # of a lock, not of a disk
             raise MachineError(f"{first_line(error)} for too long{then}") from None
