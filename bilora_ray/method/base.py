@@ -26,8 +26,8 @@ class MethodAdamW(torch.optim.AdamW):
     A group holds `max_grad_norm` besides AdamW's own settings.
 
     What a method remembers from one step to the next is in its groups, in `state`, or added to what `state_dict` says:
-    that is what a checkpoint keeps, tensors and plain values, each in its own shape and dtype. AdamW begins the state
-    of a parameter at its first update, and only if there is none yet.
+    that is what a checkpoint keeps, tensors and plain values, each in its own shape and dtype; a tuple in `state` comes
+    back as a list. AdamW begins the state of a parameter at its first update, and only if there is none yet.
     """
 
     @torch.no_grad()

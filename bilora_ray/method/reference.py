@@ -86,7 +86,7 @@ class ReferenceLora:
 
     def step(self, loss: Loss) -> float:
         """One step, with one backward pass. Returns the loss before it."""
-        W = {name: layer.W0 + layer.s1 * layer.B1 @ layer.A1 for name, layer in self.layers.items()}
+        W = self.weights()
         value, G = value_and_gradient(loss, W)
 
         descent: Gradients = {}

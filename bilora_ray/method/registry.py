@@ -27,11 +27,11 @@ def settings_of(name: str) -> tuple[str, ...]:
     return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 
 
-def _keep(model: PeftModel) -> None:
+def stay(model: PeftModel) -> None:
     """Leave the parameters where they are."""
 
 
-def build_method(name: str, model: PeftModel, place: Place = _keep, **settings: Any) -> MethodAdamW:
+def build_method(name: str, model: PeftModel, place: Place = stay, **settings: Any) -> MethodAdamW:
     """The optimizer of method `name` for `model`, to which it attaches what the method needs.
 
     Args:

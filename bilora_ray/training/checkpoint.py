@@ -57,7 +57,8 @@ def save_checkpoint(
         tensors.update({f"random.{rank}.{name}": generator for name, generator in generators.items()})
     if workers.is_first:
         with atomic_folder(path) as unfinished:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
+            # A method may keep a view of what it moves, and safetensors refuses two names for one memory.
+            save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, unfinished / TENSORS)
             (unfinished / STATE).write_text(json.dumps({**state, OPTIMIZER: told}))
     workers.wait()
 

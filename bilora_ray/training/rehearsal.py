@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from peft import PeftModel
-
 from bilora_ray.config import TrialConfig
 from bilora_ray.training import model as models
 from bilora_ray.training.loading import Truncation, load_data
@@ -41,11 +39,7 @@ def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
     """
     data = load_data(config)
     model = models.add_primary(models.load_shape(config, data.label_names, here), config, fresh=())
-    models.build_optimizer(model, config, _nowhere)
+    models.build_optimizer(model, config)
     first = data.train[0]
     target = TASKS[config.task].learned(first, data.tokenizer, data.label_names)
     return Rehearsal(data.truncation, str(data.tokenizer.decode(first.input_ids.tolist())), target)
-
-
-def _nowhere(_: PeftModel) -> None:
-    """Leave the parameters, which have no values, where they are not."""

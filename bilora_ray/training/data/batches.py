@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from bilora_ray.training.data.order import shuffled
-
-if TYPE_CHECKING:
-    pass
 
 T = TypeVar("T")
 

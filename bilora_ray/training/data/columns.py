@@ -50,7 +50,6 @@ def check_characters(text: str, where: str) -> None:
 
 
 def label_text_of(record: Record, column: str) -> str:
-    """A text or a number as text. UserError if it is neither."""
     """A label as text. A whole float is an integer that passed through a table with gaps. UserError if it is empty."""
     value = value_of(record, column)
     if isinstance(value, float) and value.is_integer():
