@@ -250,12 +250,12 @@ def _from_pretrained(kind: Any, config: TrialConfig, arguments: dict[str, Any], 
     return _here_first(config, partial(kind.from_pretrained, source(config), **arguments), *optional)
 
 
-def _here_first(config: TrialConfig, load: Callable[..., T], *optional: str) -> T:
-    """What `load` gives. transformers would ask the Hub even of a commit that is here."""
+def _here_first(config: TrialConfig, read: Callable[..., T], *optional: str) -> T:
+    """What `read` gives. transformers would ask the Hub even of a commit that is here."""
     if is_cached(config.model_name_or_path, config.model_revision, *optional):
         with suppress(OSError, ValueError):  # something is missing after all
-            return load(local_files_only=True)
-    return load()
+            return read(local_files_only=True)
+    return read()
 
 
 def _hub_arguments(config: TrialConfig) -> dict[str, Any]:

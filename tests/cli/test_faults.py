@@ -22,6 +22,8 @@ from bilora_ray import quiet
 from bilora_ray.cli.main import main
 from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.errors import GO_ON
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.storage import naming_the_database
 from bilora_ray.training import loading
 
 COMMAND = Path(sys.executable).with_name("bilora-ray")
@@ -267,3 +269,22 @@ def test_without_a_home_only_what_is_in_it_is_refused(tiny: Tiny, monkeypatch: p
     assert line_of(bilora_ray("show", "--storage-path=~/runs")) == "~/runs: Could not determine home directory."
     refused = "--mlflow-uri http://mlflow.example.org: "
     assert line_of(train(tiny, Path("runs"), "--mlflow-uri=http://mlflow.example.org")).startswith(refused)
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_command_that_a_script_starts_in_the_background_hears_sigterm(deaf: bool, tmp_path: Path) -> None:
+    """To SIGINT it is deaf."""
+    code = (
+        "import os, signal, sys\n"
+        f"signal.signal(signal.SIGINT, signal.SIG_IGN if {deaf} else signal.default_int_handler)\n"
+        "from bilora_ray.cli import main, settings\n"
+        "settings.command.callback = lambda **_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "main.main(['settings'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "\nInterrupted\n")
+
+
+def test_who_reads_enough_of_a_study_ends_it_quietly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BrokenPipeError), naming_the_database(Layout(tmp_path)):
+        raise BrokenPipeError(32, "Broken pipe")

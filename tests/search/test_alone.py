@@ -77,3 +77,16 @@ def test_a_trial_that_diverges_late_is_failed_and_its_earlier_adapter_exported(
     assert result.exit_code == 0, result.output
     assert read_recipe(tmp_path / "x")["step"] == 2
     assert evaluate_adapter(tmp_path / "x", evaluation_config(tmp_path / "x", {}))["eval_loss"] == record.loss
+
+
+def test_what_would_be_the_same_again_is_one_line_and_fails_the_trial(
+    study: SearchStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fit(*_: Any) -> None:
+        raise TypeError("not so")
+
+    monkeypatch.setattr(loop, "fit", fit)
+    alone._train(study, 0, Observers([]))
+    record = study.record(0)
+    assert (record.status, record.error) == (Status.FAILED, "TypeError: not so")
+    assert study.study.trials[0].state is TrialState.FAIL

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import optuna
 import pytest
+from optuna.distributions import BaseDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from benchmarks.importances import search
@@ -42,12 +42,15 @@ def of_learning_rate(settings: Sequence[Mapping[str, Value]]) -> np.ndarray:
 
 def trial(values: Mapping[int, float], state: TrialState, settings: Mapping[str, Value]) -> FrozenTrial:
     """A trial as the study database has it."""
-    rate = optuna.distributions.FloatDistribution(1e-5, 1e-3, log=True)
+    known: dict[str, BaseDistribution] = {
+        "learning_rate": FloatDistribution(1e-5, 1e-3, log=True),
+        "per_device_train_batch_size": IntDistribution(1, 64),
+    }
     return create_trial(
         state=state,
         value=0.0 if state == TrialState.COMPLETE else None,
-        params={"learning_rate": settings["learning_rate"]},
-        distributions={"learning_rate": rate},
+        params={key: value for key, value in settings.items() if key in known},
+        distributions={key: drawn for key, drawn in known.items() if key in settings},
         intermediate_values=dict(values),
     )
 

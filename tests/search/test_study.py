@@ -317,6 +317,38 @@ def test_trials_of_different_batches_are_compared_after_as_many_rows(layout: Lay
     assert last_steps(study, (1.0, 2.0), (27, 108)) == [(Status.COMPLETE, 27), (Status.PRUNED, 12)]
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_first_rung_of_trials_of_as_many_steps_is_the_shortest_ones(layout: Layout, first: int) -> None:
+    searched = space({"scheduler": "asha"}, {**BATCHES, "max_steps": 27})
+    study = open_study(searched, layout)
+    assert [next_trial(study), next_trial(study)] == [0, 1]
+    study.report(first, {"step": 1, "max_steps": 27, "eval_loss": 1.0})
+    assert study.study.user_attrs["grace_rows"] == 3 * 16
+
+
+def test_a_trial_whose_search_died_as_it_was_failed_is_not_handed_out_again(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = open_study(space(), layout)
+    number = next_trial(study)
+    assert number == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(study, "_end", raising(RuntimeError("killed")))
+        with pytest.raises(RuntimeError, match="killed"):
+            study.fail(number, "loss is nan at step 3", by_settings=True)
+    study = open_study(space(), layout)
+    assert next_trial(study) == 1
+    record = study.record(0)
+    assert (record.status, record.error) == (Status.FAILED, "loss is nan at step 3")
+
+
+def raising(error: Exception) -> Callable[..., None]:
+    def call(*_: object, **__: object) -> None:
+        raise error
+
+    return call
+
+
 def test_a_study_of_version_0_1_0_goes_on_with_rungs_in_steps(layout: Layout) -> None:
     study = two_batches(layout, grace_period=3)
     study.study.set_user_attr("grace_period", 3)

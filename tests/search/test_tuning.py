@@ -12,9 +12,9 @@ from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 from tiny_trials import next_trial
 
-from bilora_ray.errors import UserError
+from bilora_ray.errors import MachineError, UserError
 from bilora_ray.records import Status
-from bilora_ray.runners.task import BAD_INPUT, FAILURE, NUMBER, TRIALS
+from bilora_ray.runners.task import BAD_INPUT, BY_SETTINGS, FAILURE, NUMBER, TRIALS
 from bilora_ray.search.session import Observers
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.layout import Layout
@@ -58,7 +58,12 @@ def statuses(scheduler: StudyScheduler) -> list[Status]:
 
 
 def test_trials_that_run_together_go_on_until_the_last_has_ended(scheduler: StudyScheduler) -> None:
-    results = [evaluation(0, 1), evaluation(1, 1), evaluation(1, 2), {NUMBER: 0, FAILURE: "loss is nan"}]
+    results = [
+        evaluation(0, 1),
+        evaluation(1, 1),
+        evaluation(1, 2),
+        {NUMBER: 0, FAILURE: "loss is nan", BY_SETTINGS: True},
+    ]
     verdicts = [scheduler.on_trial_result(Controller(), together(), result) for result in results]
     assert verdicts == [TrialScheduler.CONTINUE] * 3 + [TrialScheduler.STOP]
     assert statuses(scheduler) == [Status.FAILED, Status.COMPLETE]
@@ -85,3 +90,33 @@ def test_bad_input_is_a_trials_own_if_another_has_an_evaluation(scheduler: Study
     assert isinstance(scheduler.halted, UserError) is not others_work
     state = scheduler.study.study.trials[0].state
     assert state is (TrialState.PRUNED if others_work else TrialState.FAIL)
+
+
+def test_what_another_node_may_have_teaches_nothing(scheduler: StudyScheduler) -> None:
+    result = {NUMBER: 0, FAILURE: "ImportError: no such package", BY_SETTINGS: False}
+    scheduler.on_trial_result(Controller(), together(), result)
+    assert scheduler.study.study.trials[0].state is TrialState.FAIL
+
+
+def test_a_trial_that_has_ended_beside_one_that_goes_on_is_heard_no_more(scheduler: StudyScheduler) -> None:
+    for step in (1, 2):
+        scheduler.on_trial_result(Controller(), together(), evaluation(0, step))
+    again = [evaluation(0, 2), {NUMBER: 0, FAILURE: "late", BY_SETTINGS: False}]
+    verdicts = [scheduler.on_trial_result(Controller(), together(), result) for result in again]
+    assert verdicts == [TrialScheduler.CONTINUE] * 2
+    assert statuses(scheduler) == [Status.COMPLETE, Status.RUNNING]
+
+
+def test_data_that_go_away_halt_the_search_and_cost_no_trial(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text("{}\n")
+    space = load_space(None, [*SETTINGS[:-1], f"trial.train_data={data}", "trial.rho={low: 0.01, high: 0.2}"])
+    study = open_study(space, Layout(tmp_path / "runs"), {})
+    assert next_trial(study) == 0
+    told, controller = StudyScheduler(study, Observers([])), Controller()
+    tune_trial = SimpleNamespace(config={TRIALS: [{NUMBER: 0}]}, num_failures=0, error_file=None)
+    data.unlink()
+    told.on_trial_result(controller, tune_trial, {NUMBER: 0, BAD_INPUT: "train_data: no such file"})
+    assert controller.stopped
+    assert isinstance(told.halted, MachineError)
+    assert study.record(0).status is Status.RUNNING

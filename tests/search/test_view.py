@@ -68,7 +68,7 @@ def open_folder() -> Iterator[Path]:
 @pytest.fixture
 def study(open_folder: Path) -> Iterator[SearchStudy]:
     """Of three trials the first is complete, the second runs, and the third was interrupted."""
-    study = open_study(SPACE, Layout(open_folder / "r?u#n s%20"), {})
+    study = open_study(SPACE, Layout(open_folder / "r&u#n s"), {})
     other = open_study(SPACE, study.layout, {})
     assert [next_trial(study), next_trial(study), next_trial(other)] == [0, 1, 2]
     checkpoint, adapter = study.folder(0).checkpoint_at(1), study.folder(0).adapter_at(1)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tiny_trials import METHODS, TASKS, Tiny
+from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
 
 from bilora_ray.config import Task
 from bilora_ray.errors import UserError
@@ -75,3 +76,15 @@ def test_it_refuses_with_the_line_of_a_trial(wrong: dict[str, object], tiny: Tin
     with pytest.raises(UserError) as later:
         fit(config, TrialFolder(tmp_path), lambda _: True)
     assert str(now.value) == str(later.value)
+
+
+def test_positions_that_begin_behind_the_paddings_are_fewer(tiny: Tiny, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny.model("sequence-classification"))
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=34, pad_token_id=1, **shape)
+    RobertaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    settings = {"model_name_or_path": str(tmp_path), "target_modules": ("query",)}
+    rehearse(tiny.config("sequence-classification", max_length=32, **settings))
+    with pytest.raises(UserError, match="max_length: 33 is more than the model's 32 positions"):
+        rehearse(tiny.config("sequence-classification", max_length=33, **settings))
