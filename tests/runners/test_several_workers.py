@@ -94,11 +94,12 @@ def test_weak_trials_of_several_workers_are_stopped_and_the_next_ones_run(tiny: 
 @pytest.mark.slow
 def test_a_killed_worker_costs_no_evaluation(tiny: Tiny, tmp_path: Path) -> None:
     killer = Killer()
-    made = search(tiny, tmp_path, killer)
+    # Long enough that the report of an evaluation comes before the end.
+    made = search(tiny, tmp_path, killer, max_steps=150, eval_steps=50)
     (record,) = made.records()
     assert killer.killed == 1
     assert record.status is Status.COMPLETE
-    assert [metrics["step"] for metrics in record.history] == [2, 4, 6]
+    assert [metrics["step"] for metrics in record.history] == [50, 100, 150]
     assert made.folder(0).state()["resumed_at"]
 
 
