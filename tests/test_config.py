@@ -9,21 +9,19 @@ from pydantic import Field
 from bilora_ray.checking import Settings, build
 from bilora_ray.config import (
     FACTS,
-    METHOD_NAMES,
     SOURCES,
     TRAINING_SETTINGS,
     TrialConfig,
     applies,
     coerce,
     deciding_the_split,
-    facts_of,
     is_integer,
     is_number,
-    setting,
     shown,
     template_columns,
 )
 from bilora_ray.errors import UserError
+from bilora_ray.facts import METHOD_NAMES, facts_of, setting
 from bilora_ray.search.space import ResourceConfig, StudyConfig
 from bilora_ray.search.space_file import NOT_SEARCHED
 

@@ -1,0 +1,83 @@
+"""What is known of a setting beside its type, its limits and its description: it stands on the field."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from pydantic import Field
+
+from bilora_ray.checking import Settings
+
+MethodName = Literal["lora", "bilora"]
+# What a setting decides: see `Facts`.
+Decides = Literal["rows", "training rows", "model", "training", "evaluation", "memory"]
+METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of a setting beside its type, its limits and its description: what may be done with it follows.
+
+    Attributes:
+        decides: what it decides first: `rows`, as a model reads them, the held-out ones among them; the `training rows`
+            alone; the base `model`, its tokenizer and the weights that a training starts from; the `training`: which
+            adapter comes out; the `evaluation`: what is measured of an adapter; the `memory` and the time that a
+            forward pass takes, and how it rounds.
+        of: the methods that read it.
+        searched: whether a search may try several values: trials that differ in it can be compared.
+        holds_out: whether it decides which rows are held out: see `deciding_the_split`.
+        source: what it names a file, a folder or a Hub repository of.
+        revision: the setting that names the commit of such a repository.
+        rehearsed: whether a dry run tries each of its values: it could have other modules, or ask for a package.
+        shown: where a person is told of it unasked: in the table of a model `card`, under the `best` trial.
+        before: what versions without the setting did, where its default does something else; None: the same.
+    """
+
+    decides: Decides
+    searched: bool
+    of: tuple[MethodName, ...] = METHOD_NAMES
+    holds_out: bool = False
+    source: Literal["model", "data"] | None = None
+    revision: str | None = None
+    rehearsed: bool = False
+    shown: tuple[Literal["card", "best"], ...] = ()
+    before: bool | int | float | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.decides not in get_args(Decides) or not set(self.of) <= set(METHOD_NAMES):
+            raise TypeError(f"no such facts: {self}")
+
+
+def setting(
+    default: Any,
+    description: str,
+    *,
+    decides: Decides,
+    gt: float | None = None,
+    ge: float | None = None,
+    lt: float | None = None,
+    min_length: int | None = None,
+    **facts: Any,
+) -> Any:
+    """A field of `TrialConfig`.
+
+    Args:
+        default: `...` where there is none.
+        description: the one place where the setting is described.
+        decides: see `Facts`. It has no default, so that nothing is assumed of a new setting.
+        gt: with `ge`, `lt` and `min_length`: as pydantic has them.
+        facts: see `Facts`. Trials are compared on the same rows, by the same measure: what decides those is not
+            searched unless it says so.
+
+    Raises:
+        TypeError: there are no such facts.
+    """
+    known = asdict(Facts(decides=decides, **{"searched": decides not in ("rows", "evaluation"), **facts}))
+    return Field(default, description=description, gt=gt, ge=ge, lt=lt, min_length=min_length, json_schema_extra=known)
+
+
+def facts_of(kind: type[Settings]) -> dict[str, Facts]:
+    """The facts of every setting of a `kind`. TypeError if one was declared without `setting`."""
+    extras: dict[str, Any] = {key: field.json_schema_extra or {} for key, field in kind.model_fields.items()}
+    return {key: Facts(**extra) for key, extra in extras.items()}
