@@ -57,11 +57,19 @@ def build(kind: type[SettingsT], values: Mapping[str, Any], where: str, overridd
 def completed(kind: type[Settings], stored: Mapping[str, Any]) -> dict[str, Any]:
     """The values that were `stored` of a `kind`, by an earlier version perhaps, as JSON holds them, and its defaults.
 
-    What is compared with them must be completed too: a setting that is new since then has its default on both sides.
+    What is compared with them must be completed too: a setting that is new since then has its default on both sides, or
+    what that version did without it (see `facts.Facts`).
     """
     fields = kind.model_fields.items()
     defaults = {key: field.get_default(call_default_factory=True) for key, field in fields if not field.is_required()}
-    return to_jsonable_python({**defaults, **stored})
+    return to_jsonable_python({**defaults, **before(kind), **stored})
+
+
+def before(kind: type[Settings]) -> dict[str, Any]:
+    """Of a `kind` the settings whose default does something else than versions that did not have them, with that."""
+    known = {key: field.json_schema_extra for key, field in kind.model_fields.items()}
+    values = {key: extra.get("before") for key, extra in known.items() if isinstance(extra, dict)}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def first_problem(error: ValidationError) -> ErrorDetails:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bilora_ray.checking import build
+from bilora_ray.checking import build, completed
 from bilora_ray.config import TrialConfig, of_other_sources
 from bilora_ray.errors import UserError
 
@@ -74,6 +74,6 @@ def evaluation_config(exported: Path, settings: Mapping[str, Any], base_model: b
 def _recipe(folder: Path) -> dict[str, Any]:
     try:
         recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
-        return {**recipe, "settings": dict(recipe["settings"])}
+        return {**recipe, "settings": completed(TrialConfig, recipe["settings"])}
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{folder / RECIPE}: is not what was exported; export the adapter again") from None

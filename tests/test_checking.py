@@ -2,7 +2,8 @@
 
 from pydantic import Field
 
-from bilora_ray.checking import Float, Settings, completed
+from bilora_ray.checking import Float, Settings, before, completed
+from bilora_ray.facts import setting
 
 
 class Before(Settings):
@@ -26,3 +27,14 @@ def test_what_was_given_stays() -> None:
     assert completed(Now, {"rank": 3, "warmup": 0.1})["warmup"] == 0.1
     # A space file need not give what has no default: a search may choose it.
     assert "rank" not in completed(Now, {})
+
+
+class Otherwise(Before):
+    split: str = setting("by label", "how rows are held out", decides="rows", before="random")
+
+
+def test_stored_settings_get_what_their_version_did_where_a_default_does_something_else() -> None:
+    assert before(Otherwise) == {"split": "random"}
+    assert before(Now) == {}
+    assert completed(Otherwise, {"rank": 3})["split"] == "random"
+    assert completed(Otherwise, {"rank": 3, "split": "by label"})["split"] == "by label"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bilora_ray import checking
 from bilora_ray.config import REVISIONS, SOURCES, TrialConfig
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import COMMIT, cached_commit, kind_of, loadable
@@ -82,6 +83,8 @@ def pinned(space: Space, resumed_in: Layout | None) -> Space:
     A branch or tag is looked up each time, so a study that named one is not resumed once it has moved. Where the space
     tries several models or revisions, each trial gets what there is when it starts.
 
+    A study of a version that lacked a setting goes on with what that version did (see `facts.Facts`).
+
     Args:
         space: the space.
         resumed_in: where its study is, if that is to be resumed.
@@ -91,7 +94,7 @@ def pinned(space: Space, resumed_in: Layout | None) -> Space:
     """
     config = space.first_config()
     before = None if resumed_in is None else _settings_before(resumed_in, space.study.name)
-    found = {}
+    found = _newer_settings(space, before)
     for source, revision in REVISIONS.items():
         name, given = getattr(config, source), getattr(config, revision)
         if name is None or not space.distributions.keys().isdisjoint({source, revision}):
@@ -104,8 +107,14 @@ def pinned(space: Space, resumed_in: Layout | None) -> Space:
             found[revision] = _hub_commit(name, given, source)
         else:
             found[revision] = _dataset_commit(name, given)
-    commits = {revision: commit for revision, commit in found.items() if commit is not None}
-    return replace(space, fixed={**space.fixed, **commits}) if commits else space
+    pins = {key: value for key, value in found.items() if value is not None}
+    return replace(space, fixed={**space.fixed, **pins}) if pins else space
+
+
+def _newer_settings(space: Space, before: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The values of settings that not every version had, where `space` has none: those of the study from `before`."""
+    absent = checking.before(TrialConfig).keys() - space.fixed.keys() - space.distributions.keys()
+    return {key: TrialConfig.model_fields[key].default if before is None else before[key] for key in absent}
 
 
 def _settings_before(layout: Layout, name: str) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
-from bilora_ray.checking import Settings, build, completed
+from bilora_ray.checking import Settings, before, build, completed
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig, Space, StudyConfig
@@ -157,7 +157,8 @@ def settings_before(layout: Layout, name: str) -> dict[str, Any] | None:
     with naming_the_database(layout, then=""):
         if name not in study_names(layout):
             return None
-        return _read(layout, name).user_attrs.get(SPACE, {}).get("fixed")
+        described = _read(layout, name).user_attrs.get(SPACE)
+        return None if described is None else _fixed(described)
 
 
 def num_trials_before(layout: Layout, name: str) -> int:
@@ -231,10 +232,15 @@ def _space(study: optuna.Study) -> Space:
         path=Path(name),
         study=build(StudyConfig, described["study"], f"{name}: study"),
         resources=build(ResourceConfig, described["resources"], f"{name}: resources"),
-        fixed=described["fixed"],
+        fixed=_fixed(described),
         distributions={key: _distribution(values) for key, values in described["distributions"].items()},
         points_to_evaluate=(),
     )
+
+
+def _fixed(described: Mapping[str, Any]) -> dict[str, Any]:
+    """What all trials share, and what they did before some of the settings were there."""
+    return {**before(TrialConfig), **described["fixed"]}
 
 
 def _stored(study: optuna.Study) -> dict[str, Any]:
