@@ -107,18 +107,25 @@ def _encoded(
     rows: Sequence[Row], config: TrialConfig, tokenizer: PreTrainedTokenizerBase, split: str
 ) -> tuple[list[Example], Truncation]:
     task, keep_prompts = TASKS[config.task], split == "validation"
-    examples, cut = [], 0
+    examples: list[Example] = []
+    cut = dropped = 0
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
-        for row, (example, was_cut) in zip(chunk, task.examples(chunk, config, tokenizer, keep_prompts), strict=True):
-            if not example.input_ids or (config.predict_with_generate and keep_prompts and not example.prompt_ids):
-                raise UserError(f"{row.where}: there is no text to read")
-            if task.target_count([example]):
-                examples.append(example)
-                cut += was_cut
+        for row, encoded in zip(chunk, task.examples(chunk, config, tokenizer, keep_prompts), strict=True):
+            for example, _ in encoded:
+                _check_readable(example, row, config, keep_prompts)
+            kept = [(example, taken) for example, taken in encoded if task.target_count([example])]
+            examples += [example for example, _ in kept]
+            cut += any(taken for _, taken in kept)
+            dropped += not kept
     if not examples:
         raise UserError(f"{split}_data: no row has a token to predict")
-    return examples, Truncation(len(rows), cut, len(rows) - len(examples))
+    return examples, Truncation(len(rows), cut, dropped)
+
+
+def _check_readable(example: Example, row: Row, config: TrialConfig, keep_prompts: bool) -> None:
+    if not example.input_ids or (config.predict_with_generate and keep_prompts and not example.prompt_ids):
+        raise UserError(f"{row.where}: there is no text to read")
 
 
 def _stamp(name: str | None) -> Stamp | None:

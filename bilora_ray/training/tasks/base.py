@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import Flag, auto
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bilora_ray.config import TrialConfig
@@ -72,6 +73,19 @@ class Example:
     reference: str = ""
 
 
+class Cut(Flag):
+    """What `max_length` took from an example: tokens of its prompt, all of its prompt, the end of what is learned."""
+
+    NOTHING = 0
+    PROMPT = auto()
+    WHOLE_PROMPT = auto()
+    COMPLETION = auto()
+
+
+# What becomes of a row: as a rule one example.
+Encoded = Sequence[tuple[Example, Cut]]
+
+
 @dataclass(frozen=True)
 class Prediction:
     """What a model makes of a row.
@@ -116,8 +130,8 @@ class Task:
     Attributes:
         peft_type: name of PEFT's TaskType.
         row: a record and the label names -> the task's row. UserError if the record is none.
-        examples: rows, the tokenizer, and whether prompts are kept -> each row's example, and whether `max_length`
-            took something from it. UserError if the tokenizer lacks what the task needs.
+        examples: rows, the tokenizer, and whether prompts are kept -> what becomes of each row. UserError if the
+            tokenizer lacks what the task needs.
         collate: examples and the padding token -> a batch to compute the loss of: int64, padded at the right.
         target_count: how many predictions the mean loss over examples is of.
         forward: a model and a batch -> logits (..., classes) and the targets (...) that they predict, IGNORED where
@@ -142,7 +156,7 @@ class Task:
     row: Callable[[Record, TrialConfig, Labels], Row]
     examples: Callable[
         [Sequence[Any], TrialConfig, PreTrainedTokenizerBase, bool],
-        Iterator[tuple[Example, bool]],
+        Iterator[Encoded],
     ]
     collate: Callable[[Sequence[Example], int], dict[str, Tensor]]
     target_count: Callable[[Sequence[Example]], int]

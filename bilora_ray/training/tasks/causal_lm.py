@@ -20,7 +20,7 @@ from bilora_ray.errors import UserError
 from bilora_ray.training.data.chat import conversation, messages_of
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import IGNORED
-from bilora_ray.training.tasks.base import Dataset, Example, Labels, Model, Task
+from bilora_ray.training.tasks.base import Cut, Dataset, Encoded, Example, Labels, Model, Task
 from bilora_ray.training.tasks.text import (
     TextRow,
     check_answers,
@@ -73,7 +73,7 @@ def _row(record: Record, config: TrialConfig, names: Labels) -> TextRow | ChatRo
 
 def _examples(
     rows: Sequence[Any], config: TrialConfig, tokenizer: PreTrainedTokenizerBase, keep_prompts: bool
-) -> Iterator[tuple[Example, bool]]:
+) -> Iterator[Encoded]:
     check_tokenizer(config, tokenizer)
     if config.messages_column is not None and tokenizer.chat_template is None:
         raise UserError(f"messages_column: the tokenizer of {config.model_name_or_path} has no chat template")
@@ -89,8 +89,16 @@ def _examples(
             prompt_ids=array("i", part.head + asked) if keep_prompts else None,
             reference=row.completion,
         )
-        cut = len(prompt) + len(target) < len(part.prompt) + len(part.target)
-        yield example, cut or (config.predict_with_generate and len(asked) < len(part.prompt))
+        yield [(example, _cut(part, prompt, target, asked, config))]
+
+
+def _cut(part: Parts, prompt: list[int], target: list[int], asked: list[int], config: TrialConfig) -> Cut:
+    cut = Cut.COMPLETION if len(target) < len(part.target) else Cut.NOTHING
+    if len(prompt) < len(part.prompt):
+        cut |= Cut.PROMPT if prompt else Cut.WHOLE_PROMPT
+    if config.predict_with_generate and len(asked) < len(part.prompt):
+        cut |= Cut.PROMPT
+    return cut
 
 
 def _asked(part: Parts, config: TrialConfig) -> list[int]:

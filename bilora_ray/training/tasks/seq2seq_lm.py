@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from bilora_ray.config import TrialConfig
-from bilora_ray.training.tasks.base import Example, Model, Task, cross_entropy
+from bilora_ray.training.tasks.base import Cut, Encoded, Example, Model, Task, cross_entropy
 from bilora_ray.training.tasks.text import (
     TextRow,
     check_answers,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 def _examples(
     rows: Sequence[TextRow], config: TrialConfig, tokenizer: PreTrainedTokenizerBase, keep_prompts: bool
-) -> Iterator[tuple[Example, bool]]:
+) -> Iterator[Encoded]:
     check_tokenizer(config, tokenizer)
     inputs = with_special_tokens([row.prompt for row in rows], None, config.max_length, tokenizer)
     completions = without_special_tokens([row.completion for row in rows], tokenizer)
@@ -47,7 +47,8 @@ def _examples(
             prompt_ids=ids if keep_prompts else None,
             reference=row.completion,
         )
-        yield example, cut or len(target) > config.max_length
+        shorter = Cut.PROMPT if cut else Cut.NOTHING
+        yield [(example, shorter | Cut.COMPLETION if len(target) > config.max_length else shorter)]
 
 
 def _target_count(examples: Sequence[Example]) -> int:

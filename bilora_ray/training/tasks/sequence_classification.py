@@ -17,6 +17,8 @@ from bilora_ray.training.data.columns import label_of, label_text_of, text_of
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import IGNORED, LossSum, label_metrics
 from bilora_ray.training.tasks.base import (
+    Cut,
+    Encoded,
     Example,
     Labels,
     Model,
@@ -77,11 +79,12 @@ def _row(record: Record, config: TrialConfig, names: Labels) -> LabelledRow:
 
 def _examples(
     rows: Sequence[LabelledRow], config: TrialConfig, tokenizer: PreTrainedTokenizerBase, keep_prompts: bool
-) -> Iterator[tuple[Example, bool]]:
+) -> Iterator[Encoded]:
     pairs = [row.text_pair for row in rows if row.text_pair is not None]
     inputs = with_special_tokens([row.text for row in rows], pairs or None, config.max_length, tokenizer)
     for row, (ids, token_type_ids, cut) in zip(rows, inputs, strict=True):
-        yield Example(ids, array("i", [row.label]), token_type_ids=token_type_ids), cut
+        example = Example(ids, array("i", [row.label]), token_type_ids=token_type_ids)
+        yield [(example, Cut.PROMPT if cut else Cut.NOTHING)]
 
 
 def _collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
