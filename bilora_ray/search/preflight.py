@@ -14,9 +14,9 @@ from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import COMMIT, cached_commit, kind_of, loadable
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.layout import Layout
+from bilora_ray.training.rows import load_rows, notes
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import check_positions
-from bilora_ray.training.tasks.rows import load_rows, notes
 
 HUB_TIMEOUT_S = 10
 # What `config.json` calls the positions of some kinds of models, which transformers has another name for.

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from bilora_ray.config import TrialConfig, deciding
 from bilora_ray.errors import UserError
 from bilora_ray.training.model import load_tokenizer
+from bilora_ray.training.rows import load_rows
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Dataset, Example, Row
-from bilora_ray.training.tasks.rows import load_rows
 
 # All settings but these decide the examples, or could.
 NOT_OF_EXAMPLES = deciding("training", "memory")

@@ -32,7 +32,7 @@ from bilora_ray.search.space_file import checked_space, load_space
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.studies import check_study, load_study, open_study
 from bilora_ray.tracking.mlflow_tracker import default_uri
-from bilora_ray.training.tasks.rows import load_rows
+from bilora_ray.training.rows import load_rows
 
 NAME, DATA = "someone/model", ("someone/data", "someone/else")
 OLD, NEW, TAGGED = "0" * 40, "1" * 40, "2" * 40

@@ -28,7 +28,7 @@ from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import prepare
 from bilora_ray.training.loop import Run
 from bilora_ray.training.rehearsal import rehearse
-from bilora_ray.training.tasks.rows import load_rows, notes
+from bilora_ray.training.rows import load_rows, notes
 
 AUTO = {"causal-lm": AutoModelForCausalLM, "seq2seq-lm": AutoModelForSeq2SeqLM}
 COLOURS = ("red", "green", "blue")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny_trials import Tiny, write_rows
 
-from bilora_ray.training.tasks.rows import load_rows, notes
+from bilora_ray.training.rows import load_rows, notes
 
 ROWS = [{"prompt": f"{number}?", "completion": f"{number}!"} for number in range(44)]
 OTHERS = [{"prompt": f"{number}?", "completion": f"{number}!"} for number in range(44, 62)]

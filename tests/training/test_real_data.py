@@ -13,8 +13,8 @@ from bilora_ray.recipe import evaluation_config
 from bilora_ray.training.data.batches import eval_batches
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import Truncation, prepare
+from bilora_ray.training.rows import load_rows
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.rows import load_rows
 from bilora_ray.training.tasks.text import TextRow
 
 

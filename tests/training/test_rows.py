@@ -10,9 +10,9 @@ import pytest
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.training.rows import load_rows
 from bilora_ray.training.tasks.base import Dataset
 from bilora_ray.training.tasks.causal_lm import ChatRow
-from bilora_ray.training.tasks.rows import load_rows
 from bilora_ray.training.tasks.sequence_classification import LabelledRow
 from bilora_ray.training.tasks.text import TextRow
 
@@ -239,7 +239,7 @@ def test_other_tasks_take_no_conversation(folder: Folder, task: str) -> None:
 def test_rows_are_read_without_heavy_imports(folder: Folder) -> None:
     path = folder.write(numbered(3))
     code = (
-        "import sys; from bilora_ray.config import TrialConfig; from bilora_ray.training.tasks.rows import load_rows\n"
+        "import sys; from bilora_ray.config import TrialConfig; from bilora_ray.training.rows import load_rows\n"
         f"load_rows(TrialConfig(model_name_or_path='m', task='causal-lm', train_data={path!r}))\n"
         "print(*{'torch', 'transformers', 'datasets', 'pyarrow', 'sklearn', 'numpy'} & set(sys.modules))"
     )

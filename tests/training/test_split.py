@@ -9,8 +9,8 @@ import pytest
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.training.data.order import shuffled
+from bilora_ray.training.rows import load_rows
 from bilora_ray.training.tasks.base import Dataset
-from bilora_ray.training.tasks.rows import load_rows
 from bilora_ray.training.tasks.text import TextRow
 
 
