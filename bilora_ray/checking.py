@@ -62,7 +62,8 @@ def completed(kind: type[Settings], stored: Mapping[str, Any]) -> dict[str, Any]
     """
     fields = kind.model_fields.items()
     defaults = {key: field.get_default(call_default_factory=True) for key, field in fields if not field.is_required()}
-    return to_jsonable_python({**defaults, **before(kind), **stored})
+    missing = {key: value for key, value in {**defaults, **before(kind)}.items() if key not in stored}
+    return to_jsonable_python({**stored, **missing})
 
 
 def before(kind: type[Settings]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ def test_stored_settings_get_the_defaults_of_those_that_they_do_not_know() -> No
 
 def test_what_was_given_stays() -> None:
     assert completed(Now, {"rank": 3, "warmup": 0.1})["warmup"] == 0.1
+    assert list(completed(Now, stored := {"warmup": 0.1, "rank": 3}))[:2] == list(stored)
     # A space file need not give what has no default: a search may choose it.
     assert "rank" not in completed(Now, {})
 
