@@ -20,6 +20,9 @@ from bilora_ray.errors import UserError, nearest
 from bilora_ray.facts import Decides, MethodName, facts_of, setting
 from bilora_ray.records import Objective
 
+# Those that a file is likely to have: any other that Python knows is taken too.
+ENCODINGS = ("utf-8", "utf-16", "cp1250", "cp1251", "cp1252", "iso-8859-1", "mac-roman", "gb18030", "big5", "shift_jis")
+
 Task = Literal["causal-lm", "seq2seq-lm", "sequence-classification"]
 
 # What a model card calls a method, with its source.
@@ -93,7 +96,7 @@ class TrialConfig(Settings):
     # Data
     train_data: str = setting(
         ...,
-        "local file, Hub dataset, or builtin:NAME",
+        "local file, folder or pattern of files, Hub dataset, or builtin:NAME",
         min_length=1,
         decides="rows",
         searched=True,
@@ -126,6 +129,22 @@ class TrialConfig(Settings):
     column_names: tuple[str, ...] | None = setting(
         None, "columns of a CSV or TSV file without a header", decides="rows", holds_out=True
     )
+    delimiter: str | None = setting(
+        None, "character between a table's cells; found by looking when absent", decides="rows", holds_out=True
+    )
+    quoting: Literal["none", "csv"] | None = setting(
+        None,
+        "whether a table's quotes mean themselves, or are CSV's; tables between tabs are looked at when absent",
+        decides="rows",
+        holds_out=True,
+    )
+    encoding: str | None = setting(
+        None,
+        "of text files, such as cp1252; when absent UTF-8, or what the byte order mark says",
+        decides="rows",
+        holds_out=True,
+    )
+    field: str | None = setting(None, "key of a JSON file that holds the rows", decides="rows", holds_out=True)
     prompt_template: str = setting("{prompt}", "prompt of a row; {name} is a column", decides="rows", searched=True)
     completion_template: str = setting("{completion}", "completion of a row; {name} is a column", decides="rows")
     messages_column: str | None = setting(
@@ -224,6 +243,22 @@ class TrialConfig(Settings):
     def _whole_eval_steps(cls, value: float) -> float:
         if value >= 1 and value != int(value):
             raise ValueError("must be a whole number of steps, or a share below 1")
+        return value
+
+    @field_validator("delimiter")
+    @classmethod
+    def _one_character(cls, value: str | None) -> str | None:
+        if value is not None and (len(value) != 1 or value in '"\r\n'):
+            raise ValueError('must be one character, such as ";", or "\\t" for a tab')
+        return value
+
+    @field_validator("encoding")
+    @classmethod
+    def _text_encoding(cls, value: str | None) -> str | None:
+        try:
+            "".encode(value or "utf-8")
+        except LookupError:
+            raise ValueError(f"is no text encoding; {nearest(value or '', ENCODINGS)}") from None
         return value
 
     @field_validator("prompt_template", "completion_template")

@@ -7,14 +7,24 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from glob import glob
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from bilora_ray import builtin
 from bilora_ray.errors import UserError
 
 BUILTIN = "builtin:"
-DATA_SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
+COLUMNAR = (".parquet", ".arrow")
+# What a text file that is packed has after its own suffix -> what pyarrow calls that.
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+# What makes a path one that several files can match.
+PATTERN = re.compile(r"[*?[]")
+# How the files of one folder are told to be parts of a data set that are kept apart for a reason.
+SPLITS = re.compile(r"(train|training|dev|valid|val|validation|eval|test)(?![a-z])", re.IGNORECASE)
+# What `datasets` writes beside the Arrow files of `save_to_disk`, and beside the folders of several splits.
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 WEIGHTS = "model.safetensors"
@@ -25,11 +35,88 @@ Kind = Literal["built in", "local", "hub"]
 Locate = Callable[[str, Path, str, bool], str]
 
 
+def data_suffix(name: str) -> str:
+    """The suffix that says how a data file is read: of `a.csv.gz` it is `.csv`. Empty if none does."""
+    path = PurePath(name.lower())
+    packed = path.suffix in COMPRESSIONS
+    suffix = path.with_suffix("").suffix if packed else path.suffix
+    return suffix if suffix in DATA_SUFFIXES and not (packed and suffix in COLUMNAR) else ""
+
+
+def data_files(path: Path) -> list[Path]:
+    """The files of local data, in the order in which they are read.
+
+    Args:
+        path: a file; a folder of files of one kind, or of `save_to_disk`; or a pattern as `data/part-*.csv`. What
+            is there by that very name goes before a pattern.
+
+    Returns:
+        Those of a folder or pattern sorted by name, without hidden ones; at least one.
+
+    Raises:
+        UserError: there are none, they are of several kinds or splits, or the suffix of one is unknown.
+        OSError: the path cannot be looked at.
+    """
+    if path.is_dir():
+        return _saved(path) if (path / SAVED).is_file() else _of_folder(path)
+    found = files_of(path)
+    if not found:
+        raise UserError(f"no file matches {path}")
+    for file in found:
+        if not data_suffix(file.name):
+            allowed = f"{', '.join(DATA_SUFFIXES)}, and of text {', '.join(COMPRESSIONS)} after it"
+            raise UserError(f"{file} has an unknown suffix; allowed: {allowed}")
+    return found
+
+
+def files_of(path: Path) -> list[Path]:
+    """All files of a source, sorted: itself, those below a folder, or those that a pattern matches."""
+    if path.is_dir():
+        return sorted(file for file in path.rglob("*") if file.is_file())
+    if path.exists() or not PATTERN.search(str(path)):
+        return [path]
+    return sorted(Path(name) for name in glob(str(path), recursive=True) if Path(name).is_file())
+
+
+def root(path: Path) -> Path:
+    """The folder that a source is in, above all that is a pattern."""
+    patterns = [] if path.exists() else [part for part in (path, *path.parents) if PATTERN.search(part.name)]
+    return (patterns or [path])[-1].parent
+
+
+def _of_folder(folder: Path) -> list[Path]:
+    if (folder / SAVED_SPLITS).is_file():
+        folders = sorted(path.parent.name for path in folder.glob(f"*/{SAVED}"))
+        raise UserError(f"{folder} holds several splits; name one of its folders: {', '.join(folders)}")
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] not in "._")
+    files = [path for path in files if data_suffix(path.name)]
+    if not files:
+        folders = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._")
+        hint = f"; it holds the folders {', '.join(folders)}" if folders else f" ({', '.join(DATA_SUFFIXES)})"
+        raise UserError(f"{folder} is a folder without data files{hint}")
+    kinds = sorted({data_suffix(path.name) for path in files})
+    if len(kinds) > 1:
+        raise UserError(f"{folder} holds files of several kinds; name one, as in {folder}/*{kinds[0]}")
+    splits = {split[1].lower() if (split := SPLITS.match(path.name)) else "" for path in files}
+    if len(splits) > 1:
+        names = f"{', '.join(path.name for path in files[:4])}{', ...' if len(files) > 4 else ''}"
+        raise UserError(f"{folder} holds files of several splits ({names}); name one, or a pattern as {folder}/train*")
+    return files
+
+
+def _saved(folder: Path) -> list[Path]:
+    """The Arrow files that `datasets.Dataset.save_to_disk` wrote, in their order."""
+    try:
+        return [folder / file["filename"] for file in json.loads((folder / SAVED).read_text())["_data_files"]]
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{folder}: {SAVED} does not say which Arrow files there are") from None
+
+
 def kind_by_name(name: str, is_data: bool) -> Kind:
     """Where the `name` of a source says that it is, whatever is on this machine."""
     if name.startswith(BUILTIN):
         return "built in"
-    looks_local = name.startswith((".", "/", "~")) or (is_data and name.endswith(DATA_SUFFIXES))
+    looks_local = name.startswith((".", "/", "~")) or (is_data and bool(data_suffix(name) or PATTERN.search(name)))
     return "local" if looks_local else "hub"
 
 
@@ -54,17 +141,24 @@ def locate_here(name: str, base: Path, where: str, is_data: bool) -> str:
         return name
     try:
         path = Path(base, Path(name).expanduser())
-        if is_data and path.is_dir():
-            raise UserError(f"{where}: {path} is a folder; a file is needed ({', '.join(DATA_SUFFIXES)})")
-        if not is_data and path.is_file():
-            raise UserError(f"{where}: {path} is a file; a model is a folder")
-        if path.exists():
+        if _is_here(path, is_data):
             return str(path.resolve())
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     except (OSError, RuntimeError) as error:
         raise UserError(f"{where}: {name}: {getattr(error, 'strerror', None) or error}") from None
     if kind == "local" or not HUB_NAME.fullmatch(name):
         raise UserError(f"{where}: no such {'file' if is_data else 'folder'}: {path}")
     return name
+
+
+def _is_here(path: Path, is_data: bool) -> bool:
+    """Whether a file, folder or pattern of data, or the folder of a model, is here. UserError if it can be neither."""
+    if not is_data and path.is_file():
+        raise UserError(f"{path} is a file; a model is a folder")
+    if is_data and (path.is_dir() or PATTERN.search(str(path))):
+        return bool(data_files(path))
+    return path.exists()
 
 
 def _check_builtin(name: str, where: str, is_data: bool) -> None:

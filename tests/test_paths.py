@@ -76,7 +76,8 @@ def test_a_builtin_name_stays(setting: str, name: str, base: Path) -> None:
         ),
         ("model_name_or_path", "builtin:quickstart/test.jsonl", "'builtin:quickstart/test.jsonl' is data"),
         ("train_data", "builtin:quickstart/model", "'builtin:quickstart/model' is a model"),
-        ("train_data", "data", "{base}/data is a folder; a file is needed (.jsonl, .json, .csv, .tsv, .parquet)"),
+        ("train_data", ".", "{base} is a folder without data files; it holds the folders data, model"),
+        ("train_data", "data/*.csv", "no file matches {base}/data/*.csv"),
         ("model_name_or_path", "data/train.jsonl", "{base}/data/train.jsonl is a file; a model is a folder"),
     ],
 )
@@ -88,6 +89,11 @@ def test_what_cannot_be_such_a_source_is_refused(setting: str, name: str, proble
 @pytest.mark.parametrize("name", ["meta-llama/Llama-3.1-8B", "nyu-mll/glue", "gpt2", "tatsu-lab/alpaca_v1.0"])
 def test_a_hub_name_stays(setting: str, name: str, base: Path) -> None:
     assert absolute_sources({setting: name}, base, "W") == {setting: name}
+
+
+@pytest.mark.parametrize("name", ["data", "data/*.jsonl", "d*/tr?in.[j]sonl"])
+def test_a_folder_and_a_pattern_of_data_are_absolute_too(name: str, base: Path) -> None:
+    assert absolute_sources({"train_data": name}, base, "W") == {"train_data": str(base / name)}
 
 
 def test_a_local_folder_goes_before_a_hub_name(base: Path) -> None:
@@ -167,6 +173,9 @@ def test_the_given_settings_are_not_changed(base: Path) -> None:
         ("../gone", "local", "local"),
         ("~/gone", "local", "local"),
         ("gone.jsonl", "hub", "local"),
+        ("gone.TSV.gz", "hub", "local"),
+        ("gone/part-*", "hub", "local"),
+        ("gone.parquet.gz", "hub", "hub"),
         ("owner/gone.csv", "hub", "local"),
         ("gpt2", "hub", "hub"),
         ("nyu-mll/glue", "hub", "hub"),

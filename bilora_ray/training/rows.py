@@ -12,6 +12,7 @@ from typing import Any
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.training.data import sources
 from bilora_ray.training.data.order import shuffled
 from bilora_ray.training.data.sources import read_train, read_validation
 from bilora_ray.training.tasks import TASKS
@@ -72,6 +73,7 @@ def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:
         config: the settings.
         workers: how many train the trial together.
     """
+    yield from sources.notes(config)
     named = [key for key in ("validation_data", "validation_split") if getattr(config, key) is not None]
     validation_data = (*named, "train_data")[0]
     contents = Counter(map(_content, dataset.validation))

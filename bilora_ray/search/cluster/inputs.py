@@ -13,6 +13,7 @@ from typing import Any
 
 from bilora_ray.config import SOURCES
 from bilora_ray.errors import UserError
+from bilora_ray.paths import files_of, root
 from bilora_ray.search.space import Choice, Space
 
 # Where Ray unpacks what a job was sent; the name follows the content of all of it.
@@ -59,30 +60,31 @@ def keep_inputs(space: Space, digests: Mapping[str, str], storage_path: Path) ->
 
 
 def _copy(source: Path, inputs: Path) -> Path:
-    target = inputs / _digest(source)
+    """The copy of a file, of a folder, or of all that a pattern matches, below the folder in which that begins."""
+    base = root(source)
+    target = inputs / _digest(source, base)
     if not target.is_dir():
         inputs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=inputs) as scratch:
             fresh = Path(scratch, target.name)
             fresh.mkdir()
-            if source.is_dir():
-                shutil.copytree(source, fresh / source.name)
-            else:
-                shutil.copyfile(source, fresh / source.name)
+            for file in files_of(source):
+                copy = fresh / file.relative_to(base)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)
             try:
                 fresh.rename(target)
             except OSError:
                 if not target.is_dir():  # else another job has just made the same
                     raise
-    return target / source.name
+    return target / source.relative_to(base)
 
 
-def _digest(source: Path) -> str:
-    """Of the names and the content of a file, or of all files in a folder."""
+def _digest(source: Path, base: Path) -> str:
+    """Of the names and the content of all files of a source."""
     whole = hashlib.sha256()
-    for path in sorted(source.rglob("*")) if source.is_dir() else [source]:
-        if path.is_file():
-            with path.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").hexdigest()
-            whole.update(f"{path.relative_to(source.parent)}\0{content}\0".encode())
+    for path in files_of(source):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        whole.update(f"{path.relative_to(base)}\0{content}\0".encode())
     return whole.hexdigest()[:DIGEST_LENGTH]

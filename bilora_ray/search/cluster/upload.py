@@ -12,7 +12,7 @@ from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE, get_run
 from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
 from bilora_ray.errors import UserError, first_line
-from bilora_ray.paths import LocalSource
+from bilora_ray.paths import LocalSource, files_of
 from bilora_ray.search.space import Space
 
 # The dashboard refuses a larger request.
@@ -43,9 +43,9 @@ class Upload:
         return sum(self.files.values()) + names + ENTRY * len(self.files) + END
 
     def holds(self, path: Path) -> bool:
-        """Whether the file `path` is sent, or all files right in the folder `path` that are not hidden."""
+        """Whether a file is sent, all files that a pattern matches, or all right in a folder that are not hidden."""
         if not path.is_dir():
-            return path in self.files
+            return all(file in self.files for file in files_of(path))
         return all(file in self.files for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
 
 

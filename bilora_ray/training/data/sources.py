@@ -5,19 +5,21 @@ Nothing here imports torch; `datasets` and `pyarrow` are imported only when they
 
 from __future__ import annotations
 
-import codecs
-import csv
 import hashlib
-import io
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError, UserError, first_line, refusal
-from bilora_ray.paths import DATA_SUFFIXES, kind_of, loadable
+from bilora_ray.paths import data_files, kind_of, loadable
+from bilora_ray.training.data import tables
+from bilora_ray.training.data.decoding import DataFile, json_rows
+from bilora_ray.training.data.tables import DELIMITERS
+
+JSON = (".jsonl", ".ndjson", ".json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,154 +77,111 @@ def read_validation(config: TrialConfig) -> Source | None:
     return _read(name, split or "", revision, config, "validation_data")
 
 
+def first_records(config: TrialConfig, count: int) -> dict[str, list[Record]]:
+    """The first `count` records of the local data that `config` names, by setting; no file is read further.
+
+    Raises:
+        UserError: they can't be read or there are none.
+    """
+    found = {}
+    for setting in ("train_data", "validation_data"):
+        name = getattr(config, setting)
+        if name is not None and _is_file(name):
+            found[setting] = list(islice(_records(_files(name, setting), config), count))
+            if not found[setting]:
+                raise UserError(f"{setting}: no rows in {name}")
+    return found
+
+
+def notes(config: TrialConfig) -> Iterator[str]:
+    """What was decided of local files that could be read in several ways: lines that begin with a setting."""
+    told: dict[str, None] = {}
+    for setting in ("train_data", "validation_data"):
+        name = getattr(config, setting)
+        files = _files(name, setting) if name is not None and _is_file(name) else []
+        told |= dict.fromkeys(
+            line for file in files[:1] if file.suffix in DELIMITERS for line in tables.told(file, config)
+        )
+    yield from told
+
+
 def _read(name: str, split: str, revision: str | None, config: TrialConfig, setting: str) -> Source:
     if _is_file(name):
-        return read_file(name, config.column_names, setting)
+        return read_file(name, config, setting)
     return _read_hub(name, config.dataset_config_name, split, revision, setting)
 
 
-def read_file(name: str, column_names: Sequence[str] | None, setting: str) -> Source:
-    """The records of the file `name`, a path or `builtin:NAME`, as its suffix says.
+def read_file(name: str, config: TrialConfig, setting: str) -> Source:
+    """The records of local data, as the suffix of each file says.
 
     Args:
-        name: what errors call the file.
-        column_names: columns of a CSV or TSV file without a header.
-        setting: the setting that named the file, for errors.
+        name: a path, a pattern or `builtin:NAME`; what errors call it.
+        config: how files are read.
+        setting: the setting that named it, for errors.
 
     Raises:
-        UserError: the file is missing, unreadable, malformed or without rows.
+        UserError: a file is missing, unreadable or malformed, or there are no rows.
     """
-    path = _path(name, setting)
-    data = _bytes(path, name, setting)
-    if path.suffix == ".parquet":
-        records = _parquet(data, name)
-    elif path.suffix in (".csv", ".tsv"):
-        table = _csv(_text(data, name), name) if path.suffix == ".csv" else _tsv(_text(data, name))
-        records = _with_header(table, column_names, name)
-    else:
-        parse = _json if path.suffix == ".json" else _jsonl
-        records = parse(_text(data, name), name)
-    found = list(records)
+    files = _files(name, setting)
+    found = list(_records(files, config))
     if not found:
         raise UserError(f"{setting}: no rows in {name}")
-    return Source(found, hashlib.sha256(data).hexdigest()[:16])
+    return Source(found, _digest(files))
+
+
+def _files(name: str, setting: str) -> list[DataFile]:
+    try:
+        path = Path(loadable(name)).expanduser()
+        paths = data_files(path)
+    except UserError as error:
+        raise UserError(f"{setting}: {error}") from None
+    except OSError as error:
+        raise refusal(f"{setting}: cannot read {name} ({error.strerror})", error) from None
+    alone = paths == [path]
+    return [DataFile(found, name if alone else str(found), setting) for found in paths]
+
+
+def _records(files: Iterable[DataFile], config: TrialConfig) -> Iterator[Record]:
+    """The records of `files`, which must have the same columns where all rows of a file have."""
+    known: tuple[str, frozenset[str]] | None = None
+    for file in files:
+        columns = None
+        for place, row in _rows(file, config):
+            if columns is None and file.suffix not in JSON:
+                columns = frozenset(row)
+                known = known or (file.name, columns)
+                _check_columns(file, columns, known)
+            yield Record(row, f"{file.name}, {place}")
+
+
+def _check_columns(file: DataFile, columns: frozenset[str], known: tuple[str, frozenset[str]]) -> None:
+    name, others = known
+    if columns != others:
+        differ = ", ".join(f"'{column}'" for column in sorted(columns ^ others))
+        raise UserError(f"{file.setting}: {file.name} has other columns than {name}: only one of them has {differ}")
+
+
+def _rows(file: DataFile, config: TrialConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of one file, each with its place in it."""
+    if file.suffix in JSON:
+        return json_rows(file, config.encoding, config.field)
+    if file.suffix in DELIMITERS:
+        return tables.text_rows(file, config)
+    return tables.columnar_rows(file)
+
+
+def _digest(files: Sequence[DataFile]) -> str:
+    """Of one file that of its bytes; of several that of theirs, in their order."""
+    found = []
+    for file in files:
+        with file.path.open("rb") as stream:
+            found.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    whole = found[0] if len(found) == 1 else hashlib.sha256("\n".join(found).encode()).hexdigest()
+    return whole[:16]
 
 
 def _is_file(name: str) -> bool:
     return kind_of(name, is_data=True) != "hub"
-
-
-def _path(name: str, setting: str) -> Path:
-    try:
-        path = Path(loadable(name)).expanduser()
-    except UserError as error:
-        raise UserError(f"{setting}: {error}") from None
-    if path.is_dir():
-        raise UserError(f"{setting}: {name} is a folder; a file is needed ({', '.join(DATA_SUFFIXES)})")
-    if path.suffix not in DATA_SUFFIXES:
-        raise UserError(f"{setting}: {name} has an unknown suffix; allowed: {', '.join(DATA_SUFFIXES)}")
-    return path
-
-
-def _bytes(path: Path, name: str, setting: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{setting}: no such file: {name}") from None
-    except OSError as error:
-        raise refusal(f"{setting}: cannot read {name} ({error.strerror})", error) from None
-
-
-def _text(data: bytes, name: str) -> str:
-    data = data.removeprefix(codecs.BOM_UTF8)
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise UserError(f"{name}, line {line}: not UTF-8 (byte 0x{data[error.start]:02x})") from None
-
-
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines. Only \\n ends one: str.splitlines would also cut JSON texts at U+2028."""
-    return ((number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), start=1))
-
-
-def _jsonl(text: str, name: str) -> Iterator[Record]:
-    for number, line in _lines(text):
-        if line.strip():
-            yield _record(_parsed(line, name, number), f"{name}, line {number}")
-
-
-def _json(text: str, name: str) -> Iterator[Record]:
-    rows = _parsed(text, name, 1)
-    if isinstance(rows, dict):
-        rows = rows.get("data")
-    if not isinstance(rows, list):
-        raise UserError(f'{name}: must hold a list of objects, or {{"data": [...]}}')
-    for number, row in enumerate(rows, start=1):
-        yield _record(row, f"{name}, row {number}")
-
-
-def _parsed(text: str, name: str, first_line: int) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        raise UserError(f"{name}, line {line}: not valid JSON ({error.msg}: column {error.colno})") from None
-
-
-def _record(row: Any, where: str) -> Record:
-    if not isinstance(row, dict):
-        raise UserError(f'{where}: must be an object, such as {{"text": ...}}, not {type(row).__name__}')
-    return Record(row, where)
-
-
-def _csv(text: str, name: str) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    first = 1
-    try:
-        for cells in reader:
-            if cells:
-                yield first, cells
-            first = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{name}, line {first}: not valid CSV ({error})") from None
-
-
-def _tsv(text: str) -> Iterator[tuple[int, list[str]]]:
-    """Cells between tabs. Quotes mean themselves, as in the GLUE and SST files."""
-    for number, line in _lines(text):
-        if line:
-            yield number, line.split("\t")
-
-
-def _with_header(
-    table: Iterable[tuple[int, list[str]]], column_names: Sequence[str] | None, name: str
-) -> Iterator[Record]:
-    rows = iter(table)
-    names = list(column_names) if column_names else next(rows, (1, []))[1]
-    repeated = sorted({column for column in names if names.count(column) > 1})
-    if repeated:
-        raise UserError(f"{name}: column '{repeated[0]}' is named twice")
-    for number, cells in rows:
-        where = f"{name}, line {number}"
-        if len(cells) != len(names):
-            raise UserError(f"{where}: {len(cells)} columns instead of {len(names)} ({', '.join(names)})")
-        if column_names and cells == names:
-            raise UserError(f"{where}: is a header; leave column_names out")
-        yield Record(dict(zip(names, cells, strict=True)), where)
-
-
-def _parquet(data: bytes, name: str) -> Iterator[Record]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{name}: not a Parquet file ({first_line(error)})") from None
-    for number, row in enumerate(table.to_pylist(), start=1):
-        yield Record(row, f"{name}, row {number}")
 
 
 def _read_hub(name: str, config_name: str | None, split: str, revision: str | None, setting: str) -> Source:

@@ -1,0 +1,338 @@
+"""Rows of tables: of text that is cut into cells, and of columns that Arrow reads. Nothing here imports torch.
+
+What a text's cells are is decided by looking: see `look`. What was decided is told by `told`, and by every error.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain, islice
+from typing import Any
+
+from bilora_ray.config import TrialConfig
+from bilora_ray.errors import UserError, first_line
+from bilora_ray.training.data.decoding import CHUNK, DataFile, check_kind, lines, opened
+
+# What stands between the cells of a file with such a suffix; a line of `.txt` is one cell, which is called `text`.
+DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": ""}
+# What else may, in order of how often it does.
+OTHERS = (",", ";", "\t", "|")
+# Rows by which it is told what stands between cells, and whether the first row is a header.
+SAMPLE = 100
+# A cell as CSV's rules have it, and the beginning of a line whose last cell goes on in the next.
+CELL = re.compile(r'"(?:[^"]++|"")*+"|[^"\t]*+')
+CELLS = re.compile(rf"(?:{CELL.pattern})(?:\t(?:{CELL.pattern}))*+")
+OPEN = re.compile(rf'(?:(?:{CELL.pattern})\t)*+"(?:[^"]++|"")*+')
+# A quote that only CSV's rules explain: doubled within a cell in quotes, or around what would cut that.
+INNER = re.compile(r'""|[\t\n]')
+
+
+@dataclass(frozen=True)
+class Quotes:
+    """What was found of the quotes in a table between tabs.
+
+    Attributes:
+        are_csv: whether they are CSV's.
+        line: that shows it; None where there are no quotes.
+    """
+
+    are_csv: bool
+    line: int | None
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How a text is cut into cells, and what the columns are called.
+
+    Attributes:
+        delimiter: between cells; empty where a line is one.
+        is_csv: whether cells may stand in CSV's quotes. Else quotes mean themselves.
+        names: of the columns.
+        header: the first row as it is written, if it names them.
+        quotes: what was found, if it was looked for.
+    """
+
+    delimiter: str
+    is_csv: bool
+    names: tuple[str, ...]
+    header: tuple[str, ...] | None
+    quotes: Quotes | None
+
+    @property
+    def words(self) -> str:
+        """How the cells were cut, in the words of the settings."""
+        shown = {"\t": "\\t", "": "none"}.get(self.delimiter, self.delimiter)
+        return f'delimiter "{shown}", quoting {"csv" if self.is_csv else "none"}'
+
+
+def text_rows(file: DataFile, config: TrialConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a text that is a table, each with its place.
+
+    Raises:
+        UserError: it cannot be read, its columns have no names, or a row has not as many cells as there are names.
+    """
+    dialect = look(file, config)
+    rows = _cells(file, config.encoding, dialect.delimiter, dialect.is_csv)
+    names = dialect.names
+    if dialect.header is not None:
+        next(rows, None)
+    for number, cells in rows:
+        place = f"line {number}"
+        if len(cells) != len(names):
+            found = f"{file.name}, {place}: {len(cells)} columns instead of {len(names)} ({', '.join(names)})"
+            raise UserError(f"{found}, as read with {dialect.words}")
+        if config.column_names and tuple(cells) == names:
+            raise UserError(f"{file.name}, {place}: is a header; leave column_names out")
+        if len(cells) > 1 and tuple(cells) == dialect.header:
+            raise UserError(f"{file.name}, {place}: is the header once more")
+        yield place, dict(zip(names, cells, strict=True))
+
+
+def _cells(file: DataFile, encoding: str | None, delimiter: str, is_csv: bool) -> Iterator[tuple[int, Sequence[str]]]:
+    """Rows of cells, each with the number of its first line; lines that hold nothing are left out."""
+    if is_csv:
+        yield from _csv(file, encoding, delimiter)
+        return
+    for number, line in lines(file, encoding):
+        if line := line.removesuffix("\n").removesuffix("\r"):
+            yield number, line.split(delimiter) if delimiter else [line]
+
+
+def _csv(file: DataFile, encoding: str | None, delimiter: str) -> Iterator[tuple[int, Sequence[str]]]:
+    csv.field_size_limit(sys.maxsize)  # of the process; Python's own is 131,072 characters, which documents exceed
+    reader = csv.reader(_csv_lines(file, encoding), delimiter=delimiter, strict=True)
+    first = 1
+    try:
+        for cells in reader:
+            if cells:
+                yield first, cells
+            first = reader.line_num + 1
+    except csv.Error as error:
+        problem = f"{file.name}, line {first}: not valid CSV ({error})"
+        raise UserError(f"{problem}; with quoting: none quotes mean themselves") from None
+
+
+def _csv_lines(file: DataFile, encoding: str | None) -> Iterator[str]:
+    """Lines as the csv module counts them: a \\r ends one too."""
+    for _, line in lines(file, encoding):
+        if "\r" in line.removesuffix("\r\n"):
+            yield from re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", line)
+        else:
+            yield line
+
+
+def look(file: DataFile, config: TrialConfig) -> Dialect:
+    """How a text is cut into cells.
+
+    `delimiter` and `quoting` are what the settings say. Else a delimiter is that of the file's suffix, unless by it the
+    first rows have one cell, or different numbers of them, and by just one other the same number of two or more.
+    Quotes are CSV's, unless the delimiter is a tab and the whole file does not say so: see `quotes_of`.
+
+    Raises:
+        UserError: the file cannot be read, or two columns would have one name.
+    """
+    found = file.path.stat() if file.path.exists() else None
+    stamp = None if found is None else (found.st_mtime_ns, found.st_size)
+    return _look(file, stamp, config.column_names, config.delimiter, config.quoting, config.encoding)
+
+
+@lru_cache(maxsize=64)
+def _look(
+    file: DataFile,
+    _: Any,
+    column_names: tuple[str, ...] | None,
+    delimiter: str | None,
+    quoting: str | None,
+    encoding: str | None,
+) -> Dialect:
+    """As `look`, once for each state of a file."""
+    if delimiter is None:
+        delimiter = _delimiter(file, len(column_names or ()), quoting, encoding)
+    quotes = quotes_of(file, encoding) if quoting is None and delimiter == "\t" else None
+    is_csv = delimiter != "" and (quoting == "csv" or (quoting is None and (quotes is None or quotes.are_csv)))
+    if not column_names and file.suffix == ".txt" and not delimiter:
+        column_names = ("text",)
+    if column_names:
+        header, names = None, column_names
+    else:
+        header = tuple(next(_cells(file, encoding, delimiter, is_csv), (1, ()))[1])
+        names = _names(header)
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise UserError(f"column_names: '{repeated[0]}' is named twice")
+    return Dialect(delimiter, is_csv, tuple(names), header, quotes)
+
+
+def _names(header: Sequence[str]) -> tuple[str, ...]:
+    """The cells of a header; those without a name, or whose name another has too, are called after their position."""
+    count = Counter(header)
+    return tuple(
+        cell if cell and count[cell] == 1 else f"{cell or 'column'}_{position}"
+        for position, cell in enumerate(header, start=1)
+    )
+
+
+def _delimiter(file: DataFile, columns: int, quoting: str | None, encoding: str | None) -> str:
+    own = DELIMITERS[file.suffix]
+    if own == "" or columns == 1 or _agrees(file, own, columns, quoting, encoding):
+        return own
+    others = [other for other in OTHERS if other != own and _agrees(file, other, columns, quoting, encoding)]
+    return others[0] if len(others) == 1 else own
+
+
+def _agrees(file: DataFile, delimiter: str, columns: int, quoting: str | None, encoding: str | None) -> bool:
+    """Whether by a `delimiter` the first rows have the same number of cells: `columns`, or if that is 0 two or more."""
+    ways = (False, True) if delimiter == "\t" else (True,)
+    for is_csv in ways if quoting is None else (quoting == "csv",):
+        try:
+            counts = {len(cells) for _, cells in islice(_cells(file, encoding, delimiter, is_csv), SAMPLE)}
+        except UserError:
+            continue
+        if len(counts) == 1 and min(counts) >= 2 and columns in (0, min(counts)):
+            return True
+    return False
+
+
+def quotes_of(file: DataFile, encoding: str | None) -> Quotes:
+    """Whether the quotes of a table between tabs are CSV's, by the whole of it.
+
+    They are if all could be, with as many cells as in the first row; and one could be nothing else: it is doubled
+    within a cell in quotes, or a cell in quotes holds a tab or the end of a line, or all rows have quotes and the first
+    has no cell without.
+    """
+    width, all_quoted, quoted, shows = 0, True, 0, 0
+    for number, record in _quoted_records(file, encoding):
+        if not CELLS.fullmatch(record):
+            return Quotes(False, number)
+        cells = [cell for cell in CELL.findall(record) if cell]
+        if not width:
+            width = _width(record)
+            all_quoted = all(cell.startswith('"') for cell in cells)
+        if '"' not in record:
+            all_quoted = False
+            continue
+        if _width(record) != width:
+            return Quotes(False, number)
+        quoted = quoted or number
+        if any(INNER.search(cell[1:-1]) for cell in cells if cell.startswith('"')):
+            shows = shows or number
+    return Quotes(bool(shows or (all_quoted and quoted)), shows or quoted or None)
+
+
+def _quoted_records(file: DataFile, encoding: str | None) -> Iterator[tuple[int, str]]:
+    """Rows with the number of their first line; of several lines where a cell in quotes goes on."""
+    first, whole = 0, ""
+    for number, line in lines(file, encoding):
+        first, whole = (first, whole + line) if whole else (number, line)
+        if '"' in whole and OPEN.fullmatch(whole.rstrip("\r\n")):
+            continue
+        if record := whole.rstrip("\r\n"):
+            yield first, record
+        whole = ""
+    if whole:
+        yield first, whole
+
+
+def _width(record: str) -> int:
+    """How many cells a row has."""
+    return CELL.sub("", record).count("\t") + 1
+
+
+def told(file: DataFile, config: TrialConfig) -> Iterator[str]:
+    """What was decided of a table, for who may know better: lines that begin with the setting that decides it."""
+    dialect = look(file, config)
+    own = DELIMITERS[file.suffix]
+    if config.delimiter is None and dialect.delimiter != own:
+        yield f"delimiter: {file.name} is read with {dialect.words}, for by that its rows have equally many cells"
+    if dialect.quotes is not None and dialect.quotes.line is not None:
+        what = "has CSV's quotes" if dialect.is_csv else "has quotes that mean themselves"
+        other = "none if they mean themselves" if dialect.is_csv else "csv if they are CSV's"
+        yield f"quoting: {file.name} {what}, as line {dialect.quotes.line} shows; say {other}"
+    yield from _told_of_header(file, dialect, config)
+
+
+def _told_of_header(file: DataFile, dialect: Dialect, config: TrialConfig) -> Iterator[str]:
+    sample = [cells for _, cells in islice(_cells(file, config.encoding, dialect.delimiter, dialect.is_csv), SAMPLE)]
+    if not sample:
+        return
+    first, below = sample[0], [cells for cells in sample[1:] if len(cells) == len(sample[0])]
+    columns = list(zip(*below, strict=True))
+    if dialect.header is None:
+        heads = [
+            head
+            for head, column in zip(first, columns, strict=False)
+            if not _number(head) and all(map(_number, column))
+        ]
+        if dialect.delimiter and heads:
+            yield (
+                f"column_names: the first row of {file.name} is read as data, and looks like a header ('{heads[0]}'); "
+                "leave column_names out if it is one"
+            )
+        return
+    renamed = [name for name, cell in zip(dialect.names, dialect.header, strict=True) if name != cell]
+    if renamed:
+        yield f"column_names: columns of {file.name} without a name of their own are called {', '.join(renamed)}"
+    data = [head for head, column in zip(first, columns, strict=False) if _number(head) or (head and head in column)]
+    if data:
+        yield (
+            f"column_names: the first row of {file.name} is its header, and looks like data ('{data[0]}'); "
+            "name the columns if it is"
+        )
+
+
+def _number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def columnar_rows(file: DataFile) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The rows of a Parquet or Arrow file, each with its place. UserError if it is none."""
+    import pyarrow
+
+    kind = "a Parquet" if file.suffix == ".parquet" else "an Arrow"
+    with opened(file) as stream:
+        check_kind(stream.read(CHUNK), file)
+        stream.seek(0)
+        try:
+            rows = chain.from_iterable(batch.to_pylist() for batch in _batches(stream, file))
+            for number, row in enumerate(rows, start=1):
+                yield f"row {number}", row
+        except (pyarrow.ArrowException, OSError) as error:
+            if getattr(error, "errno", None) is not None:  # the disk's
+                raise
+            raise UserError(f"{file.name}: not {kind} file ({first_line(error)})") from None
+
+
+def _batches(stream: Any, file: DataFile) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    if file.suffix == ".parquet":
+        parquet = pyarrow.parquet.ParquetFile(stream)
+        _check_names(parquet.schema_arrow.names, file)
+        yield from parquet.iter_batches()
+        return
+    try:
+        reader = pyarrow.ipc.open_file(stream)
+        batches = (reader.get_batch(index) for index in range(reader.num_record_batches))
+    except pyarrow.ArrowInvalid:  # `datasets` writes streams
+        stream.seek(0)
+        batches = reader = pyarrow.ipc.open_stream(stream)
+    _check_names(reader.schema.names, file)
+    yield from batches
+
+
+def _check_names(names: Sequence[str], file: DataFile) -> None:
+    """UserError if two columns have one name, of which a row would keep the last."""
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    if repeated:
+        raise UserError(f"{file.name}: column '{repeated[0]}' is there twice; write it with another name")
