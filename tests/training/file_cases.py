@@ -344,9 +344,9 @@ TABLE_CASES = [
     ),
     Case(
         "TSV with CSV quotes around tabs and ends of lines",
-        file("d.tsv", 'text\tlabel\n"a\tb\nc"\t0\n"d"\t1\n'),
+        file("d.tsv", 'text\tlabel\n"a\tb"\t0\n"c\nd"\t1\n'),
         Loads(
-            [{"text": "a\tb\nc", "label": "0"}, {"text": "d", "label": "1"}],
+            [{"text": "a\tb", "label": "0"}, {"text": "c\nd", "label": "1"}],
             ("quoting: {} has CSV's quotes, as line 2 shows; say none if they mean themselves",),
         ),
     ),
@@ -363,6 +363,14 @@ TABLE_CASES = [
         file("d.tsv", 'a\tb\tc\n"x\ty"\tz\n'),
         Loads(
             [{"a": '"x', "b": 'y"', "c": "z"}],
+            ("quoting: {} has quotes that mean themselves, as line 2 shows; say csv if they are CSV's",),
+        ),
+    ),
+    Case(
+        "TSV with a quote that opens in one row and ends in another",
+        file("d.tsv", 'text\tlabel\n"He said\t0\nand went"\t1\n'),
+        Loads(
+            [{"text": '"He said', "label": "0"}, {"text": 'and went"', "label": "1"}],
             ("quoting: {} has quotes that mean themselves, as line 2 shows; say csv if they are CSV's",),
         ),
     ),

@@ -187,10 +187,7 @@ def json_rows(file: DataFile, encoding: str | None, field: str | None) -> Iterat
     for number, line in lines(file, encoding):
         if line.strip():
             place = f"line {number}"
-            yield (
-                place,
-                _object(_parsed(line.removesuffix("\n").removesuffix("\r"), file.name, number), file.name, place),
-            )
+            yield place, _object(_parsed(line.rstrip("\r\n"), file.name, number), file.name, place)
 
 
 def _is_document(file: DataFile, encoding: str | None) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -145,12 +145,15 @@ def _records(files: Iterable[DataFile], config: TrialConfig) -> Iterator[Record]
     """The records of `files`, which must have the same columns where all rows of a file have."""
     known: tuple[str, frozenset[str]] | None = None
     for file in files:
-        columns = None
-        for place, row in _rows(file, config):
-            if columns is None and file.suffix not in JSON:
-                columns = frozenset(row)
-                known = known or (file.name, columns)
-                _check_columns(file, columns, known)
+        rows = _rows(file, config)
+        first = next(rows, None)
+        if first is None:
+            continue
+        if file.suffix not in JSON:
+            columns = frozenset(first[1])
+            known = known or (file.name, columns)
+            _check_columns(file, columns, known)
+        for place, row in chain([first], rows):
             yield Record(row, f"{file.name}, {place}")
 
 

@@ -26,7 +26,7 @@ OTHERS = (",", ";", "\t", "|")
 # Rows by which it is told what stands between cells, and whether the first row is a header.
 SAMPLE = 100
 # A cell as CSV's rules have it, and the beginning of a line whose last cell goes on in the next.
-CELL = re.compile(r'"(?:[^"]++|"")*+"|[^"\t]*+')
+CELL = re.compile(r'"(?:[^"]++|"")*+"|[^"\t\r]*+')
 CELLS = re.compile(rf"(?:{CELL.pattern})(?:\t(?:{CELL.pattern}))*+")
 OPEN = re.compile(rf'(?:(?:{CELL.pattern})\t)*+"(?:[^"]++|"")*+')
 # A quote that only CSV's rules explain: doubled within a cell in quotes, or around what would cut that.
@@ -208,6 +208,9 @@ def quotes_of(file: DataFile, encoding: str | None) -> Quotes:
     """
     width, all_quoted, quoted, shows = 0, True, 0, 0
     for number, record in _quoted_records(file, encoding):
+        if width and '"' not in record and "\r" not in record:
+            all_quoted = False
+            continue
         if not CELLS.fullmatch(record):
             return Quotes(False, number)
         cells = [cell for cell in CELL.findall(record) if cell]
@@ -215,11 +218,13 @@ def quotes_of(file: DataFile, encoding: str | None) -> Quotes:
             width = _width(record)
             all_quoted = all(cell.startswith('"') for cell in cells)
         if '"' not in record:
-            all_quoted = False
             continue
         if _width(record) != width:
             return Quotes(False, number)
         quoted = quoted or number
+        # Lines each of which is whole may be rows, one of which begins with a quote, and one of which ends with one.
+        if "\n" in record and all(line.count("\t") + 1 == width for line in record.split("\n")):
+            continue
         if any(INNER.search(cell[1:-1]) for cell in cells if cell.startswith('"')):
             shows = shows or number
     return Quotes(bool(shows or (all_quoted and quoted)), shows or quoted or None)
