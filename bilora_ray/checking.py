@@ -90,6 +90,8 @@ def in_words(kind: type[Settings], problem: ErrorDetails) -> str:
     if problem["type"] == "value_error" and not key:
         return message
     message = f"{message}, got {problem['input']!r}"
+    if problem["type"] == "string_type" and isinstance(problem["input"], bool):
+        message += '; yes, no, on and off are true or false to YAML: a text needs quotes, as in "no"'
     if isinstance(problem["input"], list) and problem["type"] in ONE_VALUE and _is_searched(kind, key):
         message += "; several values to choose from are {choice: [...]}"
     return f"{key}: {message}" if key else message

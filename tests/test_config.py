@@ -226,9 +226,21 @@ def test_integers_are_known_and_so_are_numbers() -> None:
             {"gradient_checkpointing": "maybe"},
             "gradient_checkpointing: should be a valid boolean, unable to interpret input, got 'maybe'",
         ),
+        ({"delimiter": ", "}, 'delimiter: must be one character, such as ";", or "\\t" for a tab, got \', \''),
+        ({"encoding": "cp-1252x"}, "encoding: is no text encoding; did you mean 'cp1252'?, got 'cp-1252x'"),
+        (
+            {"encoding": "hex"},
+            "encoding: is no text encoding; allowed: big5, cp1250, cp1251, cp1252, gb18030, iso-8859-1, mac-roman, "
+            "shift_jis, utf-16, utf-8, got 'hex'",
+        ),
+        ({"quoting": "all"}, "quoting: should be 'none' or 'csv', got 'all'"),
         ({"target_modules": [3, None]}, "target_modules: should be a valid string, got [3, None]"),
         ({"label_names": "yes"}, "label_names: should be a valid tuple, got 'yes'"),
-        ({"label_names": ["good", False]}, "label_names.1: should be a valid string, got False"),
+        (
+            {"label_names": ["good", False]},
+            "label_names.1: should be a valid string, got False; yes, no, on and off are true or false to YAML: "
+            'a text needs quotes, as in "no"',
+        ),
         ({"eval_steps": 1.5}, "eval_steps: must be a whole number of steps, or a share below 1, got 1.5"),
         ({"eval_steps": 0}, "eval_steps: should be greater than 0, got 0"),
     ],
