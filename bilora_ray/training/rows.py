@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from bilora_ray.config import TrialConfig
+from bilora_ray.config import TrialConfig, template_columns
 from bilora_ray.errors import UserError
 from bilora_ray.training.data import sources
+from bilora_ray.training.data.columns import filled
 from bilora_ray.training.data.order import shuffled
 from bilora_ray.training.data.sources import read_train, read_validation
 from bilora_ray.training.tasks import TASKS
@@ -76,6 +77,8 @@ def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:
     yield from sources.notes(config)
     named = [key for key in ("validation_data", "validation_split") if getattr(config, key) is not None]
     validation_data = (*named, "train_data")[0]
+    yield from _empty_notes(dataset.train, config, "train_data: {} of {} training")
+    yield from _empty_notes(dataset.validation, config, f"{validation_data}: {{}} of {{}} validation")
     contents = Counter(map(_content, dataset.validation))
     shared = sum(contents[content] for content in {_content(row) for row in dataset.train if _content(row) in contents})
     if shared > MOST_SHARED * len(dataset.validation):
@@ -89,6 +92,17 @@ def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:
         yield f"per_device_train_batch_size: a step would take {step} rows, and there are {len(dataset.train)}"
     if config.max_steps is not None and "num_train_epochs" in config.model_fields_set:
         yield f"num_train_epochs: changes nothing beside max_steps ({config.max_steps})"
+
+
+def _empty_notes(rows: Sequence[Any], config: TrialConfig, counted: str) -> Iterator[str]:
+    """Lines about rows of which there is nothing to read, with the place of the first. A completion has its own."""
+    bare = filled(config.prompt_template, dict.fromkeys(template_columns(config.prompt_template), ""))
+    for what, nothing in (("text", ""), ("text_pair", ""), ("prompt", bare)):
+        texts = ((row.where, getattr(row, what, None)) for row in rows)
+        empty = [where for where, text in texts if text is not None and text.strip() == nothing.strip()]
+        if empty and (what != "prompt" or template_columns(config.prompt_template)):
+            words = what.replace("_", " ")
+            yield f"{counted.format(len(empty), len(rows))} rows have an empty {words}, the first is {empty[0]}"
 
 
 def _content(row: Any) -> str:

@@ -113,10 +113,10 @@ CASES = {
         "{here}/data.jsonl, line 1: no column 'question'; columns: prompt, completion",
         trial={"prompt_template": "{question}"},
     ),
-    "row without a value": Case(
+    "row with a list": Case(
         TUNE,
-        "{here}/data.jsonl, line 2: column 'completion' has no value",
-        files={"data.jsonl": ROW + '{"prompt": "a", "completion": null}\n'},
+        "{here}/data.jsonl, line 2: column 'completion' must be text or a number, not list",
+        files={"data.jsonl": ROW + '{"prompt": "a", "completion": []}\n'},
     ),
     "label outside the set": Case(
         TUNE,
@@ -130,7 +130,8 @@ CASES = {
     ),
     "torn CSV": Case(
         TUNE,
-        "{here}/train.csv, line 3: 1 columns instead of 2 (prompt, completion)",
+        "{here}/train.csv, line 3: 1 columns instead of 2 (prompt, completion), "
+        'as read with delimiter ",", quoting csv',
         trial={"train_data": "train.csv"},
         files={"train.csv": "prompt,completion\na,b\nc\n"},
     ),

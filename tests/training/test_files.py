@@ -1,14 +1,23 @@
 """Every kind of file loads right, or one line says what to add: the cases are in `file_cases.py`."""
 
+import csv
+import io
+import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
-from training.file_cases import CASES, Case, Loads
+from training.file_cases import CASES, TYPED, Case, Loads, file, parquet
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.training.data.columns import text_of
 from bilora_ray.training.data.sources import first_records, notes, read_file
+from bilora_ray.training.rows import load_rows
+from bilora_ray.training.rows import notes as row_notes
+from bilora_ray.training.tasks.sequence_classification import LabelledRow
+from bilora_ray.training.tasks.text import TextRow
 
 
 def config(train_data: str = "d", **settings: Any) -> TrialConfig:
@@ -30,6 +39,84 @@ def test_a_file_loads_or_one_line_says_what_to_add(case: Case, tmp_path: Path) -
         assert str(caught.value) == case.outcome.line.replace("{here}", str(tmp_path)).replace("{}", name).replace(
             "{{", "{"
         ).replace("}}", "}")
+
+
+EMPTY = [{"text": "a", "pair": "x", "label": 0}, {"text": None, "pair": "", "label": 1}]
+
+
+def _written(here: Path, suffix: str, empty: Any) -> str:
+    rows = [{key: empty if value in (None, "") else value for key, value in row.items()} for row in EMPTY]
+    if suffix == ".parquet":
+        return file("d.parquet", parquet(rows))(here)
+    if suffix == ".jsonl":
+        return file("d.jsonl", "".join(json.dumps(row) + "\n" for row in rows))(here)
+    delimiter = {".csv": ",", ".tsv": "\t"}[suffix]
+    cells = [list(rows[0]), *([str(value or "") if value != 0 else "0" for value in row.values()] for row in rows)]
+    return file(f"d{suffix}", "".join(delimiter.join(row) + "\n" for row in cells))(here)
+
+
+@pytest.mark.parametrize("empty", ["", None])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_an_empty_text_is_read_and_told_and_an_empty_label_is_refused(suffix: str, empty: Any, tmp_path: Path) -> None:
+    name = _written(tmp_path, suffix, empty)
+    settings = {"train_data": name, "validation_data": name, "task": "sequence-classification"}
+    config = TrialConfig(model_name_or_path="m", text_pair_column="pair", **settings)
+    dataset = load_rows(config)
+    assert [(row.text, row.text_pair) for row in dataset.train if isinstance(row, LabelledRow)] == [
+        ("a", "x"),
+        ("", ""),
+    ]
+    place = f"{name}, {'row' if suffix == '.parquet' else 'line'} {3 if suffix in ('.csv', '.tsv') else 2}"
+    told = [line for line in row_notes(dataset, config, 1) if "empty" in line]
+    assert told == [
+        f"{setting}: 1 of 2 {kind} rows have an empty {what}, the first is {place}"
+        for setting, kind in (("train_data", "training"), ("validation_data", "validation"))
+        for what in ("text", "text pair")
+    ]
+    with pytest.raises(UserError) as caught:
+        load_rows(TrialConfig(model_name_or_path="m", label_column="pair", **settings))
+    assert str(caught.value) == f"{place}: column 'pair' has no value"
+
+
+def test_a_prompt_with_an_empty_column_is_read_and_one_with_nothing_is_told(tmp_path: Path) -> None:
+    rows = [{"ask": "a", "input": None, "say": "b"}, {"ask": "", "input": None, "say": None}]
+    name = file("d.parquet", parquet(rows))(tmp_path)
+    data = {"train_data": name, "validation_data": name, "completion_template": "{say}"}
+    settings = config(**data, prompt_template="{ask}\nInput: {input}")
+    dataset = load_rows(settings)
+    assert [(row.prompt, row.completion) for row in dataset.train if isinstance(row, TextRow)] == [
+        ("a\nInput: ", "b"),
+        ("\nInput: ", ""),
+    ]
+    assert [line for line in row_notes(dataset, settings, 1) if line.startswith("train_data")] == [
+        f"train_data: 1 of 2 training rows have an empty prompt, the first is {name}, row 2",
+        "train_data: 1 of 2 training rows have an empty completion",
+    ]
+
+
+def test_decimals_and_dates_are_written_as_they_are(tmp_path: Path) -> None:
+    name = file("d.parquet", parquet(TYPED))(tmp_path)
+    [record] = read_file(name, config(), "train_data").records
+    assert [text_of(record, column) for column in ("price", "day", "at")] == [
+        "1.50",
+        "2024-05-01",
+        "2024-05-01 12:30:00",
+    ]
+
+
+def test_tables_are_cut_as_by_the_plainest_code(tmp_path: Path) -> None:
+    random = Random(0)
+    for number in range(100):
+        cells = ["".join(random.choices('ab "é\u2028\x85', k=random.randrange(4))) for _ in range(6)]
+        text = "\r\n".join(["x\ty", '1" a\t"b', *("\t".join(cells[i : i + 2]) for i in (0, 2, 4))])
+        name = file(f"{number}.tsv", text)(tmp_path)
+        rows = [line.split("\t") for line in text.split("\r\n")[1:]]
+        assert [list(record.columns.values()) for record in read_file(name, config(), "train_data").records] == rows
+        quoted = [f'"{cell.replace(chr(34), chr(34) * 2)}\r"' for cell in cells]
+        text = "\n".join(["x,y", *(",".join(quoted[i : i + 2]) for i in (0, 2, 4))])
+        name = file(f"{number}.csv", text)(tmp_path)
+        rows = list(csv.reader(io.StringIO(text, newline="")))[1:]
+        assert [list(record.columns.values()) for record in read_file(name, config(), "train_data").records] == rows
 
 
 def test_no_two_cases_have_one_name() -> None:

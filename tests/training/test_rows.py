@@ -86,8 +86,11 @@ def test_templates_are_filled_literally(folder: Folder) -> None:
             "train.jsonl, line 1: no column 'prompt'; did you mean 'Prompt'? columns: Prompt, completion",
         ),
         ([{}], "train.jsonl, line 1: no column 'prompt'; columns: none"),
-        ([{"prompt": None, "completion": "b"}], "train.jsonl, line 1: column 'prompt' has no value"),
-        ([{"prompt": "a", "completion": float("nan")}], "train.jsonl, line 1: column 'completion' has no value"),
+        (
+            [{"0": "a", "It rained.": "b"}],
+            "train.jsonl, line 1: no column 'prompt'; columns: 0, It rained.; "
+            "if the file has no header, column_names names them",
+        ),
         (
             [{"prompt": ["a"], "completion": "b"}],
             "train.jsonl, line 1: column 'prompt' must be text or a number, not list",

@@ -10,11 +10,16 @@ import math
 import re
 import string
 from collections.abc import Mapping, Sequence
+from datetime import date, time
+from decimal import Decimal
 from typing import Any
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.training.data.sources import Record
+
+# What seldom is the name of a column, and often a text or a number.
+NO_NAME = re.compile(r"-?\d|.*[^\w .\-]|.{50}", re.DOTALL)
 
 
 def value_of(record: Record, column: str) -> Any:
@@ -22,20 +27,32 @@ def value_of(record: Record, column: str) -> Any:
     if column not in record.columns:
         close = difflib.get_close_matches(column, record.columns, n=1)
         hint = f"did you mean '{close[0]}'? " if close else ""
-        raise UserError(f"{record.where}: no column '{column}'; {hint}columns: {', '.join(record.columns) or 'none'}")
+        listing = f"columns: {', '.join(record.columns) or 'none'}"
+        if any(map(NO_NAME.match, record.columns)):
+            listing += "; if the file has no header, column_names names them"
+        raise UserError(f"{record.where}: no column '{column}'; {hint}{listing}")
     value = record.columns[column]
-    # pandas writes a missing value as NaN.
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if _is_missing(value):
         raise UserError(f"{record.where}: column '{column}' has no value")
     return value
 
 
+def _is_missing(value: Any) -> bool:
+    """Whether a value is none: pandas writes a missing one as NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def text_of(record: Record, column: str) -> str:
-    """A text or a number as text. UserError if it is neither."""
+    """A text, a number or a date as text. UserError if it is none of them.
+
+    A missing value is an empty text, whichever kind of file it is in: CSV has no other way to write either.
+    """
+    if _is_missing(record.columns.get(column, "")):
+        return ""
     value = value_of(record, column)
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, str | int | float):
+    if isinstance(value, str | int | float | Decimal | date | time):
         check_characters(str(value), f"{record.where}: column '{column}'")
         return str(value)
     raise UserError(f"{record.where}: column '{column}' must be text or a number, not {type(value).__name__}")
