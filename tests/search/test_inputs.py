@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from bilora_ray.errors import UserError
+from bilora_ray.paths import data_files
 from bilora_ray.search.cluster.inputs import keep_inputs
+from bilora_ray.search.cluster.upload import read_upload
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
 
@@ -81,3 +83,39 @@ def test_a_storage_path_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(UserError, match=r"--storage-path .*/runs: cannot be written \("):
         keep_inputs(space_in(folder), {}, tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("shards", ["part-1.csv.gz", "part-2.csv.gz"]),
+        ("shards/*-[12].csv*", ["part-1.csv.gz", "part-2.csv.gz"]),
+        ("s*/part-2.csv.gz", ["part-2.csv.gz"]),
+    ],
+)
+def test_a_folder_and_a_pattern_stay_whole(name: str, files: list[str], tmp_path: Path) -> None:
+    folder = job(tmp_path, "1")
+    (folder / "shards").mkdir()
+    for file in ("part-1.csv.gz", "part-2.csv.gz"):
+        (folder / "shards" / file).write_bytes(file.encode())
+    space, digests = keep_inputs(
+        space_in(folder, validation_data=f'"{name}"'), {f"{folder}/{name}": "d"}, tmp_path / "runs"
+    )
+    kept = space.fixed["validation_data"]
+    assert Path(kept).is_relative_to(tmp_path / "runs" / "inputs")
+    assert digests == {kept: "d"}
+    assert [file.name for file in data_files(Path(kept))] == files
+    assert [file.read_bytes().decode() for file in data_files(Path(kept))] == files
+
+
+def test_an_upload_that_leaves_a_shard_out_is_told(tmp_path: Path) -> None:
+    names = ("part-1.csv", "part-2.csv", ".gitignore")
+    for name, content in zip(names, ("a", "b", "part-2.csv"), strict=True):
+        (tmp_path / name).write_text(content)
+    upload = read_upload(tmp_path)
+    assert [upload.holds(tmp_path / name) for name in ("part-1.csv", "part-*.csv", "part-[1].csv", "")] == [
+        True,
+        False,
+        True,
+        False,
+    ]
