@@ -94,6 +94,57 @@ def test_a_prompt_with_an_empty_column_is_read_and_one_with_nothing_is_told(tmp_
     ]
 
 
+def _steps(name: str, *settings: dict[str, Any]) -> list[str]:
+    """What is said of a file under growing settings, and of the last ones how many rows there are."""
+    given: dict[str, Any] = {"model_name_or_path": "m", "task": "sequence-classification", "train_data": name}
+    told = []
+    for more in settings:
+        try:
+            rows = load_rows(TrialConfig(**(given := {**given, **more})))
+            told.append(f"{len(rows.train) + len(rows.validation)} rows, labels {rows.label_names}")
+        except UserError as error:
+            told.append(str(error))
+    return told
+
+
+def test_a_kaggle_file_needs_the_keys_that_its_errors_name(tmp_path: Path) -> None:
+    content = "v1,v2,,,\r\n" + 'ham,"Go, 50£ off",,,\r\nspam,"FREE ""entry""",,,\r\n' * 10
+    name = file("spam.csv", content, "cp1252")(tmp_path)
+    steps = ({}, {"encoding": "cp1252"}, {"label_column": "v1"}, {"text_column": "v2"})
+    columns = "columns: v1, v2, column_3, column_4, column_5"
+    assert _steps(name, *steps) == [
+        f"{name}, line 2: not UTF-8 (byte 0xa3); name its encoding, such as encoding: cp1252 ('50£')",
+        f"{name}, line 2: no column 'label' (label_column); {columns}",
+        f"{name}, line 2: no column 'text' (text_column); {columns}",
+        "20 rows, labels ('ham', 'spam')",
+    ]
+
+
+def test_a_table_like_colas_needs_the_keys_that_its_errors_name(tmp_path: Path) -> None:
+    content = "".join(f'gj04\t{number % 2}\t{"*" * (1 - number % 2)}\tThey "go" {number}.\n' for number in range(1, 9))
+    name = file("in_domain_train.tsv", content)(tmp_path)
+    names = {"column_names": ("source", "label", "mark", "sentence")}
+    assert _steps(name, {}, names, {"text_column": "sentence"}) == [
+        f"{name}, line 2: no column 'label' (label_column); columns: gj04, 1, column_3, They \"go\" 1.; "
+        "if the file has no header, column_names names them",
+        f"{name}, line 1: no column 'text' (text_column); columns: source, label, mark, sentence",
+        "8 rows, labels ('0', '1')",
+    ]
+
+
+def test_a_table_of_pairs_like_mrpcs_is_read_with_its_quotes(tmp_path: Path) -> None:
+    header = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n"
+    rows = '1\t7\t8\t"He said, ""No."""\tNo, he said.\n0\t7\t9\tIt fell 5%.\t"A ""quote""."\n'
+    name = file("msr.tsv", header + rows * 4)(tmp_path)
+    columns = {"label_column": "Quality", "text_column": "#1 String", "text_pair_column": "#2 String"}
+    assert _steps(name, {}, columns) == [
+        f"{name}, line 2: no column 'label' (label_column); columns: Quality, #1 ID, #2 ID, #1 String, #2 String",
+        "8 rows, labels ('0', '1')",
+    ]
+    [record] = list(read_file(name, config(), "train_data").records)[:1]
+    assert (record.columns["#1 String"], record.columns["#2 String"]) == ('He said, "No."', "No, he said.")
+
+
 def test_decimals_and_dates_are_written_as_they_are(tmp_path: Path) -> None:
     name = file("d.parquet", parquet(TYPED))(tmp_path)
     [record] = read_file(name, config(), "train_data").records

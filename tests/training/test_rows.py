@@ -79,16 +79,17 @@ def test_templates_are_filled_literally(folder: Folder) -> None:
     [
         (
             [*numbered(2), {"question": "a", "answer": "b"}],
-            "train.jsonl, line 3: no column 'prompt'; columns: question, answer",
+            "train.jsonl, line 3: no column 'prompt' (prompt_template); columns: question, answer",
         ),
         (
             [{"Prompt": "a", "completion": "b"}],
-            "train.jsonl, line 1: no column 'prompt'; did you mean 'Prompt'? columns: Prompt, completion",
+            "train.jsonl, line 1: no column 'prompt' (prompt_template); did you mean 'Prompt'? "
+            "columns: Prompt, completion",
         ),
-        ([{}], "train.jsonl, line 1: no column 'prompt'; columns: none"),
+        ([{}], "train.jsonl, line 1: no column 'prompt' (prompt_template); columns: none"),
         (
             [{"0": "a", "It rained.": "b"}],
-            "train.jsonl, line 1: no column 'prompt'; columns: 0, It rained.; "
+            "train.jsonl, line 1: no column 'prompt' (prompt_template); columns: 0, It rained.; "
             "if the file has no header, column_names names them",
         ),
         (

@@ -18,8 +18,14 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.training.data.sources import Record
 
+# Columns that nobody named -> the setting that names another.
+DEFAULTS = {
+    str(field.default).strip("{}"): key
+    for key, field in TrialConfig.model_fields.items()
+    if key.endswith(("_column", "_template")) and field.default is not None
+}
 # What seldom is the name of a column, and often a text or a number.
-NO_NAME = re.compile(r"-?\d|.*[^\w .\-]|.{50}", re.DOTALL)
+NO_NAME = re.compile(r"-?\d|.*[^\w .#()%/?:-]|.{50}", re.DOTALL)
 
 
 def value_of(record: Record, column: str) -> Any:
@@ -30,7 +36,8 @@ def value_of(record: Record, column: str) -> Any:
         listing = f"columns: {', '.join(record.columns) or 'none'}"
         if any(map(NO_NAME.match, record.columns)):
             listing += "; if the file has no header, column_names names them"
-        raise UserError(f"{record.where}: no column '{column}'; {hint}{listing}")
+        setting = f" ({DEFAULTS[column]})" if column in DEFAULTS else ""
+        raise UserError(f"{record.where}: no column '{column}'{setting}; {hint}{listing}")
     value = record.columns[column]
     if _is_missing(value):
         raise UserError(f"{record.where}: column '{column}' has no value")
