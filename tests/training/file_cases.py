@@ -314,6 +314,11 @@ TABLE_CASES = [
             ('delimiter: {} is read with delimiter "\\t", quoting none, for by that its rows have equally many cells',),
         ),
     ),
+    Case(
+        "CSV whose first line is Excel's sep=;",
+        file("d.csv", "sep=;\na;b\n1;x\n"),
+        Refused("{}, line 1: tells Excel the delimiter, and is no header; take the line out"),
+    ),
     Case("CSV of one column", file("d.csv", "text\nHi; you\nno\n"), Loads([{"text": "Hi; you"}, {"text": "no"}])),
     Case("CSV that is empty", file("d.csv", ""), Refused("train_data: no rows in {}")),
     Case("CSV of a header alone", file("d.csv", "a,b\n"), Refused("train_data: no rows in {}")),

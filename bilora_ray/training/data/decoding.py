@@ -69,11 +69,18 @@ class DataFile:
 
 @contextmanager
 def opened(file: DataFile) -> Iterator[BinaryIO]:
-    """The bytes of `file`, unpacked. UserError if they can't be read, in the block too."""
+    """The bytes of `file`, unpacked. UserError as for `stored`."""
     compression = COMPRESSIONS.get(file.path.suffix.lower())
+    with stored(file) as stream:
+        yield stream if compression is None else _unpacked(stream, compression)
+
+
+@contextmanager
+def stored(file: DataFile) -> Iterator[BinaryIO]:
+    """The bytes of `file` as they are on the disk. UserError if they can't be read, in the block too."""
     try:
         with file.path.open("rb") as stream:
-            yield stream if compression is None else _unpacked(stream, compression)
+            yield stream
     except FileNotFoundError:
         raise UserError(f"{file.setting}: no such file: {file.name}") from None
     except OSError as error:

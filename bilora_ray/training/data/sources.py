@@ -16,7 +16,7 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError, UserError, first_line, refusal
 from bilora_ray.paths import data_files, kind_of, loadable
 from bilora_ray.training.data import tables
-from bilora_ray.training.data.decoding import DataFile, json_rows
+from bilora_ray.training.data.decoding import DataFile, json_rows, stored
 from bilora_ray.training.data.tables import DELIMITERS
 
 JSON = (".jsonl", ".ndjson", ".json")
@@ -177,7 +177,7 @@ def _digest(files: Sequence[DataFile]) -> str:
     """Of one file that of its bytes; of several that of theirs, in their order."""
     found = []
     for file in files:
-        with file.path.open("rb") as stream:
+        with stored(file) as stream:
             found.append(hashlib.file_digest(stream, "sha256").hexdigest())
     whole = found[0] if len(found) == 1 else hashlib.sha256("\n".join(found).encode()).hexdigest()
     return whole[:16]

@@ -162,6 +162,8 @@ def _look(
         header, names = None, column_names
     else:
         header = tuple(next(_cells(file, encoding, delimiter, is_csv), (1, ()))[1])
+        if header and header[0].lower().startswith("sep="):
+            raise UserError(f"{file.name}, line 1: tells Excel the delimiter, and is no header; take the line out")
         names = _names(header)
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
