@@ -156,14 +156,23 @@ class TrialConfig(Settings):
     label_names: tuple[str, ...] | None = setting(
         None, "labels in order; found in train_data when absent", decides="rows"
     )
+    stratify: bool = setting(
+        True,
+        "rows held out or drawn have each label's share; false: at random, max_eval_samples: the first ones",
+        decides="rows",
+        holds_out=True,
+        before=False,
+    )
     max_length: Int = setting(512, "tokens a row keeps at the most", ge=4, decides="rows")
     max_train_samples: Int | None = setting(
         None, "train on this many rows, drawn by split_seed", ge=1, decides="training rows"
     )
-    max_eval_samples: Int | None = setting(None, "validate on the first so many rows", ge=1, decides="rows")
+    max_eval_samples: Int | None = setting(
+        None, "validate on this many rows, drawn by split_seed", ge=1, decides="rows"
+    )
     split_seed: Int | None = setting(
         None,
-        "of the held-out rows and of those that max_train_samples draws; seed when absent",
+        "of the held-out rows and of those that max_train_samples and max_eval_samples draw; seed when absent",
         ge=0,
         lt=2**32,
         decides="rows",
@@ -342,6 +351,13 @@ def deciding_the_split(settings: Mapping[str, Any]) -> frozenset[str]:
         return frozenset()
     without = set() if settings.get("split_seed") is None else {"seed"}
     return frozenset(key for key, facts in FACTS.items() if facts.holds_out) - without
+
+
+def deciding_the_draw(settings: Mapping[str, Any]) -> frozenset[str]:
+    """What decides which validation rows `max_eval_samples` draws; nothing does where it draws none."""
+    if settings.get("max_eval_samples") is None or not settings.get("stratify", True):
+        return frozenset()
+    return frozenset({"split_seed"} if settings.get("split_seed") is not None else {"seed", "split_seed"})
 
 
 def shown(place: Literal["card", "best"]) -> tuple[str, ...]:

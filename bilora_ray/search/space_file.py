@@ -15,6 +15,7 @@ from bilora_ray.config import (
     SOURCES,
     TrialConfig,
     coerce,
+    deciding_the_draw,
     deciding_the_split,
     is_integer,
     is_number,
@@ -226,11 +227,14 @@ def _check_parallelism(space: Space, config: TrialConfig) -> None:
 
 
 def _check_split(space: Space) -> None:
-    """Refuse a space whose trials would hold out different rows."""
+    """Refuse a space whose trials would be measured on different rows."""
     for key in space.distributions:
         if key in deciding_the_split(space.fixed):
             needed = "split_seed or validation_data" if key == "seed" else "validation_data"
             raise UserError(f"{space.path}: trial.{key}: needs {needed}, or trials would hold out other rows")
+        if key in deciding_the_draw(space.fixed):
+            needed = "split_seed or stratify: false" if key == "seed" else "stratify: false"
+            raise UserError(f"{space.path}: trial.{key}: needs {needed}, or max_eval_samples would draw other rows")
 
 
 def _points(

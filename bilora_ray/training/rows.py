@@ -6,7 +6,7 @@ A wrong row is found here, in seconds and by its file and line, and not by a wor
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,10 +14,10 @@ from bilora_ray.config import TrialConfig, template_columns
 from bilora_ray.errors import UserError
 from bilora_ray.training.data import sources
 from bilora_ray.training.data.columns import filled
-from bilora_ray.training.data.order import shuffled
+from bilora_ray.training.data.order import held_out, stratified
 from bilora_ray.training.data.sources import read_train, read_validation
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Dataset, Row
+from bilora_ray.training.tasks.base import Dataset, Row, no_labels
 
 # Short texts come again in many a data set; a larger share is a mistake.
 MOST_SHARED = 0.5
@@ -27,8 +27,8 @@ def load_rows(config: TrialConfig) -> Dataset:
     """Read and check every row, split off validation rows if none are named, and draw the samples asked for.
 
     Labels are those of all the training data, whatever is drawn of it, so that a label has the same index in
-    every trial. The split and the draw depend on `config.resolved_split_seed` and the number of rows alone, and a
-    smaller draw is part of a larger one.
+    every trial. The split and the draws depend on `config.resolved_split_seed`, the number of rows and, if they are to
+    `stratify`, their labels alone, and a smaller draw is part of a larger one.
 
     Raises:
         UserError: data that is missing or malformed, or that does not fit the settings.
@@ -46,24 +46,34 @@ def load_rows(config: TrialConfig) -> Dataset:
     else:
         validation = [task.row(record, config, names) for record in validation_source.records]
         digests["validation_data"] = validation_source.digest
-    validation = validation[: config.max_eval_samples]
-    task.check(validation, config)
-    return Dataset(_draw(train, config), validation, names, digests)
+    # As it was before rows were drawn by their labels, the first ones are taken.
+    drawn = validation[: config.max_eval_samples]
+    if config.stratify:
+        drawn = _draw(validation, config.max_eval_samples, "evaluation", config)
+    task.check(drawn, config)
+    return Dataset(_draw(train, config.max_train_samples, "sample", config), drawn, names, digests)
 
 
 def _hold_out(rows: Sequence[Row], config: TrialConfig) -> tuple[list[Row], list[Row]]:
     if len(rows) < 2:
         raise UserError(f"validation_data: missing, and {config.train_data} has too few rows to split (1)")
     count = min(max(round(len(rows) * config.validation_fraction), 1), len(rows) - 1)
-    order = shuffled(len(rows), "validation", config.resolved_split_seed)
-    return [rows[i] for i in sorted(order[count:])], [rows[i] for i in sorted(order[:count])]
+    held = set(held_out(_groups(rows, config), count, "validation", config.resolved_split_seed))
+    kept = (i for i in range(len(rows)) if i not in held)
+    return [rows[i] for i in kept], [rows[i] for i in sorted(held)]
 
 
-def _draw(rows: list[Row], config: TrialConfig) -> list[Row]:
-    if config.max_train_samples is None:
+def _draw(rows: list[Row], most: int | None, what: str, config: TrialConfig) -> list[Row]:
+    if most is None:
         return rows
-    drawn = shuffled(len(rows), "sample", config.resolved_split_seed)[: config.max_train_samples]
+    drawn = stratified(_groups(rows, config), what, config.resolved_split_seed)[:most]
     return [rows[i] for i in sorted(drawn)]
+
+
+def _groups(rows: Sequence[Row], config: TrialConfig) -> Sequence[Hashable]:
+    """The labels of each row, by which they are drawn; without labels they are all of one group."""
+    labels = TASKS[config.task].labels if config.stratify else no_labels
+    return [labels(row) for row in rows]
 
 
 def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:

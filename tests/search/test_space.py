@@ -667,6 +667,16 @@ def test_what_decides_the_held_out_rows_is_searched_only_beside_named_validation
     assert setting in load({setting: distribution, "validation_split": "test"}).distributions
 
 
+@pytest.mark.parametrize(
+    ("setting", "needed"), [("seed", "split_seed or stratify: false"), ("split_seed", "stratify: false")]
+)
+def test_what_decides_the_measured_rows_is_not_searched(load: Load, refused: Refuse, setting: str, needed: str) -> None:
+    space = {setting: {"choice": [0, 1]}, "validation_data": "a.jsonl", "max_eval_samples": 5}
+    assert refused(space) == f": trial.{setting}: needs {needed}, or max_eval_samples would draw other rows"
+    assert setting in load({**space, "stratify": False}).distributions
+    assert "seed" in load({**space, "seed": {"choice": [0, 1]}, "split_seed": 3}).distributions
+
+
 def test_the_seed_is_searched_beside_a_split_seed(load: Load, refused: Refuse) -> None:
     seeds = {"choice": [0, 1]}
     configs = [load({"seed": seeds, "split_seed": 0}).trial_config({"seed": seed}) for seed in (0, 1)]

@@ -106,6 +106,11 @@ def given_labels(records: Iterable[Record], config: TrialConfig) -> Labels:
     return config.label_names
 
 
+def no_labels(row: Any) -> tuple[int, ...]:
+    """Where rows have no labels."""
+    return ()
+
+
 def decoded_labels(example: Example, tokenizer: PreTrainedTokenizerBase, label_names: Labels) -> str:
     """The text of the tokens that are learned."""
     return str(tokenizer.decode([token for token in example.labels if token != IGNORED]))
@@ -142,6 +147,7 @@ class Task:
         predict: what a model makes of examples, for people to read.
         learned: what is learned of an example, for people to read.
         label_names: records of the training data -> names by label index.
+        labels: a row -> the indices of its labels; rows are drawn so that each draw has all labels' shares.
         check: UserError unless validation rows can be measured.
         notes: lines about a dataset that is allowed and yet seldom meant; the last argument is the setting that
             decides its validation rows.
@@ -170,6 +176,7 @@ class Task:
     ]
     learned: Callable[[Example, PreTrainedTokenizerBase, Labels], str] = decoded_labels
     label_names: Callable[[Iterable[Record], TrialConfig], Labels] = given_labels
+    labels: Callable[[Any], tuple[int, ...]] = no_labels
     check: Callable[[Sequence[Any], TrialConfig], None] = nothing
     notes: Callable[[Dataset, TrialConfig, str], Iterable[str]] = nothing
     generated: Callable[

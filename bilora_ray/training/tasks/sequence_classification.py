@@ -77,6 +77,10 @@ def _row(record: Record, config: TrialConfig, names: Labels) -> LabelledRow:
     return LabelledRow(text_of(record, config.text_column), pair, label_of(record, config, names), record.where)
 
 
+def _labels(row: LabelledRow) -> tuple[int, ...]:
+    return (row.label,)
+
+
 def _examples(
     rows: Sequence[LabelledRow], config: TrialConfig, tokenizer: PreTrainedTokenizerBase, keep_prompts: bool
 ) -> Iterator[Encoded]:
@@ -165,6 +169,7 @@ TASK = Task(
     predict=_predict,
     learned=_learned,
     label_names=_label_names,
+    labels=_labels,
     model_arguments=_model_arguments,
     heads=("classifier", "score"),
 )
