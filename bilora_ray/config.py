@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -156,6 +156,12 @@ class TrialConfig(Settings):
     label_names: tuple[str, ...] | None = setting(
         None, "labels in order; found in train_data when absent", decides="rows"
     )
+    f1_average: Literal["binary", "macro", "micro", "weighted"] | None = setting(
+        None, "which mean eval_f1 is; when absent, binary of two labels and macro of more", decides="evaluation"
+    )
+    positive_label: str | None = setting(
+        None, "the label that a binary eval_f1 is of; the second one when absent", decides="evaluation"
+    )
     stratify: bool = setting(
         True,
         "rows held out or drawn have each label's share; false: at random, max_eval_samples: the first ones",
@@ -276,6 +282,14 @@ class TrialConfig(Settings):
         template_columns(value)
         return value
 
+    @field_validator("label_names", "positive_label", mode="before")
+    @classmethod
+    def _as_in_a_file(cls, value: Any) -> Any:
+        names = list(value) if isinstance(value, list | tuple) else [value]
+        # A label that passed through a table with gaps is read so.
+        texts = [str(int(name)) if isinstance(name, float) and name.is_integer() else name for name in names]
+        return texts if isinstance(value, list | tuple) else texts[0]
+
     @field_validator("answer_pattern")
     @classmethod
     def _one_group(cls, value: str | None) -> str | None:
@@ -304,7 +318,17 @@ class TrialConfig(Settings):
             raise ValueError(f"predict_with_generate: {self.task} generates no text")
         if self.label_names is not None and len(set(self.label_names)) < max(2, len(self.label_names)):
             raise ValueError("label_names: needs two or more different names")
+        if self.label_names is not None:
+            self.check_f1(self.label_names)
         return self
+
+    def check_f1(self, label_names: Sequence[str]) -> None:
+        """ValueError unless there is an `eval_f1` of these labels."""
+        if self.positive_label is not None and self.positive_label not in label_names:
+            hint = nearest(self.positive_label, label_names)
+            raise ValueError(f"positive_label: '{self.positive_label}' is not among the labels; {hint}")
+        if self.f1_average == "binary" and self.positive_label is None and len(label_names) > 2:
+            raise ValueError(f"f1_average: binary is of one of {len(label_names)} labels; positive_label says of which")
 
     @property
     def available_metrics(self) -> tuple[str, ...]:

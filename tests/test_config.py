@@ -35,6 +35,9 @@ def config(**settings: Any) -> TrialConfig:
     return build(TrialConfig, {**NEEDED, **settings}, "W")
 
 
+UNQUOTED = 'yes, no, on and off are true or false to YAML: a text needs quotes, as in "no"'
+
+
 def refused(**settings: Any) -> str:
     with pytest.raises(UserError) as caught:
         config(**settings)
@@ -239,9 +242,10 @@ def test_integers_are_known_and_so_are_numbers() -> None:
         ({"label_names": "yes"}, "label_names: should be a valid tuple, got 'yes'"),
         (
             {"label_names": ["good", False]},
-            "label_names.1: should be a valid string, got False; yes, no, on and off are true or false to YAML: "
-            'a text needs quotes, as in "no"',
+            f"label_names.1: should be a valid string, got False; {UNQUOTED}",
         ),
+        ({"label_names": [None, "good"]}, "label_names.0: should be a valid string, got None"),
+        ({"positive_label": True}, f"positive_label: should be a valid string, got True; {UNQUOTED}"),
         ({"eval_steps": 1.5}, "eval_steps: must be a whole number of steps, or a share below 1, got 1.5"),
         ({"eval_steps": 0}, "eval_steps: should be greater than 0, got 0"),
     ],

@@ -34,12 +34,15 @@ class SearchProgress:
         num_trials: how many trials the study finishes.
         objective: what trials are judged by.
         notes: lines to show as the first trial starts.
+        labels: lines to show before them.
     """
 
-    def __init__(self, num_trials: int, objective: Objective, notes: Sequence[str] = ()) -> None:
+    def __init__(
+        self, num_trials: int, objective: Objective, notes: Sequence[str] = (), labels: Sequence[str] = ()
+    ) -> None:
         self.num_trials = num_trials
         self.objective, self.metric = objective, objective.metric
-        self.notes = notes
+        self.notes, self.labels = notes, labels
         # A thread draws both dictionaries at any moment, so neither is changed: another one takes its place.
         self.ended: dict[int, TrialRecord] = {}
         self.running: dict[int, tuple[TrialRecord, Mapping[str, float]]] = {}
@@ -69,6 +72,8 @@ class SearchProgress:
         """Show the trial's line; before the first one, what there is to say of all."""
         if not self._said_start:
             self._said_start = True
+            for line in self.labels:
+                self._print(line)
             for note in self.notes:
                 self.say(f"Note: {note}")
             if self._live is None:

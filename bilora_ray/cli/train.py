@@ -103,7 +103,7 @@ def command(
     checked = preflight(space)
     quiet()
     objective = space.trial_config({}).objective
-    watcher = SearchProgress(1, objective, checked.notes)
+    watcher = SearchProgress(1, objective, checked.notes, checked.labels)
     try:
         trained = train(space, layout, resume=resume, mlflow_uri=mlflow_uri, digests=checked.digests, watcher=watcher)
     except KeyboardInterrupt:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +32,7 @@ from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.layout import Layout
 
 if TYPE_CHECKING:
+    from bilora_ray.search.preflight import Checked
     from bilora_ray.search.study.study import SearchStudy
     from bilora_ray.training.rehearsal import Rehearsal
 
@@ -84,14 +85,14 @@ def command(
     if dry_run:
         rehearsal = _rehearse(space, layout, resume, ray_address, checked.digests)
         if as_json:
-            print_json({**describe(space), **asdict(rehearsal), "notes": checked.notes})
+            print_json({**describe(space), **asdict(rehearsal), "labels": checked.labels, "notes": checked.notes})
         else:
-            _print_plan(space, rehearsal, checked.notes)
+            _print_plan(space, rehearsal, checked)
         return
     space, digests = keep_inputs(space, checked.digests, absolute(storage_path))
     started = time.monotonic()
     try:
-        study = _search(space, layout, resume, mlflow_uri, ray_address, digests, checked.notes)
+        study = _search(space, layout, resume, mlflow_uri, ray_address, digests, checked)
     except KeyboardInterrupt:
         say_how_to_go_on()
     if as_json:
@@ -155,7 +156,7 @@ def _rehearse(
     return first
 
 
-def _print_plan(space: Space, rehearsal: Rehearsal, notes: Sequence[str]) -> None:
+def _print_plan(space: Space, rehearsal: Rehearsal, checked: Checked) -> None:
     study, resources = space.study, space.resources
     click.echo(f"Study '{study.name}' would run {study.num_trials} trials ({study.sampler}, {study.scheduler}) over")
     for key, distribution in space.distributions.items():
@@ -168,7 +169,9 @@ def _print_plan(space: Space, rehearsal: Rehearsal, notes: Sequence[str]) -> Non
         click.echo(f"{split} rows: {rows.rows}; {rows.cut} are cut to max_length{dropped}")
     click.echo(f"of a training row the model reads {in_quotes(rehearsal.input)}")
     click.echo(f"and learns {in_quotes(rehearsal.target)}")
-    for line in notes:
+    for line in checked.labels:
+        click.echo(line)
+    for line in checked.notes:
         click.secho(f"Note: {line}", fg="yellow")
     click.echo("Nothing was started.")
 
@@ -180,11 +183,12 @@ def _search(
     mlflow_uri: str | None,
     ray_address: str | None,
     digests: Mapping[str, str],
-    notes: Sequence[str],
+    checked: Checked,
 ) -> SearchStudy:
     from bilora_ray.search.run import search
 
-    progress = SearchProgress(space.study.num_trials, space.first_config().objective, notes)
+    objective = space.first_config().objective
+    progress = SearchProgress(space.study.num_trials, objective, checked.notes, checked.labels)
     return search(
         space,
         layout,

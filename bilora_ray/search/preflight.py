@@ -14,7 +14,7 @@ from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import COMMIT, cached_commit, kind_of, loadable
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.layout import Layout
-from bilora_ray.training.rows import load_rows, notes
+from bilora_ray.training.rows import about, load_rows, notes
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import check_positions
 
@@ -37,10 +37,12 @@ class Checked:
 
     Attributes:
         digests: data source -> digest of its content.
+        labels: lines about the labels, if there are any.
         notes: lines about what is allowed and yet seldom meant.
     """
 
     digests: dict[str, str]
+    labels: tuple[str, ...]
     notes: tuple[str, ...]
 
 
@@ -56,7 +58,7 @@ def preflight(space: Space) -> Checked:
     rows = load_rows(config)
     digests = {_source(config, setting): digest for setting, digest in rows.digests.items()}
     told = (*_unpinned(config), *notes(rows, space.with_step(max), space.resources.workers))
-    return Checked(digests, told)
+    return Checked(digests, tuple(about(rows, config)), told)
 
 
 def _unpinned(config: TrialConfig) -> Iterator[str]:

@@ -32,7 +32,7 @@ def evaluate(
     Args:
         model: on the device where it shall compute. It is left in the mode it came in.
         examples: validation rows, with prompts if `config.predict_with_generate`.
-        config: task, batch size and what to measure.
+        config: task, batch size and what to measure, with the names of the labels.
         tokenizer: decodes generated text.
         workers: who share the work; each gets the metrics.
     """
@@ -92,4 +92,4 @@ def _losses(
         return task.measure(*task.forward(model, on_device(batch, model)))
 
     batches = eval_batches([len(example.input_ids) for example in examples], config.per_device_eval_batch_size)
-    return task.metrics(workers.map(measure, batches))
+    return task.metrics(workers.map(measure, batches), config)

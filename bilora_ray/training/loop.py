@@ -180,6 +180,9 @@ class Run:
     def _settings(self) -> dict[str, Any]:
         return {**self.config.model_dump(mode="json"), "workers": self.workers.planned}
 
+    def _with_labels(self) -> TrialConfig:
+        return self.config.model_copy(update={"label_names": self.data.label_names})
+
     def _next_rows(self) -> list[Example]:
         epoch, index = divmod(self.progress.step, self.steps_per_epoch)
         rows = train_batches(len(self.data.train), self.step_rows, self.config.seed, epoch)[index]
@@ -249,7 +252,7 @@ class Run:
             metrics["gpu_memory_gib"] = max(self.workers.gather(torch.cuda.max_memory_reserved() / 2**30))
         metrics |= self.optimizer.metrics()
         metrics |= evaluate(
-            self.network.evaluated, self.data.validation, self.config, self.data.tokenizer, self.workers
+            self.network.evaluated, self.data.validation, self._with_labels(), self.data.tokenizer, self.workers
         )
         for loss in (metrics["train_loss"], metrics["eval_loss"]):
             if not math.isfinite(loss):
@@ -265,7 +268,7 @@ class Run:
         with temporary_folder() as written:
             export_primary(self.model, written, weights)
             # With the labels in the recipe, an evaluation elsewhere does not need the training data.
-            settings = self.config.model_copy(update={"label_names": self.data.label_names})
+            settings = self._with_labels()
             commit = cached_commit(settings.model_name_or_path, settings.model_revision)
             write_recipe(written, settings, {"step": self.progress.step, "model_commit": commit})
             with atomic_folder(path) as unfinished:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from bilora_ray.config import TrialConfig
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -113,25 +115,55 @@ def label_index(text: str, label_names: Sequence[str], pattern: str | None) -> i
     return label_names.index(found) if found in label_names else NO_LABEL
 
 
-def label_metrics(predicted: Sequence[int], reference: Sequence[int], num_labels: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class F1:
+    """Which F1 `eval_f1` is.
+
+    Attributes:
+        average: `binary`: that of the positive label; else scikit-learn's mean over the labels.
+        positive: index of the positive label.
+    """
+
+    average: str
+    positive: int = 1
+
+    @classmethod
+    def of(cls, config: TrialConfig, num_labels: int) -> F1:
+        """That of the settings, which name the labels if they name a positive one.
+
+        Without any it is that of label 1 of two labels, as in GLUE, and else the mean over the labels.
+        """
+        if config.positive_label is None:
+            return cls(config.f1_average or ("binary" if num_labels == 2 else "macro"))
+        assert config.label_names is not None, "the labels are not known yet"
+        return cls(config.f1_average or "binary", config.label_names.index(config.positive_label))
+
+
+def label_metrics(
+    predicted: Sequence[int], reference: Sequence[int], num_labels: int, f1: F1 | None = None
+) -> dict[str, float]:
     """`eval_accuracy`, `eval_f1` and `eval_matthews_correlation`.
 
-    F1 is that of label 1 when there are two labels (as in GLUE), else the mean over the labels that occur in either.
+    A mean F1 is over the labels that occur in either.
 
     Args:
         predicted: label indices; NO_LABEL, text that is no label, counts as wrong.
         reference: label indices.
         num_labels: size of the label set.
+        f1: which it is; None: what `F1.of` says of settings without any.
     """
     from sklearn.metrics import f1_score, matthews_corrcoef
 
     assert len(predicted) == len(reference) > 0
     occurring = {*predicted, *reference}
-    counted = [1] if num_labels == 2 else sorted(occurring - {NO_LABEL})
+    f1 = f1 or F1("binary" if num_labels == 2 else "macro")
+    binary = f1.average == "binary"
+    counted = [f1.positive] if binary else sorted(occurring - {NO_LABEL})
+    average = "macro" if binary else f1.average
     right = sum(given == wanted for given, wanted in zip(predicted, reference, strict=True))
     return {
         "eval_accuracy": right / len(reference),
-        "eval_f1": float(f1_score(reference, predicted, labels=counted, average="macro", zero_division=0.0)),
+        "eval_f1": float(f1_score(reference, predicted, labels=counted, average=average, zero_division=0.0)),
         # Where all is one label, nothing correlates; scikit-learn says 0 as well, with a warning.
         "eval_matthews_correlation": float(matthews_corrcoef(reference, predicted)) if len(occurring) > 1 else 0.0,
     }

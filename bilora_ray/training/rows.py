@@ -5,6 +5,7 @@ A wrong row is found here, in seconds and by its file and line, and not by a wor
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import replace
@@ -70,10 +71,11 @@ def _draw(rows: list[Row], most: int | None, what: str, config: TrialConfig) -> 
     return [rows[i] for i in sorted(drawn)]
 
 
-def _groups(rows: Sequence[Row], config: TrialConfig) -> Sequence[Hashable]:
-    """The labels of each row, by which they are drawn; without labels they are all of one group."""
+def _groups(rows: Sequence[Row], config: TrialConfig) -> Sequence[int]:
+    """A number for the labels of each row, by which rows are drawn; without labels they are all of one group."""
     labels = TASKS[config.task].labels if config.stratify else no_labels
-    return [labels(row) for row in rows]
+    numbers: dict[Hashable, int] = {}
+    return array("i", (numbers.setdefault(labels(row), len(numbers)) for row in rows))
 
 
 def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:
@@ -113,6 +115,11 @@ def _empty_notes(rows: Sequence[Any], config: TrialConfig, counted: str) -> Iter
         if empty and (what != "prompt" or template_columns(config.prompt_template)):
             words = what.replace("_", " ")
             yield f"{counted.format(len(empty), len(rows))} rows have an empty {words}, the first is {empty[0]}"
+
+
+def about(dataset: Dataset, config: TrialConfig) -> list[str]:
+    """What is to be known of the labels before anything is learned: lines for people."""
+    return list(TASKS[config.task].about(dataset, config))
 
 
 def _content(row: Any) -> str:

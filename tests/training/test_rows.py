@@ -114,7 +114,8 @@ def test_wrong_columns(folder: Folder, rows: list[Any], message: str) -> None:
     ("labels", "names", "indices"),
     [
         (["b", "a", "b"], ("a", "b"), [1, 0, 1]),
-        (["10", "9", "-1"], ("-1", "9", "10"), [2, 1, 0]),
+        (["10", "9", "-5"], ("-5", "9", "10"), [2, 1, 0]),
+        (["1", "-1"], ("-1", "1"), [1, 0]),
         ([10, 9, 10], ("9", "10"), [1, 0, 1]),
         ([1.0, 0.0, 1], ("0", "1"), [1, 0, 1]),
         ([1.5, "x", "1"], ("1", "1.5", "x"), [1, 2, 0]),
@@ -151,7 +152,12 @@ def test_given_labels_by_name_or_index(
         ([0, 1], [2], {}, "dev.jsonl, line 1: label '2' is not among the labels (0, 1)"),
         ("ab", "a0", {}, "dev.jsonl, line 2: label '0' is not among the labels (a, b)"),
         ([0, 2], "a", {"label_names": "ab"}, "train.jsonl, line 2: label '2' is not among the labels (a, b)"),
-        ([0, -1], "a", {"label_names": "ab"}, "train.jsonl, line 2: label '-1' is not among the labels (a, b)"),
+        (
+            [0, -1],
+            "a",
+            {"label_names": "ab"},
+            "train.jsonl, line 2: label '-1' is not among the labels (a, b); -1 stands for no label",
+        ),
         (["a", ""], "a", {}, "train.jsonl, line 2: column 'label' has no value"),
         (["a", None], "a", {}, "train.jsonl, line 2: column 'label' has no value"),
         (["a", {}], "a", {}, "train.jsonl, line 2: column 'label' must be text or a number, not dict"),

@@ -6,12 +6,14 @@ Nothing here imports torch.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
 import string
 from collections.abc import Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 from bilora_ray.config import TrialConfig
@@ -26,6 +28,12 @@ DEFAULTS = {
 }
 # What seldom is the name of a column, and often a text or a number.
 NO_NAME = re.compile(r"-?\d|.*[^\w .#()%/?:-]|.{50}", re.DOTALL)
+INTEGER = re.compile(r"-?\d+")
+# An integer as a table with gaps has it.
+WHOLE = re.compile(r"-?\d+\.0+")
+TRUTHS = frozenset({"true", "false"})
+# So many names are listed in a line.
+MOST_NAMES = 10
 
 
 def value_of(record: Record, column: str) -> Any:
@@ -74,29 +82,100 @@ def check_characters(text: str, where: str) -> None:
 
 
 def label_text_of(record: Record, column: str) -> str:
-    """A label as text. A whole float is an integer that passed through a table with gaps. UserError if it is empty."""
-    value = value_of(record, column)
-    if isinstance(value, float) and value.is_integer():
-        return str(int(value))
-    if value == "":
-        raise UserError(f"{record.where}: column '{column}' has no value")
-    return text_of(record, column)
+    """The label in `column` as text. UserError if it has none."""
+    return label_text(value_of(record, column), f"{record.where}: column '{column}'")
+
+
+def label_text(value: Any, where: str) -> str:
+    """A label as text, the same one whichever kind of file it is in: 1, 1.0, Decimal("1.00") and "1.0" are "1".
+
+    A whole float is an integer that passed through a table with gaps. UserError that begins with `where` if the value
+    is empty, or neither a text nor a number.
+    """
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float | Decimal):
+        number = float(value)
+        value = int(number) if number.is_integer() else "" if math.isnan(number) else number
+    if not isinstance(value, str | int | float):
+        raise UserError(f"{where} must be text or a number, not {type(value).__name__}")
+    text = str(value)
+    check_characters(text, where)
+    if not text.strip():
+        raise UserError(f"{where} has no value")
+    return str(int(text.partition(".")[0])) if WHOLE.fullmatch(text) else text
 
 
 def label_of(record: Record, config: TrialConfig, names: tuple[str, ...]) -> int:
-    """Index of the record's label: by its name or, where `label_names` is given, by its index; a name comes first.
+    """Index of the record's label. UserError if it is not among `names`."""
+    value = value_of(record, config.label_column)
+    text = label_text(value, f"{record.where}: column '{config.label_column}'")
+    return index_of(text, config, names, record.where, isinstance(value, bool))
+
+
+def index_of(text: str, config: TrialConfig, names: tuple[str, ...], where: str, is_bool: bool = False) -> int:
+    """Index of a label: by its name or, where `label_names` is given, by its index; a name comes first.
 
     Raises:
-        UserError: it is not among `names`.
+        UserError: it is not among `names`; the line begins with `where`.
     """
-    name = label_text_of(record, config.label_column)
-    if name in names:
-        return names.index(name)
-    value = record.columns[config.label_column]
-    index = str(int(value)) if isinstance(value, bool) else name
+    known = _indices(names)
+    for name in (text, _plain(text)):
+        if name in known:
+            return known[name]
+    index = str(int(text == "true")) if is_bool else text
     if config.label_names is not None and re.fullmatch(r"\d{1,9}", index) and int(index) < len(names):
         return int(index)
-    raise UserError(f"{record.where}: label '{name}' is not among the labels ({listed(names)})")
+    hint = "; -1 stands for no label" if text == "-1" else ""
+    raise UserError(f"{where}: label '{text}' is not among the labels ({listed(names)}){hint}")
+
+
+@lru_cache(maxsize=4)
+def _indices(names: tuple[str, ...]) -> dict[str, int]:
+    """The index of each name as it is and, where no other is so, as another kind of file has it."""
+    plain = {_plain(name): index for index, name in reversed(list(enumerate(names)))}
+    return plain | {name: index for index, name in enumerate(names)}
+
+
+def _plain(name: str) -> str:
+    """A label as JSON has it: pandas writes True where it has true, and 1.0 where it has 1."""
+    if name.lower() in TRUTHS:
+        return name.lower()
+    return str(int(name.partition(".")[0])) if WHOLE.fullmatch(name) else name
+
+
+def names_of(labels: Mapping[str, str], config: TrialConfig) -> tuple[str, ...]:
+    """The names of the labels in the order of their indices: those of the settings, or those that were found.
+
+    Args:
+        labels: each label of the training data, with the place where it was found first.
+        config: the settings.
+
+    Raises:
+        UserError: there are fewer than two, one of them stands for no label, or `eval_f1` is of none of them.
+    """
+    if config.label_names is not None:
+        return config.label_names
+    found = {_plain(name) for name in labels} if {name.lower() for name in labels} <= TRUTHS else set(labels)
+    if len(found) < 2:
+        what = (
+            f"every label in {config.train_data} is '{found.pop()}'" if found else f"{config.train_data} has no label"
+        )
+        raise UserError(f"train_data: {what}; two or more are needed")
+    if not all(INTEGER.fullmatch(name) for name in found):
+        names = tuple(sorted(found))
+    else:
+        names = tuple(sorted(found, key=lambda name: (int(name), name)))
+        # Of two labels -1 is a class, beside 1 as a rule: with no label there would be but one.
+        if len(names) > 2 and names[0] == "-1":
+            example = json.dumps(names) if len(names) <= MOST_NAMES else f'["-1", "{names[1]}", ...]'
+            means = "beside labels from 0 on stands for a row without a label"
+            raise UserError(f"{labels['-1']}: label '-1' {means}: leave it out, or set label_names: {example}")
+    try:
+        config.check_f1(names)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return names
 
 
 def filled(template: str, values: Mapping[str, str]) -> str:
@@ -107,4 +186,5 @@ def filled(template: str, values: Mapping[str, str]) -> str:
 
 def listed(names: Sequence[str]) -> str:
     """All of `names`, or the first ten where a line would not hold them."""
-    return ", ".join(names) if len(names) <= 10 else f"{', '.join(names[:10])}, ... {len(names)} in all"
+    most = MOST_NAMES
+    return ", ".join(names) if len(names) <= most else f"{', '.join(names[:most])}, ... {len(names)} in all"

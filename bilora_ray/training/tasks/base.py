@@ -143,7 +143,7 @@ class Task:
             there is nothing to predict.
         loss: a model and a batch -> the mean loss that is trained; scalar, float32.
         measure: logits and targets of one batch -> what `metrics` needs of them, with no tensor in it.
-        metrics: what `measure` gave, by batch -> metrics by name.
+        metrics: what `measure` gave, by batch, and the settings, with the names of the labels -> metrics by name.
         predict: what a model makes of examples, for people to read.
         learned: what is learned of an example, for people to read.
         label_names: records of the training data -> names by label index.
@@ -151,6 +151,7 @@ class Task:
         check: UserError unless validation rows can be measured.
         notes: lines about a dataset that is allowed and yet seldom meant; the last argument is the setting that
             decides its validation rows.
+        about: lines about a dataset, for people to read: its labels, and what the metric is without learning.
         generated: metrics of what a model writes, with `predict_with_generate`.
         model_arguments: label names -> what `from_pretrained` takes beside what all tasks give it.
         heads: modules that PEFT trains and saves by itself.
@@ -169,7 +170,7 @@ class Task:
     forward: Callable[[Model, dict[str, Tensor]], tuple[Tensor, Tensor]]
     loss: Callable[[Model, dict[str, Tensor]], Tensor]
     measure: Callable[[Tensor, Tensor], Any]
-    metrics: Callable[[Sequence[Any]], dict[str, float]]
+    metrics: Callable[[Sequence[Any], TrialConfig], dict[str, float]]
     predict: Callable[
         [Model, Sequence[Example], TrialConfig, PreTrainedTokenizerBase, Labels, Workers],
         list[Prediction],
@@ -179,6 +180,7 @@ class Task:
     labels: Callable[[Any], tuple[int, ...]] = no_labels
     check: Callable[[Sequence[Any], TrialConfig], None] = nothing
     notes: Callable[[Dataset, TrialConfig, str], Iterable[str]] = nothing
+    about: Callable[[Dataset, TrialConfig], Iterable[str]] = nothing
     generated: Callable[
         [Model, Sequence[Example], TrialConfig, PreTrainedTokenizerBase, Workers],
         dict[str, float],

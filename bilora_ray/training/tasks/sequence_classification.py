@@ -5,19 +5,19 @@ A text with more than `max_length` tokens loses its end; of a pair, the longer t
 
 from __future__ import annotations
 
-import re
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.config import TrialConfig
-from bilora_ray.errors import UserError
-from bilora_ray.training.data.columns import label_of, label_text_of, text_of
+from bilora_ray.training.data.columns import label_of, label_text_of, names_of, text_of
+from bilora_ray.training.data.labels import LabelCounts, label_notes, majority
 from bilora_ray.training.data.sources import Record
-from bilora_ray.training.metrics import IGNORED, LossSum, label_metrics
+from bilora_ray.training.metrics import F1, IGNORED, LossSum, label_metrics
 from bilora_ray.training.tasks.base import (
     Cut,
+    Dataset,
     Encoded,
     Example,
     Labels,
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from bilora_ray.training.distributed.workers import Workers
-
-INTEGER = re.compile(r"-?\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,20 +59,26 @@ class Measured:
 
 
 def _label_names(records: Iterable[Record], config: TrialConfig) -> Labels:
-    if config.label_names is not None:
-        return config.label_names
-    found = {label_text_of(record, config.label_column) for record in records}
-    if len(found) < 2:
-        raise UserError(f"train_data: every label in {config.train_data} is '{found.pop()}'; two or more are needed")
-    if all(INTEGER.fullmatch(name) for name in found):
-        return tuple(sorted(found, key=lambda name: (int(name), name)))
-    return tuple(sorted(found))
+    found: dict[str, str] = {}
+    for record in records if config.label_names is None else ():
+        found.setdefault(label_text_of(record, config.label_column), record.where)
+    return names_of(found, config)
 
 
 def _row(record: Record, config: TrialConfig, names: Labels) -> LabelledRow:
     assert names is not None
     pair = None if config.text_pair_column is None else text_of(record, config.text_pair_column)
     return LabelledRow(text_of(record, config.text_column), pair, label_of(record, config, names), record.where)
+
+
+def _about(dataset: Dataset, config: TrialConfig) -> Iterator[str]:
+    counts = LabelCounts.of(dataset, _labels)
+    yield from counts.lines()
+    yield majority(counts, config)
+
+
+def _notes(dataset: Dataset, config: TrialConfig, validation_data: str) -> Iterator[str]:
+    yield from label_notes(LabelCounts.of(dataset, _labels), config, validation_data)
 
 
 def _labels(row: LabelledRow) -> tuple[int, ...]:
@@ -116,11 +120,12 @@ def _measure(logits: Tensor, targets: Tensor) -> Measured:
     return Measured(loss, logits.argmax(-1).tolist(), targets.tolist(), logits.shape[-1])
 
 
-def _metrics(parts: Sequence[Measured]) -> dict[str, float]:
+def _metrics(parts: Sequence[Measured], config: TrialConfig) -> dict[str, float]:
     loss = LossSum.of([part.loss for part in parts]).mean
     predicted = [label for part in parts for label in part.predicted]
     reference = [label for part in parts for label in part.reference]
-    return {"eval_loss": loss, **label_metrics(predicted, reference, parts[0].num_labels)}
+    num_labels = parts[0].num_labels
+    return {"eval_loss": loss, **label_metrics(predicted, reference, num_labels, F1.of(config, num_labels))}
 
 
 def _predict(
@@ -170,6 +175,8 @@ TASK = Task(
     learned=_learned,
     label_names=_label_names,
     labels=_labels,
+    notes=_notes,
+    about=_about,
     model_arguments=_model_arguments,
     heads=("classifier", "score"),
 )

@@ -13,6 +13,7 @@ from bilora_ray.training.data.batches import eval_batches, in_row_order
 from bilora_ray.training.data.columns import filled, label_of, listed, text_of
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import (
+    F1,
     IGNORED,
     NO_LABEL,
     LossSum,
@@ -130,7 +131,7 @@ def measure(logits: Tensor, targets: Tensor) -> LossSum:
     return loss
 
 
-def metrics(parts: Sequence[LossSum]) -> dict[str, float]:
+def metrics(parts: Sequence[LossSum], config: TrialConfig) -> dict[str, float]:
     """Loss, perplexity and accuracy over all tokens."""
     return LossSum.of(parts).metrics()
 
@@ -162,7 +163,7 @@ def generated(
     if config.label_names is not None:
         names, pattern = config.label_names, config.answer_pattern
         given, wanted = ([label_index(text, names, pattern) for text in side] for side in (texts, references))
-        found |= label_metrics(given, wanted, len(names))
+        found |= label_metrics(given, wanted, len(names), F1.of(config, len(names)))
     return found
 
 

@@ -1,0 +1,136 @@
+"""What there is to say of the labels of rows before anything is learned: counts, near-equal names, a baseline.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bilora_ray.config import TrialConfig
+from bilora_ray.training.data.columns import MOST_NAMES, listed
+from bilora_ray.training.metrics import F1, label_metrics
+
+# More labels than these that are whole numbers, of few rows each, are measurements as a rule.
+MANY, FEW_ROWS = 20, 5
+
+
+@dataclass(frozen=True)
+class LabelCounts:
+    """How many rows have which labels: each row one, as a rule.
+
+    Attributes:
+        names: by label index.
+        train: training rows, by the indices of their labels.
+        validation: validation rows, likewise.
+    """
+
+    names: Sequence[str]
+    train: Counter[tuple[int, ...]]
+    validation: Counter[tuple[int, ...]]
+
+    @classmethod
+    def of(cls, dataset: Any, labels: Callable[[Any], tuple[int, ...]]) -> LabelCounts:
+        """Those of a `tasks.base.Dataset`, whose rows have the `labels`."""
+        return cls(dataset.label_names, Counter(map(labels, dataset.train)), Counter(map(labels, dataset.validation)))
+
+    def lines(self) -> Iterator[str]:
+        """For each split the most frequent labels: all of them, or the first ten."""
+        for split, sets in (("train", self.train), ("validation", self.validation)):
+            counts = by_label(sets).most_common()
+            parts = [f"'{self.names[label]}' {count}" for label, count in counts[:MOST_NAMES]]
+            parts += [f"... {len(counts)} labels in all"] if len(counts) > MOST_NAMES else []
+            parts += [f"none {sets[()]}"] if sets[()] else []
+            yield f"{split} labels: {', '.join(parts)}"
+
+
+def by_label(sets: Counter[tuple[int, ...]]) -> Counter[int]:
+    """How many rows have each label."""
+    found = Counter[int]()
+    for labels, count in sorted(sets.items()):
+        for label in labels:
+            found[label] += count
+    return found
+
+
+def most_frequent(sets: Counter[tuple[int, ...]]) -> tuple[int, ...]:
+    """What most rows have; of equals the first."""
+    return min(sets, key=lambda labels: (-sets[labels], labels))
+
+
+def majority(counts: LabelCounts, config: TrialConfig) -> str:
+    """What the metric of the settings is without learning, where each row has one label.
+
+    Of a metric of labels that is to say the most frequent training label of every row; of the loss, to give each label
+    the probability that its share of the training rows is.
+    """
+    if config.metric == "eval_loss":
+        rows, measured = counts.train.total(), counts.validation.items()
+        losses = [n * -math.log(counts.train[one] / rows) if one in counts.train else math.inf for one, n in measured]
+        return without_learning(
+            "each label is as likely as it is often", math.fsum(losses) / counts.validation.total(), config
+        )
+    (label,) = most_frequent(counts.train)
+    reference = [found for (found,) in counts.validation.elements()]
+    named = config.model_copy(update={"label_names": tuple(counts.names)})
+    f1 = F1.of(named, len(counts.names))
+    metrics = label_metrics([label] * len(reference), reference, len(counts.names), f1)
+    return without_learning(f"every row is '{counts.names[label]}'", metrics[config.metric], config)
+
+
+def without_learning(answer: str, value: float, config: TrialConfig) -> str:
+    """The line on the metric's `value` where the `answer` is always the same."""
+    return f"without learning, where {answer}: {config.metric} {value:.4g}"
+
+
+def label_notes(counts: LabelCounts, config: TrialConfig, validation_data: str) -> Iterator[str]:
+    """What is seldom meant of labels: see `tasks.base.Task.notes`."""
+    names, train, validation = counts.names, by_label(counts.train), by_label(counts.validation)
+    if config.label_names is None:
+        yield from _notes_on_names(names, counts.train.total() + counts.validation.total())
+    single = [label for label in range(len(names)) if train[label] + validation[label] == 1]
+    if single:
+        yield f"label_column: one row each for {_quoted(single, names)}"
+    for setting, kind, found in (("train_data", "training", train), (validation_data, "validation", validation)):
+        missing = [label for label in range(len(names)) if not found[label] and label not in single]
+        if missing:
+            yield f"{setting}: no {kind} row for {_quoted(missing, names)}"
+    if config.metric == "eval_f1" and config.positive_label is None and F1.of(config, len(names)).average == "binary":
+        yield f"positive_label: eval_f1 is that of '{names[1]}', the second label, unless it names the other"
+
+
+def _notes_on_names(names: Sequence[str], rows: int) -> Iterator[str]:
+    for alike in near_equal(names):
+        yield f"label_column: {', '.join(map(repr, alike))} are different labels; they are written almost alike"
+    if look_like_numbers(names, rows):
+        numbers = f"the {len(names)} labels are numbers, such as {names[0]}, and each is learned as a word of its own"
+        yield f"label_column: {numbers}; task: regression learns numbers"
+
+
+def _quoted(labels: Iterable[int], names: Sequence[str]) -> str:
+    quoted = [repr(names[label]) for label in labels]
+    return f"the label{'s' if len(quoted) > 1 else ''} {listed(quoted)}"
+
+
+def near_equal(names: Iterable[str]) -> list[list[str]]:
+    """The names that differ in case, space, invisible characters and Unicode's ways to write a character alone."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        visible = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
+        alike.setdefault(" ".join(visible.casefold().split()), []).append(name)
+    return [same for same in alike.values() if len(same) > 1]
+
+
+def look_like_numbers(names: Sequence[str], rows: int) -> bool:
+    """Whether labels are rather measured than named: numbers that are not all whole, or many of few rows each."""
+    try:
+        numbers = [float(name) for name in names]
+    except ValueError:
+        return False
+    whole = all(number.is_integer() for number in numbers)
+    return not whole or (len(names) > MANY and rows < FEW_ROWS * len(names))
