@@ -170,6 +170,13 @@ class TrialConfig(Settings):
         before=False,
     )
     max_length: Int = setting(512, "tokens a row keeps at the most", ge=4, decides="rows")
+    truncation: Literal["prompt-first", "completion-first", "both", "drop"] = setting(
+        "both",
+        "of a row that is too long: the prompt or the completion is kept as far as possible, both keep a share, or the "
+        "row is left out",
+        decides="rows",
+        before="completion-first",
+    )
     max_train_samples: Int | None = setting(
         None, "train on this many rows, drawn by split_seed", ge=1, decides="training rows"
     )

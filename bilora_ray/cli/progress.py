@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,6 +14,7 @@ from rich.text import Text
 
 from bilora_ray.cli.tables import TrialTable, duration, in_short, step_of
 from bilora_ray.records import Objective, Status, TrialRecord
+from bilora_ray.training.tasks.truncation import Truncation
 
 # In a log, so often at the most is it said how a running trial stands.
 REPORT_EVERY_S = 60.0
@@ -88,10 +90,9 @@ class SearchProgress:
             self._print(
                 f"trial {trial.number} at step {step_of(metrics)}, {self.metric} {in_short(metrics[self.metric])}"
             )
-        if metrics.get("rows_cut") and not self._said_cut:
+        if "rows" in metrics and not self._said_cut:
             self._said_cut = True
-            longest = trial.settings["max_length"]
-            self.say(f"{metrics['rows_cut']:.0f} rows have more than max_length ({longest}) tokens and are cut")
+            self._say_what_is_cut(Truncation.told_by(metrics), trial.settings)
 
     def trial_ended(self, trial: TrialRecord) -> None:
         """Count the trial, if this is the first that is heard of its end."""
@@ -104,6 +105,12 @@ class SearchProgress:
     def say(self, line: str) -> None:
         """Print a line above the picture, or on stderr where there is none."""
         self._print(line, style="yellow")
+
+    def _say_what_is_cut(self, found: Truncation, settings: Mapping[str, Any]) -> None:
+        if found.cut or found.dropped:
+            self.say(f"of {found.rows} rows {found.in_words(settings)}")
+        for note in found.notes(settings):
+            self.say(f"Note: {note}")
 
     def __rich__(self) -> Group:
         """The picture; drawn some times a second."""

@@ -85,7 +85,8 @@ def command(
     if dry_run:
         rehearsal = _rehearse(space, layout, resume, ray_address, checked.digests)
         if as_json:
-            print_json({**describe(space), **asdict(rehearsal), "labels": checked.labels, "notes": checked.notes})
+            notes = checked.notes + rehearsal.notes
+            print_json({**describe(space), **asdict(rehearsal), "labels": checked.labels, "notes": notes})
         else:
             _print_plan(space, rehearsal, checked)
         return
@@ -165,13 +166,12 @@ def _print_plan(space: Space, rehearsal: Rehearsal, checked: Checked) -> None:
     room = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
     click.echo(f"each on {workers}{room}.")
     for split, rows in rehearsal.rows.items():
-        dropped = f", {rows.dropped} have nothing to predict and are left out" if rows.dropped else ""
-        click.echo(f"{split} rows: {rows.rows}; {rows.cut} are cut to max_length{dropped}")
+        click.echo(f"{split} rows: {rows.rows}; {rows.in_words(space.first_config().model_dump())}")
     click.echo(f"of a training row the model reads {in_quotes(rehearsal.input)}")
     click.echo(f"and learns {in_quotes(rehearsal.target)}")
     for line in checked.labels:
         click.echo(line)
-    for line in checked.notes:
+    for line in checked.notes + rehearsal.notes:
         click.secho(f"Note: {line}", fg="yellow")
     click.echo("Nothing was started.")
 

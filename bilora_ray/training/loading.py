@@ -6,8 +6,11 @@ differ in what does not touch it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +20,8 @@ from bilora_ray.errors import UserError
 from bilora_ray.training.model import load_tokenizer
 from bilora_ray.training.rows import load_rows
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Dataset, Example, Row
+from bilora_ray.training.tasks.base import Cut, Dataset, Example, Row
+from bilora_ray.training.tasks.truncation import Truncation
 
 # All settings but these decide the examples, or could.
 NOT_OF_EXAMPLES = deciding("training", "memory")
@@ -29,21 +33,6 @@ CHUNK = 1000
 # What tells a file from the same one after it was written again.
 Stamp = tuple[int, int]
 _kept: dict[tuple[TrialConfig, Stamp | None, Stamp | None], Loaded] = {}
-
-
-@dataclass(frozen=True)
-class Truncation:
-    """What `max_length` did to one split.
-
-    Attributes:
-        rows: rows before.
-        cut: rows that lost tokens and are still used.
-        dropped: rows left out because they have no token to predict.
-    """
-
-    rows: int
-    cut: int
-    dropped: int
 
 
 @dataclass(frozen=True)
@@ -108,7 +97,7 @@ def _encoded(
 ) -> tuple[list[Example], Truncation]:
     task, keep_prompts = TASKS[config.task], split == "validation"
     examples: list[Example] = []
-    cut = dropped = 0
+    cuts: list[Cut] = []
     for start in range(0, len(rows), CHUNK):
         chunk = rows[start : start + CHUNK]
         for row, encoded in zip(chunk, task.examples(chunk, config, tokenizer, keep_prompts), strict=True):
@@ -116,11 +105,25 @@ def _encoded(
                 _check_readable(example, row, config, keep_prompts)
             kept = [(example, taken) for example, taken in encoded if task.target_count([example])]
             examples += [example for example, _ in kept]
-            cut += any(taken for _, taken in kept)
-            dropped += not kept
+            if kept:
+                cuts.append(reduce(or_, [taken for _, taken in kept]))
     if not examples:
-        raise UserError(f"{split}_data: no row has a token to predict")
-    return examples, Truncation(len(rows), cut, dropped)
+        too_long = f"has max_length ({config.max_length}) tokens or less, and" if config.truncation == "drop" else "has"
+        raise UserError(f"{split}_data: no row {too_long} a token to predict")
+    return examples, _counted(len(rows), cuts)
+
+
+def _counted(rows: int, cuts: Sequence[Cut]) -> Truncation:
+    """What was taken from so many `rows`, by that of each row that is left."""
+    kinds = Counter(kind for cut in cuts for kind in cut)
+    return Truncation(
+        rows=rows,
+        cut=sum(map(bool, cuts)),
+        dropped=rows - len(cuts),
+        prompt_gone=kinds[Cut.WHOLE_PROMPT],
+        prompt_cut=kinds[Cut.PROMPT],
+        completion_cut=kinds[Cut.COMPLETION],
+    )
 
 
 def _check_readable(example: Example, row: Row, config: TrialConfig, keep_prompts: bool) -> None:

@@ -37,6 +37,7 @@ from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Example
+from bilora_ray.training.tasks.truncation import Truncation
 
 # Takes an evaluation, and says whether the trial shall go on. To say nothing, as 0.1.0 had it, is yes.
 Report = Callable[[dict[str, float]], bool]
@@ -244,8 +245,7 @@ class Run:
             "learning_rate": self.learning_rate,
             "train_loss": window.train_loss,
             "tokens_per_second": window.tokens / max(1e-9, window.seconds),
-            "rows_cut": sum(split.cut for split in self.data.truncation.values()),
-            "rows_dropped": sum(split.dropped for split in self.data.truncation.values()),
+            **Truncation.of(self.data.truncation.values()).metrics(),
         }
         if torch.cuda.is_available():
             # With what the allocator keeps: that is what a trial with a part of a GPU may have no more of.

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.training import model as models
-from bilora_ray.training.loading import Truncation, load_data
+from bilora_ray.training.loading import load_data
 from bilora_ray.training.tasks import TASKS
+from bilora_ray.training.tasks.truncation import Truncation
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,13 @@ class Rehearsal:
         rows: how many there are and what `max_length` takes from them, by split: `train` and `validation`.
         input: text of the first training row, as the model reads it, with special tokens.
         target: the part of it, or the completion or label, that the model learns.
+        notes: lines about what is allowed and yet seldom meant, and shows in tokens only.
     """
 
     rows: Mapping[str, Truncation]
     input: str
     target: str
+    notes: tuple[str, ...]
 
 
 def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
@@ -42,4 +45,5 @@ def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
     models.build_optimizer(model, config)
     first = data.train[0]
     target = TASKS[config.task].learned(first, data.tokenizer, data.label_names)
-    return Rehearsal(data.truncation, str(data.tokenizer.decode(first.input_ids.tolist())), target)
+    notes = tuple(Truncation.of(data.truncation.values()).notes(config.model_dump()))
+    return Rehearsal(data.truncation, str(data.tokenizer.decode(first.input_ids.tolist())), target, notes)

@@ -20,7 +20,7 @@ MORE = {"method": "bilora", **SAMPLED, "auxiliary_learning_rate": 0.01}
 
 def record(number: int, status: Status, value: float | None = None, **more: Any) -> TrialRecord:
     history = () if value is None else ({"step": 46.0, "max_steps": 180.0, METRIC: value / 2},)
-    settings = {"max_length": 128, **SAMPLED}
+    settings = {"max_length": 128, "truncation": "both", "predict_with_generate": False, **SAMPLED}
     return TrialRecord(number, status, settings, SAMPLED, history=history, value=value, **more)
 
 
@@ -149,9 +149,30 @@ def test_of_equal_trials_the_one_with_the_lowest_loss_is_the_best() -> None:
     assert rows == ["1", "2", "0"]
 
 
-def test_rows_that_are_cut_are_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+def told_of_rows(capsys: pytest.CaptureFixture[str], **counts: float) -> list[str]:
+    """What is said of so many rows as two trials report."""
     progress = SearchProgress(3, OBJECTIVE)
     for number in range(2):
-        metrics = {"step": 1.0, "max_steps": 2.0, METRIC: 0.25, "rows_cut": 7.0}
+        metrics = {"step": 1.0, "max_steps": 2.0, METRIC: 0.25, **counts}
         progress.trial_reported(record(number, Status.RUNNING, 0.25), metrics)
-    assert capsys.readouterr().err == "7 rows have more than max_length (128) tokens and are cut\n"
+    return capsys.readouterr().err.splitlines()
+
+
+def test_rows_that_are_cut_are_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert told_of_rows(capsys, rows=700.0, rows_cut=9.0, rows_prompt_cut=7.0, rows_completion_cut=4.0) == [
+        "of 700 rows 9 are cut to max_length 128 (part of the input: 7, end of the completion: 4)"
+    ]
+    assert told_of_rows(capsys, rows=700.0, rows_cut=0.0) == []
+    assert told_of_rows(capsys, rows_cut=9.0) == []  # a trial that an earlier version began
+    assert told_of_rows(capsys, rows=700.0, rows_dropped=3.0) == [
+        "of 700 rows 0 are cut to max_length 128, 3 have nothing to predict and are left out"
+    ]
+
+
+def test_rows_that_lose_what_they_are_about_are_noted_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert told_of_rows(capsys, rows=18.0, rows_cut=18.0, rows_prompt_gone=18.0, rows_completion_cut=17.0) == [
+        "of 18 rows 18 are cut to max_length 128 (whole prompt: 18, end of the completion: 17)",
+        "Note: max_length: 18 of 18 rows (100%) lose their whole prompt; raise it, or change truncation (both)",
+        "Note: max_length: 17 of 18 rows (94%) lose the end of their completion, so that they teach no end of "
+        "sequence; raise it, or change truncation (both)",
+    ]

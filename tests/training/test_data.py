@@ -1,6 +1,6 @@
 """Examples and batches with tokenizers small enough to read: one word is one token."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,16 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from bilora_ray.checking import before
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.training.data.batches import eval_batches, in_row_order, train_batches
-from bilora_ray.training.loading import Prepared, Truncation, prepare
+from bilora_ray.training.loading import Prepared, prepare
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Dataset, Row
 from bilora_ray.training.tasks.sequence_classification import LabelledRow
 from bilora_ray.training.tasks.text import TextRow, collate_prompts
+from bilora_ray.training.tasks.truncation import MOST_LEARNED, Truncation, is_gone
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghij"]
 PAD, BOS, EOS = 0, 1, 2
@@ -62,6 +64,12 @@ def test_a_completion_is_learned_with_its_end_and_the_prompt_is_not(single: str)
     assert data.truncation == {"train": Truncation(1, 0, 0), "validation": Truncation(1, 0, 0)}
 
 
+def taken(**counts: int) -> Truncation:
+    """That of one row, which is cut if it lost anything."""
+    return Truncation(1, cut=int(bool(counts)), **counts)
+
+
+# As 0.1.0 had it.
 @pytest.mark.parametrize(
     ("single", "row", "limit", "ids", "prompt"),
     [
@@ -75,13 +83,136 @@ def test_a_completion_is_learned_with_its_end_and_the_prompt_is_not(single: str)
     ],
 )
 def test_what_is_cut(single: str, row: TextRow, limit: int, ids: list[int], prompt: list[int]) -> None:
-    data = prepared([row], word_tokenizer(single), max_length=limit, predict_with_generate=True, max_new_tokens=1)
+    settings = {"truncation": "completion-first", "predict_with_generate": True, "max_new_tokens": 1}
+    data = prepared([row], word_tokenizer(single), max_length=limit, **settings)
     example = data.validation[0]
     assert (example.input_ids.tolist(), lists(example)[2]) == (ids, prompt)
     whole = len((row.prompt + " " + row.completion).split()) + 1 + ("<s>" in single)
-    assert data.truncation["validation"] == Truncation(1, int(len(ids) < whole), 0)
+    assert data.truncation["validation"].cut == int(len(ids) < whole)
+    assert data.truncation["validation"].completion_cut == int(ids[-1] != EOS)
     first = next(i for i, label in enumerate(example.labels) if label != -100)
     assert example.labels.tolist() == [-100] * first + ids[first:]
+
+
+@pytest.mark.parametrize(
+    ("truncation", "row", "ids", "counts"),
+    [
+        # What is not too long is whole whatever the rule is, and so is a completion that leaves the prompt its share.
+        *[(rule, text("a", "a b c d e f"), [BOS, A, *range(A, A + 6), EOS], {}) for rule in MOST_LEARNED],
+        ("completion-first", text("a b c d", "a b c d"), [BOS, C, D, A, B, C, D, EOS], {"prompt_cut": 1}),
+        ("both", text("a b c d", "a b c d"), [BOS, C, D, A, B, C, D, EOS], {"prompt_cut": 1}),
+        ("prompt-first", text("a b c d", "a b c d"), [BOS, A, B, C, D, A, B, C], {"completion_cut": 1}),
+        # The prompt has its share, or less if it needs no more.
+        (
+            "both",
+            text("a b c d", "a b c d e f g h i"),
+            [BOS, C, D, *range(A, A + 5)],
+            {"prompt_cut": 1, "completion_cut": 1},
+        ),
+        ("both", text("a", "a b c d e f g h i"), [BOS, A, *range(A, A + 6)], {"completion_cut": 1}),
+        (
+            "completion-first",
+            text("a b c d", "a b c d e f g h i"),
+            [BOS, D, *range(A, A + 6)],
+            {"prompt_gone": 1, "completion_cut": 1},
+        ),
+        # One token of what is cut first is left.
+        (
+            "prompt-first",
+            text("a b c d e f g h i", "a b"),
+            [BOS, *range(A + 3, A + 9), A],
+            {"prompt_cut": 1, "completion_cut": 1},
+        ),
+        ("completion-first", text("", "a b c d e f g h"), [BOS, *range(A, A + 7)], {"completion_cut": 1}),
+        ("both", text("", "a b c d e f g h"), [BOS, *range(A, A + 7)], {"completion_cut": 1}),
+        ("prompt-first", text("", "a b c d e f g h"), [BOS, *range(A, A + 7)], {"completion_cut": 1}),
+    ],
+)
+def test_each_rule_of_truncation(truncation: str, row: TextRow, ids: list[int], counts: dict[str, int]) -> None:
+    data = prepared([row], max_length=8 if counts else 9, truncation=truncation)
+    assert data.train[0].input_ids.tolist() == ids
+    assert data.truncation["train"] == taken(**counts)
+
+
+def test_both_keep_a_share_unless_a_study_says_otherwise() -> None:
+    row = text("a b c d", "a b c d e f g h i")
+    assert prepared([row], max_length=8) == prepared([row], max_length=8, truncation="both")
+    assert before(TrialConfig)["truncation"] == "completion-first"
+
+
+def test_what_leaves_both_their_share_has_the_same_ids_as_before() -> None:
+    for prompt, completion, length in product(range(1, 9), range(1, 7), range(8, 16)):
+        row = text(" ".join("abcdefgh"[:prompt]), " ".join("abcdefgh"[:completion]))
+        both, first = (prepared([row], max_length=length, truncation=rule) for rule in ("both", "completion-first"))
+        room = length - 1
+        fits = prompt + completion + 1 <= room or completion + 1 <= room * 3 // 4
+        assert (both == first) or not fits
+
+
+def test_rows_that_are_too_long_are_dropped_where_that_is_asked_for() -> None:
+    rows: list[Row] = [text("a b c", "d e"), text("a b c d", "d e"), text("a", "b")]
+    data = prepared(rows, max_length=7, truncation="drop", predict_with_generate=True, max_new_tokens=4)
+    assert [lists(example)[0] for example in data.train] == [[BOS, A, B, C, D, E, EOS], [BOS, A, B, EOS]]
+    assert data.truncation["train"] == Truncation(3, dropped=1)
+    # A prompt makes room for what is written all the same.
+    assert [lists(example)[2] for example in data.validation] == [[BOS, B, C], [BOS, A]]
+    assert data.truncation["validation"] == Truncation(3, cut=1, dropped=1, prompt_cut=1)
+    with pytest.raises(UserError) as caught:
+        prepared(rows[:1], max_length=6, truncation="drop")
+    assert str(caught.value) == "train_data: no row has max_length (6) tokens or less, and a token to predict"
+
+
+def test_texts_and_pairs_that_are_too_long_are_dropped_too() -> None:
+    rows: list[Row] = [text("a b c", "d e"), text("a b c d", "d"), text("a", "a b c d")]
+    data = prepared(rows, word_tokenizer("$A </s>"), task="seq2seq-lm", max_length=4, truncation="drop")
+    assert [lists(example)[:2] for example in data.train] == [([A, B, C, EOS], [D, E, EOS])]
+    assert data.truncation["train"] == Truncation(3, dropped=2)
+    labelled: list[Row] = [LabelledRow("a b", "c", 1, "w"), LabelledRow("a b c", "d e", 0, "w")]
+    data = prepared(labelled, task="sequence-classification", max_length=5, truncation="drop")
+    assert data.truncation["train"] == Truncation(2, dropped=1)
+
+
+@pytest.mark.parametrize(
+    ("kept", "whole", "gone"),
+    [
+        (0, 0, False),
+        (1, 1, False),
+        (0, 1, True),
+        (1, 3, False),
+        (1, 4, True),
+        (1, 40, True),
+        (7, 27, False),
+        (7, 28, True),
+        (8, 100, False),
+    ],
+)
+def test_a_prompt_is_gone_that_keeps_next_to_nothing(kept: int, whole: int, gone: bool) -> None:
+    assert is_gone(kept, whole) is gone
+
+
+def test_a_prompt_that_leaves_what_is_written_its_room_may_be_gone() -> None:
+    settings = {"max_length": 64, "predict_with_generate": True, "max_new_tokens": 60}
+    data = prepared([text("a b c d e f g h i j a b", "b")], **settings)
+    assert data.truncation == {"train": Truncation(1), "validation": taken(prompt_gone=1)}
+
+
+def test_what_is_told_of_truncation() -> None:
+    settings = {"max_length": 8, "truncation": "completion-first", "predict_with_generate": True}
+    many = Truncation(100, cut=9, dropped=3, prompt_gone=2, prompt_cut=7, completion_cut=1)
+    assert many.in_words(settings) == (
+        "9 are cut to max_length 8 (whole prompt: 2, part of the input: 7, end of the completion: 1), "
+        "3 have nothing to predict and are left out"
+    )
+    assert many.in_words(settings | {"truncation": "drop"}).endswith(
+        ", 3 are too long or have nothing to predict and are left out"
+    )
+    assert list(many.notes(settings)) == [
+        "max_length: 2 of 100 rows (2%) lose their whole prompt; "
+        "raise it, or change truncation (completion-first) or max_new_tokens"
+    ]
+    assert Truncation.told_by(many.metrics()) == many
+    assert Truncation.of([many, many]) == Truncation(200, 18, 6, 4, 14, 2)
+    assert Truncation(100).in_words(settings) == "0 are cut to max_length 8"
 
 
 @pytest.mark.parametrize(
@@ -101,8 +232,8 @@ def test_a_prompt_leaves_room_for_what_is_written(generates: bool, new: int, pro
     settings = {"max_length": 8, "max_new_tokens": new, "predict_with_generate": generates}
     data = prepared([text("a b c d", "e")], **settings)
     assert lists(data.validation[0]) == ([BOS, A, B, C, D, E, EOS], [-100] * 5 + [E, EOS], prompt)
-    assert data.truncation["validation"] == Truncation(1, int(generates and len(prompt) < 5), 0)
-    assert data.truncation["train"] == Truncation(1, 0, 0)
+    kind = {"prompt_gone" if len(prompt) == 2 else "prompt_cut": 1} if generates and len(prompt) < 5 else {}
+    assert data.truncation == {"train": Truncation(1), "validation": taken(**kind)}
 
 
 @pytest.mark.parametrize("new", [7, 8, 64])
@@ -156,7 +287,7 @@ def test_seq2seq() -> None:
     assert lists(data.validation[1]) == ([A, B, C, EOS], [A, B, C, D], [A, B, C, EOS])
     assert lists(data.train[1]) == ([A, B, C, EOS], [A, B, C, D], None)
     assert lists(data.train[2]) == ([A, EOS], [A, B, C, D], None)
-    assert data.truncation["train"] == Truncation(3, 2, 0)
+    assert data.truncation["train"] == Truncation(3, cut=2, prompt_cut=1, completion_cut=2)
 
 
 def test_classification() -> None:
@@ -165,7 +296,7 @@ def test_classification() -> None:
     assert lists(data.train[0]) == ([BOS, A, B, EOS], [1], None)
     assert lists(data.train[1]) == ([BOS, A, B, C, EOS], [0], None)
     assert data.train[0].token_type_ids is None
-    assert data.truncation["train"] == Truncation(2, 1, 0)
+    assert data.truncation["train"] == Truncation(2, cut=1, prompt_cut=1)
 
 
 @pytest.mark.parametrize("has_types", [True, False])
@@ -189,7 +320,7 @@ def test_the_real_minilm_tokenizer(minilm: Path) -> None:
     assert data.train[0].token_type_ids is not None
     assert data.train[0].token_type_ids.tolist() == [0, 0, 0, 0, 0, 1, 1]
     assert len(data.train[1].input_ids) == 300
-    assert data.truncation["train"] == Truncation(2, 1, 0)
+    assert data.truncation["train"] == Truncation(2, cut=1, prompt_cut=1)
 
 
 # Batches

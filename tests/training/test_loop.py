@@ -20,8 +20,9 @@ from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import trainable
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Progress, Run, fit
+from bilora_ray.training.tasks.truncation import Truncation
 
-COUNTERS = {"step", "max_steps", "epoch", "rows_cut", "rows_dropped", "train_runtime", "tokens_per_second"}
+COUNTERS = {"step", "max_steps", "epoch", "train_runtime", "tokens_per_second", *Truncation(0).metrics()}
 QUERY = {
     "causal-lm": "0.self_attn.q_proj",
     "seq2seq-lm": "0.SelfAttention.q",

@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassif
 from bilora_ray.config import Task
 from bilora_ray.errors import UserError
 from bilora_ray.training.folder import TrialFolder
-from bilora_ray.training.loading import Truncation
 from bilora_ray.training.loop import fit
 from bilora_ray.training.rehearsal import rehearse
 
@@ -44,8 +43,15 @@ def test_it_shows_what_the_model_reads_and_learns(
 
 
 def test_rows_that_are_cut_are_counted(tiny: Tiny) -> None:
-    found = rehearse(tiny.config("causal-lm", max_length=4)).rows
-    assert found["train"] == Truncation(found["train"].rows, found["train"].rows, 0)
+    found = rehearse(tiny.config("causal-lm", max_length=4))
+    train = found.rows["train"]
+    assert train.rows == train.cut == train.prompt_gone
+    assert found.notes == (
+        "max_length: 62 of 62 rows (100%) lose their whole prompt; raise it, or change truncation (both)",
+        "max_length: 62 of 62 rows (100%) lose the end of their completion, so that they teach no end of sequence; "
+        "raise it, or change truncation (both)",
+    )
+    assert rehearse(tiny.config("causal-lm")).notes == ()
 
 
 def test_it_needs_no_weights(tiny: Tiny, tmp_path: Path) -> None:

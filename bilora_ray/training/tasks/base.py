@@ -74,7 +74,8 @@ class Example:
 
 
 class Cut(Flag):
-    """What `max_length` took from an example: tokens of its prompt, all of its prompt, the end of what is learned."""
+    """What `max_length` took from an example: tokens of its prompt or text, next to all of its prompt, the end of what
+    is learned."""
 
     NOTHING = 0
     PROMPT = auto()

@@ -1,10 +1,15 @@
 """causal-lm: a model that goes on with its prompt learns the completion, or the assistant's turns of a conversation.
 
 Of a row with more than `max_length` tokens the prompt (of a conversation: all before the assistant's last turn) loses
-tokens at its left, never its leading special tokens. Only a completion that is too long by itself loses its end; it
-leaves room for one token of the prompt.
+tokens at its left, never its leading special tokens, and the completion its end. `truncation` says how they share:
 
-A prompt to generate from loses tokens at its left in the same way, until what is written has room beside it.
+- completion-first: the completion keeps all that leaves one token of the prompt;
+- prompt-first: the prompt keeps all that leaves one token of the completion;
+- both: the completion gets at most three quarters of the room, or what the whole prompt leaves if that is more;
+- drop: the row is left out.
+
+A prompt to generate from loses tokens at its left in the same way, until what is written has room beside it; no
+`truncation` leaves a row out for that.
 """
 
 from __future__ import annotations
@@ -36,6 +41,7 @@ from bilora_ray.training.tasks.text import (
     text_row,
     without_special_tokens,
 )
+from bilora_ray.training.tasks.truncation import MOST_LEARNED, is_gone
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +86,10 @@ def _examples(
     parts = _completions(rows, tokenizer) if config.messages_column is None else _conversations(rows, tokenizer)
     for row, part in zip(rows, parts, strict=True):
         room = max(config.max_length - len(part.head), 0)
-        target = part.target[: max(room - min(len(part.prompt), 1), 0)]
+        if config.truncation == "drop" and len(part.prompt) + len(part.target) > room:
+            yield []
+            continue
+        target = part.target[: max(MOST_LEARNED[config.truncation](len(part.prompt), room), 0)]
         prompt = _last(part.prompt, room - len(target))
         asked = _asked(part, config) if keep_prompts else part.prompt
         example = Example(
@@ -94,11 +103,10 @@ def _examples(
 
 def _cut(part: Parts, prompt: list[int], target: list[int], asked: list[int], config: TrialConfig) -> Cut:
     cut = Cut.COMPLETION if len(target) < len(part.target) else Cut.NOTHING
-    if len(prompt) < len(part.prompt):
-        cut |= Cut.PROMPT if prompt else Cut.WHOLE_PROMPT
-    if config.predict_with_generate and len(asked) < len(part.prompt):
-        cut |= Cut.PROMPT
-    return cut
+    whole, kept = len(part.prompt), min(len(prompt), len(asked) if config.predict_with_generate else len(part.prompt))
+    if is_gone(kept, whole):
+        return cut | Cut.WHOLE_PROMPT
+    return cut | Cut.PROMPT if kept < whole else cut
 
 
 def _asked(part: Parts, config: TrialConfig) -> list[int]:

@@ -1,6 +1,7 @@
 """seq2seq-lm: an encoder reads the prompt, and a decoder learns the completion.
 
-Of a row with more than `max_length` tokens in either, prompt and completion each lose their end.
+Of a row with more than `max_length` tokens in either, prompt and completion each lose their end, whatever `truncation`
+says but `drop`: then the row is left out.
 """
 
 from __future__ import annotations
@@ -47,8 +48,10 @@ def _examples(
             prompt_ids=ids if keep_prompts else None,
             reference=row.completion,
         )
-        shorter = Cut.PROMPT if cut else Cut.NOTHING
-        yield [(example, shorter | Cut.COMPLETION if len(target) > config.max_length else shorter)]
+        taken = Cut.PROMPT if cut else Cut.NOTHING
+        if len(target) > config.max_length:
+            taken |= Cut.COMPLETION
+        yield [] if taken and config.truncation == "drop" else [(example, taken)]
 
 
 def _target_count(examples: Sequence[Example]) -> int:

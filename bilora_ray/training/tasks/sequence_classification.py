@@ -1,6 +1,7 @@
 """sequence-classification: a head on the model learns the label of a text, or of a pair of texts.
 
-A text with more than `max_length` tokens loses its end; of a pair, the longer text first.
+A text with more than `max_length` tokens loses its end; of a pair, the longer text first. With `truncation: drop` the
+row is left out instead.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ def _examples(
     inputs = with_special_tokens([row.text for row in rows], pairs or None, config.max_length, tokenizer)
     for row, (ids, token_type_ids, cut) in zip(rows, inputs, strict=True):
         example = Example(ids, array("i", [row.label]), token_type_ids=token_type_ids)
-        yield [(example, Cut.PROMPT if cut else Cut.NOTHING)]
+        yield [] if cut and config.truncation == "drop" else [(example, Cut.PROMPT if cut else Cut.NOTHING)]
 
 
 def _collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
