@@ -29,7 +29,7 @@ from bilora_ray.paths import cached_commit
 from bilora_ray.recipe import write_recipe
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import load_checkpoint, save_checkpoint
-from bilora_ray.training.data.batches import train_batches
+from bilora_ray.training.data.batches import train_batch
 from bilora_ray.training.distributed.parallel import Network, collected, shard
 from bilora_ray.training.distributed.workers import ALONE, Workers, drawing_again, random_states, seed_worker
 from bilora_ray.training.evaluate import evaluate
@@ -186,7 +186,7 @@ class Run:
 
     def _next_rows(self) -> list[Example]:
         epoch, index = divmod(self.progress.step, self.steps_per_epoch)
-        rows = train_batches(len(self.data.train), self.step_rows, self.config.seed, epoch)[index]
+        rows = train_batch(len(self.data.train), self.step_rows, self.config.seed, epoch, index)
         return [self.data.train[row] for row in rows]
 
     def _closure(self, examples: list[Example]) -> Closure:

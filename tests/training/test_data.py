@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from bilora_ray.checking import before
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.training.data.batches import eval_batches, in_row_order, train_batches
+from bilora_ray.training.data.batches import eval_batches, in_row_order, train_batch
 from bilora_ray.training.loading import Prepared, prepare
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Dataset, Row
@@ -328,15 +328,15 @@ def test_the_real_minilm_tokenizer(minilm: Path) -> None:
 
 @pytest.mark.parametrize(("num_rows", "size"), [(1, 4), (8, 4), (10, 4), (10, 1), (3, 100)])
 def test_an_epoch_has_every_row_once(num_rows: int, size: int) -> None:
-    batches = train_batches(num_rows, size, 0, 0)
+    batches = [train_batch(num_rows, size, 0, 0, index) for index in range(-(-num_rows // size))]
     assert sorted(row for batch in batches for row in batch) == list(range(num_rows))
     assert [len(batch) for batch in batches[:-1]] == [size] * (len(batches) - 1)
-    assert len(batches) == -(-num_rows // size)
+    assert not train_batch(num_rows, size, 0, 0, len(batches))
 
 
 def test_the_order_is_that_of_seed_and_epoch() -> None:
-    assert train_batches(5, 2, 0, 0) == train_batches(5, 2, 0, 0)
-    orders = {train_batches(50, 50, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 10), (1, 1))}
+    assert train_batch(5, 2, 0, 0, 1) == train_batch(5, 2, 0, 0, 1)
+    orders = {tuple(train_batch(50, 50, seed, epoch, 0)) for seed, epoch in ((0, 0), (0, 1), (1, 0), (0, 10), (1, 1))}
     assert len(orders) == 5
 
 

@@ -11,14 +11,17 @@ from bilora_ray.training.data.order import shuffled
 T = TypeVar("T")
 
 
-@lru_cache(maxsize=1)
-def train_batches(num_rows: int, batch_size: int, seed: int, epoch: int) -> tuple[tuple[int, ...], ...]:
-    """Row indices of each batch of one epoch; every row once, the last batch may be smaller.
+def train_batch(num_rows: int, batch_size: int, seed: int, epoch: int, index: int) -> Sequence[int]:
+    """Row indices of one batch of one epoch, in which each row is once; the last batch may be smaller.
 
     A pure function of its arguments, so that training resumes exactly by counting the batches it has done.
     """
-    order = shuffled(num_rows, "epoch", seed, epoch)
-    return tuple(tuple(order[start : start + batch_size]) for start in range(0, num_rows, batch_size))
+    return _epoch(num_rows, seed, epoch)[index * batch_size : (index + 1) * batch_size]
+
+
+@lru_cache(maxsize=1)
+def _epoch(num_rows: int, seed: int, epoch: int) -> Sequence[int]:
+    return shuffled(num_rows, "epoch", seed, epoch)
 
 
 def eval_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Hashable, Sequence
 from random import Random
 
 
-def shuffled(count: int, *key: int | str) -> list[int]:
-    """The numbers 0 .. count - 1 in an order that `key` decides.
+def shuffled(count: int, *key: int | str) -> array[int]:
+    """The numbers 0 .. count - 1 in an order that `key` decides, in 8 bytes each.
 
     Of the methods of `Random` only `random()` is promised to keep its values for a seed, so the order is a sort by it.
     """
+    import numpy
+
     random = Random("/".join(str(part) for part in key))
-    return sorted(range(count), key=[random.random() for _ in range(count)].__getitem__)
+    drawn = array("d", (random.random() for _ in range(count)))
+    order = array("q")
+    order.frombytes(numpy.argsort(drawn, kind="stable").astype(numpy.int64).tobytes())
+    return order
 
 
 def stratified(groups: Sequence[Hashable], *key: int | str) -> list[int]:
