@@ -81,7 +81,7 @@ def command(
     from bilora_ray.search.preflight import pinned, preflight
 
     space = pinned(space, layout if resume else None)
-    checked = preflight(space)
+    checked = preflight(space, dry_run)
     if dry_run:
         rehearsal = _rehearse(space, layout, resume, ray_address, checked.digests)
         if as_json:

@@ -46,8 +46,12 @@ class Checked:
     notes: tuple[str, ...]
 
 
-def preflight(space: Space) -> Checked:
+def preflight(space: Space, dry_run: bool = False) -> Checked:
     """Read and check the data and look for the model, with the space's first settings.
+
+    Args:
+        space: the space.
+        dry_run: whether nothing is to start: then of large data the first rows will do.
 
     Raises:
         UserError: a file, row, column, label or model is not as the space says, or a row is too long for the model.
@@ -55,7 +59,7 @@ def preflight(space: Space) -> Checked:
     config = space.first_config()
     check_model(config)
     check_positions(positions(config), config, TASKS[config.task].continues)
-    rows = load_rows(config)
+    rows = load_rows(config, beginning=dry_run)
     digests = {_source(config, setting): digest for setting, digest in rows.digests.items()}
     told = (*_unpinned(config), *notes(rows, space.with_step(max), space.resources.workers))
     return Checked(digests, tuple(about(rows, config)), told)

@@ -111,6 +111,8 @@ class Session:
         try:
             best, records = self.study.best(), self.study.own_records()
             interrupted, others = not self.study.finished(), bool(self.study.elsewhere())
+            if not interrupted:
+                self.study.discard_examples()
         except BaseException:  # the study database is gone: MLflow is told what is known without it
             tracker.interrupt()
             raise

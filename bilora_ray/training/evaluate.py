@@ -54,7 +54,7 @@ def load_adapted(adapter: Path | None, config: TrialConfig) -> tuple[Model, Load
     Raises:
         UserError: the data or the base model are not as `config` says, or the adapter is not the base model's.
     """
-    data = load_data(config)
+    data = load_data(config, splits=("validation",))
     model: Model
     model, fresh = models.load_base(config, data.tokenizer, data.label_names)
     if adapter is not None:

@@ -4,6 +4,7 @@ lock                          held by the process that trains
 checkpoints/step-00000120/    tensors.safetensors and state.json; only complete ones carry such a name
 adapters/step-00000090/       the best adapter so far, as PEFT writes it
 scratch/                      what whoever runs the trial keeps while it runs
+../examples/                  of data too large for the memory: the tokenized rows, which the trials of a study share
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 from bilora_ray.files import locked
 
+EXAMPLES = "examples"
 STATE = "state.json"
 TENSORS = "tensors.safetensors"
 # A killed search's worker may write for some seconds more; its successor waits for that.
@@ -70,6 +72,11 @@ class TrialFolder:
             for entry in folder.iterdir():
                 if entry.name != f"step-{kept:08d}":
                     shutil.rmtree(entry, ignore_errors=True)
+
+    @property
+    def examples(self) -> Path:
+        """Folder of the examples of large data, beside this one: the trials of a study share it."""
+        return self.path.parent / EXAMPLES
 
     @property
     def scratch(self) -> Path:

@@ -1,26 +1,36 @@
 """What a trial learns from, ready to be batched, and kept for the next trial of the process.
 
 Tokenizing takes some tenths of a millisecond a row, a minute of a large data set, and the trials of a search mostly
-differ in what does not touch it.
+differ in what does not touch it. What comes of a source that is too large for the memory is in a file beside the
+trials' folders instead, for the trials of all processes.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import reduce
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial, reduce
+from itertools import islice
 from operator import or_
 from pathlib import Path
 
+import tokenizers
+import transformers
 from transformers import PreTrainedTokenizerBase
 
+from bilora_ray import __version__
 from bilora_ray.config import TrialConfig, deciding
 from bilora_ray.errors import UserError
+from bilora_ray.files import temporary_folder
+from bilora_ray.training.data.cache import Stored, Writer, cached
+from bilora_ray.training.data.sources import Source, Stamp, stamps_of
 from bilora_ray.training.model import load_tokenizer
-from bilora_ray.training.rows import load_rows
+from bilora_ray.training.rows import read_sources, rows_of
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Cut, Dataset, Example, Row
+from bilora_ray.training.tasks.base import Cut, Dataset, Example, Labels, Row
 from bilora_ray.training.tasks.truncation import Truncation
 
 # All settings but these decide the examples, or could.
@@ -30,9 +40,12 @@ WITHOUT_EFFECT = {key: TrialConfig.model_fields[key].default for key in NOT_OF_E
 # Rows tokenized at one time: enough to be fast, few enough that Python's int lists stay small.
 CHUNK = 1000
 
-# What tells a file from the same one after it was written again.
-Stamp = tuple[int, int]
-_kept: dict[tuple[TrialConfig, Stamp | None, Stamp | None], Loaded] = {}
+SPLITS = ("train", "validation")
+FACTS_FILE = "facts.json"
+# Of what is in the folder of large sources' examples: another one is another key.
+FORMAT = 1
+
+_kept: dict[tuple[TrialConfig, bool, tuple[str, ...], tuple[Stamp, ...], tuple[Stamp, ...]], Loaded] = {}
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,11 @@ class Prepared:
     validation: Sequence[Example]
     truncation: dict[str, Truncation]
 
+    @classmethod
+    def of(cls, examples: Mapping[str, Sequence[Example]], truncation: dict[str, Truncation]) -> Prepared:
+        """From `examples` by split; one that is not there is empty."""
+        return cls(examples.get("train", ()), examples.get("validation", ()), truncation)
+
 
 @dataclass(frozen=True)
 class Loaded(Prepared):
@@ -51,35 +69,106 @@ class Loaded(Prepared):
     Attributes:
         tokenizer: the base model's.
         label_names: names by label index; None where the task has no labels.
+        digests: what identifies the data, by setting: see `base.Dataset`.
     """
 
     tokenizer: PreTrainedTokenizerBase
     label_names: tuple[str, ...] | None
+    digests: Mapping[str, str]
 
 
-def load_data(config: TrialConfig) -> Loaded:
+def load_data(
+    config: TrialConfig, shared: Path | None = None, beginning: bool = False, splits: tuple[str, ...] = SPLITS
+) -> Loaded:
     """Read, check and tokenize the rows; or what was loaded last, if it would be the same.
+
+    Args:
+        config: the settings.
+        shared: a folder for the examples of large sources, which all trials that read the same share; None: they are
+            in temporary files, for this process.
+        beginning: take the first `sources.BEGINNING` rows of a large source only.
+        splits: which to tokenize; the other one is empty.
 
     Raises:
         UserError: the data or the tokenizer are not as the settings say.
+        OSError: the examples cannot be written or read again; it names a file.
     """
     # Of the two seeds one decides them.
     decisive = config.model_copy(update={**WITHOUT_EFFECT, "seed": 0, "split_seed": config.resolved_split_seed})
-    key = (decisive, _stamp(config.train_data), _stamp(config.validation_data))
+    key = (decisive, beginning, splits, stamps_of(config.train_data), stamps_of(config.validation_data))
     if key not in _kept:
         _kept.clear()  # before there is another: they may be large
-        _kept[key] = _load(decisive)
+        _kept[key] = _load(decisive, shared, beginning, splits)
     return _kept[key]
 
 
-def _load(config: TrialConfig) -> Loaded:
-    rows = load_rows(config)
+def _load(config: TrialConfig, shared: Path | None, beginning: bool, splits: tuple[str, ...]) -> Loaded:
+    sources = read_sources(config, beginning)
+    if any(source.is_large for source in sources.values()):
+        return _load_large(sources, config, shared, splits)
+    rows = rows_of(sources, config)
     tokenizer = load_tokenizer(config)
-    prepared = prepare(rows, config, tokenizer)
-    return Loaded(**vars(prepared), tokenizer=tokenizer, label_names=rows.label_names)
+    prepared = prepare(rows, config, tokenizer, splits)
+    return Loaded(**vars(prepared), tokenizer=tokenizer, label_names=rows.label_names, digests=rows.digests)
 
 
-def prepare(dataset: Dataset, config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> Prepared:
+def _load_large(
+    sources: Mapping[str, Source], config: TrialConfig, shared: Path | None, splits: tuple[str, ...]
+) -> Loaded:
+    tokenizer = load_tokenizer(config)
+    write = partial(_write, sources=sources, config=config, tokenizer=tokenizer, splits=splits)
+    if shared is not None:
+        prepared, label_names = _read(cached(shared, _key(sources, config, tokenizer, splits), write))
+    else:
+        with temporary_folder() as folder:
+            write(folder)
+            prepared, label_names = _read(folder)  # files that are open outlive their names
+    digests = {setting: source.digest for setting, source in sources.items()}
+    return Loaded(**vars(prepared), tokenizer=tokenizer, label_names=label_names, digests=digests)
+
+
+def _write(
+    folder: Path,
+    sources: Mapping[str, Source],
+    config: TrialConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: tuple[str, ...],
+) -> None:
+    """As `prepare`, into files of `folder`."""
+    rows = rows_of(sources, config)
+    truncation = {}
+    for split in splits:
+        with Writer(folder / f"{split}.arrow", Example) as examples:
+            truncation[split] = asdict(_encode(getattr(rows, split), config, tokenizer, split, examples))
+    facts = {"truncation": truncation, "label_names": rows.label_names}
+    (folder / FACTS_FILE).write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _read(folder: Path) -> tuple[Prepared, Labels]:
+    """What `_write` has written."""
+    facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+    truncation = {split: Truncation(**counts) for split, counts in facts["truncation"].items()}
+    examples = {split: Stored(folder / f"{split}.arrow", Example) for split in truncation}
+    names = facts["label_names"]
+    return Prepared.of(examples, truncation), None if names is None else tuple(names)
+
+
+def _key(
+    sources: Mapping[str, Source], config: TrialConfig, tokenizer: PreTrainedTokenizerBase, splits: tuple[str, ...]
+) -> str:
+    """What decides the examples: the content of the data and of the tokenizer, the settings, and the code."""
+    with temporary_folder() as folder:
+        tokenizer.save_pretrained(folder)
+        files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    versions = (__version__, tokenizers.__version__, transformers.__version__)
+    digests = {setting: source.digest for setting, source in sources.items()}
+    everything = [FORMAT, versions, splits, config.model_dump(mode="json"), digests, files]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def prepare(
+    dataset: Dataset, config: TrialConfig, tokenizer: PreTrainedTokenizerBase, splits: tuple[str, ...] = SPLITS
+) -> Prepared:
     """Tokenize all rows; the task's file says what happens to those longer than `max_length`.
 
     Validation examples keep their prompts, from which a text can be generated.
@@ -87,53 +176,53 @@ def prepare(dataset: Dataset, config: TrialConfig, tokenizer: PreTrainedTokenize
     Raises:
         UserError: the tokenizer lacks what the task needs, or a row or a split has nothing to predict.
     """
-    train, train_truncation = _encoded(dataset.train, config, tokenizer, "train")
-    validation, validation_truncation = _encoded(dataset.validation, config, tokenizer, "validation")
-    return Prepared(train, validation, {"train": train_truncation, "validation": validation_truncation})
+    examples: dict[str, list[Example]] = {split: [] for split in splits}
+    truncation = {
+        split: _encode(getattr(dataset, split), config, tokenizer, split, found) for split, found in examples.items()
+    }
+    return Prepared.of(examples, truncation)
 
 
-def _encoded(
-    rows: Sequence[Row], config: TrialConfig, tokenizer: PreTrainedTokenizerBase, split: str
-) -> tuple[list[Example], Truncation]:
+def _encode(
+    rows: Collection[Row],
+    config: TrialConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    examples: list[Example] | Writer[Example],
+) -> Truncation:
+    """Add the examples of `rows` to `examples`."""
     task, keep_prompts = TASKS[config.task], split == "validation"
-    examples: list[Example] = []
-    cuts: list[Cut] = []
-    for start in range(0, len(rows), CHUNK):
-        chunk = rows[start : start + CHUNK]
+    kinds: Counter[Cut] = Counter()
+    found = cut = 0
+    for chunk in _chunks(rows):
         for row, encoded in zip(chunk, task.examples(chunk, config, tokenizer, keep_prompts), strict=True):
             for example, _ in encoded:
                 _check_readable(example, row, config, keep_prompts)
             kept = [(example, taken) for example, taken in encoded if task.target_count([example])]
-            examples += [example for example, _ in kept]
+            examples.extend(example for example, _ in kept)
             if kept:
-                cuts.append(reduce(or_, [taken for _, taken in kept]))
-    if not examples:
+                lost = reduce(or_, [taken for _, taken in kept])
+                found, cut = found + 1, cut + bool(lost)
+                kinds.update(lost)
+    if not found:
         too_long = f"has max_length ({config.max_length}) tokens or less, and" if config.truncation == "drop" else "has"
         raise UserError(f"{split}_data: no row {too_long} a token to predict")
-    return examples, _counted(len(rows), cuts)
-
-
-def _counted(rows: int, cuts: Sequence[Cut]) -> Truncation:
-    """What was taken from so many `rows`, by that of each row that is left."""
-    kinds = Counter(kind for cut in cuts for kind in cut)
     return Truncation(
-        rows=rows,
-        cut=sum(map(bool, cuts)),
-        dropped=rows - len(cuts),
+        rows=len(rows),
+        cut=cut,
+        dropped=len(rows) - found,
         prompt_gone=kinds[Cut.WHOLE_PROMPT],
         prompt_cut=kinds[Cut.PROMPT],
         completion_cut=kinds[Cut.COMPLETION],
     )
 
 
+def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    remaining = iter(rows)
+    while chunk := list(islice(remaining, CHUNK)):
+        yield chunk
+
+
 def _check_readable(example: Example, row: Row, config: TrialConfig, keep_prompts: bool) -> None:
     if not example.input_ids or (config.predict_with_generate and keep_prompts and not example.prompt_ids):
         raise UserError(f"{row.where}: there is no text to read")
-
-
-def _stamp(name: str | None) -> Stamp | None:
-    path = Path(name or "").expanduser()
-    if name is None or not path.is_file():
-        return None
-    found = path.stat()
-    return found.st_mtime_ns, found.st_size

@@ -91,7 +91,7 @@ class Run:
         if torch.cuda.is_available():  # this process may have had another trial before
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-        self.data: Loaded = load_data(config)
+        self.data: Loaded = load_data(config, shared=folder.examples)
         base, fresh = models.load_base(config, self.data.tokenizer, self.data.label_names, workers)
         self.model = models.add_primary(base, config, fresh)
         self.optimizer = models.build_optimizer(self.model, config, self._place)

@@ -30,7 +30,7 @@ class Rehearsal:
 
 
 def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
-    """Tokenize the data, and put the method's adapters on the base model's shape.
+    """Tokenize the data, of large ones the beginning, and put the method's adapters on the base model's shape.
 
     Args:
         config: the settings.
@@ -40,7 +40,7 @@ def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
         UserError: the data, the tokenizer, the model, `max_length` or a target module is not as the settings say, or a
             package that they need is missing.
     """
-    data = load_data(config)
+    data = load_data(config, beginning=True)
     model = models.add_primary(models.load_shape(config, data.label_names, here), config, fresh=())
     models.build_optimizer(model, config)
     first = data.train[0]

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import compress, islice
 from typing import Any
 
 from bilora_ray.config import TrialConfig, template_columns
@@ -16,62 +17,118 @@ from bilora_ray.errors import UserError
 from bilora_ray.training.data import sources
 from bilora_ray.training.data.columns import filled
 from bilora_ray.training.data.order import held_out, stratified
-from bilora_ray.training.data.sources import read_train, read_validation
+from bilora_ray.training.data.sources import BEGINNING, Record, Reread, Source, read_train, read_validation
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Dataset, Row, no_labels
+from bilora_ray.training.tasks.base import Dataset, Labels, Row, no_labels
 
 # Short texts come again in many a data set; a larger share is a mistake.
 MOST_SHARED = 0.5
+# Turns marks over.
+OTHERS = bytes([1, 0, *range(2, 256)])
 
 
-def load_rows(config: TrialConfig) -> Dataset:
+def load_rows(config: TrialConfig, beginning: bool = False) -> Dataset:
     """Read and check every row, split off validation rows if none are named, and draw the samples asked for.
+
+    Args:
+        config: the settings.
+        beginning: look at the first `sources.BEGINNING` rows of a large source only.
+
+    Raises:
+        UserError: data that is missing or malformed, or that does not fit the settings.
+    """
+    return rows_of(read_sources(config, beginning), config)
+
+
+def read_sources(config: TrialConfig, beginning: bool = False) -> dict[str, Source]:
+    """The sources of the training rows and, where they are named, of the validation rows, by setting.
+
+    Raises:
+        UserError: as `load_rows`, but for what only the rows of a large source could show.
+    """
+    if config.messages_column is not None and not TASKS[config.task].takes_messages:
+        allowed = ", ".join(name for name, other in TASKS.items() if other.takes_messages)
+        raise UserError(f"messages_column: only {allowed} takes chat messages, not {config.task}")
+    found = {"train_data": read_train(config), "validation_data": read_validation(config)}
+    return {key: source.beginning() if beginning else source for key, source in found.items() if source is not None}
+
+
+def rows_of(sources: Mapping[str, Source], config: TrialConfig) -> Dataset:
+    """The rows of `sources`, each checked once.
 
     Labels are those of all the training data, whatever is drawn of it, so that a label has the same index in
     every trial. The split and the draws depend on `config.resolved_split_seed`, the number of rows and, if they are to
     `stratify`, their labels alone, and a smaller draw is part of a larger one.
 
     Raises:
-        UserError: data that is missing or malformed, or that does not fit the settings.
+        UserError: as `load_rows`.
     """
-    task = TASKS[config.task]
-    if config.messages_column is not None and not task.takes_messages:
-        allowed = ", ".join(name for name, other in TASKS.items() if other.takes_messages)
-        raise UserError(f"messages_column: only {allowed} takes chat messages, not {config.task}")
-    source, validation_source = read_train(config), read_validation(config)
-    names = task.label_names(source.records, config)
-    train = [task.row(record, config, names) for record in source.records]
-    digests = {"train_data": source.digest}
-    if validation_source is None:
-        train, validation = _hold_out(train, config)
-    else:
-        validation = [task.row(record, config, names) for record in validation_source.records]
-        digests["validation_data"] = validation_source.digest
-    # As it was before rows were drawn by their labels, the first ones are taken.
-    drawn = validation[: config.max_eval_samples]
+    names = _label_names(sources, config)
+    train, *named = (_rows(source.records, config, names) for source in sources.values())
+    train, validation = (train, named[0]) if named else _hold_out(train, config)
     if config.stratify:
-        drawn = _draw(validation, config.max_eval_samples, "evaluation", config)
-    task.check(drawn, config)
-    return Dataset(_draw(train, config.max_train_samples, "sample", config), drawn, names, digests)
+        validation = _draw(validation, config.max_eval_samples, "evaluation", config)
+    elif config.max_eval_samples is not None:  # as it was before rows were drawn by their labels
+        validation = _chosen(validation, range(min(config.max_eval_samples, len(validation))))
+    TASKS[config.task].check(validation, config)
+    digests = {key: source.digest for key, source in sources.items()}
+    partial = {key: source.size for key, source in sources.items() if not source.is_whole}
+    return Dataset(_draw(train, config.max_train_samples, "sample", config), validation, names, digests, partial)
 
 
-def _hold_out(rows: Sequence[Row], config: TrialConfig) -> tuple[list[Row], list[Row]]:
+def _label_names(sources: Mapping[str, Source], config: TrialConfig) -> Labels:
+    find = TASKS[config.task].label_names
+    if sources["train_data"].is_whole:
+        return find(sources["train_data"].records, config)
+    try:  # what is not among the first rows to train on may be among the others
+        return find([record for source in sources.values() for record in source.records], config)
+    except UserError as error:
+        raise UserError(f"{error}; only the first {BEGINNING} rows were looked at, label_names could tell") from None
+
+
+def _rows(records: Collection[Record], config: TrialConfig, names: Labels) -> Collection[Row]:
+    row = TASKS[config.task].row
+
+    def read() -> Iterator[Row]:
+        return (row(record, config, names) for record in records)
+
+    return list(read()) if isinstance(records, list) else Reread(read, sum(1 for _ in read()))
+
+
+def _hold_out(rows: Collection[Row], config: TrialConfig) -> tuple[Collection[Row], Collection[Row]]:
     if len(rows) < 2:
         raise UserError(f"validation_data: missing, and {config.train_data} has too few rows to split (1)")
     count = min(max(round(len(rows) * config.validation_fraction), 1), len(rows) - 1)
-    held = set(held_out(_groups(rows, config), count, "validation", config.resolved_split_seed))
-    kept = (i for i in range(len(rows)) if i not in held)
-    return [rows[i] for i in kept], [rows[i] for i in sorted(held)]
+    held = held_out(_groups(rows, config), count, "validation", config.resolved_split_seed)
+    is_held = _marked(held, len(rows))
+    return _compressed(rows, is_held.translate(OTHERS), len(rows) - count), _compressed(rows, is_held, count)
 
 
-def _draw(rows: list[Row], most: int | None, what: str, config: TrialConfig) -> list[Row]:
+def _draw(rows: Collection[Row], most: int | None, what: str, config: TrialConfig) -> Collection[Row]:
     if most is None:
         return rows
-    drawn = stratified(_groups(rows, config), what, config.resolved_split_seed)[:most]
-    return [rows[i] for i in sorted(drawn)]
+    return _chosen(rows, stratified(_groups(rows, config), what, config.resolved_split_seed)[:most])
 
 
-def _groups(rows: Sequence[Row], config: TrialConfig) -> Sequence[int]:
+def _chosen(rows: Collection[Row], indices: Sequence[int]) -> Collection[Row]:
+    """The rows with these `indices`, in their own order. Of a large source a byte for each row is kept."""
+    return _compressed(rows, _marked(indices, len(rows)), len(indices))
+
+
+def _marked(indices: Iterable[int], count: int) -> bytearray:
+    marked = bytearray(count)
+    for index in indices:
+        marked[index] = True
+    return marked
+
+
+def _compressed(rows: Collection[Row], is_chosen: bytearray, count: int) -> Collection[Row]:
+    if isinstance(rows, list):
+        return list(compress(rows, is_chosen))
+    return Reread(lambda: compress(rows, is_chosen), count)
+
+
+def _groups(rows: Iterable[Row], config: TrialConfig) -> Sequence[int]:
     """A number for the labels of each row, by which rows are drawn; without labels they are all of one group."""
     labels = TASKS[config.task].labels if config.stratify else no_labels
     numbers: dict[Hashable, int] = {}
@@ -81,6 +138,8 @@ def _groups(rows: Sequence[Row], config: TrialConfig) -> Sequence[int]:
 def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:
     """What is allowed in a trial and yet seldom meant: lines that begin with a setting, told as a search starts.
 
+    What they say of the rows of a large source is of the first ones, and a line says that.
+
     Args:
         dataset: the rows.
         config: the settings.
@@ -89,6 +148,12 @@ def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:
     yield from sources.notes(config)
     named = [key for key in ("validation_data", "validation_split") if getattr(config, key) is not None]
     validation_data = (*named, "train_data")[0]
+    rows, others, dataset = len(dataset.train), len(dataset.validation), _beginning(dataset)
+    for setting, size in dataset.partial.items():
+        yield f"{setting}: only the first {BEGINNING} rows were looked at, of {size / 1e9:.1f} GB; a search reads all"
+    if len(dataset.train) < rows or len(dataset.validation) < others:
+        checked = f"each of the {rows} training and {others} validation rows was checked"
+        yield f"train_data: {checked}; what is noted of them is of the first {BEGINNING} of each"
     yield from _empty_notes(dataset.train, config, "train_data: {} of {} training")
     yield from _empty_notes(dataset.validation, config, f"{validation_data}: {{}} of {{}} validation")
     contents = Counter(map(_content, dataset.validation))
@@ -100,13 +165,13 @@ def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:
         )
     yield from TASKS[config.task].notes(dataset, config, validation_data)
     step = config.step_rows(workers)
-    if step > len(dataset.train):
-        yield f"per_device_train_batch_size: a step would take {step} rows, and there are {len(dataset.train)}"
+    if step > rows:
+        yield f"per_device_train_batch_size: a step would take {step} rows, and there are {rows}"
     if config.max_steps is not None and "num_train_epochs" in config.model_fields_set:
         yield f"num_train_epochs: changes nothing beside max_steps ({config.max_steps})"
 
 
-def _empty_notes(rows: Sequence[Any], config: TrialConfig, counted: str) -> Iterator[str]:
+def _empty_notes(rows: Collection[Any], config: TrialConfig, counted: str) -> Iterator[str]:
     """Lines about rows of which there is nothing to read, with the place of the first. A completion has its own."""
     bare = filled(config.prompt_template, dict.fromkeys(template_columns(config.prompt_template), ""))
     for what, nothing in (("text", ""), ("text_pair", ""), ("prompt", bare)):
@@ -120,6 +185,15 @@ def _empty_notes(rows: Sequence[Any], config: TrialConfig, counted: str) -> Iter
 def about(dataset: Dataset, config: TrialConfig) -> list[str]:
     """What is to be known of the labels before anything is learned: lines for people."""
     return list(TASKS[config.task].about(dataset, config))
+
+
+def _beginning(dataset: Dataset) -> Dataset:
+    return replace(dataset, train=_first(dataset.train), validation=_first(dataset.validation))
+
+
+def _first(rows: Collection[Row]) -> list[Row]:
+    """The first rows of a large source; all of one that is not."""
+    return rows if isinstance(rows, list) else list(islice(rows, BEGINNING))
 
 
 def _content(row: Any) -> str:

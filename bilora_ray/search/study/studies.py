@@ -73,7 +73,7 @@ def check_study(space: Space, layout: Layout, resume: bool, digests: Mapping[str
         raise UserError(
             f"study '{name}' exists in {layout.database}: go on with --resume, or give this one another name"
         )
-    elif any(layout.trials(name).glob("*")):
+    elif any(layout.trials(name).glob("[0-9]*")):
         raise UserError(f"{layout.trials(name)}: holds trials that the study database does not know; move it away")
 
 

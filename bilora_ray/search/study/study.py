@@ -6,6 +6,7 @@ claim to it was interrupted; it is handed out again, under its own number, befor
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -22,6 +23,7 @@ from bilora_ray.search.study.samplers import propose
 from bilora_ray.search.study.schedulers import SCHEDULERS
 from bilora_ray.search.study.schedulers.base import Asked
 from bilora_ray.search.study.view import ENDED, ERROR, StudyView
+from bilora_ray.training.folder import EXAMPLES
 
 # So long the workers of a stopped trial may take to end.
 STOP_WAIT_S = 10.0
@@ -123,6 +125,10 @@ class SearchStudy(StudyView):
             # TimeoutError is an OSError; and the storage may be away.
             with suppress(OSError), folder.lock(STOP_WAIT_S):
                 folder.discard_tensors()
+
+    def discard_examples(self) -> None:
+        """Free the disk of the tokenized rows of large data, once no trial will ask for them; more trials make anew."""
+        shutil.rmtree(self.layout.trials(self.study.study_name) / EXAMPLES, ignore_errors=True)
 
     def release(self) -> None:
         """Leave the running trials of this process to whoever asks for them next."""

@@ -76,7 +76,7 @@ def opened(file: DataFile) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def stored(file: DataFile) -> Iterator[BinaryIO]:
+def stored(file: DataFile) -> Iterator[io.BufferedReader]:
     """The bytes of `file` as they are on the disk. UserError if they can't be read, in the block too."""
     try:
         with file.path.open("rb") as stream:

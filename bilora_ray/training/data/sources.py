@@ -6,11 +6,13 @@ Nothing here imports torch; `datasets` and `pyarrow` are imported only when they
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError, UserError, first_line, refusal
@@ -20,6 +22,13 @@ from bilora_ray.training.data.decoding import DataFile, json_rows, stored
 from bilora_ray.training.data.tables import DELIMITERS
 
 JSON = (".jsonl", ".ndjson", ".json")
+# Bytes of a source whose records are not kept: they take some times as much memory.
+LARGE = 32 * 2**20
+# So many records of a large source are looked at by who does not go through all of them.
+BEGINNING = 10_000
+
+T = TypeVar("T")
+Stamp = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +44,57 @@ class Record:
     where: str
 
 
+class Reread(Collection[T]):
+    """What is made again at each pass, so that however much there is of it, it takes no memory.
+
+    Args:
+        read: begins a pass. Each gives the same.
+        count: how many there are; None: a pass will tell, when that is asked.
+    """
+
+    def __init__(self, read: Callable[[], Iterator[T]], count: int | None = None) -> None:
+        self._read = read
+        self._count = count
+
+    def __iter__(self) -> Iterator[T]:
+        return self._read()
+
+    def __len__(self) -> int:
+        if self._count is None:
+            self._count = sum(1 for _ in self._read())
+        return self._count
+
+    def __contains__(self, item: object) -> bool:
+        return any(item == other for other in self._read())
+
+
 @dataclass(frozen=True)
 class Source:
     """The records of one split, at least one, and what identifies their content.
 
     Attributes:
-        records: in the order of the source.
+        records: in the order of the source: a list, or what reads a large one again at each pass.
         digest: 16 hexadecimal digits: the start of the SHA-256 of a file's bytes, or a Hub dataset's fingerprint.
             That many tell data sets apart by accident, not by malice.
+        size: bytes of all of it.
+        is_whole: whether the records are all there are.
     """
 
-    records: Sequence[Record]
+    records: Collection[Record]
     digest: str
+    size: int
+    is_whole: bool = True
+
+    @property
+    def is_large(self) -> bool:
+        """Whether the records are read again at each pass."""
+        return not isinstance(self.records, list)
+
+    def beginning(self) -> Source:
+        """The first `BEGINNING` records of a large source; all of one that is not."""
+        if not self.is_large:
+            return self
+        return replace(self, records=list(islice(self.records, BEGINNING)), is_whole=False)
 
 
 def read_train(config: TrialConfig) -> Source:
@@ -123,10 +171,32 @@ def read_file(name: str, config: TrialConfig, setting: str) -> Source:
         UserError: a file is missing, unreadable or malformed, or there are no rows.
     """
     files = _files(name, setting)
-    found = list(_records(files, config))
-    if not found:
+    size = sum(file.path.stat().st_size for file in files if file.path.exists())
+    records = _reread(files, config) if _is_large(files, size) else list(_records(files, config))
+    if next(iter(records), None) is None:
         raise UserError(f"{setting}: no rows in {name}")
-    return Source(found, _digest(files))
+    return Source(records, _digest(files), size)
+
+
+def _is_large(files: Sequence[DataFile], size: int) -> bool:
+    """Whether the records of `files` are read at each pass. A list in JSON has no rows before its end is read."""
+    return size > LARGE and not any(file.suffix == ".json" for file in files)
+
+
+def _reread(files: Sequence[DataFile], config: TrialConfig) -> Reread[Record]:
+    stamps = [stamp_of(file.path) for file in files]
+
+    def check() -> None:
+        for file, stamp in zip(files, stamps, strict=True):
+            if stamp_of(file.path) != stamp:
+                raise MachineError(f"{file.setting}: {file.name} was written to while it was in use")
+
+    def read() -> Iterator[Record]:
+        check()
+        yield from _records(files, config)
+        check()
+
+    return Reread(read)
 
 
 def _files(name: str, setting: str) -> list[DataFile]:
@@ -175,12 +245,31 @@ def _rows(file: DataFile, config: TrialConfig) -> Iterator[tuple[str, Mapping[st
 
 def _digest(files: Sequence[DataFile]) -> str:
     """Of one file that of its bytes; of several that of theirs, in their order."""
-    found = []
-    for file in files:
-        with stored(file) as stream:
-            found.append(hashlib.file_digest(stream, "sha256").hexdigest())
+    found = [_file_digest(file, stamp_of(file.path)) for file in files]
     whole = found[0] if len(found) == 1 else hashlib.sha256("\n".join(found).encode()).hexdigest()
     return whole[:16]
+
+
+def stamp_of(path: Path) -> Stamp:
+    """What tells a file from the same one after it was written again. OSError if it is not there."""
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
+
+
+def stamps_of(name: str | None) -> tuple[Stamp, ...]:
+    """Those of the files that a source is made of; none where it is not made of files that are there."""
+    if name is None or not _is_file(name):
+        return ()
+    with suppress(OSError, UserError):  # who reads it says what is wrong
+        return tuple(stamp_of(file.path) for file in _files(name, ""))
+    return ()
+
+
+@lru_cache(maxsize=256)
+def _file_digest(file: DataFile, stamp: Stamp) -> str:
+    """Of 10 GB it takes some ten seconds, and a process asks for it several times."""
+    with stored(file) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _is_file(name: str) -> bool:
@@ -193,7 +282,11 @@ def _read_hub(name: str, config_name: str | None, split: str, revision: str | No
     label = f"{name}/{config_name}" if config_name else name
     try:
         dataset = datasets.load_dataset(name, config_name, split=split, revision=revision)
-        records = [Record(row, f"{label}, {split} row {number}") for number, row in enumerate(dataset, start=1)]
+        # They are read from the disk.
+        records: Collection[Record] = Reread(lambda: _hub_records(dataset, label, split), len(dataset))
+        size = dataset.data.nbytes
+        if size <= LARGE:
+            records = list(records)
     except Exception as error:  # of the Hub, of the network, of a file's format, of a package that reads that
         line = f"{setting}: cannot load '{label}', split '{split}' ({first_line(error)})"
         if type(error) is OSError:  # how `datasets` tells of a full disk, and of what the system said as it wrote there
@@ -201,4 +294,8 @@ def _read_hub(name: str, config_name: str | None, split: str, revision: str | No
         raise refusal(line, error) from error
     if not records:
         raise UserError(f"{setting}: no rows in '{label}', split '{split}'")
-    return Source(records, dataset._fingerprint)
+    return Source(records, dataset._fingerprint, size)
+
+
+def _hub_records(dataset: Iterable[Any], label: str, split: str) -> Iterator[Record]:
+    return (Record(row, f"{label}, {split} row {number}") for number, row in enumerate(dataset, start=1))

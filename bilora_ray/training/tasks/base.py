@@ -6,8 +6,8 @@ Torch is imported by what makes tensors only, for rows are checked without it.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Flag, auto
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,20 +37,22 @@ class Row(Protocol):
 
 @dataclass(frozen=True)
 class Dataset:
-    """All the rows of one trial.
+    """All the rows of one trial, or of the beginnings of large sources.
 
     Attributes:
-        train: rows to train on, in the order of their source.
-        validation: rows to evaluate on, in the order of their source.
+        train: rows to train on, in the order of their source: a list, or what reads a large one again at each pass.
+        validation: rows to evaluate on, the same way.
         label_names: names by label index; None where the task has no labels.
         digests: what identifies the content, by setting (`train_data`, `validation_data`); the latter is absent
             when validation rows are split off the training data. See `sources.Source`.
+        partial: the settings whose sources have more rows than there are here -> bytes of all of that source.
     """
 
-    train: Sequence[Row]
-    validation: Sequence[Row]
+    train: Collection[Row]
+    validation: Collection[Row]
     label_names: Labels
     digests: Mapping[str, str]
+    partial: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,7 @@ class Task:
     learned: Callable[[Example, PreTrainedTokenizerBase, Labels], str] = decoded_labels
     label_names: Callable[[Iterable[Record], TrialConfig], Labels] = given_labels
     labels: Callable[[Any], tuple[int, ...]] = no_labels
-    check: Callable[[Sequence[Any], TrialConfig], None] = nothing
+    check: Callable[[Collection[Any], TrialConfig], None] = nothing
     notes: Callable[[Dataset, TrialConfig, str], Iterable[str]] = nothing
     about: Callable[[Dataset, TrialConfig], Iterable[str]] = nothing
     generated: Callable[
