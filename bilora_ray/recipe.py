@@ -41,6 +41,12 @@ def read_recipe(adapter: Path) -> dict[str, Any]:
     return _recipe(adapter)
 
 
+def known_of(exported: Path) -> dict[str, Any]:
+    """The recipe of an adapter or a merged model, its `digests` among it; empty where there is none."""
+    recipe = _recipe(exported) if (exported / RECIPE).is_file() else {}
+    return {**recipe, "digests": recipe.get("digests", {})}
+
+
 def is_merged(folder: Path) -> bool:
     """Whether `export_merged` wrote `folder`."""
     return (folder / RECIPE).is_file() and bool(_recipe(folder).get(MERGED))
@@ -74,6 +80,8 @@ def evaluation_config(exported: Path, settings: Mapping[str, Any], base_model: b
 def _recipe(folder: Path) -> dict[str, Any]:
     try:
         recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+        if not isinstance(recipe.get("digests", {}), dict):
+            raise TypeError
         return {**recipe, "settings": completed(TrialConfig, recipe["settings"])}
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{folder / RECIPE}: is not what was exported; export the adapter again") from None

@@ -8,9 +8,10 @@ from typing import Any
 
 import click
 
-from bilora_ray.cli.options import json_option, print_json, set_option
+from bilora_ray.cli.options import json_option, print_json, set_option, telling_of_gpu_memory
 from bilora_ray.cli.tables import in_quotes
 from bilora_ray.config import TRAINING_SETTINGS, TrialConfig, deciding_the_split
+from bilora_ray.digests import check_rows
 from bilora_ray.errors import UserError
 from bilora_ray.paths import locate_here
 from bilora_ray.search.space_file import absolute_sources, parse_override
@@ -37,7 +38,7 @@ def command(
     adapter: Path, data: str | None, base_model: bool, examples: int, overrides: tuple[str, ...], as_json: bool
 ) -> None:
     """Measure the adapter in folder ADAPTER, or a merged model, with the metrics that it was trained with."""
-    from bilora_ray.recipe import evaluation_config, is_merged
+    from bilora_ray.recipe import evaluation_config, is_merged, known_of
 
     settings: dict[str, Any] = {}
     given: dict[str, str] = {}
@@ -54,8 +55,10 @@ def command(
         source = locate_here(data, Path.cwd(), "--data", True)
         settings |= {"train_data": source, "validation_data": source, "max_eval_samples": None}
     config = evaluation_config(adapter, settings, base_model)
+    before = known_of(adapter)["digests"]
     for key in given:
-        if key in deciding_the_split(config.model_dump()):
+        # A file that was moved is known by its content.
+        if key in deciding_the_split(config.model_dump()) and not (key == "train_data" and key in before):
             raise UserError(
                 f"--set {given[key]}: would measure on rows that the training did not hold out; give --data"
             )
@@ -64,14 +67,19 @@ def command(
 
     quiet()
     from bilora_ray.training.evaluate import evaluate, load_adapted, predict
+    from bilora_ray.training.loading import load_data
 
-    model, loaded, notes = load_adapted(None if base_model or is_merged(adapter) else adapter, config)
-    metrics: dict[str, Any] = evaluate(model, loaded.validation, config, loaded.tokenizer)
-    predictions = predict(model, loaded, config, examples) if examples else []
+    own_rows = data is None and "validation_data" not in given
+    notes = list(check_rows(config, before, load_data(config).digests)) if own_rows else []
+    with telling_of_gpu_memory("; take a smaller one: --set per_device_eval_batch_size=N"):
+        model, loaded, told = load_adapted(None if base_model or is_merged(adapter) else adapter, config)
+        metrics: dict[str, Any] = evaluate(model, loaded.validation, config, loaded.tokenizer)
+        predictions = predict(model, loaded, config, examples) if examples else []
+    notes += told
     if as_json:
-        told = {"notes": notes} if notes else {}
+        said = {"notes": notes} if notes else {}
         shown = {"examples": [asdict(prediction) for prediction in predictions]} if examples else {}
-        print_json(metrics | told | shown)
+        print_json(metrics | said | shown)
     else:
         for note in notes:
             click.secho(f"Note: {note}", fg="yellow", err=True)

@@ -13,6 +13,7 @@ from bilora_ray.cli.options import (
     storage_option,
     study_argument,
     study_database_option,
+    telling_of_gpu_memory,
     trial_option,
     where_adapter_is,
 )
@@ -66,7 +67,8 @@ def command(
 
     origin = {"study": study, "trial": record.number, found.objective.metric: record.value}
     try:
-        (export_merged if merge else export_adapter)(adapter, absolute(output), origin)
+        with telling_of_gpu_memory("; hide it with CUDA_VISIBLE_DEVICES= to merge in main memory"):
+            (export_merged if merge else export_adapter)(adapter, absolute(output), origin)
     except OSError as error:
         raise MachineError(f"--output {output}: cannot be written ({error.strerror or first_line(error)})") from None
     if as_json:

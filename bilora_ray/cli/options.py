@@ -9,8 +9,8 @@ import shlex
 import shutil
 import sqlite3
 import sys
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -123,6 +123,17 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def telling_of_gpu_memory(what_to_do: str = "") -> Iterator[None]:
+    """Say in one line that the block's work is too large for the GPU."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for its name
+            raise
+        raise UserError(f"out of GPU memory ({first_line(error)}){what_to_do}") from None
 
 
 def search_options(command: Command) -> Command:

@@ -10,6 +10,7 @@ from typing import Any
 
 from bilora_ray.checking import build
 from bilora_ray.config import TrialConfig
+from bilora_ray.digests import check_base
 from bilora_ray.files import atomic_folder, readable
 from bilora_ray.recipe import MERGED, RECIPE, read_recipe, write_recipe
 
@@ -34,8 +35,10 @@ def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> Non
     """
     from bilora_ray.training import model as models
 
-    settings = {**read_recipe(adapter)["settings"], "quantization": None}
+    recipe = read_recipe(adapter)
+    settings = {**recipe["settings"], "quantization": None}
     config = build(TrialConfig, settings, f"{adapter / RECIPE}: settings")
+    check_base(config, recipe)
     tokenizer = models.load_tokenizer(config)
     base, _ = models.load_base(config, tokenizer, config.label_names)
     merged: Any = models.load_adapter(base, adapter).merge_and_unload()
@@ -43,5 +46,5 @@ def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> Non
     with atomic_folder(output) as unfinished:
         merged.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        write_recipe(unfinished, config, {**origin, MERGED: True})
+        write_recipe(unfinished, config, {**origin, "digests": recipe.get("digests", {}), MERGED: True})
         readable(unfinished)

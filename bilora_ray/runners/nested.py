@@ -12,6 +12,7 @@ from ray import get_runtime_context, tune
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import not_again
 from bilora_ray.runners.task import (
+    DIGESTS,
     EXPECTED,
     FOLDER,
     RESOURCES,
@@ -99,7 +100,8 @@ def _train_on_worker(task: Mapping[str, Any]) -> None:
     workers = Workers.joined(resources["workers"], resources["parallelism"] == "fsdp")
     folder = folder_of(trial)
     with workers.first(folder.lock(ORPHAN_WAIT_S)), not_again():
-        fit(TrialConfig(**trial[SETTINGS]), folder, telling(train.report, trial), workers=workers)
+        config, report = TrialConfig(**trial[SETTINGS]), telling(train.report, trial)
+        fit(config, folder, report, workers, trial[DIGESTS])
 
 
 def _failures(error: BaseException) -> list[BaseException]:

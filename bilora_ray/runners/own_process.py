@@ -10,6 +10,7 @@ from ray import tune
 from bilora_ray.config import CUDA_GIB, TrialConfig
 from bilora_ray.errors import not_again
 from bilora_ray.runners.task import (
+    DIGESTS,
     EXPECTED,
     RESOURCES,
     SETTINGS,
@@ -26,8 +27,8 @@ def run_trial(task: Mapping[str, Any]) -> None:
     """Train one trial in this process, going on from its checkpoint if there is one.
 
     Args:
-        task: `trials`, of which there is one: its `number`, its `folder` (an absolute path) and its `settings` (those
-            of a TrialConfig); and `resources` (those of a ResourceConfig).
+        task: `trials`, of which there is one: its `number`, its `folder` (an absolute path), its `settings` (those of a
+            TrialConfig) and the `digests` of what these name (see `fit`); and `resources` (those of a ResourceConfig).
     """
     from bilora_ray.quiet import quiet
 
@@ -39,7 +40,7 @@ def run_trial(task: Mapping[str, Any]) -> None:
     try:
         folder = folder_of(trial)
         with folder.lock(ORPHAN_WAIT_S), not_again():
-            fit(TrialConfig(**trial[SETTINGS]), folder, telling(tune.report, trial))
+            fit(TrialConfig(**trial[SETTINGS]), folder, telling(tune.report, trial), digests=trial[DIGESTS])
     except EXPECTED as error:
         tune.report(explained(trial, error))
 

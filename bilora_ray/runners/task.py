@@ -15,7 +15,7 @@ from bilora_ray.training.folder import TrialFolder
 
 # The keys of a task: the trials that run together, and what they get. Those of each of its trials.
 TRIALS, RESOURCES = "trials", "resources"
-NUMBER, FOLDER, SETTINGS = "number", "folder", "settings"
+NUMBER, FOLDER, SETTINGS, DIGESTS = "number", "folder", "settings", "digests"
 # The keys of a report, beside the trial's number: an evaluation's metrics; or why this trial cannot go on, and whether
 # its own settings are why; or what is wrong with its settings or data; or what is wrong with the machine, so that the
 # trial may go on another time.

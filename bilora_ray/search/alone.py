@@ -60,7 +60,8 @@ def _train(study: SearchStudy, number: int, observers: Observers) -> None:
     try:
         with folder.lock(ORPHAN_WAIT_S), not_again():
             # As many rows a step as where the space's workers share them.
-            fit(study.config(number), folder, report, Workers(planned=study.space.resources.workers))
+            workers = Workers(planned=study.space.resources.workers)
+            fit(study.config(number), folder, report, workers, study.digests(number))
     except MachineError as error:
         raise MachineError(f"{error}{GO_ON}") from None
     except (TrialFailure, UserError) as error:

@@ -10,6 +10,7 @@ from typing import Any
 
 from bilora_ray import checking
 from bilora_ray.config import REVISIONS, SOURCES, TrialConfig
+from bilora_ray.digests import BASE, of_base, source_of
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import COMMIT, cached_commit, kind_of, loadable
 from bilora_ray.search.space import Space
@@ -36,7 +37,7 @@ class Checked:
     """What a search is about to use.
 
     Attributes:
-        digests: data source -> digest of its content.
+        digests: source -> digest of its content, of data and base models: see `digests.source_of`.
         labels: lines about the labels, if there are any.
         notes: lines about what is allowed and yet seldom meant.
     """
@@ -60,7 +61,8 @@ def preflight(space: Space, dry_run: bool = False) -> Checked:
     check_model(config)
     check_positions(positions(config), config, TASKS[config.task].continues)
     rows = load_rows(config, beginning=dry_run)
-    digests = {_source(config, setting): digest for setting, digest in rows.digests.items()}
+    digests = {source_of(config, setting): digest for setting, digest in rows.digests.items()}
+    digests |= _bases(space)
     told = (*_unpinned(config), *notes(rows, space.with_step(max), space.resources.workers))
     return Checked(digests, tuple(about(rows, config)), told)
 
@@ -74,13 +76,13 @@ def _unpinned(config: TrialConfig) -> Iterator[str]:
             yield f"{revision}: the Hub did not say which commit of '{name}' there is, so that none is kept"
 
 
-def _source(config: TrialConfig, setting: str) -> str:
-    """What a person calls the data of `setting`: a file, or a Hub dataset with its configuration and split."""
-    name = str(getattr(config, setting) or config.train_data)
-    if kind_of(name, is_data=True) != "hub":
-        return name
-    split = config.train_split if setting == "train_data" else config.validation_split
-    return "/".join(filter(None, (name, config.dataset_config_name, split)))
+def _bases(space: Space) -> dict[str, str]:
+    """Base model -> digest, of all that trials may get."""
+    config, searched = space.first_config(), space.distributions.get(BASE)
+    names = (config.model_name_or_path,) if searched is None else searched.ends()
+    each = [config.model_copy(update={BASE: name}) for name in names]
+    found = {source_of(one, BASE): of_base(one) for one in each}
+    return {source: digest for source, digest in found.items() if digest is not None}
 
 
 def pinned(space: Space, resumed_in: Layout | None) -> Space:

@@ -60,7 +60,7 @@ def search(
         resume: go on with a study that exists.
         ray_address: Ray cluster; None: one on this machine, for the time of the search.
         mlflow_uri: MLflow server or database; None: a SQLite file beside the studies.
-        digests: data source -> digest of its content.
+        digests: source -> digest of its content.
         watcher: who shows the search to a person.
 
     Raises:

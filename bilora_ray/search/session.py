@@ -11,6 +11,7 @@ from threading import Timer
 from typing import Protocol
 
 from bilora_ray.addresses import masked
+from bilora_ray.digests import of_data
 from bilora_ray.errors import GO_ON, MachineError, UserError
 from bilora_ray.files import locked
 from bilora_ray.records import Observer, TrialRecord
@@ -158,6 +159,6 @@ def _tracker(study: SearchStudy, mlflow_uri: str | None, digests: Mapping[str, s
             artifact_root=layout.storage_path / "mlflow-artifacts",
             study_tags={"bilora_ray.study_id": study.id},
             study_params=space.fixed,
-            digests=digests,
+            digests=of_data(digests),
             say=watcher.say,
         )

@@ -22,6 +22,7 @@ from bilora_ray.runners.task import (
     BAD_INPUT,
     BROKEN,
     BY_SETTINGS,
+    DIGESTS,
     EVALUATION,
     FAILURE,
     FOLDER,
@@ -68,6 +69,7 @@ class StudySearcher(Searcher):
             NUMBER: number,
             FOLDER: str(self.study.folder(number).path),
             SETTINGS: self.study.config(number).model_dump(),
+            DIGESTS: self.study.digests(number),
         }
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:

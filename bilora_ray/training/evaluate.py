@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from bilora_ray.config import TrialConfig
+from bilora_ray.digests import check_base
+from bilora_ray.recipe import known_of
 from bilora_ray.training import model as models
 from bilora_ray.training.data.batches import eval_batches
 from bilora_ray.training.distributed.workers import ALONE, Workers
@@ -55,10 +57,11 @@ def load_adapted(adapter: Path | None, config: TrialConfig) -> tuple[Model, Load
         UserError: the data or the base model are not as `config` says, or the adapter is not the base model's.
     """
     data = load_data(config, splits=("validation",))
+    other = None if adapter is None else check_base(config, known_of(adapter))
     model: Model
     model, fresh = models.load_base(config, data.tokenizer, data.label_names)
     if adapter is not None:
-        return models.load_adapter(model, adapter), data, []
+        return models.load_adapter(model, adapter), data, [other] if other else []
     missing = f"its files hold no weights of {', '.join(fresh)}"
     return model, data, [f"the head of base model {config.model_name_or_path} is random: {missing}"] if fresh else []
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from transformers import get_scheduler
 
 from bilora_ray.checking import completed
 from bilora_ray.config import TrialConfig
+from bilora_ray.digests import BASE, check_unchanged, of_base
 from bilora_ray.errors import NonFiniteLoss, OutOfMemory, UserError
 from bilora_ray.files import atomic_folder, temporary_folder
 from bilora_ray.method import export_primary, primary_parameters
@@ -80,9 +81,16 @@ class Run:
         config: the settings.
         folder: where checkpoints and the best adapter go.
         workers: who train it together. Each has such a state, and the first one writes.
+        digests: see `fit`.
     """
 
-    def __init__(self, config: TrialConfig, folder: TrialFolder, workers: Workers = ALONE) -> None:
+    def __init__(
+        self,
+        config: TrialConfig,
+        folder: TrialFolder,
+        workers: Workers = ALONE,
+        digests: Mapping[str, str] | None = None,
+    ) -> None:
         self.config = config
         self.task = TASKS[config.task]
         self.folder = folder
@@ -92,6 +100,8 @@ class Run:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         self.data: Loaded = load_data(config, shared=folder.examples)
+        self.digests = {**self.data.digests, BASE: of_base(config)}
+        check_unchanged(config, digests or {}, self.digests)
         base, fresh = models.load_base(config, self.data.tokenizer, self.data.label_names, workers)
         self.model = models.add_primary(base, config, fresh)
         self.optimizer = models.build_optimizer(self.model, config, self._place)
@@ -270,13 +280,21 @@ class Run:
             # With the labels in the recipe, an evaluation elsewhere does not need the training data.
             settings = self._with_labels()
             commit = cached_commit(settings.model_name_or_path, settings.model_revision)
-            write_recipe(written, settings, {"step": self.progress.step, "model_commit": commit})
+            known = {key: digest for key, digest in self.digests.items() if digest is not None}
+            origin = {"step": self.progress.step, "model_commit": commit, "digests": known}
+            write_recipe(written, settings, origin)
             with atomic_folder(path) as unfinished:
                 for file in written.iterdir():
                     shutil.copyfile(file, unfinished / file.name)
 
 
-def fit(config: TrialConfig, folder: TrialFolder, report: Report, workers: Workers = ALONE) -> Progress:
+def fit(
+    config: TrialConfig,
+    folder: TrialFolder,
+    report: Report,
+    workers: Workers = ALONE,
+    digests: Mapping[str, str] | None = None,
+) -> Progress:
     """Train one trial, or go on with it, and keep its best adapter in `folder`.
 
     Args:
@@ -286,6 +304,8 @@ def fit(config: TrialConfig, folder: TrialFolder, report: Report, workers: Worke
             interruption the earlier evaluations are told again, since the last one may have been lost with the process.
         workers: the processes that call this together, with equal arguments; each of them reports, and what the first
             one is told decides.
+        digests: setting -> digest that what it names must have: this trial is to be compared with others, which had
+            those rows and that base. What is not there may be anything.
 
     Returns:
         What was done, with the best value and its step. A trial that was ended by a report has its checkpoint: it can
@@ -293,12 +313,12 @@ def fit(config: TrialConfig, folder: TrialFolder, report: Report, workers: Worke
 
     Raises:
         UserError: a row, a column, the model or a target module is not as the settings say.
-        MachineError: the data or the model cannot be read now.
+        MachineError: the data or the model cannot be read now, or have other `digests`.
         OSError: the folder, or where the system keeps what is temporary, cannot be written; it names a file.
         TrialFailure: the loss became NaN or infinite, or memory ran out.
     """
     try:
-        run = Run(config, folder, workers)
+        run = Run(config, folder, workers, digests)
         run.resume()
         goes_on = all(workers.gather(report(metrics))[0] is not False for metrics in run.progress.history)
         while goes_on and run.progress.step < run.max_steps:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 from tiny_trials import Tiny, run_fit
 
 from bilora_ray.cli.main import main
 from bilora_ray.config import Task
+from bilora_ray.errors import UserError
 from bilora_ray.release.export import export_merged
 from bilora_ray.training.folder import TrialFolder
 
@@ -137,3 +142,85 @@ def test_a_base_model_whose_head_is_random_is_told(tiny: Tiny, tmp_path: Path) -
 @pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm"])
 def test_a_base_model_that_is_whole_is_measured_without_a_word(task: Task, tiny: Tiny, tmp_path: Path) -> None:
     assert "Note" not in evaluate(adapter_of(tiny, task, tmp_path), "--base-model").stderr
+
+
+# What has changed since the training
+
+
+def trained_on_a_file(tiny: Tiny, here: Path, **settings: Any) -> Path:
+    """An adapter whose validation rows were held out of `here`'s own training file; and its base, in `here` too."""
+    (here / "own.jsonl").write_bytes(Path(str(tiny.config("causal-lm").train_data)).read_bytes())
+    shutil.copytree(tiny.model("causal-lm"), here / "base")
+    own = {"train_data": str(here / "own.jsonl"), "model_name_or_path": str(here / "base"), "validation_data": None}
+    return adapter_of(tiny, "causal-lm", here / "trial", **own | settings)
+
+
+def append_row(file: Path) -> None:
+    with file.open("a") as opened:
+        opened.write('{"prompt": "say red 1 times:", "completion": "red"}\n')
+
+
+def test_rows_of_a_file_that_has_grown_are_not_called_held_out(tiny: Tiny, here: Path) -> None:
+    adapter = trained_on_a_file(tiny, here)
+    assert f"{here / 'own.jsonl'}, held out of training" in ran(f"evaluate {adapter}")
+    append_row(here / "own.jsonl")
+    line = "is not what it was in the training, so which of its rows were held out is not known; give --data"
+    assert error(f"evaluate {adapter}") == f"train_data: {here / 'own.jsonl'} {line}"
+    ran(f"evaluate {adapter} --data own.jsonl")
+
+
+def test_a_training_file_that_was_moved_is_known_by_its_content(tiny: Tiny, here: Path) -> None:
+    adapter = trained_on_a_file(tiny, here)
+    before = ran(f"evaluate {adapter} --json")
+    (here / "own.jsonl").rename(here / "moved.jsonl")
+    assert ran(f"evaluate {adapter} --set train_data=moved.jsonl --json") == before
+    append_row(here / "moved.jsonl")
+    line = "is not what it was in the training, so which of its rows were held out is not known; give --data"
+    assert error(f"evaluate {adapter} --set train_data=moved.jsonl") == f"train_data: {here / 'moved.jsonl'} {line}"
+
+
+def test_validation_rows_that_have_changed_are_told_unless_they_are_named(tiny: Tiny, here: Path) -> None:
+    rows = here / "rows.jsonl"
+    adapter = trained_on_a_file(tiny, here, validation_data=str(rows))
+    append_row(rows)
+    line = f"validation_data: {rows} is not what it was in the training, which was measured on other rows"
+    assert json.loads(ran(f"evaluate {adapter} --json"))["notes"] == [line]
+    for named in ("--data rows.jsonl", "--set validation_data=rows.jsonl"):
+        assert "notes" not in json.loads(ran(f"evaluate {adapter} {named} --json"))
+
+
+def test_an_adapter_is_not_measured_nor_merged_on_a_base_that_was_trained_since(tiny: Tiny, here: Path) -> None:
+    adapter = trained_on_a_file(tiny, here)
+    shutil.copytree(here / "base", here / "same")
+    weights = load_file(here / "base" / "model.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, here / "base" / "model.safetensors")
+    told = f"model_name_or_path: {here / 'base'} has changed since the adapter was trained on it: its digest was "
+    assert error(f"evaluate {adapter}").startswith(told)
+    assert error(f"evaluate {adapter} --data own.jsonl --examples 1").startswith(told)
+    with pytest.raises(UserError, match=re.escape(told)):
+        export_merged(adapter, here / "merged", {})
+    assert not (here / "merged").exists()
+    assert "notes" not in json.loads(ran(f"evaluate {adapter} --set model_name_or_path=same --json"))
+    (here / "base").rename(here / "other")
+    note = f"model_name_or_path: {here / 'other'} is another model than the one that the adapter was trained on"
+    assert json.loads(ran(f"evaluate {adapter} --set model_name_or_path=other --json"))["notes"] == [note]
+    ran(f"evaluate {adapter} --base-model --set model_name_or_path=other")
+
+
+def test_a_merged_model_knows_what_its_adapter_was_trained_on(tiny: Tiny, here: Path) -> None:
+    adapter = trained_on_a_file(tiny, here)
+    export_merged(adapter, here / "merged", {})
+    ran("evaluate merged")
+    append_row(here / "own.jsonl")
+    assert error("evaluate merged").startswith(f"train_data: {here / 'own.jsonl'} is not what it was in the training")
+
+
+def test_a_gpu_that_is_too_small_is_told_in_a_line(tiny: Tiny, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = trained_on_a_file(tiny, here)
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+
+    monkeypatch.setattr("bilora_ray.training.evaluate.evaluate", full)
+    line = "out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB.)"
+    assert error(f"evaluate {adapter}") == f"{line}; take a smaller one: --set per_device_eval_batch_size=N"

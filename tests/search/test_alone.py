@@ -13,9 +13,11 @@ from optuna.trial import TrialState
 from tiny_trials import Tiny, evaluate_adapter
 
 from bilora_ray.cli.main import main
+from bilora_ray.errors import MachineError
 from bilora_ray.recipe import evaluation_config, read_recipe
 from bilora_ray.records import Status
 from bilora_ray.search import alone
+from bilora_ray.search.preflight import preflight
 from bilora_ray.search.session import Observers
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.layout import Layout
@@ -90,3 +92,27 @@ def test_what_would_be_the_same_again_is_one_line_and_fails_the_trial(
     record = study.record(0)
     assert (record.status, record.error) == (Status.FAILED, "TypeError: not so")
     assert study.study.trials[0].state is TrialState.FAIL
+
+
+def test_a_trial_does_not_go_on_with_other_rows_than_the_study_began_with(tiny: Tiny, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes((tiny.folder / "texts-train.jsonl").read_bytes())
+    trial = tiny.config("causal-lm", train_data=str(rows)).model_dump(exclude_unset=True)
+    settings = ["study.name=s", "study.num_trials=1", *(f"trial.{key}={value}" for key, value in trial.items())]
+    began = preflight(load_space(None, settings)).digests
+    study = open_study(load_space(None, settings), Layout(tmp_path / "runs"), began)
+    assert study.next_trials() == [0]
+    with rows.open("a") as file:
+        file.write('{"prompt": "a", "completion": "b"}\n')
+    now = preflight(load_space(None, settings)).digests
+    line = (
+        f"train_data: {rows} has changed since the study began: its digest was {began[str(rows)]}, is {now[str(rows)]}"
+    )
+    with pytest.raises(MachineError) as caught:
+        alone._train(study, 0, Observers([]))
+    assert str(caught.value) == f"{line}; mend that and go on with --resume"
+    # Nothing is lost: with the rows as they were it goes on.
+    assert study.record(0).status is Status.RUNNING
+    rows.write_bytes((tiny.folder / "texts-train.jsonl").read_bytes())
+    alone._train(study, 0, Observers([]))
+    assert study.record(0).status is Status.COMPLETE

@@ -44,7 +44,8 @@ def test_a_job_on_another_cluster_finds_its_files_under_the_same_path(tmp_path: 
     storage, kept = tmp_path / "runs", []
     for package in ("0123abcd", "fe"):
         folder = job(tmp_path, package)
-        space, digests = keep_inputs(space_in(folder), {str(folder / "held-out.jsonl"): "d"}, storage)
+        known = {str(folder / "held-out.jsonl"): "d", f"model {folder / 'model'}": "m"}
+        space, digests = keep_inputs(space_in(folder), known, storage)
         kept.append((space.fixed, space.distributions, space.points_to_evaluate, digests))
     assert kept[0] == kept[1]
     fixed, distributions, points, digests = kept[0]
@@ -53,7 +54,7 @@ def test_a_job_on_another_cluster_finds_its_files_under_the_same_path(tmp_path: 
     assert (model / "deep" / "weights").read_bytes() == b"\0\1"
     assert (Path(str(a)).name, Path(str(a)).read_text()) == ("a.jsonl", '{"prompt": "a", "completion": "x"}\n')
     assert points == ({"train_data": b},)
-    assert digests == {str(held_out): "d"}
+    assert digests == {str(held_out): "d", f"model {model}": "m"}
     assert all(Path(path).is_relative_to(storage / "inputs") for path in (model, held_out, str(a), str(b)))
     # One folder each, and nothing of the copying.
     assert len(list((storage / "inputs").iterdir())) == 4

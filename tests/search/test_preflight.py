@@ -21,6 +21,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 from mlflow import MlflowClient
+from safetensors.torch import load_file, save_file
 from tiny_trials import TASKS, Tiny, next_trial
 
 from bilora_ray.config import Task
@@ -314,3 +315,32 @@ def test_rows_too_long_for_the_model_are_refused_before_anything_heavy_is_import
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_study_is_not_resumed_on_a_base_that_was_trained_since(tiny: Tiny, tmp_path: Path) -> None:
+    base, layout = shutil.copytree(tiny.model("causal-lm"), tmp_path / "base"), Layout(tmp_path / "runs")
+    found = space(tiny, model_name_or_path=str(base))
+    began = preflight(found).digests
+    study = open_study(found, layout, began)
+    next_trial(study)
+    study.release()
+    check_study(found, layout, True, preflight(found).digests)
+    weights = load_file(base / "model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, base / "model.safetensors")
+    now = preflight(found).digests
+    was, given = (digests[f"model {base}"] for digests in (began, now))
+    with pytest.raises(UserError) as caught:
+        check_study(found, layout, True, now)
+    line = f"study 's' began with other base model: {base} was '{was}', is '{given}'"
+    assert str(caught.value) == f"{line}; of a study only max_concurrent and num_trials may change"
+    # A study of 0.1.0 says nothing of its base.
+    study.study.set_user_attr("digests", {key: value for key, value in began.items() if not key.startswith("model ")})
+    check_study(found, layout, True, now)
+
+
+def test_every_base_that_is_searched_is_known_from_the_start(tiny: Tiny) -> None:
+    names = [str(tiny.model("causal-lm")), "builtin:quickstart/model"]
+    given = tiny.config("causal-lm").model_dump(exclude_unset=True) | {"model_name_or_path": f"{{choice: {names}}}"}
+    texts = [f"{key}={value}" for key, value in given.items()]
+    digests = preflight(load_space(None, [*texts, "study.name=s"])).digests
+    assert [key for key in digests if key.startswith("model ")] == [f"model {name}" for name in names]

@@ -14,12 +14,12 @@ from tiny_trials import next_trial
 
 from bilora_ray.errors import MachineError, UserError
 from bilora_ray.records import Status
-from bilora_ray.runners.task import BAD_INPUT, BY_SETTINGS, FAILURE, NUMBER, TRIALS
+from bilora_ray.runners.task import BAD_INPUT, BROKEN, BY_SETTINGS, DIGESTS, FAILURE, NUMBER, TRIALS
 from bilora_ray.search.session import Observers
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.studies import open_study
-from bilora_ray.search.tuning import StudyScheduler
+from bilora_ray.search.tuning import StudyScheduler, StudySearcher
 
 SETTINGS = ("study.name=s", "trial.model_name_or_path=org/model", "trial.task=causal-lm", "trial.train_data=org/data")
 
@@ -120,3 +120,21 @@ def test_data_that_go_away_halt_the_search_and_cost_no_trial(tmp_path: Path) -> 
     assert controller.stopped
     assert isinstance(told.halted, MachineError)
     assert study.record(0).status is Status.RUNNING
+
+
+def test_a_trial_is_told_what_its_study_began_with(tmp_path: Path) -> None:
+    space = load_space(None, [*SETTINGS, "trial.rho={low: 0.01, high: 0.2}", "study.scheduler=none"])
+    digests = {"org/data/train": "1", "model org/model": "2", "model another": "3"}
+    study = open_study(space, Layout(tmp_path / "runs"), digests)
+    (trial,) = StudySearcher(study, Observers([])).suggest("any")[TRIALS]
+    assert trial[DIGESTS] == {"train_data": "1", "model_name_or_path": "2"}
+
+
+def test_a_trial_that_finds_other_rows_stops_the_search_and_stays_to_be_gone_on_with(scheduler: StudyScheduler) -> None:
+    scheduler.on_trial_result(Controller(), together(), evaluation(1, 2))
+    controller = Controller()
+    scheduler.on_trial_result(controller, together(), {NUMBER: 0, BROKEN: "train_data: a has changed"})
+    assert controller.stopped
+    assert type(scheduler.halted) is MachineError
+    assert str(scheduler.halted) == "trial 0: train_data: a has changed; mend that and go on with --resume"
+    assert statuses(scheduler) == [Status.RUNNING, Status.COMPLETE]

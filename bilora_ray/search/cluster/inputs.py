@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bilora_ray.config import SOURCES
+from bilora_ray.digests import BASE, BASE_MARK
 from bilora_ray.errors import UserError
 from bilora_ray.paths import files_of, root
 from bilora_ray.search.space import Choice, Space
@@ -29,7 +30,7 @@ def keep_inputs(space: Space, digests: Mapping[str, str], storage_path: Path) ->
 
     Args:
         space: the space, with absolute sources.
-        digests: data source -> digest of its content.
+        digests: source -> digest of its content.
         storage_path: a folder that all nodes share.
 
     Returns:
@@ -53,7 +54,12 @@ def keep_inputs(space: Space, digests: Mapping[str, str], storage_path: Path) ->
         }
         fixed = {key: kept(key, value) for key, value in space.fixed.items()}
         points = tuple({key: kept(key, value) for key, value in point.items()} for point in space.points_to_evaluate)
-        kept_digests = {kept("train_data", source): digest for source, digest in digests.items()}
+        kept_digests = {
+            BASE_MARK + kept(BASE, source.removeprefix(BASE_MARK))
+            if source.startswith(BASE_MARK)
+            else kept("train_data", source): digest
+            for source, digest in digests.items()
+        }
     except OSError as error:
         raise UserError(f"--storage-path {storage_path}: cannot be written ({error.strerror})") from None
     return replace(space, fixed=fixed, distributions=distributions, points_to_evaluate=points), kept_digests

@@ -17,14 +17,15 @@ from optuna.trial import TrialState
 
 from bilora_ray.checking import Settings, before, build, completed
 from bilora_ray.config import TrialConfig
+from bilora_ray.digests import of_bases, of_data
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig, Space, StudyConfig
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import making, naming_the_database, open_storage, read_storage, study_names
 from bilora_ray.search.study.study import SearchStudy
-from bilora_ray.search.study.view import ID, StudyView, objective_of
+from bilora_ray.search.study.view import DIGESTS, ID, StudyView, objective_of
 
-SPACE, DIGESTS = "space", "digests"
+SPACE = "space"
 LISTED = "`bilora-ray show` lists them"
 # What may differ between the first start of a study and its resume.
 FREE_TO_CHANGE = frozenset({"num_trials", "max_concurrent"})
@@ -56,7 +57,7 @@ def check_study(space: Space, layout: Layout, resume: bool, digests: Mapping[str
         space: the study's.
         layout: where studies are.
         resume: whether it shall go on.
-        digests: data source -> digest of its content, now.
+        digests: source -> digest of its content, now.
 
     Raises:
         UserError: that, or the study began with another space, with other data, in another storage path, or for more
@@ -191,14 +192,18 @@ def _has_begun(name: str, layout: Layout) -> bool:
 
 
 def _check_begun(study: optuna.Study, space: Space, layout: Layout, digests: Mapping[str, str]) -> None:
-    """Refuse to go on with a study that began with another space, with other data, or in another storage path.
+    """Refuse to go on with a study that began with another space, other data, another base or in another storage path.
 
     Nor does it get fewer trials than it was asked for: others may run it, and go by their number.
     """
     name, stored = study.study_name, _stored(study)
     _check_place(study, layout)
     _check_same(name, "space", _comparable(stored), _comparable(_described(space)))
-    _check_same(name, "data", study.user_attrs[DIGESTS], dict(digests))
+    begun = study.user_attrs[DIGESTS]
+    _check_same(name, "data", of_data(begun), of_data(digests))
+    # Version 0.1.0 kept none of its bases.
+    bases = of_bases(digests)
+    _check_same(name, "base model", of_bases(begun), {base: bases[base] for base in of_bases(begun) if base in bases})
     before, now = stored["study"]["num_trials"], space.study.num_trials
     if now < before:
         raise UserError(

@@ -11,6 +11,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from bilora_ray.config import TrialConfig, applies
+from bilora_ray.digests import by_setting
 from bilora_ray.errors import UserError
 from bilora_ray.files import is_held
 from bilora_ray.records import Objective, Status, TrialRecord
@@ -19,7 +20,7 @@ from bilora_ray.search.study.importances import Importances, importances_of
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.training.folder import TrialFolder
 
-ID, ERROR = "id", "error"
+ID, ERROR, DIGESTS = "id", "error", "digests"
 # A trial that failed by its own settings is PRUNED with a constraint that it broke, since samplers read nothing of a
 # FAIL. Other failures, and all of version 0.1.0, are FAIL.
 STATUS = {
@@ -54,6 +55,10 @@ class StudyView:
     def config(self, number: int) -> TrialConfig:
         """The settings of trial `number`."""
         return self.space.trial_config(self._trial(number).params)
+
+    def digests(self, number: int) -> dict[str, str]:
+        """Setting -> digest of the data and the base that trial `number` must find, as far as the study knows it."""
+        return by_setting(self.study.user_attrs[DIGESTS], self.config(number))
 
     def folder(self, number: int) -> TrialFolder:
         """Where trial `number` keeps its checkpoints and its best adapter."""
