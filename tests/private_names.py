@@ -23,6 +23,9 @@ NAMES: dict[str, tuple[str, ...]] = {
         "ray._raylet.AuthenticationTokenLoader.reset_cache",
         "ray._raylet.Config.initialize",
     ),
+    "a Ray cluster, to keep the current folder off the path of its processes": (
+        "ray.job_config.JobConfig._runtime_env_has_working_dir",
+    ),
     "the upload of a job, to know which files Ray will pack": (
         "ray._private.ray_constants.RAY_RUNTIME_ENV_IGNORE_GITIGNORE",
         "ray._private.ray_constants.get_runtime_env_default_excludes",

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -29,6 +30,26 @@ COMMANDS = {
     "ui": "Browse all runs in MLflow.",
     "settings": "List every key of a space file, with its default.",
 }
+
+# Packages that a file or a folder of a user's own is apt to be called like.
+PACKAGES = (
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "huggingface_hub",
+    "mlflow",
+    "numpy",
+    "optuna",
+    "pandas",
+    "peft",
+    "pyarrow",
+    "ray",
+    "safetensors",
+    "sklearn",
+    "tokenizers",
+    "torch",
+    "transformers",
+)
 
 EPILOG = """\b
 Start here:
@@ -74,6 +95,7 @@ class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         """Read a command's options and run it."""
         with _one_line(), _heeding_sigterm():
+            _check_packages()
             return super().invoke(ctx)
 
 
@@ -109,6 +131,21 @@ def _heeding_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _check_packages() -> None:
+    """UserError if PYTHONPATH, as that of a Ray job, puts files of the current folder in the place of packages."""
+    with suppress(FileNotFoundError):  # the folder has been removed
+        here = Path.cwd()
+        if str(here) in map(os.path.abspath, sys.path):
+            _check_no_package_in(here)
+
+
+def _check_no_package_in(here: Path) -> None:
+    for package in PACKAGES:
+        for file in (here / f"{package}.py", here / package / "__init__.py"):
+            if file.exists():
+                raise UserError(f"{file}: Python takes it for the package {package}, as PYTHONPATH says; rename it")
 
 
 def _interrupt(*_: object) -> NoReturn:

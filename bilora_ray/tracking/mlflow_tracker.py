@@ -227,4 +227,6 @@ def ui_command(uri: str, port: int) -> tuple[list[str], dict[str, str]]:
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--uvicorn-opts", "--log-level=warning"]
     # The job runner is not needed to look at runs, and would be most of the time until the first page.
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    # Else Python would take a file of the current folder for a package of its name.
+    environment["PYTHONSAFEPATH"] = "1"
     return command, {**environment, "PYTHONWARNINGS": "ignore"}

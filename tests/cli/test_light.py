@@ -63,6 +63,43 @@ def examples(name: str) -> Iterator[list[str]]:
             yield words[2 : words.index("|") if "|" in words else None]
 
 
+# A user's own files with the names of packages
+
+
+@pytest.fixture
+def shadows(tmp_path: Path) -> Path:
+    """A folder whose files are in the way, if Python looks there first."""
+    for name in ("yaml", "pydantic", "click", "random"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('mine')")
+    (tmp_path / "datasets").mkdir()
+    (tmp_path / "datasets" / "__init__.py").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", [[str(SCRIPT)], [sys.executable, "-m", "bilora_ray"]])
+def test_a_file_of_the_current_folder_is_not_taken_for_a_package(command: list[str], shadows: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    typed = [*command, "validate", str(SPACE)]
+    done = subprocess.run(typed, cwd=shadows, env=environment, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("name", "package"), [("datasets/__init__.py", "datasets"), ("tokenizers.py", "tokenizers")])
+@pytest.mark.parametrize("path", [".", ":/nowhere"])
+def test_a_file_that_python_is_told_to_take_for_a_package_is_named(
+    path: str, name: str, package: str, tmp_path: Path
+) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("1 / 0")
+    environment = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(
+        [SCRIPT, "settings", "rho"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    line = f"Error: {file}: Python takes it for the package {package}, as PYTHONPATH says; rename it\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
 # Light
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from chaos.nodes import ray_processes
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import OperationalError
@@ -36,6 +38,10 @@ from bilora_ray.search.study.study import SearchStudy
 def ray_session() -> Iterator[None]:
     with cluster(None):
         yield
+
+
+def test_a_trial_takes_no_file_of_the_current_folder_for_a_package() -> None:
+    assert os.getcwd() not in ray.get(ray.remote(lambda: sys.path).remote())
 
 
 class Spy:

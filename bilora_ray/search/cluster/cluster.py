@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import ray
 from ray.exceptions import AuthenticationError, RayError
+from ray.job_config import JobConfig
 from ray.util.state.exception import RayStateApiException
 
 from bilora_ray.errors import UserError, first_line
@@ -45,6 +46,16 @@ NESTED = {
 }
 
 
+class _WithoutCurrentFolder(JobConfig):
+    """Keeps the folder that a search was started in, and that of its script, off the path of the trials' processes.
+
+    Ray puts both before all packages, so that a `datasets.py` of the user's would be taken for the library.
+    """
+
+    def _runtime_env_has_working_dir(self) -> bool:
+        return True
+
+
 @contextmanager
 def cluster(address: str | None, nested: bool = False) -> Iterator[None]:
     """Connect to the Ray cluster at `address`, or start one on this machine, for the block.
@@ -67,6 +78,7 @@ def cluster(address: str | None, nested: bool = False) -> Iterator[None]:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 include_dashboard=nested if own else None,
+                job_config=_WithoutCurrentFolder(),
                 runtime_env=deepcopy(NESTED) if nested else None,  # Ray writes into it
             )
         except (OSError, ValueError, RuntimeError, AuthenticationError) as error:
