@@ -21,8 +21,11 @@ Example:
 @set_option
 @json_option
 def command(space_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Check a space file in a moment: keys, types, ranges and local paths."""
+    """Check a space file in a moment: keys, types, ranges, local paths, and the first rows of local data."""
+    from bilora_ray.search.preflight import look
+
     space = load_space(space_path, overrides)
+    look(space)
     if as_json:
         print_json(describe(space))
         return

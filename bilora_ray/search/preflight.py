@@ -15,7 +15,7 @@ from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import COMMIT, cached_commit, kind_of, loadable
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.layout import Layout
-from bilora_ray.training.rows import about, load_rows, notes
+from bilora_ray.training.rows import about, check_first_rows, load_rows, notes
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import check_positions
 
@@ -65,6 +65,19 @@ def preflight(space: Space, dry_run: bool = False) -> Checked:
     digests |= _bases(space)
     told = (*_unpinned(config), *notes(rows, space.with_step(max), space.resources.workers))
     return Checked(digests, tuple(about(rows, config)), told)
+
+
+def look(space: Space) -> None:
+    """As `preflight`, in a moment: the first rows of files and a model of this machine; the Hub is not asked.
+
+    Raises:
+        UserError: what `preflight` would say too.
+    """
+    config = space.first_config()
+    if kind_of(config.model_name_or_path, is_data=False) != "hub":
+        check_model(config)
+        check_positions(positions(config), config, TASKS[config.task].continues)
+    check_first_rows(config)
 
 
 def _unpinned(config: TrialConfig) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import compress, islice
 from typing import Any
@@ -15,12 +16,23 @@ from typing import Any
 from bilora_ray.config import TrialConfig, template_columns
 from bilora_ray.errors import UserError
 from bilora_ray.training.data import sources
-from bilora_ray.training.data.columns import filled
+from bilora_ray.training.data.columns import filled, label_text_of
 from bilora_ray.training.data.order import held_out, stratified
-from bilora_ray.training.data.sources import BEGINNING, Record, Reread, Source, read_train, read_validation
+from bilora_ray.training.data.sources import (
+    BEGINNING,
+    Record,
+    Reread,
+    Source,
+    check_validation,
+    first_records,
+    read_train,
+    read_validation,
+)
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Dataset, Labels, Row, no_labels
+from bilora_ray.training.tasks.base import Dataset, Labels, Row, given_labels, no_labels
 
+# So many rows show what is wrong with what a space file says of its data.
+FIRST_ROWS = 20
 # Short texts come again in many a data set; a larger share is a mistake.
 MOST_SHARED = 0.5
 # Turns marks over.
@@ -46,9 +58,7 @@ def read_sources(config: TrialConfig, beginning: bool = False) -> dict[str, Sour
     Raises:
         UserError: as `load_rows`, but for what only the rows of a large source could show.
     """
-    if config.messages_column is not None and not TASKS[config.task].takes_messages:
-        allowed = ", ".join(name for name, other in TASKS.items() if other.takes_messages)
-        raise UserError(f"messages_column: only {allowed} takes chat messages, not {config.task}")
+    _check_messages(config)
     found = {"train_data": read_train(config), "validation_data": read_validation(config)}
     return {key: source.beginning() if beginning else source for key, source in found.items() if source is not None}
 
@@ -74,6 +84,45 @@ def rows_of(sources: Mapping[str, Source], config: TrialConfig) -> Dataset:
     digests = {key: source.digest for key, source in sources.items()}
     partial = {key: source.size for key, source in sources.items() if not source.is_whole}
     return Dataset(_draw(train, config.max_train_samples, "sample", config), validation, names, digests, partial)
+
+
+def check_first_rows(config: TrialConfig) -> None:
+    """As `load_rows`, of the first rows of files of this machine: a wrong suffix or column shows in them.
+
+    Labels that only later rows have are no mistake here, and the Hub is not asked.
+
+    Raises:
+        UserError: what `load_rows` would say too.
+    """
+    task = TASKS[config.task]
+    _check_messages(config)
+    check_validation(config)
+    for setting, records in first_records(config, FIRST_ROWS).items():
+        names = _first_labels(records, config)
+        if names is None and config.label_names is None and task.label_names is not given_labels:
+            continue
+        rows = [task.row(record, config, names) for record in records]
+        if setting == "validation_data":
+            task.check(rows[: config.max_eval_samples], config)
+        elif config.validation_data is None and config.validation_split is None and len(rows) == 1:
+            _hold_out(rows, config)
+
+
+def _first_labels(records: Sequence[Record], config: TrialConfig) -> Labels:
+    try:
+        return TASKS[config.task].label_names(records, config)
+    except UserError as error:
+        if any(str(error).startswith(record.where) for record in records):
+            raise
+    with suppress(UserError):  # the first rows of a sorted file have one label
+        return tuple({label_text_of(record, config.label_column): None for record in records})
+    return None
+
+
+def _check_messages(config: TrialConfig) -> None:
+    if config.messages_column is not None and not TASKS[config.task].takes_messages:
+        allowed = ", ".join(name for name, other in TASKS.items() if other.takes_messages)
+        raise UserError(f"messages_column: only {allowed} takes chat messages, not {config.task}")
 
 
 def _label_names(sources: Mapping[str, Source], config: TrialConfig) -> Labels:

@@ -39,7 +39,7 @@ class Case:
 
 
 TUNE = "tune --space space.yaml"
-CASES = {
+CASES: dict[str, Case] = {
     "missing space file": Case("tune --space nope.yaml", "nope.yaml: no such file"),
     "empty space file": Case(
         TUNE, "space.yaml: is empty; a space file has the sections study, trial, resources", files={"space.yaml": ""}
@@ -260,6 +260,62 @@ CASES = {
 }
 
 
+LABELLED = {"task": "sequence-classification", "train_data": "train.csv"}
+CASES |= {
+    "unknown suffix": Case(
+        TUNE,
+        "train_data: {here}/rows.xlsx has an unknown suffix; allowed: .jsonl, .json, .csv, .tsv, .parquet",
+        trial={"train_data": "rows.xlsx"},
+        files={"rows.xlsx": "PK"},
+    ),
+    "split of a file": Case(
+        TUNE,
+        "validation_split: {here}/data.jsonl has no splits; name a file in validation_data",
+        trial={"validation_split": "test"},
+    ),
+    "conversation for a task without": Case(
+        TUNE,
+        "messages_column: only causal-lm takes chat messages, not seq2seq-lm",
+        trial={"task": "seq2seq-lm", "messages_column": "messages"},
+    ),
+    "message without a role": Case(
+        TUNE,
+        "{here}/data.jsonl, line 1: message 1 must have a role and a content, both text",
+        trial={"messages_column": "messages"},
+        files={"data.jsonl": '{"messages": [{"content": "a"}]}\n' * 2},
+    ),
+    "one row": Case(
+        TUNE,
+        "validation_data: missing, and {here}/data.jsonl has too few rows to split (1)",
+        files={"data.jsonl": ROW},
+    ),
+    "label column that is not there": Case(
+        TUNE,
+        "{here}/train.csv, line 2: no column 'label'; columns: text, gold",
+        trial=LABELLED,
+        files={"train.csv": "text,gold\na,1\nb,0\n"},
+    ),
+    "text column that is not there": Case(
+        TUNE,
+        "{here}/train.csv, line 2: no column 'text'; columns: review, label",
+        trial=LABELLED,
+        files={"train.csv": "review,label\n" + "a,1\n" * 30 + "b,0\n"},
+    ),
+    "label that is not among the given ones": Case(
+        TUNE,
+        "{here}/train.csv, line 3: label 'c' is not among the labels (a, b)",
+        trial={**LABELLED, "label_names": ["a", "b"]},
+        files={"train.csv": "text,label\nx,a\nx,c\n"},
+    ),
+    "completion without an answer": Case(
+        TUNE,
+        "{here}/dev.jsonl, line 1: answer_pattern matches nothing in the completion",
+        trial={"validation_data": "dev.jsonl", "predict_with_generate": True, "answer_pattern": "#(.*)"},
+        files={"dev.jsonl": ROW},
+    ),
+}
+
+
 def _prepare(case: Case, here: Path) -> None:
     space = {
         "study": {"name": "bad", "num_trials": 1},
@@ -322,3 +378,58 @@ def test_an_mlflow_that_cannot_be_used_is_one_line_and_begins_no_study(
     assert result.stderr == f"Error: {line.format(here=os.path.realpath(tmp_path))}\n"
     assert (result.stdout, result.exit_code) == ("", 2)
     assert _run("show").stdout == f"no studies in {os.path.realpath(tmp_path)}/runs\n"
+
+
+# What the first rows of a file show.
+AT_A_LOOK = (
+    "missing data file",
+    "empty data file",
+    "torn JSON line",
+    "missing column",
+    "row without a value",
+    "torn CSV",
+    "unknown model folder",
+    "folder without a model",
+    "rows that are read on behind the last position",
+    "unknown suffix",
+    "split of a file",
+    "conversation for a task without",
+    "message without a role",
+    "one row",
+    "label column that is not there",
+    "text column that is not there",
+    "label that is not among the given ones",
+    "completion without an answer",
+)
+
+
+@pytest.mark.parametrize("name", AT_A_LOOK)
+@pytest.mark.parametrize("verb", ["tune --space", "validate"])
+def test_what_tune_refuses_at_once_validate_refuses_with_the_same_line(
+    verb: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name]
+    monkeypatch.chdir(tmp_path)
+    _prepare(case, tmp_path)
+    result = _run(case.typed.replace("tune --space", verb))
+    assert result.stderr == f"Error: {case.line.format(here=os.path.realpath(tmp_path))}\n"
+    assert (result.stdout, result.exit_code) == ("", 2)
+
+
+@pytest.mark.parametrize(
+    ("trial", "files"),
+    [
+        # A file that is sorted by label begins with one.
+        (LABELLED, {"train.csv": "text,label\n" + "a,1\n" * 30 + "b,0\n"}),
+        # The Hub is not asked.
+        ({"train_data": "no/such-data", "model_name_or_path": "no/such-model"}, {}),
+        ({"train_data": "no/such-data", "validation_data": "no/other", "validation_split": "test"}, {}),
+    ],
+)
+def test_what_only_a_whole_file_or_the_hub_could_tell_is_valid_at_a_look(
+    trial: dict[str, object], files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _prepare(Case("", "", trial=trial, files=files), tmp_path)
+    result = _run("validate space.yaml")
+    assert (result.stderr, result.exit_code) == ("", 0)

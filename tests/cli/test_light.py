@@ -115,6 +115,7 @@ def test_an_adapter_that_is_not_there_is_told_without_heavy_libraries() -> None:
         *((name, "--help") for name in COMMANDS),
         ("validate", str(SPACE)),
         ("validate", str(SPACE), "--set", "rho=0.05", "--json"),
+        ("validate", str(SPACE.with_name("quickstart.yaml"))),
         ("settings",),
     ],
     ids=" ".join,

@@ -112,17 +112,23 @@ def read_validation(config: TrialConfig) -> Source | None:
             of what is not named.
     """
     name, split, revision = config.validation_data, config.validation_split, config.validation_revision
-    if name is None and revision is not None:
-        raise UserError("validation_revision: is of validation_data, which is absent; train_revision is of train_data")
+    check_validation(config)
     if name is None and split is None:
         return None
-    if name is None and _is_file(config.train_data):
-        raise UserError(f"validation_split: {config.train_data} has no splits; name a file in validation_data")
-    if name is not None and split is None and not _is_file(name):
-        raise UserError(f"validation_split: missing; it says which split of '{name}' to validate on")
     if name is None:
         return _read(config.train_data, split or "", config.train_revision, config, "validation_split")
     return _read(name, split or "", revision, config, "validation_data")
+
+
+def check_validation(config: TrialConfig) -> None:
+    """UserError unless what `config` says of validation data goes together, whatever is in them."""
+    name, split, revision = config.validation_data, config.validation_split, config.validation_revision
+    if name is None and revision is not None:
+        raise UserError("validation_revision: is of validation_data, which is absent; train_revision is of train_data")
+    if name is None and split is not None and _is_file(config.train_data):
+        raise UserError(f"validation_split: {config.train_data} has no splits; name a file in validation_data")
+    if name is not None and split is None and not _is_file(name):
+        raise UserError(f"validation_split: missing; it says which split of '{name}' to validate on")
 
 
 def first_records(config: TrialConfig, count: int) -> dict[str, list[Record]]:
@@ -270,6 +276,16 @@ def _file_digest(file: DataFile, stamp: Stamp) -> str:
     """Of 10 GB it takes some ten seconds, and a process asks for it several times."""
     with stored(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _records(path: Path, data: bytes, name: str, column_names: Sequence[str] | None) -> Iterator[Record]:
+    if path.suffix == ".parquet":
+        return _parquet(data, name)
+    if path.suffix in (".csv", ".tsv"):
+        table = _csv(_text(data, name), name) if path.suffix == ".csv" else _tsv(_text(data, name))
+        return _with_header(table, column_names, name)
+    parse = _json if path.suffix == ".json" else _jsonl
+    return parse(_text(data, name), name)
 
 
 def _is_file(name: str) -> bool:
