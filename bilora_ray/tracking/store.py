@@ -89,6 +89,7 @@ def connect(uri: str, project: str, artifact_root: Path) -> tuple[MlflowClient, 
     try:
         with _locked(database):
             _check_writable(database, artifact_root)
+            _follow(database, artifact_root.absolute())
             return _client(uri, project, artifact_root)
     except (OSError, sqlite3.Error) as error:
         raise UserError(f"{option}: cannot be written ({reason(error)})") from None
@@ -175,6 +176,28 @@ def _check_writable(database: Path, artifact_root: Path) -> None:
         connection.execute("BEGIN IMMEDIATE")
     finally:
         connection.close()
+
+
+def _follow(database: Path, artifact_root: Path) -> None:
+    """Have a store keep its artifacts beside it where both were moved: MLflow makes the folder that it knows anew."""
+    if database.parent != artifact_root.parent:
+        return
+    new = str(artifact_root)
+    with closing(sqlite3.connect(f"{database.as_uri()}?mode=rw", uri=True, timeout=PROBE_TIMEOUT_S)) as connection:
+        if connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'runs'").fetchone() is None:
+            return
+        for (old,) in connection.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall():
+            if old == new or not old.startswith("/") or Path(old).name != artifact_root.name:
+                continue  # it is here, or where a person has put it
+            with connection:
+                connection.execute(
+                    "UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (new, old)
+                )
+                connection.execute(
+                    "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, length(?) + 1) "
+                    "WHERE substr(artifact_uri, 1, length(?)) = ?",
+                    (new, old, f"{old}/", f"{old}/"),
+                )
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -164,3 +165,28 @@ def test_two_searches_that_make_one_database_at_one_time(tmp_path: Path) -> None
     assert [process.returncode for process in processes] == [0, 0]
     project = Project(default_uri(folder), "project", folder / "mlflow-artifacts")
     assert {run.info.run_name for run in project.runs()} == {"first", "second"}
+
+
+def test_artifacts_follow_a_storage_path_that_was_renamed(storage: Path, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    shutil.copyfile(storage / "mlflow.db", old / "mlflow.db")
+    project = Project(default_uri(old), "moved", old / "mlflow-artifacts")
+    project.open()
+    elsewhere = project.client.create_experiment("by hand", artifact_location=str(tmp_path / "a person's"))
+    old.rename(new)
+    moved = Project(default_uri(new), "moved", new / "mlflow-artifacts")
+    tracker = moved.open()
+    tracker.close([], None, interrupted=True)
+    experiment = moved.client.get_experiment_by_name("moved")
+    assert experiment is not None
+    assert experiment.artifact_location == str(new / "mlflow-artifacts")
+    run = moved.parent().info
+    assert run.artifact_uri == f"{new / 'mlflow-artifacts'}/{run.run_id}/artifacts"
+    moved.client.log_text(run.run_id, "kept", "note.txt")
+    assert not old.exists()
+    assert moved.client.get_experiment(elsewhere).artifact_location == str(tmp_path / "a person's")
+    # Another place for the artifacts is as it was chosen.
+    other = Project(default_uri(new), "moved", tmp_path / "other" / "mlflow-artifacts")
+    other.open()
+    assert other.client.get_experiment(experiment.experiment_id).artifact_location == str(new / "mlflow-artifacts")
