@@ -608,7 +608,7 @@ def test_a_database_of_something_else_is_told_from_one_that_another_process_hold
     layout: Layout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_study(space(), layout)
-    monkeypatch.setattr(storage_module, "WAIT_S", 0.1)
+    monkeypatch.setattr(storage_module, "READ_WAIT_S", 0.1)
     with closing(sqlite3.connect(layout.database_file)) as connection:
         connection.execute("BEGIN EXCLUSIVE")
         with pytest.raises(MachineError) as busy, naming_the_database(layout, then=""):
@@ -618,7 +618,7 @@ def test_a_database_of_something_else_is_told_from_one_that_another_process_hold
         connection.execute("CREATE TABLE version_info (what TEXT)")
     with pytest.raises(UserError) as foreign, naming_the_database(layout, then=""):
         load_study(layout, "s")
-    assert str(busy.value) == f"study database of {layout.storage_path}: database is locked"
+    assert str(busy.value) == f"study database of {layout.storage_path}: database is locked by another process"
     file = layout.database_file
     assert str(foreign.value) == f"{file}: is not a database of studies that this version can read"
 

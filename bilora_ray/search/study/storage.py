@@ -24,6 +24,8 @@ from bilora_ray.files import locked
 from bilora_ray.search.study.layout import WAIT_S, Layout
 
 CONNECT_TIMEOUT_S = 5
+# A person waits for what is only read.
+READ_WAIT_S = 5.0
 PORT = 5432
 # Of the tables that Optuna makes.
 LAST_TABLE = "alembic_version"
@@ -91,7 +93,7 @@ def _readable(layout: Layout) -> Iterator[None]:
         cause = _cause(error)
         if layout.study_database is not None:
             raise UserError(f"--study-database {layout.database}: cannot be used ({first_line(cause)})") from None
-        if isinstance(cause, sqlite3.Error) and cause.sqlite_errorcode & 0xFF not in NOT_OURS:  # more bits say more
+        if isinstance(cause, sqlite3.Error) and _code(cause) not in NOT_OURS:
             raise
         raise UserError(f"{layout.database_file}: is not a database of studies that this version can read") from None
 
@@ -100,6 +102,12 @@ def _cause(error: BaseException) -> BaseException:
     """What a database said, of what Optuna and SQLAlchemy make of it."""
     cause = (error.__cause__ or error) if isinstance(error, StorageInternalError) else error
     return getattr(cause, "orig", None) or cause
+
+
+def _code(cause: BaseException) -> int | None:
+    """SQLite's code of what it said."""
+    code = getattr(cause, "sqlite_errorcode", None)
+    return None if code is None else code & 0xFF  # more bits say more
 
 
 @contextmanager
@@ -158,8 +166,9 @@ def naming_the_database(layout: Layout, then: str = GO_ON) -> Iterator[None]:
     try:
         yield
     except (DatabaseError, StorageInternalError) as error:
-        line = f"study database of {layout.database}: {first_line(_cause(error))}"
-        raise MachineError(f"{line}{then}") from None
+        cause = _cause(error)
+        by_whom = " by another process" if _code(cause) == sqlite3.SQLITE_BUSY else ""
+        raise MachineError(f"study database of {layout.database}: {first_line(cause)}{by_whom}{then}") from None
     except BrokenPipeError:  # whoever read what is printed has read enough
         raise
     except OSError as error:
@@ -195,7 +204,8 @@ def _file(layout: Layout, mode: str) -> tuple[str, dict[str, Any]]:
     """The URL for SQLAlchemy and its engine's arguments. A `mode` is SQLite's: ro, rw, rwc."""
     uri = f"file:{quote(str(layout.database_file))}?mode={mode}"
     # A path may hold signs that mean something in a URL.
-    connect = partial(sqlite3.connect, uri, uri=True, timeout=WAIT_S, check_same_thread=False)
+    wait_s = READ_WAIT_S if mode == "ro" else WAIT_S
+    connect = partial(sqlite3.connect, uri, uri=True, timeout=wait_s, check_same_thread=False)
     return f"sqlite:///{layout.database_file.name}", {"creator": connect}
 
 
