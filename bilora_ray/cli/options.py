@@ -33,7 +33,8 @@ def complete_study(ctx: click.Context, _: click.Parameter, incomplete: str) -> l
     if not database.exists():
         return []
     try:
-        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
+        # A path may hold signs that mean something in a URI.
+        with closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as connection:
             rows = connection.execute("SELECT study_name FROM studies").fetchall()
     except sqlite3.Error:
         return []

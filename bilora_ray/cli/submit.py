@@ -21,6 +21,7 @@ from bilora_ray.errors import UserError
 from bilora_ray.paths import LocalSource, SourcesElsewhere
 from bilora_ray.search.cluster.protection import check_ray
 from bilora_ray.search.space_file import parse_override
+from bilora_ray.search.study.layout import Layout
 
 if TYPE_CHECKING:
     from bilora_ray.search.cluster.submission import JobSubmissionClient, Outcome
@@ -135,6 +136,7 @@ def _check_for_the_cluster(storage_path: Path, mlflow_uri: str | None, study_dat
         raise UserError(
             f"--storage-path {storage_path}: must be absolute, of a folder that all nodes of the cluster share"
         )
+    Layout(storage_path, study_database)  # refuses what no search can use
     for option, uri, ways in (
         ("--mlflow-uri", mlflow_uri, "MLFLOW_TRACKING_URI, or MLFLOW_TRACKING_PASSWORD,"),
         ("--study-database", study_database, "BILORA_RAY_STUDY_DATABASE, or PGPASSWORD,"),

@@ -23,9 +23,10 @@ Example:
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="Port on 127.0.0.1.")
 def command(storage_path: Path, mlflow_uri: str | None, port: int) -> None:
     """Browse all studies and trials in MLflow, on this machine only."""
+    from bilora_ray.search.study.layout import Layout
     from bilora_ray.tracking.mlflow_tracker import default_uri, ui_command
 
-    folder = absolute(storage_path)
+    folder = Layout(absolute(storage_path)).storage_path
     if mlflow_uri is None and not (folder / "mlflow.db").exists():
         raise UserError(f"--storage-path {storage_path}: no runs here yet; `bilora-ray tune` makes them")
     command_line, environment = ui_command(mlflow_uri or default_uri(folder), port)

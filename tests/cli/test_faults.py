@@ -234,7 +234,17 @@ def test_a_storage_path_of_any_name_is_used(name: str, tiny: Tiny, tmp_path: Pat
 @pytest.mark.parametrize("name", ["a?b", "100%", "{runs}", "a%20b"])
 def test_a_storage_path_that_a_url_cannot_hold_is_refused(name: str, tiny: Tiny, tmp_path: Path) -> None:
     sign = next(sign for sign in name if sign in "?%{}")
-    for result in (train(tiny, tmp_path / name), bilora_ray("show", f"--storage-path={tmp_path / name}")):
+    (tmp_path / "space.yaml").write_text("study: {name: new}\ntrial: {}\n")
+    option = f"--storage-path={tmp_path / name}"
+    submit = ["submit", "--space=space.yaml", "--address=http://127.0.0.1:9", "--insecure"]
+    for result in (
+        train(tiny, tmp_path / name),
+        bilora_ray("train", "--study=once", option),
+        bilora_ray("tune", "--space=space.yaml", *settings(tiny), "--set=rho={low: 0.1, high: 1}", option),
+        bilora_ray("tune", "--space=space.yaml", *settings(tiny), "--set=rho={low: 0.1, high: 1}", "--dry-run", option),
+        bilora_ray(*submit, option),
+        *(bilora_ray(*verb, option) for verb in (["show"], ["show", "s"], ["ui"], ["export", "s", "--output=out"])),
+    ):
         assert line_of(result) == f"--storage-path {tmp_path / name}: may not hold {sign}; MLflow could not use it"
     assert not (tmp_path / name).exists()
 

@@ -3,9 +3,11 @@
 import json
 import os
 import shlex
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 
 import click
@@ -314,3 +316,13 @@ def _offered(typed: str, position: int) -> list[str]:
     done = run(environment={"_BILORA_RAY_COMPLETE": "bash_complete", **words})
     assert done.returncode == 0, done.stderr
     return [line.partition(",")[2] for line in done.stdout.splitlines()]
+
+
+def test_completion_opens_no_other_file_than_the_database(tmp_path: Path) -> None:
+    storage = tmp_path / "a#b"
+    storage.mkdir()
+    with closing(sqlite3.connect(storage / "studies.db")) as connection, connection:
+        connection.execute("CREATE TABLE studies (study_name TEXT)")
+        connection.execute("INSERT INTO studies VALUES ('first')")
+    assert _offered(f"show --storage-path {storage} ", 4) == ["first"]
+    assert [path.name for path in tmp_path.iterdir()] == ["a#b"]
