@@ -278,16 +278,6 @@ def _file_digest(file: DataFile, stamp: Stamp) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _records(path: Path, data: bytes, name: str, column_names: Sequence[str] | None) -> Iterator[Record]:
-    if path.suffix == ".parquet":
-        return _parquet(data, name)
-    if path.suffix in (".csv", ".tsv"):
-        table = _csv(_text(data, name), name) if path.suffix == ".csv" else _tsv(_text(data, name))
-        return _with_header(table, column_names, name)
-    parse = _json if path.suffix == ".json" else _jsonl
-    return parse(_text(data, name), name)
-
-
 def _is_file(name: str) -> bool:
     return kind_of(name, is_data=True) != "hub"
 
