@@ -380,6 +380,14 @@ TABLE_CASES = [
         ),
     ),
     Case(
+        "TSV with a quote that nothing ends",
+        file("d.tsv", 'text\tlabel\n"He said\t0\nand went\t1\n'),
+        Loads(
+            [{"text": '"He said', "label": "0"}, {"text": "and went", "label": "1"}],
+            ("quoting: {} has quotes that mean themselves, as line 2 shows; say csv if they are CSV's",),
+        ),
+    ),
+    Case(
         "TSV with doubled quotes and one stray one",
         file("d.tsv", QUOTED + 'a 5" pipe\t1\n'),
         Loads(

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from bilora_ray.errors import UserError, first_line, nearest, refusal
 from bilora_ray.paths import COMPRESSIONS, data_suffix
@@ -68,7 +68,7 @@ class DataFile:
 
 
 @contextmanager
-def opened(file: DataFile) -> Iterator[BinaryIO]:
+def opened(file: DataFile) -> Iterator[io.BufferedReader]:
     """The bytes of `file`, unpacked. UserError as for `stored`."""
     compression = COMPRESSIONS.get(file.path.suffix.lower())
     with stored(file) as stream:
@@ -88,7 +88,7 @@ def stored(file: DataFile) -> Iterator[io.BufferedReader]:
         raise refusal(f"{file.setting}: cannot read {file.name} ({reason})", error) from None
 
 
-def _unpacked(stream: BinaryIO, compression: str) -> BinaryIO:
+def _unpacked(stream: io.BufferedReader, compression: str) -> io.BufferedReader:
     import pyarrow
 
     return io.BufferedReader(pyarrow.CompressedInputStream(stream, compression))
@@ -162,7 +162,7 @@ def _decoded(word: bytes, encoding: str) -> str | None:
     return text if text.isprintable() else None
 
 
-def _wide_lines(start: bytes, stream: BinaryIO, encoding: str, file: DataFile) -> Iterator[str]:
+def _wide_lines(start: bytes, stream: io.BufferedReader, encoding: str, file: DataFile) -> Iterator[str]:
     decoder, rest, number = codecs.getincrementaldecoder(encoding)(), "", 1
     for chunk in chain([start], iter(lambda: stream.read(CHUNK), b""), [None]):
         try:

@@ -29,6 +29,9 @@ SAMPLE = 100
 CELL = re.compile(r'"(?:[^"]++|"")*+"|[^"\t\r]*+')
 CELLS = re.compile(rf"(?:{CELL.pattern})(?:\t(?:{CELL.pattern}))*+")
 OPEN = re.compile(rf'(?:(?:{CELL.pattern})\t)*+"(?:[^"]++|"")*+')
+GOES_ON = re.compile(r'(?:[^"]++|"")*+')
+# Characters that a cell over several lines has at the most: a stray quote would have all that follows it.
+LONGEST = 1 << 24
 # A quote that only CSV's rules explain: doubled within a cell in quotes, or around what would cut that.
 INNER = re.compile(r'""|[\t\n]')
 
@@ -214,7 +217,7 @@ def quotes_of(file: DataFile, encoding: str | None) -> Quotes:
             all_quoted = False
             continue
         if not CELLS.fullmatch(record):
-            return Quotes(False, number)
+            return Quotes(False, number if '"' in record else None)
         cells = [cell for cell in CELL.findall(record) if cell]
         if not width:
             width = _width(record)
@@ -234,16 +237,19 @@ def quotes_of(file: DataFile, encoding: str | None) -> Quotes:
 
 def _quoted_records(file: DataFile, encoding: str | None) -> Iterator[tuple[int, str]]:
     """Rows with the number of their first line; of several lines where a cell in quotes goes on."""
-    first, whole = 0, ""
+    first, parts, length = 0, [], 0
     for number, line in lines(file, encoding):
-        first, whole = (first, whole + line) if whole else (number, line)
-        if '"' in whole and OPEN.fullmatch(whole.rstrip("\r\n")):
+        first = first if parts else number
+        goes_on = GOES_ON if parts else OPEN
+        parts.append(line)
+        length += len(line)
+        if (len(parts) > 1 or '"' in line) and length < LONGEST and goes_on.fullmatch(line.rstrip("\r\n")):
             continue
-        if record := whole.rstrip("\r\n"):
+        if record := "".join(parts).rstrip("\r\n"):
             yield first, record
-        whole = ""
-    if whole:
-        yield first, whole
+        parts, length = [], 0
+    if parts:
+        yield first, "".join(parts)
 
 
 def _width(record: str) -> int:
