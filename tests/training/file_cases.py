@@ -505,6 +505,12 @@ ENCODING_CASES = [
         Refused("{}, line 3: not UTF-8 (byte 0xe9); line 2 is, so that this one is damaged"),
     ),
     Case(
+        "UTF-8, with encoding: cp1252",
+        file("d.csv", CAFE),
+        Refused("encoding: {} is UTF-8, not cp1252; leave encoding out, or convert the other file"),
+        {"encoding": "cp1252"},
+    ),
+    Case(
         "another encoding than the one that is named",
         file("d.csv", b"a,b\n1,\x81\n"),
         Refused("{}, line 2: not CP1252 (byte 0x81); encoding: names another"),

@@ -13,7 +13,7 @@ import pytest
 from bilora_ray import builtin
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError, UserError
-from bilora_ray.training.data.sources import read_file, read_train, read_validation
+from bilora_ray.training.data.sources import first_records, read_file, read_train, read_validation
 
 ROWS = [{"text": 'a "quoted", text', "label": "0"}, {"text": "é\u2028b", "label": "1"}]
 
@@ -103,6 +103,29 @@ def test_a_builtin_name_reads_the_file_in_the_package() -> None:
 def test_unknown_built_in_data() -> None:
     known = ", ".join(sorted(builtin.NAMES))
     assert fails("builtin:nothing") == f"train_data: no built-in 'nothing'; allowed: {known}"
+
+
+def test_shards_have_one_digest_of_their_bytes_in_order_and_one_alone_its_own(tmp_path: Path) -> None:
+    one, two = b"a\n1\n", b"a\n2\n"
+    written(tmp_path / "1.csv", one)
+    alone = read_file(f"{tmp_path}/*.csv", config(), "train_data").digest
+    written(tmp_path / "2.csv", two)
+    both = read_file(str(tmp_path), config(), "train_data").digest
+    parts = "\n".join(hashlib.sha256(part).hexdigest() for part in (one, two))
+    assert (alone, both) == (
+        hashlib.sha256(one).hexdigest()[:16],
+        hashlib.sha256(parts.encode()).hexdigest()[:16],
+    )
+    assert read_file(f"{tmp_path}/?.csv", config(), "train_data").digest == both
+
+
+def test_first_records_open_no_further_file_and_ask_no_hub(tmp_path: Path) -> None:
+    written(tmp_path / "1.jsonl", '{"a": 1}\n{"a": 2}\n{"a": ')
+    written(tmp_path / "2.jsonl", b"\xff")
+    found = first_records(config(train_data=str(tmp_path), validation_data="org/data"), 2)
+    assert {key: [record.columns for record in records] for key, records in found.items()} == {
+        "train_data": [{"a": 1}, {"a": 2}]
+    }
 
 
 class Hub:

@@ -10,7 +10,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -107,6 +107,8 @@ def lines(file: DataFile, encoding: str | None) -> Iterator[tuple[int, str]]:
         found = marked or codecs.lookup(encoding or "utf-8").name
         if marked is None and encoding is None:
             _check_width(start[:CHUNK], file)
+        elif marked is None:
+            _check_named(start + stream.peek(), found, file)
         start = start.removeprefix(mark)
         if found in WIDE:
             yield from enumerate(_wide_lines(start, stream, WIDE[found], file), start=1)
@@ -127,6 +129,20 @@ def _check_width(start: bytes, file: DataFile) -> None:
     if 3 * zeros > len(start):
         likely = "utf-16-le" if start[1::2].count(0) > zeros // 2 else "utf-16-be"
         raise UserError(f"{file.name}, line 1: not UTF-8 (byte 0x00); name its encoding, such as encoding: {likely}")
+
+
+def _check_named(start: bytes, encoding: str, file: DataFile) -> None:
+    """UserError where an `encoding` of one byte a character is named for a file that begins as UTF-8.
+
+    It would take any bytes, and make two or more characters of one; the other way round two in UTF-8 are rare.
+    """
+    if encoding == "utf-8" or start.isascii() or len(bytes(range(128, 256)).decode(encoding, "replace")) < 128:
+        return
+    with suppress(UnicodeDecodeError):
+        codecs.getincrementaldecoder("utf-8")().decode(start)
+        raise UserError(
+            f"encoding: {file.name} is UTF-8, not {encoding}; leave encoding out, or convert the other file"
+        )
 
 
 def _narrow_lines(raw: Iterable[bytes], encoding: str, file: DataFile) -> Iterator[tuple[int, str]]:
