@@ -433,6 +433,28 @@ TABLE_CASES = [
     Case(
         "text, a row a line", file("d.txt", "Hi, you\n\n a\tb \r\n"), Loads([{"text": "Hi, you"}, {"text": " a\tb "}])
     ),
+    Case(
+        "text that is a table",
+        file("d.txt", "a\tb\n1\tx\n2\ty\n"),
+        Refused(
+            '{}: each of its rows has 2 cells between tabs; delimiter: "\\t" reads them, '
+            "column_names: [text] takes each line for a text"
+        ),
+    ),
+    Case(
+        "text that is JSON lines",
+        file("d.txt", JSONL),
+        Refused(
+            "{}: its rows are objects of JSON; a name that ends with .jsonl has them read, "
+            "column_names: [text] takes each line for a text"
+        ),
+    ),
+    Case(
+        "text that is a table, with column_names: [text]",
+        file("d.txt", "a\tb\n1\tx\n"),
+        Loads([{"text": "a\tb"}, {"text": "1\tx"}]),
+        {"column_names": ["text"]},
+    ),
     Case("text that is a table, with delimiter", file("d.txt", "a\tb\n1\tx\n2\ty\n"), Loads(AB), {"delimiter": "\t"}),
     Case(
         "text with the column_names of a table",

@@ -160,6 +160,7 @@ def _look(
     quotes = quotes_of(file, encoding) if quoting is None and delimiter == "\t" else None
     is_csv = delimiter != "" and (quoting == "csv" or (quoting is None and (quotes is None or quotes.are_csv)))
     if not column_names and file.suffix == ".txt" and not delimiter:
+        _check_text(file, encoding)
         column_names = ("text",)
     if column_names:
         header, names = None, column_names
@@ -172,6 +173,19 @@ def _look(
     if repeated:
         raise UserError(f"column_names: '{repeated[0]}' is named twice")
     return Dialect(delimiter, is_csv, tuple(names), header, quotes)
+
+
+def _check_text(file: DataFile, encoding: str | None) -> None:
+    """UserError for a text whose lines are no texts: by the first of them it is a table, or JSON."""
+    sample = [cells[0] for _, cells in islice(_cells(file, encoding, "", False), SAMPLE)]
+    tabs = {line.count("\t") for line in sample}
+    if len(sample) > 1 and len(tabs) == 1 and tabs != {0}:
+        way, what = 'delimiter: "\\t" reads them', f"each of its rows has {max(tabs) + 1} cells between tabs"
+    elif sample and all(line.startswith("{") and line.endswith("}") for line in sample):
+        way, what = "a name that ends with .jsonl has them read", "its rows are objects of JSON"
+    else:
+        return
+    raise UserError(f"{file.name}: {what}; {way}, column_names: [text] takes each line for a text")
 
 
 def _names(header: Sequence[str]) -> tuple[str, ...]:
@@ -237,7 +251,8 @@ def quotes_of(file: DataFile, encoding: str | None) -> Quotes:
 
 def _quoted_records(file: DataFile, encoding: str | None) -> Iterator[tuple[int, str]]:
     """Rows with the number of their first line; of several lines where a cell in quotes goes on."""
-    first, parts, length = 0, [], 0
+    parts: list[str] = []
+    first = length = 0
     for number, line in lines(file, encoding):
         first = first if parts else number
         goes_on = GOES_ON if parts else OPEN
