@@ -393,6 +393,20 @@ def test_of_a_choice_of_files_each_is_moved(here: Path, dashboard: Dashboard, mo
     assert yaml.safe_load(setting) == {"choice": ["data.jsonl", "other/more.jsonl", "/shared/most.jsonl"]}
 
 
+def test_a_folder_and_a_pattern_are_sent_whole_or_told(
+    here: Path, dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (here / "shards").mkdir()
+    for number in (1, 2):
+        (here / "shards" / f"{number}.jsonl").write_text(ROW)
+    typed = ["--set=train_data=shards/*.jsonl", "--set=validation_data=shards"]
+    assert run(dashboard.address, *typed).exit_code == 0
+    assert dashboard.words[3:5] == ['--set=train_data="shards/*.jsonl"', '--set=validation_data="shards"']
+    (here / ".gitignore").write_text("2.jsonl")
+    names = "--set trial.train_data: shards/*.jsonl, --set trial.validation_data: shards"
+    assert refusal(run(dashboard.address, *typed)).startswith(f"{names}: {IGNORED}; ")
+
+
 # What is printed
 
 
