@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path, PurePath
@@ -97,11 +97,16 @@ def _of_folder(folder: Path) -> list[Path]:
     kinds = sorted({data_suffix(path.name) for path in files})
     if len(kinds) > 1:
         raise UserError(f"{folder} holds files of several kinds; name one, as in {folder}/*{kinds[0]}")
-    splits = {split[1].lower() if (split := SPLITS.match(path.name)) else "" for path in files}
-    if len(splits) > 1:
-        names = f"{', '.join(path.name for path in files[:4])}{', ...' if len(files) > 4 else ''}"
+    if names := splits_of(files):
         raise UserError(f"{folder} holds files of several splits ({names}); name one, or a pattern as {folder}/train*")
     return files
+
+
+def splits_of(files: Sequence[Path]) -> str:
+    """The first names of files of which some are called after another split than others; empty where none are."""
+    splits = {split[1].lower() if (split := SPLITS.match(path.name)) else "" for path in files}
+    names = [path.name for path in files]
+    return ", ".join(names[:4] + ["..."] * (len(names) > 4)) if len(splits) > 1 else ""
 
 
 def _saved(folder: Path) -> list[Path]:

@@ -24,7 +24,7 @@ SUFFIXES = ".jsonl, .ndjson, .json, .csv, .tsv, .txt, .parquet, .arrow, and of t
 # What an error adds, by how the cells were cut.
 AS_CSV = 'as read with delimiter ",", quoting csv'
 AS_TSV = 'as read with delimiter "\\t", quoting none'
-PLAIN = "with quoting: none quotes mean themselves"
+PLAIN = "CSV doubles a quote within quotes; with quoting: none quotes mean themselves"
 
 
 @dataclass(frozen=True)
@@ -280,6 +280,11 @@ TABLE_CASES = [
         Refused(f"{{}}, line 3: not valid CSV (unexpected end of data); {PLAIN}"),
     ),
     Case(
+        "CSV with backslashes before quotes",
+        file("d.csv", 'a,b\n1,"He said \\"No\\"."\n'),
+        Refused(f"{{}}, line 2: not valid CSV (',' expected after '\"'); {PLAIN}"),
+    ),
+    Case(
         "CSV with stray quotes, with quoting: none",
         file("d.csv", 'a,b\n1,"x\n2,y\n'),
         Loads([{"a": "1", "b": '"x'}, AB[1]]),
@@ -524,7 +529,7 @@ ENCODING_CASES = [
     Case(
         "UTF-8 with a byte that is damaged",
         file("d.csv", "a,b\n1,é\n2,".encode() + b"\xe9\n"),
-        Refused("{}, line 3: not UTF-8 (byte 0xe9); line 2 is, so that this one is damaged"),
+        Refused("{}, line 3: not UTF-8 (byte 0xe9); line 2 is, so that this one is damaged: write it anew"),
     ),
     Case(
         "UTF-8, with encoding: cp1252",
@@ -639,6 +644,11 @@ SHARD_CASES = [
         "a pattern of shards",
         folder({"d/1.jsonl": '{"a": 1}', "e/2.jsonl.gz": gzip.compress(b'{"a": 2}')}, "*/[12].jsonl*"),
         Loads([{"a": 1}, {"a": 2}]),
+    ),
+    Case(
+        "a pattern that matches several splits",
+        folder({"train.csv": "a,b\n2,y\n", "test.csv": "a,b\n1,x\n"}, "t*.csv"),
+        Loads(AB, ("train_data: {} matches files of several splits (test.csv, train.csv)",)),
     ),
     Case("a pattern that matches nothing", folder({"1.csv": CSV}, "*.tsv"), Refused("train_data: no file matches {}")),
     Case(

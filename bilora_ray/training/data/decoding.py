@@ -162,7 +162,7 @@ def _cure(line: bytes, place: int, encoding: str, before: int) -> str:
     if encoding != "utf-8":
         return "encoding: names another"
     if before:
-        return f"line {before} is, so that this one is damaged"
+        return f"line {before} is, so that this one is damaged: write it anew"
     start = max(line.rfind(b" ", 0, place), line.rfind(b"\t", 0, place), line.rfind(b",", 0, place)) + 1
     word = re.split(rb"[\s,]", line[start:], maxsplit=1)[0][:20]
     likely = ((name, _decoded(word, name)) for name in (WESTERN if ALONE.search(word) else OTHERS))

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError, UserError, first_line, refusal
-from bilora_ray.paths import data_files, kind_of, loadable
+from bilora_ray.paths import data_files, kind_of, loadable, splits_of
 from bilora_ray.training.data import tables
 from bilora_ray.training.data.decoding import DataFile, json_rows, stored
 from bilora_ray.training.data.tables import DELIMITERS
@@ -153,6 +153,8 @@ def notes(config: TrialConfig) -> Iterator[str]:
     for setting in ("train_data", "validation_data"):
         name = getattr(config, setting)
         files = _files(name, setting) if name is not None and _is_file(name) else []
+        if names := splits_of([file.path for file in files]):
+            told[f"{setting}: {name} matches files of several splits ({names})"] = None
         told |= dict.fromkeys(
             line for file in files[:1] if file.suffix in DELIMITERS for line in tables.told(file, config)
         )

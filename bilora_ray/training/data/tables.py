@@ -118,7 +118,8 @@ def _csv(file: DataFile, encoding: str | None, delimiter: str) -> Iterator[tuple
             first = reader.line_num + 1
     except csv.Error as error:
         problem = f"{file.name}, line {first}: not valid CSV ({error})"
-        raise UserError(f"{problem}; with quoting: none quotes mean themselves") from None
+        hint = "CSV doubles a quote within quotes; with quoting: none quotes mean themselves"
+        raise UserError(f"{problem}; {hint}") from None
 
 
 def _csv_lines(file: DataFile, encoding: str | None) -> Iterator[str]:
