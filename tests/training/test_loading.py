@@ -87,3 +87,16 @@ def test_a_file_that_was_written_again_is_read_again(tiny: Tiny, tmp_path: Path)
     path.unlink()
     with pytest.raises(UserError):
         load_data(config)
+
+
+@pytest.mark.parametrize("name", ["shards", "shards/*.jsonl"])
+def test_a_shard_that_was_written_again_or_added_is_read_again(name: str, tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    row = {"prompt": "a", "completion": "b"}
+    first = write_rows(tmp_path / "shards" / "1.jsonl", [row] * 2)
+    config = tiny.config("causal-lm", train_data=f"{tmp_path}/{name}")
+    assert len(load_data(config).train) == 2
+    first.write_text(first.read_text() * 2)
+    assert len(load_data(config).train) == 4
+    write_rows(tmp_path / "shards" / "2.jsonl", [row])
+    assert len(load_data(config).train) == 5
