@@ -148,17 +148,17 @@ JSON_CASES = [
     Case(
         "JSON of columns, as pandas writes it",
         file("d.json", '{"a": {"0": 1}, "b": {"0": 2}}'),
-        Refused('{}: must hold a list of objects, or {{"data": [...]}}; field names another key'),
+        Refused('{}: must hold a list of objects, or {"data": [...]}; field names another key'),
     ),
     Case(
         "a JSON list of texts",
         file("d.json", '[{"a": 1}, "b"]'),
-        Refused('{}, row 2: must be an object, such as {{"text": ...}}, not str'),
+        Refused('{}, row 2: must be an object, such as {"text": ...}, not str'),
     ),
     Case(
         "JSON lines that hold lists",
         file("d.jsonl", '["a", 1]\n["b", 0]\n'),
-        Refused('{}, line 1: must be an object, such as {{"text": ...}}, not list'),
+        Refused('{}, line 1: must be an object, such as {"text": ...}, not list'),
     ),
     Case(
         "JSON lines, one cut off",
@@ -173,7 +173,7 @@ JSON_CASES = [
     Case(
         "JSON lines, one a list",
         file("d.jsonl", '{"a": 1}\n[1]'),
-        Refused('{}, line 2: must be an object, such as {{"text": ...}}, not list'),
+        Refused('{}, line 2: must be an object, such as {"text": ...}, not list'),
     ),
     Case(
         "a JSON list with an error",
