@@ -177,6 +177,10 @@ class TrialConfig(Settings):
         decides="rows",
         before="completion-first",
     )
+    src_lang: str | None = setting(
+        None, "seq2seq-lm: language code of the prompts, for tokenizers that write one", decides="rows"
+    )
+    tgt_lang: str | None = setting(None, "seq2seq-lm: language code of the completions, likewise", decides="rows")
     max_train_samples: Int | None = setting(
         None, "train on this many rows, drawn by split_seed", ge=1, decides="training rows"
     )

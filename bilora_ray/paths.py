@@ -236,6 +236,21 @@ def is_cached(model: str, revision: str | None, *optional: str) -> bool:
     return known and all(isinstance(found(file), str) for file in ("config.json", *weights))
 
 
+def model_file(model: str, revision: str | None, file: str) -> Path:
+    """Where a `file` of a model is, which is fetched from the Hub if need be.
+
+    Raises:
+        OSError: it is not there, or the Hub does not answer.
+        ValueError: the Hub can have no model of that name.
+    """
+    if kind_of(model, is_data=False) != "hub":
+        return Path(loadable(model), file)
+    from huggingface_hub import hf_hub_download
+
+    # At a commit that is in the cache, the Hub is not asked.
+    return Path(hf_hub_download(model, file, revision=revision))
+
+
 def cached_commit(model: str, revision: str | None) -> str | None:
     """The commit that the Hub's cache on this machine holds for a `revision`; None if `model` is local or not there."""
     from huggingface_hub import try_to_load_from_cache

@@ -12,7 +12,7 @@ from bilora_ray import checking
 from bilora_ray.config import REVISIONS, SOURCES, TrialConfig
 from bilora_ray.digests import BASE, of_base, source_of
 from bilora_ray.errors import UserError, first_line
-from bilora_ray.paths import COMMIT, cached_commit, kind_of, loadable
+from bilora_ray.paths import COMMIT, cached_commit, kind_of, model_file
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.training.rows import about, check_first_rows, load_rows, notes
@@ -178,22 +178,13 @@ def positions(config: TrialConfig) -> int | None:
         None where it does not say, or cannot be read from here; a trial looks again when it has the model.
     """
     try:
-        model = json.loads(_config_file(config).read_text(encoding="utf-8"))
+        file = model_file(config.model_name_or_path, config.model_revision, "config.json")
+        model = json.loads(file.read_text(encoding="utf-8"))
         model = model.get("text_config", model)
         found = model.get(POSITIONS.get(model.get("model_type"), "max_position_embeddings"))
     except (OSError, ValueError, AttributeError):
         return None
     return found if isinstance(found, int) else None
-
-
-def _config_file(config: TrialConfig) -> Path:
-    name, file = config.model_name_or_path, "config.json"
-    if kind_of(name, is_data=False) != "hub":
-        return Path(loadable(name), file)
-    from huggingface_hub import hf_hub_download
-
-    # At a commit that is in the cache, the Hub is not asked.
-    return Path(hf_hub_download(name, file, revision=config.model_revision))
 
 
 def _hub_commit(name: str, revision: str | None, where: str) -> str | None:

@@ -202,7 +202,7 @@ def _encode(
             examples.extend(example for example, _ in kept)
             if kept:
                 lost = reduce(or_, [taken for _, taken in kept])
-                found, cut = found + 1, cut + bool(lost)
+                found, cut = found + 1, cut + bool(lost & ~Cut.ANSWER)
                 kinds.update(lost)
     if not found:
         too_long = f"has max_length ({config.max_length}) tokens or less, and" if config.truncation == "drop" else "has"
@@ -214,6 +214,7 @@ def _encode(
         prompt_gone=kinds[Cut.WHOLE_PROMPT],
         prompt_cut=kinds[Cut.PROMPT],
         completion_cut=kinds[Cut.COMPLETION],
+        answer_cut=kinds[Cut.ANSWER],
     )
 
 

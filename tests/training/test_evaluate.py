@@ -259,7 +259,8 @@ def test_what_is_written_is_no_longer_than_what_was_trained(tiny: Tiny, tmp_path
     generate = base.generate
 
     def measured(*arguments: Any, **options: Any) -> Any:
-        lengths.append(generate(*arguments, **options | {"min_new_tokens": options["max_new_tokens"]}).shape[1])
+        most = options["generation_config"].max_new_tokens
+        lengths.append(generate(*arguments, **options, min_new_tokens=most).shape[1])
         return generate(*arguments, **options)
 
     base.generate = measured

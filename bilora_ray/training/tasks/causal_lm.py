@@ -28,6 +28,7 @@ from bilora_ray.training.metrics import IGNORED
 from bilora_ray.training.tasks.base import Cut, Dataset, Encoded, Example, Labels, Model, Task
 from bilora_ray.training.tasks.text import (
     TextRow,
+    answers_lost,
     check_answers,
     check_tokenizer,
     collate,
@@ -84,7 +85,8 @@ def _examples(
     if config.messages_column is not None and tokenizer.chat_template is None:
         raise UserError(f"messages_column: the tokenizer of {config.model_name_or_path} has no chat template")
     parts = _completions(rows, tokenizer) if config.messages_column is None else _conversations(rows, tokenizer)
-    for row, part in zip(rows, parts, strict=True):
+    lost = answers_lost(rows, config, tokenizer, keep_prompts, continues=True)
+    for row, part, unjudged in zip(rows, parts, lost, strict=True):
         room = max(config.max_length - len(part.head), 0)
         if config.truncation == "drop" and len(part.prompt) + len(part.target) > room:
             yield []
@@ -98,7 +100,7 @@ def _examples(
             prompt_ids=array("i", part.head + asked) if keep_prompts else None,
             reference=row.completion,
         )
-        yield [(example, _cut(part, prompt, target, asked, config))]
+        yield [(example, _cut(part, prompt, target, asked, config) | unjudged)]
 
 
 def _cut(part: Parts, prompt: list[int], target: list[int], asked: list[int], config: TrialConfig) -> Cut:

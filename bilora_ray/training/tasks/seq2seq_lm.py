@@ -2,6 +2,9 @@
 
 Of a row with more than `max_length` tokens in either, prompt and completion each lose their end, whatever `truncation`
 says but `drop`: then the row is left out.
+
+A completion is learned in the form that the tokenizer gives what a decoder writes, which some begin with a token of
+their own or a language code. The model shifts it by itself, and generation begins where that begins.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.training.tasks.base import Cut, Encoded, Example, Model, Task, cross_entropy
 from bilora_ray.training.tasks.text import (
     TextRow,
+    answers_lost,
     check_answers,
     check_tokenizer,
     collate,
@@ -22,11 +26,12 @@ from bilora_ray.training.tasks.text import (
     measure,
     metrics,
     predict,
+    set_languages,
     target_count,
+    target_ids,
     text_notes,
     text_row,
     with_special_tokens,
-    without_special_tokens,
 )
 
 if TYPE_CHECKING:
@@ -38,20 +43,28 @@ def _examples(
     rows: Sequence[TextRow], config: TrialConfig, tokenizer: PreTrainedTokenizerBase, keep_prompts: bool
 ) -> Iterator[Encoded]:
     check_tokenizer(config, tokenizer)
+    set_languages(config, tokenizer)
     inputs = with_special_tokens([row.prompt for row in rows], None, config.max_length, tokenizer)
-    completions = without_special_tokens([row.completion for row in rows], tokenizer)
-    for row, (ids, _, cut), completion in zip(rows, inputs, completions, strict=True):
-        target = [*completion, tokenizer.eos_token_id]
+    targets = target_ids([row.completion for row in rows], tokenizer)
+    lost = answers_lost(rows, config, tokenizer, keep_prompts, continues=False)
+    for row, (ids, _, cut), target, unjudged in zip(rows, inputs, targets, lost, strict=True):
         example = Example(
             input_ids=ids,
-            labels=array("i", target[: config.max_length]),
+            labels=array("i", _shortened(target, config.max_length, tokenizer)),
             prompt_ids=ids if keep_prompts else None,
             reference=row.completion,
         )
         taken = Cut.PROMPT if cut else Cut.NOTHING
         if len(target) > config.max_length:
             taken |= Cut.COMPLETION
-        yield [] if taken and config.truncation == "drop" else [(example, taken)]
+        yield [] if taken and config.truncation == "drop" else [(example, taken | unjudged)]
+
+
+def _shortened(target: list[int], max_length: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`target` less its end; but a language code that follows the end of sequence is what some decoders start with."""
+    if len(target) <= max_length or target[-1] == tokenizer.eos_token_id:
+        return target[:max_length]
+    return [*target[: max_length - 1], target[-1]]
 
 
 def _target_count(examples: Sequence[Example]) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.config import TrialConfig, template_columns
-from bilora_ray.errors import UserError
+from bilora_ray.errors import UserError, nearest
+from bilora_ray.paths import model_file
 from bilora_ray.training.data.batches import eval_batches, in_row_order
 from bilora_ray.training.data.columns import filled, label_of, listed, text_of
 from bilora_ray.training.data.sources import Record
@@ -22,13 +26,35 @@ from bilora_ray.training.metrics import (
     label_index,
     label_metrics,
 )
-from bilora_ray.training.tasks.base import Dataset, Example, Labels, Model, Prediction, on_device, padded, stacked
+from bilora_ray.training.tasks.base import Cut, Dataset, Example, Labels, Model, Prediction, on_device, padded, stacked
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from bilora_ray.training.distributed.workers import Workers
+
+
+# What a `generation_config.json` may hold that decides what is written -> the value with which it does nothing.
+GREEDY: dict[str, Any] = {
+    "bad_words_ids": None,
+    "begin_suppress_tokens": None,
+    "do_sample": False,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "exponential_decay_length_penalty": None,
+    "forced_eos_token_id": None,
+    "guidance_scale": 1.0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "penalty_alpha": None,
+    "repetition_penalty": 1.0,
+    "sequence_bias": None,
+    "stop_strings": None,
+    "suppress_tokens": None,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +88,28 @@ def check_answers(rows: Iterable[Any], config: TrialConfig) -> None:
 
 
 def text_notes(dataset: Dataset, config: TrialConfig, validation_data: str) -> Iterator[str]:
-    """Completions that teach nothing."""
+    """Completions that teach nothing, and what of a base is left out of account where its texts are judged."""
+    if config.predict_with_generate and (other := _preferences(config)):
+        yield f"predict_with_generate: texts are written greedily, without the base's own {other}"
     if config.messages_column is None and not template_columns(config.completion_template):
         yield "completion_template: names no column, so that every row has the same completion"
     splits = (("train_data", "training", dataset.train), (validation_data, "validation", dataset.validation))
     for setting, kind, rows in splits:
         if empty := _empty(rows):
             yield f"{setting}: {empty} of {len(rows)} {kind} rows have an empty completion"
+
+
+def _preferences(config: TrialConfig) -> str:
+    """What the base's files say of generation that would write other texts; nothing where they cannot be read here."""
+    for file in ("generation_config.json", "config.json"):  # the latter held it before there was the former
+        try:
+            path = model_file(config.model_name_or_path, config.model_revision, file)
+            found = json.loads(path.read_text(encoding="utf-8")).items()
+        except (OSError, ValueError, AttributeError):
+            continue
+        told = sorted((key, value) for key, value in found if key in GREEDY and value not in (None, GREEDY[key]))
+        return ", ".join(key if isinstance(value, list) else f"{key} ({json.dumps(value)})" for key, value in told)
+    return ""
 
 
 def _empty(rows: Iterable[Any]) -> int:
@@ -84,6 +125,37 @@ def check_tokenizer(config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> 
 def without_special_tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Ids of each text alone."""
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def set_languages(config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have a `tokenizer` that writes language codes write those of the settings.
+
+    Raises:
+        UserError: one is missing, which the tokenizer would make up; it knows no such language, or no languages at all.
+    """
+    model = config.model_name_or_path
+    for key, given in (("src_lang", config.src_lang), ("tgt_lang", config.tgt_lang)):
+        if not hasattr(tokenizer, "set_tgt_lang_special_tokens"):
+            if given is not None:
+                raise UserError(f"{key}: the tokenizer of {model} writes no language codes")
+        elif given is None and tokenizer.init_kwargs.get(key) is None:
+            raise UserError(f"{key}: is missing; the tokenizer of {model} writes a language code with each text")
+        elif given is not None:
+            known = _languages(tokenizer)
+            if given not in known:
+                raise UserError(f"{key}: the tokenizer of {model} knows no '{given}'; {nearest(given, known)}")
+            setattr(tokenizer, key, given)
+
+
+def _languages(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return sorted(getattr(tokenizer, "lang_code_to_id", None) or tokenizer.extra_special_tokens)
+
+
+def target_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Ids of each text in the tokenizer's own form of what a decoder writes; with an end of sequence in any case."""
+    targets = tokenizer(text_target=["a", *texts], verbose=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id in targets[0] else [tokenizer.eos_token_id]
+    return [[*target, *end] for target in targets[1:]]
 
 
 def with_special_tokens(
@@ -159,10 +231,12 @@ def generated(
     """How often the answer in what `model` writes is the right one, and label metrics where the labels are given."""
     texts = _texts(model, examples, config, tokenizer, workers, continues)
     references = [example.reference for example in examples]
-    found = {"eval_exact_match": exact_match(texts, references, config.answer_pattern)}
+    pattern = config.answer_pattern
+    found = {"eval_exact_match": exact_match(texts, _as_written(references, tokenizer, continues), pattern)}
     if config.label_names is not None:
-        names, pattern = config.label_names, config.answer_pattern
-        given, wanted = ([label_index(text, names, pattern) for text in side] for side in (texts, references))
+        names = [name.strip() for name in _as_written(config.label_names, tokenizer, continues)]
+        given = [label_index(text, names, pattern) for text in texts]
+        wanted = [label_index(text, config.label_names, pattern) for text in references]
         found |= label_metrics(given, wanted, len(names), F1.of(config, len(names)))
     return found
 
@@ -199,27 +273,126 @@ def _texts(
     what it writes begins behind them.
     """
 
+    greedy = _greedy(model, config, tokenizer, continues)
+
     def generate(rows: Sequence[int]) -> list[str]:
         prompts = collate_prompts([examples[row] for row in rows], tokenizer.pad_token_id, left=continues)
         prompts = on_device(prompts, model)
-        output = model.generate(
-            **prompts,
-            max_new_tokens=most_new_tokens(config, continues),
-            do_sample=False,
-            num_beams=1,
-            # A model's own defaults for generation are for chatting, and need not know the end that was trained.
-            repetition_penalty=1.0,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=_ends(model, tokenizer),
-            # Every forward pass gathers the weights, so whose texts are done goes on with those whose aren't.
-            synced_gpus=workers.sharded and workers.world_size > 1,
-        )
+        # Every forward pass gathers the weights, so whose texts are done goes on with those whose aren't.
+        synced = workers.sharded and workers.world_size > 1
+        output = model.generate(**prompts, generation_config=greedy, synced_gpus=synced)
         start = prompts["input_ids"].shape[1] if continues else 0
-        return tokenizer.batch_decode(output[:, start:], skip_special_tokens=True)
+        return _decoded(output[:, start:].tolist(), tokenizer, kept)
 
+    kept = _special(_ids_alone([example.reference for example in examples], tokenizer, continues), tokenizer)
     lengths = [len(example.prompt_ids or ()) for example in examples]
     batches = eval_batches(lengths, config.per_device_eval_batch_size)
-    return in_row_order(batches, [text for part in workers.map(generate, batches) for text in part])
+    with _alone(greedy, model):
+        return in_row_order(batches, [text for part in workers.map(generate, batches) for text in part])
+
+
+def answers_lost(
+    rows: Sequence[Any], config: TrialConfig, tokenizer: PreTrainedTokenizerBase, asked: bool, *, continues: bool
+) -> list[Cut]:
+    """For each row whether a text that is its completion would be cut before its answer, where texts are judged.
+
+    Raises:
+        UserError: the tokenizer leaves no answer in a completion: a pattern may want letters that it lowers.
+    """
+    if not (asked and config.predict_with_generate):
+        return [Cut.NOTHING] * len(rows)
+    ids = _ids_alone([row.completion for row in rows], tokenizer, continues)
+    most, kept = most_new_tokens(config, continues), _special(ids, tokenizer)
+    whole, written = (_decoded(side, tokenizer, kept) for side in (ids, [tokens[:most] for tokens in ids]))
+    lost = []
+    for row, reference, text in zip(rows, whole, written, strict=True):
+        wanted = answer(reference, config.answer_pattern)
+        if wanted is None:
+            kind = f"the completion as the tokenizer has it ('{reference}')"
+            raise UserError(f"{row.where}: answer_pattern matches nothing in {kind}")
+        lost.append(Cut.NOTHING if answer(text, config.answer_pattern) == wanted else Cut.ANSWER)
+    return lost
+
+
+def _as_written(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, continues: bool) -> list[str]:
+    """What of `texts` a tokenizer keeps: some lower them, join spaces, or know no such letter."""
+    ids = _ids_alone(texts, tokenizer, continues)
+    return _decoded(ids, tokenizer, _special(ids, tokenizer))
+
+
+def _ids_alone(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, continues: bool) -> list[list[int]]:
+    """Ids of each text as it is written, without what the tokenizer puts around it."""
+    if not texts:
+        return []
+    given = {"text" if continues else "text_target": list(texts)}
+    return tokenizer(**given, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _decoded(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, kept: AbstractSet[int]) -> list[str]:
+    """The text of each row, without special tokens but those that are `kept`."""
+    if not kept:
+        return tokenizer.batch_decode(rows, skip_special_tokens=True)
+    dropped = _all_special(tokenizer) - kept
+    return tokenizer.batch_decode([[token for token in row if token not in dropped] for row in rows])
+
+
+def _special(rows: Iterable[list[int]], tokenizer: PreTrainedTokenizerBase) -> AbstractSet[int]:
+    """The special tokens that are a part of texts, so that what is written is not judged without them."""
+    around = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    return {token for row in rows for token in row} & (_all_special(tokenizer) - around)
+
+
+def _all_special(tokenizer: PreTrainedTokenizerBase) -> AbstractSet[int]:
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
+
+
+def _greedy(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase, continues: bool) -> GenerationConfig:
+    """How a text is written for an evaluation: greedily, whatever the base's own file prefers.
+
+    Of that file counts what is the model's form: with what a text ends, and how its keys and values are kept.
+    """
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    return GenerationConfig(
+        max_new_tokens=most_new_tokens(config, continues),
+        do_sample=False,
+        num_beams=1,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=own.bos_token_id,
+        eos_token_id=_ends(model, tokenizer),
+        use_cache=own.use_cache,
+        # Marian's models were trained with padding that they must not write.
+        bad_words_ids=[word for word in own.bad_words_ids or () if word == [tokenizer.pad_token_id]] or None,
+        **({} if continues else _beginning(model, tokenizer)),
+    )
+
+
+def _beginning(model: Model, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """What a decoder reads before it writes, and what it must write first: as in training, the form of a target."""
+    import torch
+
+    form = tokenizer(text_target="a", return_special_tokens_mask=True)
+    first = form["input_ids"][: form["special_tokens_mask"].index(0)]
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift is None:
+        start = model.config.decoder_start_token_id
+    else:
+        start = int(shift(torch.tensor(target_ids(["a"], tokenizer)))[0, 0])
+    return {"decoder_start_token_id": start} | ({"forced_bos_token_id": first[0]} if first else {})
+
+
+@contextmanager
+def _alone(generation: GenerationConfig, model: Model) -> Iterator[None]:
+    """Have `generation` be all that `model` knows of writing: what it leaves open, transformers takes from the own."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = base.generation_config
+    base.generation_config = generation
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def _ends(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:

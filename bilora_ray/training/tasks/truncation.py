@@ -36,6 +36,7 @@ class Truncation:
         prompt_gone: rows that are cut to next to nothing of their prompt: see `is_gone`.
         prompt_cut: rows that lost another part of their prompt or text.
         completion_cut: rows that lost the end of what is learned, so that its end is not learned of them.
+        answer_cut: rows whose completion has its answer behind `max_new_tokens` tokens: what is written ends before.
     """
 
     rows: int
@@ -44,6 +45,7 @@ class Truncation:
     prompt_gone: int = 0
     prompt_cut: int = 0
     completion_cut: int = 0
+    answer_cut: int = 0
 
     @classmethod
     def of(cls, parts: Iterable[Truncation]) -> Truncation:
@@ -80,6 +82,9 @@ class Truncation:
         if self._many(self.completion_cut):
             lost = "lose the end of their completion, so that they teach no end of sequence"
             yield f"max_length: {self._share(self.completion_cut)} {lost}; {mends}"
+        if self.answer_cut:
+            ends = f"a text of {settings['max_new_tokens']} tokens ends before the answer of its reference"
+            yield f"max_new_tokens: of {self.answer_cut} validation rows {ends}, so that none can be right; raise it"
 
     def _many(self, count: int) -> bool:
         return count > MOST_LOST * self.rows
