@@ -6,7 +6,7 @@ import re
 from collections.abc import Container, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
 from bilora_ray.errors import UserError, nearest
@@ -21,8 +21,23 @@ def _reject_bool(value: Any) -> Any:
     return value
 
 
+def _pairs(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return value
+    if not isinstance(value, Mapping):
+        raise ValueError("must be a mapping of names to values")
+    for key, item in value.items():
+        if item is not None and not isinstance(item, bool | int | float | str):
+            raise ValueError(f"'{key}' must be one number, text, true, false or null")
+    return tuple((str(key), item) for key, item in value.items())
+
+
 Int = Annotated[int, BeforeValidator(_reject_bool)]
 Float = Annotated[float, BeforeValidator(_reject_bool)]
+# A mapping of names to single values, as settings can be compared and hashed with; written as a mapping again.
+Pairs = Annotated[
+    tuple[tuple[str, bool | int | float | str | None], ...], BeforeValidator(_pairs), PlainSerializer(dict)
+]
 
 
 class Settings(BaseModel):

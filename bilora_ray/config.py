@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import TypeAdapter, ValidationError, field_validator, model_validator
 
-from bilora_ray.checking import Float, Int, Settings, first_problem, in_words
+from bilora_ray.checking import Float, Int, Pairs, Settings, first_problem, in_words
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.facts import Decides, MethodName, facts_of, setting
 from bilora_ray.records import Objective
@@ -39,6 +39,19 @@ LM_METRICS = ("eval_loss", "eval_perplexity", "eval_token_accuracy")
 EXACT_MATCH = "eval_exact_match"
 LABEL_METRICS = ("eval_accuracy", "eval_f1", "eval_matthews_correlation")
 MINIMIZED = frozenset({"eval_loss", "eval_perplexity"})
+
+PROMPT_TEMPLATE, COMPLETION_TEMPLATE = "{prompt}", "{completion}"
+# Of the formats that hold chats, the column.
+CHAT_COLUMNS = {"openai": "messages", "sharegpt": "conversations"}
+# What only chats read.
+CHAT_SETTINGS = ("tools_column", "system_prompt", "train_on", "chat_template", "chat_template_kwargs")
+# What rendering a chat is given by us, and not by a user.
+RENDERED = frozenset(
+    [
+        *("add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents"),
+        *("max_length", "messages", "padding", "return_dict", "return_tensors", "tokenize", "tools", "truncation"),
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -145,10 +158,28 @@ class TrialConfig(Settings):
         holds_out=True,
     )
     field: str | None = setting(None, "key of a JSON file that holds the rows", decides="rows", holds_out=True)
-    prompt_template: str = setting("{prompt}", "prompt of a row; {name} is a column", decides="rows", searched=True)
-    completion_template: str = setting("{completion}", "completion of a row; {name} is a column", decides="rows")
+    prompt_template: str = setting(
+        PROMPT_TEMPLATE, "prompt of a row; {name} is a column", decides="rows", searched=True
+    )
+    completion_template: str = setting(COMPLETION_TEMPLATE, "completion of a row; {name} is a column", decides="rows")
     messages_column: str | None = setting(
         None, "column of chat messages, used instead of the templates", decides="rows"
+    )
+    format: Literal["alpaca", "sharegpt", "openai", "completion"] | None = setting(
+        None, "what the columns mean; found by their names when neither templates nor chats are named", decides="rows"
+    )
+    tools_column: str | None = setting(None, "column of the tools that a chat may call, as JSON", decides="rows")
+    system_prompt: str | None = setting(None, "system turn of the chats that have none", min_length=1, decides="rows")
+    train_on: Literal["all", "last"] = setting("all", "turns of the assistant that are learned", decides="rows")
+    chat_template: str | None = setting(
+        None,
+        "Jinja file, instead of the tokenizer's own chat template",
+        min_length=1,
+        decides="rows",
+        source="template",
+    )
+    chat_template_kwargs: Pairs | None = setting(
+        None, "what the chat template is told, such as {enable_thinking: false}", decides="rows"
     )
     text_column: str = setting("text", "sequence-classification: the text", decides="rows")
     text_pair_column: str | None = setting(None, "sequence-classification: the second text", decides="rows")
@@ -301,6 +332,21 @@ class TrialConfig(Settings):
         texts = [str(int(name)) if isinstance(name, float) and name.is_integer() else name for name in names]
         return texts if isinstance(value, list | tuple) else texts[0]
 
+    @field_validator("chat_template")
+    @classmethod
+    def _jinja(cls, value: str | None) -> str | None:
+        if value is not None and not value.endswith(".jinja"):
+            raise ValueError("must be a file whose name ends with .jinja")
+        return value
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _of_the_template(cls, value: Pairs | None) -> Pairs | None:
+        for key, _ in value or ():
+            if key in RENDERED:
+                raise ValueError(f"'{key}' is not for a user to give")
+        return value
+
     @field_validator("answer_pattern")
     @classmethod
     def _one_group(cls, value: str | None) -> str | None:
@@ -327,6 +373,8 @@ class TrialConfig(Settings):
             raise ValueError(f"metric: '{self.metric}' is not measured here; {hint}")
         if self.predict_with_generate and not generates:
             raise ValueError(f"predict_with_generate: {self.task} generates no text")
+        if self.format is not None:
+            self._check_format(generates)
         if self.label_names is not None and len(set(self.label_names)) < max(2, len(self.label_names)):
             raise ValueError("label_names: needs two or more different names")
         if self.label_names is not None:
@@ -340,6 +388,24 @@ class TrialConfig(Settings):
             raise ValueError(f"positive_label: '{self.positive_label}' is not among the labels; {hint}")
         if self.f1_average == "binary" and self.positive_label is None and len(label_names) > 2:
             raise ValueError(f"f1_average: binary is of one of {len(label_names)} labels; positive_label says of which")
+
+    def _check_format(self, generates: bool) -> None:
+        if not generates:
+            raise ValueError(f"format: {self.task} has no prompts")
+        chats = self.format in CHAT_COLUMNS
+        named = (self.messages_column and "messages_column") or ("prompt_template" if self.has_templates else None)
+        if named and (self.format == "alpaca" or chats is not (named == "messages_column")):
+            raise ValueError(f"format: {self.format} and {named} exclude each other; leave one out")
+
+    @property
+    def has_templates(self) -> bool:
+        """Whether a template of the rows is other than by default."""
+        return (self.prompt_template, self.completion_template) != (PROMPT_TEMPLATE, COMPLETION_TEMPLATE)
+
+    @property
+    def chat_column(self) -> str | None:
+        """The column of chat messages, by its own setting or by `format`; None: the rows are no chats."""
+        return self.messages_column or CHAT_COLUMNS.get(self.format or "")
 
     @property
     def available_metrics(self) -> tuple[str, ...]:
@@ -438,6 +504,11 @@ def is_integer(setting: str) -> bool:
 def is_number(setting: str) -> bool:
     """Whether `setting` takes numbers."""
     return bool({int, float} & _kinds(setting))
+
+
+def takes_mapping(setting: str) -> bool:
+    """Whether a mapping is a value of `setting`, and no distribution."""
+    return setting in FACTS and Pairs in get_args(TrialConfig.model_fields[setting].annotation)
 
 
 def _kinds(setting: str) -> set[Any]:

@@ -38,7 +38,7 @@ class Facts:
     searched: bool
     of: tuple[MethodName, ...] = METHOD_NAMES
     holds_out: bool = False
-    source: Literal["model", "data"] | None = None
+    source: Literal["model", "data", "template"] | None = None
     revision: str | None = None
     rehearsed: bool = False
     shown: tuple[Literal["card", "best"], ...] = ()

@@ -17,6 +17,7 @@ from bilora_ray.errors import UserError
 BUILTIN = "builtin:"
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
 COLUMNAR = (".parquet", ".arrow")
+TEMPLATE_SUFFIX = ".jinja"
 # What a text file that is packed has after its own suffix -> what pyarrow calls that.
 COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 # What makes a path one that several files can match.
@@ -121,7 +122,8 @@ def kind_by_name(name: str, is_data: bool) -> Kind:
     """Where the `name` of a source says that it is, whatever is on this machine."""
     if name.startswith(BUILTIN):
         return "built in"
-    looks_local = name.startswith((".", "/", "~")) or (is_data and bool(data_suffix(name) or PATTERN.search(name)))
+    is_file = bool(data_suffix(name) or PATTERN.search(name) or name.endswith(TEMPLATE_SUFFIX))
+    looks_local = name.startswith((".", "/", "~")) or (is_data and is_file)
     return "local" if looks_local else "hub"
 
 

@@ -14,6 +14,8 @@ from bilora_ray.errors import UserError
 RECIPE, MERGED = "bilora_ray.json", "merged"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+# What transformers and vLLM know these files by.
+TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 
 
 def write_recipe(adapter: Path, settings: TrialConfig, origin: Mapping[str, Any]) -> None:
@@ -82,6 +84,9 @@ def _recipe(folder: Path) -> dict[str, Any]:
         recipe = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
         if not isinstance(recipe.get("digests", {}), dict):
             raise TypeError
-        return {**recipe, "settings": completed(TrialConfig, recipe["settings"])}
+        settings = completed(TrialConfig, recipe["settings"])
+        if settings["chat_template"] is not None and (folder / TEMPLATE).is_file():
+            settings["chat_template"] = str((folder / TEMPLATE).resolve())  # the one that was trained with
+        return {**recipe, "settings": settings}
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{folder / RECIPE}: is not what was exported; export the adapter again") from None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from huggingface_hub import ModelCard
 
 from bilora_ray.config import METHOD_TITLES, TASK_FACTS, TrialConfig, applies, shown
 from bilora_ray.paths import BUILTIN, kind_by_name
+from bilora_ray.recipe import TEMPLATE
 from bilora_ray.training.tasks import TASKS
 
 CARD = "README.md"
@@ -22,7 +24,7 @@ def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) ->
     Args:
         adapter: the folder, as PEFT wrote it.
         config: the settings of the trial.
-        origin: the study, the trial's number and the value of its metric.
+        origin: the study, the trial's number, the value of its metric, and the tokens that end a text.
     """
     base, model_class = config.model_name_or_path, TASK_FACTS[config.task].model_class
     arguments, imports = [f'"{base}"'], ""
@@ -39,7 +41,7 @@ def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) ->
         del settings["num_train_epochs"]
     table = {key: str(settings[key]).replace("|", "\\|") for key in shown("card") if settings.get(key) is not None}
     rows = "\n".join(f"| {key} | {value} |" for key, value in table.items())
-    value = origin.get(config.metric)
+    value, stops, newline = origin.get(config.metric), origin.get("stop_token_ids"), "\n"
     result = "" if value is None else f", with {config.metric} {value:.6g} on its validation rows"
     metadata = ModelCard.load(adapter / CARD, ignore_metadata_errors=True).data
     if kind_by_name(base, is_data=False) != "hub":  # a path of this machine, at which the Hub would stop
@@ -65,7 +67,24 @@ from transformers import {model_class}
 
 base = {model_class}.from_pretrained({", ".join(arguments)})
 model = PeftModel.from_pretrained(base, ".")  # the folder of this file
-```
-""",
+{f"model.generation_config.eos_token_id = {stops}{newline}" if stops else ""}```
+{_served(config, stops)}""",
         encoding="utf-8",
     )
+
+
+def _served(config: TrialConfig, stops: Sequence[int] | None) -> str:
+    """How to serve what a server would not find by itself: a chat template, what that is told, the ends of a text."""
+    template = f" --chat-template {TEMPLATE}" if config.chat_template is not None else ""
+    told = dict(config.chat_template_kwargs or ())
+    kwargs = f" --default-chat-template-kwargs {shlex.quote(json.dumps(told))}" if told else ""
+    if not (template or kwargs or stops):
+        return ""
+    ends = " --generation-config ." if stops else ""
+    line = f"vllm serve {config.model_name_or_path} --enable-lora --lora-modules adapter=.{template}{kwargs}{ends}"
+    text = f"\nIn this folder:\n\n```bash\n{line}\n```\n"
+    if stops:
+        text += (
+            f"\nWithout `--generation-config`, a request needs `stop_token_ids: {list(stops)}`, or a text has no end.\n"
+        )
+    return text

@@ -12,7 +12,7 @@ from bilora_ray.checking import build
 from bilora_ray.config import TrialConfig
 from bilora_ray.digests import check_base
 from bilora_ray.files import atomic_folder, readable
-from bilora_ray.recipe import MERGED, RECIPE, read_recipe, write_recipe
+from bilora_ray.recipe import GENERATION, MERGED, RECIPE, read_recipe, write_recipe
 
 
 def export_adapter(adapter: Path, output: Path, origin: Mapping[str, Any]) -> None:
@@ -25,7 +25,10 @@ def export_adapter(adapter: Path, output: Path, origin: Mapping[str, Any]) -> No
         for file in adapter.iterdir():  # without their modes: the study's may be there to be read only
             shutil.copyfile(file, unfinished / file.name)
         (unfinished / RECIPE).write_text(json.dumps({**origin, **recipe}, indent=2) + "\n", encoding="utf-8")
-        write_card(unfinished, build(TrialConfig, recipe["settings"], f"{adapter / RECIPE}: settings"), origin)
+        if stops := recipe.get("stop_token_ids"):
+            (unfinished / GENERATION).write_text(json.dumps({"eos_token_id": stops}) + "\n", encoding="utf-8")
+        config = build(TrialConfig, recipe["settings"], f"{adapter / RECIPE}: settings")
+        write_card(unfinished, config, {**recipe, **origin})
 
 
 def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> None:
@@ -42,6 +45,8 @@ def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> Non
     tokenizer = models.load_tokenizer(config)
     base, _ = models.load_base(config, tokenizer, config.label_names)
     merged: Any = models.load_adapter(base, adapter).merge_and_unload()
+    if stops := recipe.get("stop_token_ids"):
+        merged.generation_config.eos_token_id = stops
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(output) as unfinished:
         merged.save_pretrained(unfinished)

@@ -20,6 +20,7 @@ from bilora_ray.config import (
     is_integer,
     is_number,
     of_other_sources,
+    takes_mapping,
 )
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.paths import Locate, locate_here
@@ -88,7 +89,7 @@ def checked_space(
     distributions = {
         key: _distribution("--set trial" if key in given["trial"] else f"{path}: trial", key, value)
         for key, value in trial.items()
-        if isinstance(value, dict)
+        if isinstance(value, dict) and not takes_mapping(key)
     }
     distributions = dict(sorted(distributions.items(), key=lambda item: item[0] != "method"))
     fixed = {key: value for key, value in trial.items() if key not in distributions}
@@ -156,7 +157,7 @@ def absolute_sources(
     for key, kind in SOURCES.items():
         value = result.get(key)
         if isinstance(value, str):
-            result[key] = locate(value, base, f"{where}.{key}", kind == "data")
+            result[key] = locate(value, base, f"{where}.{key}", kind != "model")
         elif isinstance(value, dict) and isinstance(value.get("choice"), list):
             choice = [absolute_sources({key: v}, base, where, locate)[key] for v in value["choice"]]
             result[key] = {**value, "choice": choice}

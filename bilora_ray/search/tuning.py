@@ -154,7 +154,7 @@ class StudyScheduler(FIFOScheduler):
         """Whether a file or folder that all trials share, and that was there at the start, is away."""
         for key, kind in SOURCES.items():
             name = self.study.space.fixed.get(key)
-            if name and kind_of(name, kind == "data") == "local" and not Path(name).exists():
+            if name and kind_of(name, kind != "model") == "local" and not Path(name).exists():
                 return True
         return False
 

@@ -11,11 +11,13 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial, reduce
 from itertools import islice
 from operator import or_
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 import transformers
@@ -26,11 +28,11 @@ from bilora_ray.config import TrialConfig, deciding
 from bilora_ray.errors import UserError
 from bilora_ray.files import temporary_folder
 from bilora_ray.training.data.cache import Stored, Writer, cached
-from bilora_ray.training.data.sources import Source, Stamp, stamps_of
+from bilora_ray.training.data.sources import Source, stamps_of
 from bilora_ray.training.model import load_tokenizer
 from bilora_ray.training.rows import read_sources, rows_of
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Cut, Dataset, Example, Labels, Row
+from bilora_ray.training.tasks.base import Cut, Dataset, Example, Row
 from bilora_ray.training.tasks.truncation import Truncation
 
 # All settings but these decide the examples, or could.
@@ -45,21 +47,28 @@ FACTS_FILE = "facts.json"
 # Of what is in the folder of large sources' examples: another one is another key.
 FORMAT = 1
 
-_kept: dict[tuple[TrialConfig, bool, tuple[str, ...], tuple[Stamp, ...], tuple[Stamp, ...]], Loaded] = {}
+_kept: dict[tuple[object, ...], Loaded] = {}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The examples of a trial, and what truncation did, by split: `train` and `validation`."""
+    """The examples of a trial, and what truncation did, by split: `train` and `validation`.
+
+    Attributes:
+        notes: lines about what is allowed and yet seldom meant, and that only the tokenizer shows.
+    """
 
     train: Sequence[Example]
     validation: Sequence[Example]
     truncation: dict[str, Truncation]
+    notes: tuple[str, ...]
 
     @classmethod
-    def of(cls, examples: Mapping[str, Sequence[Example]], truncation: dict[str, Truncation]) -> Prepared:
+    def of(
+        cls, examples: Mapping[str, Sequence[Example]], truncation: dict[str, Truncation], notes: tuple[str, ...]
+    ) -> Prepared:
         """From `examples` by split; one that is not there is empty."""
-        return cls(examples.get("train", ()), examples.get("validation", ()), truncation)
+        return cls(examples.get("train", ()), examples.get("validation", ()), truncation, notes)
 
 
 @dataclass(frozen=True)
@@ -70,11 +79,13 @@ class Loaded(Prepared):
         tokenizer: the base model's.
         label_names: names by label index; None where the task has no labels.
         digests: what identifies the data, by setting: see `base.Dataset`.
+        format: what the columns mean, named or found.
     """
 
     tokenizer: PreTrainedTokenizerBase
     label_names: tuple[str, ...] | None
     digests: Mapping[str, str]
+    format: str | None
 
 
 def load_data(
@@ -95,7 +106,8 @@ def load_data(
     """
     # Of the two seeds one decides them.
     decisive = config.model_copy(update={**WITHOUT_EFFECT, "seed": 0, "split_seed": config.resolved_split_seed})
-    key = (decisive, beginning, splits, stamps_of(config.train_data), stamps_of(config.validation_data))
+    sources = (config.train_data, config.validation_data, config.chat_template)
+    key = (decisive, beginning, splits, *map(stamps_of, sources))
     if key not in _kept:
         _kept.clear()  # before there is another: they may be large
         _kept[key] = _load(decisive, shared, beginning, splits)
@@ -109,7 +121,13 @@ def _load(config: TrialConfig, shared: Path | None, beginning: bool, splits: tup
     rows = rows_of(sources, config)
     tokenizer = load_tokenizer(config)
     prepared = prepare(rows, config, tokenizer, splits)
-    return Loaded(**vars(prepared), tokenizer=tokenizer, label_names=rows.label_names, digests=rows.digests)
+    return Loaded(
+        **vars(prepared),
+        tokenizer=tokenizer,
+        label_names=rows.label_names,
+        digests=rows.digests,
+        format=rows.format,
+    )
 
 
 def _load_large(
@@ -118,13 +136,13 @@ def _load_large(
     tokenizer = load_tokenizer(config)
     write = partial(_write, sources=sources, config=config, tokenizer=tokenizer, splits=splits)
     if shared is not None:
-        prepared, label_names = _read(cached(shared, _key(sources, config, tokenizer, splits), write))
+        found = _read(cached(shared, _key(sources, config, tokenizer, splits), write))
     else:
         with temporary_folder() as folder:
             write(folder)
-            prepared, label_names = _read(folder)  # files that are open outlive their names
+            found = _read(folder)  # files that are open outlive their names
     digests = {setting: source.digest for setting, source in sources.items()}
-    return Loaded(**vars(prepared), tokenizer=tokenizer, label_names=label_names, digests=digests)
+    return Loaded(**found, tokenizer=tokenizer, digests=digests)
 
 
 def _write(
@@ -136,21 +154,22 @@ def _write(
 ) -> None:
     """As `prepare`, into files of `folder`."""
     rows = rows_of(sources, config)
-    truncation = {}
-    for split in splits:
-        with Writer(folder / f"{split}.arrow", Example) as examples:
-            truncation[split] = asdict(_encode(getattr(rows, split), config, tokenizer, split, examples))
-    facts = {"truncation": truncation, "label_names": rows.label_names}
+    with ExitStack() as open_files:
+        writers = {split: open_files.enter_context(Writer(folder / f"{split}.arrow", Example)) for split in splits}
+        truncation, notes = _filled(writers, rows, config, tokenizer)
+    counts = {split: asdict(found) for split, found in truncation.items()}
+    facts = {"truncation": counts, "notes": notes, "label_names": rows.label_names, "format": rows.format}
     (folder / FACTS_FILE).write_text(json.dumps(facts), encoding="utf-8")
 
 
-def _read(folder: Path) -> tuple[Prepared, Labels]:
-    """What `_write` has written."""
+def _read(folder: Path) -> dict[str, Any]:
+    """What `_write` has written, as arguments of `Loaded`."""
     facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
     truncation = {split: Truncation(**counts) for split, counts in facts["truncation"].items()}
     examples = {split: Stored(folder / f"{split}.arrow", Example) for split in truncation}
-    names = facts["label_names"]
-    return Prepared.of(examples, truncation), None if names is None else tuple(names)
+    names = None if facts["label_names"] is None else tuple(facts["label_names"])
+    prepared = Prepared.of(examples, truncation, tuple(facts["notes"]))
+    return {**vars(prepared), "label_names": names, "format": facts["format"]}
 
 
 def _key(
@@ -177,10 +196,33 @@ def prepare(
         UserError: the tokenizer lacks what the task needs, or a row or a split has nothing to predict.
     """
     examples: dict[str, list[Example]] = {split: [] for split in splits}
+    return Prepared.of(examples, *_filled(examples, dataset, config, tokenizer))
+
+
+def _filled(
+    examples: Mapping[str, list[Example] | Writer[Example]],
+    dataset: Dataset,
+    config: TrialConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[dict[str, Truncation], tuple[str, ...]]:
+    """Add to `examples`, by split; what truncation did, by split, and what only the tokenizer shows."""
+    config = config.model_copy(update={"format": dataset.format or config.format})
     truncation = {
         split: _encode(getattr(dataset, split), config, tokenizer, split, found) for split, found in examples.items()
     }
-    return Prepared.of(examples, truncation)
+    told = list(TASKS[config.task].tokenizer_notes(dataset, config, tokenizer))
+    if "train" in examples:
+        told = [*_several(len(dataset.train), len(examples["train"]), config), *told]
+    return truncation, tuple(told)
+
+
+def _several(chats: int, examples: int, config: TrialConfig) -> Iterator[str]:
+    if examples > chats:
+        setting = "format" if config.messages_column is None else "messages_column"
+        yield (
+            f"{setting}: {chats} chats are {examples} training rows, one for each turn of the assistant, for the chat "
+            "template writes a turn otherwise once others follow"
+        )
 
 
 def _encode(
@@ -197,7 +239,7 @@ def _encode(
     for chunk in _chunks(rows):
         for row, encoded in zip(chunk, task.examples(chunk, config, tokenizer, keep_prompts), strict=True):
             for example, _ in encoded:
-                _check_readable(example, row, config, keep_prompts)
+                _check_readable(example, row, config)
             kept = [(example, taken) for example, taken in encoded if task.target_count([example])]
             examples.extend(example for example, _ in kept)
             if kept:
@@ -224,6 +266,7 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
-def _check_readable(example: Example, row: Row, config: TrialConfig, keep_prompts: bool) -> None:
-    if not example.input_ids or (config.predict_with_generate and keep_prompts and not example.prompt_ids):
+def _check_readable(example: Example, row: Row, config: TrialConfig) -> None:
+    asked = example.prompt_ids if config.predict_with_generate else None
+    if not example.input_ids or (asked is not None and not asked):
         raise UserError(f"{row.where}: there is no text to read")

@@ -27,7 +27,7 @@ from bilora_ray.files import atomic_folder, temporary_folder
 from bilora_ray.method import export_primary, primary_parameters
 from bilora_ray.method.base import Closure
 from bilora_ray.paths import cached_commit
-from bilora_ray.recipe import write_recipe
+from bilora_ray.recipe import TEMPLATE, write_recipe
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from bilora_ray.training.data.batches import train_batch
@@ -100,6 +100,7 @@ class Run:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         self.data: Loaded = load_data(config, shared=folder.examples)
+        self.config = config.model_copy(update={"format": self.data.format})
         self.digests = {**self.data.digests, BASE: of_base(config)}
         check_unchanged(config, digests or {}, self.digests)
         base, fresh = models.load_base(config, self.data.tokenizer, self.data.label_names, workers)
@@ -281,8 +282,12 @@ class Run:
             settings = self._with_labels()
             commit = cached_commit(settings.model_name_or_path, settings.model_revision)
             known = {key: digest for key, digest in self.digests.items() if digest is not None}
-            origin = {"step": self.progress.step, "model_commit": commit, "digests": known}
+            origin: dict[str, Any] = {"step": self.progress.step, "model_commit": commit, "digests": known}
+            if stops := self.task.stops(self.model, self.data.tokenizer, settings):
+                origin["stop_token_ids"] = stops
             write_recipe(written, settings, origin)
+            if settings.chat_template is not None:
+                (written / TEMPLATE).write_text(str(self.data.tokenizer.chat_template), encoding="utf-8")
             with atomic_folder(path) as unfinished:
                 for file in written.iterdir():
                     shutil.copyfile(file, unfinished / file.name)

@@ -29,6 +29,7 @@ from bilora_ray.method import MethodAdamW, build_method, settings_of
 from bilora_ray.method.base import Place
 from bilora_ray.method.registry import stay
 from bilora_ray.paths import is_cached, kind_of, loadable
+from bilora_ray.training.data.chat import use_template
 from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import check_positions
@@ -52,6 +53,7 @@ def load_tokenizer(config: TrialConfig) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, with a padding token. UserError if there is none that can be read."""
     with _naming_the_model(config):
         tokenizer = _from_pretrained(AutoTokenizer, config, _hub_arguments(config))
+    use_template(tokenizer, config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:

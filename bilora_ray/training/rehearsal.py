@@ -45,5 +45,5 @@ def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
     models.build_optimizer(model, config)
     first = data.train[0]
     target = TASKS[config.task].learned(first, data.tokenizer, data.label_names)
-    notes = tuple(Truncation.of(data.truncation.values()).notes(config.model_dump()))
+    notes = (*data.notes, *Truncation.of(data.truncation.values()).notes(config.model_dump()))
     return Rehearsal(data.truncation, str(data.tokenizer.decode(first.input_ids.tolist())), target, notes)

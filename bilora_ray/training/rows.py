@@ -17,6 +17,7 @@ from bilora_ray.config import TrialConfig, template_columns
 from bilora_ray.errors import UserError
 from bilora_ray.training.data import sources
 from bilora_ray.training.data.columns import filled, label_text_of
+from bilora_ray.training.data.formats import format_note, in_format
 from bilora_ray.training.data.order import held_out, stratified
 from bilora_ray.training.data.sources import (
     BEGINNING,
@@ -58,7 +59,7 @@ def read_sources(config: TrialConfig, beginning: bool = False) -> dict[str, Sour
     Raises:
         UserError: as `load_rows`, but for what only the rows of a large source could show.
     """
-    _check_messages(config)
+    _check_task(config)
     found = {"train_data": read_train(config), "validation_data": read_validation(config)}
     return {key: source.beginning() if beginning else source for key, source in found.items() if source is not None}
 
@@ -73,6 +74,7 @@ def rows_of(sources: Mapping[str, Source], config: TrialConfig) -> Dataset:
     Raises:
         UserError: as `load_rows`.
     """
+    config = _in_format(config, {key: source.records for key, source in sources.items()})
     names = _label_names(sources, config)
     train, *named = (_rows(source.records, config, names) for source in sources.values())
     train, validation = (train, named[0]) if named else _hold_out(train, config)
@@ -83,7 +85,8 @@ def rows_of(sources: Mapping[str, Source], config: TrialConfig) -> Dataset:
     TASKS[config.task].check(validation, config)
     digests = {key: source.digest for key, source in sources.items()}
     partial = {key: source.size for key, source in sources.items() if not source.is_whole}
-    return Dataset(_draw(train, config.max_train_samples, "sample", config), validation, names, digests, partial)
+    drawn = _draw(train, config.max_train_samples, "sample", config)
+    return Dataset(drawn, validation, names, digests, partial, config.format)
 
 
 def check_first_rows(config: TrialConfig) -> None:
@@ -95,9 +98,11 @@ def check_first_rows(config: TrialConfig) -> None:
         UserError: what `load_rows` would say too.
     """
     task = TASKS[config.task]
-    _check_messages(config)
+    _check_task(config)
     check_validation(config)
-    for setting, records in first_records(config, FIRST_ROWS).items():
+    found = first_records(config, FIRST_ROWS)
+    config = _in_format(config, found)
+    for setting, records in found.items():
         names = _first_labels(records, config)
         if names is None and config.label_names is None and task.label_names is not given_labels:
             continue
@@ -119,10 +124,19 @@ def _first_labels(records: Sequence[Record], config: TrialConfig) -> Labels:
     return None
 
 
-def _check_messages(config: TrialConfig) -> None:
-    if config.messages_column is not None and not TASKS[config.task].takes_messages:
+def _in_format(config: TrialConfig, records: Mapping[str, Collection[Record]]) -> TrialConfig:
+    """`config` with the format of the training records, which are not there where only the Hub has them."""
+    if "train_data" in records:
+        config = in_format(config, records["train_data"])
+        _check_task(config)
+    return config
+
+
+def _check_task(config: TrialConfig) -> None:
+    if config.chat_column is not None and not TASKS[config.task].takes_messages:
         allowed = ", ".join(name for name, other in TASKS.items() if other.takes_messages)
-        raise UserError(f"messages_column: only {allowed} takes chat messages, not {config.task}")
+        setting = "format" if config.messages_column is None else "messages_column"
+        raise UserError(f"{setting}: only {allowed} takes chat messages, not {config.task}")
 
 
 def _label_names(sources: Mapping[str, Source], config: TrialConfig) -> Labels:
@@ -195,6 +209,8 @@ def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:
         workers: how many train the trial together.
     """
     yield from sources.notes(config)
+    yield from format_note(config, dataset.format)
+    config = config.model_copy(update={"format": dataset.format})
     named = [key for key in ("validation_data", "validation_split") if getattr(config, key) is not None]
     validation_data = (*named, "train_data")[0]
     rows, others, dataset = len(dataset.train), len(dataset.validation), _beginning(dataset)

@@ -1,25 +1,43 @@
 """Conversations: the assistant's tokens, all of them and no others, whatever the template looks like."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from training.chat_cases import (
+    CASES,
+    CHANNELS,
+    ENDLESS,
+    ENDS_THE_TEXT,
+    MERGES_SYSTEM,
+    OPENS,
+    OPENS_CLOSELY,
+    PARTS,
+    PLACE,
+    PLAIN,
+    SPACED,
+    THINKS_LAST,
+    TWO,
+    Case,
+    messages,
+    tokenizer_of,
+)
 from transformers import PreTrainedTokenizerFast
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.training.data.chat import Template, Turn
+from bilora_ray.training.data.formats import format_note, in_format
+from bilora_ray.training.data.sources import Record
 from bilora_ray.training.loading import Prepared, prepare
+from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Dataset
 from bilora_ray.training.tasks.causal_lm import ChatRow
+from bilora_ray.training.tasks.text import ends, stops
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-# Earlier turns of the assistant lose their thoughts, as in the templates of some reasoning models.
-FORGETFUL = (
-    "{% for m in messages %}{% if m.role == 'assistant' and not loop.last %}<|assistant|>{{ m.content[0] }}"
-    "{% else %}<|{{ m.role }}|>{{ m.content }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 STRICT = "{{ raise_exception('Roles must alternate') }}"
@@ -110,25 +128,144 @@ def test_a_long_conversation_loses_its_beginning_but_not_its_first_special_token
     assert (data.truncation["train"].cut, data.truncation["train"].dropped) == (1, 0)
 
 
-def test_a_template_that_rewrites_earlier_turns() -> None:
-    tokenizer = byte_tokenizer(FORGETFUL)
-    assert learned(tokenizer, chat(turns("a", "thought, b"), tokenizer).train[0]) == ["thought, b"]
-    with pytest.raises(UserError) as caught:
-        chat(turns("a", "thought, b", "c", "d"), tokenizer)
-    assert str(caught.value) == (
-        "chat.jsonl, line 4: the chat template writes a turn differently when others follow, so the assistant's "
-        "tokens cannot be found; use prompt_template and completion_template"
-    )
-
-
 @pytest.mark.parametrize(
     ("template", "message"),
     [
         (STRICT, "chat.jsonl, line 4: the chat template refuses the conversation (Roles must alternate)"),
-        (None, "messages_column: the tokenizer of m has no chat template"),
+        (None, "messages_column: the tokenizer of m has no chat template; name a file in chat_template"),
     ],
 )
 def test_what_a_template_refuses(template: str | None, message: str) -> None:
     with pytest.raises(UserError) as caught:
         chat(turns("a", "b"), byte_tokenizer(template))
     assert str(caught.value) == message
+
+
+def row_of(case: Case) -> tuple[Dataset, TrialConfig]:
+    """The row of a case, as it is read, and its settings."""
+    config = TrialConfig(model_name_or_path="m", task="causal-lm", train_data="d", **case.settings)
+    record = Record(case.row, PLACE)
+    found = in_format(config, [record])
+    row = TASKS["causal-lm"].row(record, found, None)
+    return Dataset([row], [row], None, {}, found.format), config
+
+
+def eos_of(case: Case) -> str:
+    return "<eos>" if case.template in (ENDS_THE_TEXT, ENDLESS, CHANNELS) else "[end]"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_what_becomes_of_a_chat(case: Case) -> None:
+    tokenizer = tokenizer_of(case.template, eos_of(case))
+    if case.refused:
+        with pytest.raises(UserError) as caught:
+            prepare(*row_of(case), tokenizer)
+        assert [str(caught.value)] == list(case.says)
+        return
+    rows, config = row_of(case)
+    data = prepare(rows, config, tokenizer)
+    assert [learned(tokenizer, example) for example in data.train] == list(case.learned)
+    assert [*format_note(config, rows.format), *data.notes] == list(case.says)
+
+
+CHATS = [messages(*TWO), messages("hi", "ho", "a", "b", "c", "d", system="be"), messages(*TWO, reasoning_content="hm")]
+TEMPLATES = {
+    "plain": PLAIN,
+    "thinks last": THINKS_LAST,
+    "ends the text": ENDS_THE_TEXT,
+    "channels": CHANNELS,
+    "endless": ENDLESS,
+    "merges the system turn": MERGES_SYSTEM,
+    "parts": PARTS,
+}
+
+
+def rendered(tokenizer: Any, template: Template, chat: list[dict[str, Any]], ask: bool) -> list[int]:
+    return tokenizer(template.render(chat, None, "W", ask=ask), add_special_tokens=False)["input_ids"]
+
+
+def by_turn(template: Template, chat: list[dict[str, Any]]) -> list[tuple[int, Turn]]:
+    """Where the turn that each example ends with stands in the conversation, and the example."""
+    numbers = [number for number, message in enumerate(chat) if message["role"] == "assistant"]
+    turns = template.turns(chat, None, "W")
+    assert len(turns) in (1, len(numbers))
+    return list(zip(numbers[-len(turns) :], turns, strict=True))
+
+
+@pytest.mark.parametrize("chat", CHATS, ids=["two", "three with a system turn", "thoughts"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_an_example_is_the_conversation_up_to_its_turn_token_by_token(name: str, chat: list[dict[str, Any]]) -> None:
+    tokenizer = tokenizer_of(TEMPLATES[name])
+    template = Template(tokenizer, {}, last_only=False)
+    for number, turn in by_turn(template, chat):
+        assert turn.prompt == rendered(tokenizer, template, chat[:number], ask=True)
+        assert turn.prompt + turn.target == rendered(tokenizer, template, chat[: number + 1], ask=False)
+
+
+@pytest.mark.parametrize("chat", CHATS, ids=["two", "three with a system turn", "thoughts"])
+@pytest.mark.parametrize("opens", [OPENS, OPENS_CLOSELY, SPACED], ids=["opens", "opens closely", "spaced"])
+def test_a_prompt_is_what_is_asked_where_a_whole_conversation_has_less(opens: str, chat: list[dict[str, Any]]) -> None:
+    """The turn begins behind all of the generation prompt, and ends as the whole conversation does."""
+    tokenizer = tokenizer_of(opens)
+    template = Template(tokenizer, {}, last_only=False)
+    for number, turn in by_turn(template, chat):
+        assert turn.prompt == rendered(tokenizer, template, chat[:number], ask=True)
+        text = tokenizer.decode(turn.prompt + turn.target)
+        assert text.count("<think>", text.rindex("[a]")) == text.count("</think>", text.rindex("[a]")) <= 1
+        assert text.endswith(f"{chat[number]['content']}[end]")
+
+
+@pytest.mark.parametrize("template", [THINKS_LAST, OPENS, CHANNELS, PLAIN])
+def test_an_answer_is_judged_without_its_thoughts(template: str) -> None:
+    """A model that writes just what it learned, or has thought before, is right."""
+    tokenizer = tokenizer_of(template, eos="<eos>")
+    found = Template(tokenizer, {}, last_only=False)
+    for chat in (messages("hi", "ho"), messages("hi", "ho", reasoning_content="hm")):
+        (turn,) = found.turns(chat, None, "W")
+        assert found.answer(turn.target) == "ho"
+
+
+def test_the_last_turn_is_judged_however_many_examples_a_chat_becomes() -> None:
+    config = TrialConfig(
+        model_name_or_path="m", task="causal-lm", train_data="d", messages_column="m", predict_with_generate=True
+    )
+    rows = [ChatRow(messages(*TWO), "W")]
+    kept = prepare(Dataset(rows, rows, None, {}), config, tokenizer_of(THINKS_LAST)).validation
+    assert [(example.prompt_ids is None, example.reference) for example in kept] == [(True, "ho"), (False, "b")]
+
+
+def test_what_a_template_is_told_reaches_it() -> None:
+    told = PLAIN + "{% if style %}{{ style }}{% endif %}"
+    config = coerced(chat_template_kwargs={"style": "!"})
+    (turn,) = Template.of(tokenizer_of(told), config).turns(messages("hi", "ho"), None, "W")
+    assert tokenizer_of(told).decode(turn.prompt).endswith("[a]!")
+
+
+def coerced(**settings: Any) -> TrialConfig:
+    return TrialConfig(model_name_or_path="m", task="causal-lm", train_data="d", messages_column="m", **settings)
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "found"),
+    [(PLAIN, "[end]", ["[end]"]), (ENDS_THE_TEXT, "<eos>", ["[end]", "<eos>"]), (ENDLESS, "<eos>", [])],
+)
+def test_what_ends_a_turn(template: str, eos: str, found: list[str]) -> None:
+    tokenizer = tokenizer_of(template, eos)
+    assert tokenizer.convert_ids_to_tokens(list(Template(tokenizer, {}, last_only=False).ends)) == found
+
+
+def generating(eos: int | list[int] | None) -> Any:
+    return SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=eos))
+
+
+def test_a_text_ends_at_the_end_of_a_turn_that_the_model_does_not_know() -> None:
+    chats = coerced()
+    plain = chats.model_copy(update={"messages_column": None})
+    tokenizer = tokenizer_of(PLAIN, eos="<eos>")
+    eos, end = tokenizer.convert_tokens_to_ids(["<eos>", "[end]"])
+    assert ends(generating(eos), tokenizer, chats) == sorted([eos, end])
+    assert stops(generating(eos), tokenizer, chats) == sorted([eos, end])
+    assert stops(generating([eos, end]), tokenizer, chats) == []
+    assert stops(generating(eos), tokenizer, plain) == []
+    assert stops(generating(None), tokenizer, plain) == [eos]
+    assert stops(generating(eos), tokenizer_of(ENDS_THE_TEXT, "<eos>"), chats) == []

@@ -264,7 +264,8 @@ def test_what_cannot_be_prepared() -> None:
     assert error([text("a", "b")], word_tokenizer(eos_token=None)) == (
         "model_name_or_path: the tokenizer of m has no end of sequence"
     )
-    assert error([text("a", "b")], messages_column="chat") == "messages_column: the tokenizer of m has no chat template"
+    problem = "messages_column: the tokenizer of m has no chat template; name a file in chat_template"
+    assert error([text("a", "b")], messages_column="chat") == problem
     labelled: list[Row] = [LabelledRow("", None, 0, "d.tsv, line 2")]
     assert error(labelled, plain, task="sequence-classification") == "d.tsv, line 2: there is no text to read"
 

@@ -513,7 +513,8 @@ def test_chat_data_needs_a_chat_template(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny.config(
         "causal-lm", model_name_or_path=str(model), messages_column="chat", train_data=data, validation_data=None
     )
-    assert problem(config, tmp_path / "run") == f"messages_column: the tokenizer of {model} has no chat template"
+    line = f"messages_column: the tokenizer of {model} has no chat template; name a file in chat_template"
+    assert problem(config, tmp_path / "run") == line
 
 
 def test_device_is_where_all_parameters_are(tiny: Tiny, tmp_path: Path) -> None:

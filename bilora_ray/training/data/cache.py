@@ -41,14 +41,20 @@ class Writer(Generic[T]):
 
         self._schema = _schema(kind)
         self._waiting: list[T] = []
+        self._count = 0
         self._file = path.open("wb")
         self._arrow = pyarrow.ipc.new_file(self._file, self._schema)
 
     def extend(self, examples: Iterable[T]) -> None:
         """Add `examples`."""
+        before = len(self._waiting)
         self._waiting.extend(examples)
+        self._count += len(self._waiting) - before
         while len(self._waiting) >= BATCH:
             self._write(BATCH)
+
+    def __len__(self) -> int:
+        return self._count
 
     def __enter__(self) -> Writer[T]:
         return self

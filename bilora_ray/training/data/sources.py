@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError, UserError, first_line, refusal
-from bilora_ray.paths import data_files, kind_of, loadable, splits_of
+from bilora_ray.paths import data_files, files_of, kind_of, loadable, splits_of
 from bilora_ray.training.data import tables
 from bilora_ray.training.data.decoding import DataFile, json_rows, stored
 from bilora_ray.training.data.tables import DELIMITERS
@@ -265,11 +265,11 @@ def stamp_of(path: Path) -> Stamp:
 
 
 def stamps_of(name: str | None) -> tuple[Stamp, ...]:
-    """Those of the files that a source is made of; none where it is not made of files that are there."""
+    """Those of all files below a local source; none of one that is elsewhere or not there."""
     if name is None or not _is_file(name):
         return ()
     with suppress(OSError, UserError):  # who reads it says what is wrong
-        return tuple(stamp_of(file.path) for file in _files(name, ""))
+        return tuple(stamp_of(file) for file in files_of(Path(loadable(name)).expanduser()))
     return ()
 
 

@@ -46,6 +46,7 @@ class Dataset:
         digests: what identifies the content, by setting (`train_data`, `validation_data`); the latter is absent
             when validation rows are split off the training data. See `sources.Source`.
         partial: the settings whose sources have more rows than there are here -> bytes of all of that source.
+        format: what the columns mean, named or found.
     """
 
     train: Collection[Row]
@@ -53,6 +54,7 @@ class Dataset:
     label_names: Labels
     digests: Mapping[str, str]
     partial: Mapping[str, int] = field(default_factory=dict)
+    format: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +158,9 @@ class Task:
         notes: lines about a dataset that is allowed and yet seldom meant; the last argument is the setting that
             decides its validation rows.
         about: lines about a dataset, for people to read: its labels, and what the metric is without learning.
+        tokenizer_notes: as `notes`, about what the tokenizer makes of the rows.
         generated: metrics of what a model writes, with `predict_with_generate`.
+        stops: tokens at which a text that was learned ends, if the model would go on behind one of them.
         model_arguments: label names -> what `from_pretrained` takes beside what all tasks give it.
         heads: modules that PEFT trains and saves by itself.
         takes_messages: whether a row may be a conversation.
@@ -185,10 +189,12 @@ class Task:
     check: Callable[[Collection[Any], TrialConfig], None] = nothing
     notes: Callable[[Dataset, TrialConfig, str], Iterable[str]] = nothing
     about: Callable[[Dataset, TrialConfig], Iterable[str]] = nothing
+    tokenizer_notes: Callable[[Dataset, TrialConfig, PreTrainedTokenizerBase], Iterable[str]] = nothing
     generated: Callable[
         [Model, Sequence[Example], TrialConfig, PreTrainedTokenizerBase, Workers],
         dict[str, float],
     ] = nothing
+    stops: Callable[[Model, PreTrainedTokenizerBase, TrialConfig], Sequence[int]] = nothing
     model_arguments: Callable[[Labels], dict[str, Any]] = nothing
     heads: tuple[str, ...] = ()
     takes_messages: bool = False

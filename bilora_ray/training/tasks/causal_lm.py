@@ -18,16 +18,19 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.training.data.chat import conversation, messages_of
-from bilora_ray.training.data.sources import Record
+from bilora_ray.training.data.chat import Template, Turn
+from bilora_ray.training.data.formats import messages_of, tools_of
+from bilora_ray.training.data.sources import BEGINNING, Record
 from bilora_ray.training.metrics import IGNORED
 from bilora_ray.training.tasks.base import Cut, Dataset, Encoded, Example, Labels, Model, Task
 from bilora_ray.training.tasks.text import (
     TextRow,
+    answer_lost,
     answers_lost,
     check_answers,
     check_tokenizer,
@@ -37,6 +40,7 @@ from bilora_ray.training.tasks.text import (
     metrics,
     most_new_tokens,
     predict,
+    stops,
     target_count,
     text_notes,
     text_row,
@@ -55,6 +59,7 @@ class ChatRow:
 
     messages: Sequence[Mapping[str, Any]]
     where: str
+    tools: Sequence[Any] | None = None
 
     @property
     def completion(self) -> str:
@@ -64,17 +69,28 @@ class ChatRow:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The ids of one row: leading special tokens, the rest of the prompt and its labels, the completion."""
+    """One example, before it is cut.
+
+    Attributes:
+        head: leading special tokens.
+        prompt: the rest of the prompt.
+        prompt_labels: as many.
+        target: the completion.
+        reference: the answer as text.
+        unjudged: whether a text that is the completion would be cut before its answer.
+    """
 
     head: list[int]
     prompt: list[int]
     prompt_labels: list[int]
     target: list[int]
+    reference: str
+    unjudged: Cut
 
 
 def _row(record: Record, config: TrialConfig, names: Labels) -> TextRow | ChatRow:
-    if config.messages_column is not None:
-        return ChatRow(messages_of(record, config.messages_column), record.where)
+    if config.chat_column is not None:
+        return ChatRow(messages_of(record, config), record.where, tools_of(record, config))
     return text_row(record, config, names)
 
 
@@ -82,25 +98,28 @@ def _examples(
     rows: Sequence[Any], config: TrialConfig, tokenizer: PreTrainedTokenizerBase, keep_prompts: bool
 ) -> Iterator[Encoded]:
     check_tokenizer(config, tokenizer)
-    if config.messages_column is not None and tokenizer.chat_template is None:
-        raise UserError(f"messages_column: the tokenizer of {config.model_name_or_path} has no chat template")
-    parts = _completions(rows, tokenizer) if config.messages_column is None else _conversations(rows, tokenizer)
-    lost = answers_lost(rows, config, tokenizer, keep_prompts, continues=True)
-    for row, part, unjudged in zip(rows, parts, lost, strict=True):
-        room = max(config.max_length - len(part.head), 0)
-        if config.truncation == "drop" and len(part.prompt) + len(part.target) > room:
-            yield []
-            continue
-        target = part.target[: max(MOST_LEARNED[config.truncation](len(part.prompt), room), 0)]
-        prompt = _last(part.prompt, room - len(target))
-        asked = _asked(part, config) if keep_prompts else part.prompt
-        example = Example(
-            input_ids=array("i", part.head + prompt + target),
-            labels=array("i", [IGNORED] * len(part.head) + _last(part.prompt_labels, len(prompt)) + target),
-            prompt_ids=array("i", part.head + asked) if keep_prompts else None,
-            reference=row.completion,
-        )
-        yield [(example, _cut(part, prompt, target, asked, config) | unjudged)]
+    chats = config.chat_column is not None
+    parts = _conversations(rows, config, tokenizer) if chats else _completions(rows, config, tokenizer, keep_prompts)
+    for of_row in parts:
+        # What is written is judged once a row: by the last turn of a conversation, however many examples it becomes.
+        yield [one for part in of_row for one in _example(part, config, keep_prompts and part is of_row[-1])]
+
+
+def _example(part: Parts, config: TrialConfig, keep_prompt: bool) -> Encoded:
+    room = max(config.max_length - len(part.head), 0)
+    if config.truncation == "drop" and len(part.prompt) + len(part.target) > room:
+        return []
+    target = part.target[: max(MOST_LEARNED[config.truncation](len(part.prompt), room), 0)]
+    prompt = _last(part.prompt, room - len(target))
+    asked = _asked(part, config) if keep_prompt else part.prompt
+    example = Example(
+        input_ids=array("i", part.head + prompt + target),
+        labels=array("i", [IGNORED] * len(part.head) + _last(part.prompt_labels, len(prompt)) + target),
+        prompt_ids=array("i", part.head + asked) if keep_prompt else None,
+        reference=part.reference,
+    )
+    unjudged = part.unjudged if keep_prompt else Cut.NOTHING
+    return [(example, _cut(part, prompt, target, asked, config) | unjudged)]
 
 
 def _cut(part: Parts, prompt: list[int], target: list[int], asked: list[int], config: TrialConfig) -> Cut:
@@ -137,13 +156,17 @@ def _last(values: list[int], count: int) -> list[int]:
     return values[max(len(values) - count, 0) :]
 
 
-def _completions(rows: Sequence[TextRow], tokenizer: PreTrainedTokenizerBase) -> Iterator[Parts]:
+def _completions(
+    rows: Sequence[TextRow], config: TrialConfig, tokenizer: PreTrainedTokenizerBase, asked: bool
+) -> Iterator[list[Parts]]:
     """Prompt and completion are tokenized apart, so that a prompt has the same tokens in training and generation."""
     head = _leading_special_tokens(tokenizer)
     prompts = without_special_tokens([row.prompt for row in rows], tokenizer)
     completions = without_special_tokens([row.completion for row in rows], tokenizer)
-    for prompt, completion in zip(prompts, completions, strict=True):
-        yield Parts(head, prompt, [IGNORED] * len(prompt), [*completion, tokenizer.eos_token_id])
+    lost = answers_lost(rows, config, tokenizer, asked, continues=True)
+    for row, prompt, completion, unjudged in zip(rows, prompts, completions, lost, strict=True):
+        target = [*completion, tokenizer.eos_token_id]
+        yield [Parts(head, prompt, [IGNORED] * len(prompt), target, row.completion, unjudged)]
 
 
 def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -152,11 +175,30 @@ def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return text["input_ids"][: text["special_tokens_mask"].index(0)]
 
 
-def _conversations(rows: Sequence[ChatRow], tokenizer: PreTrainedTokenizerBase) -> Iterator[Parts]:
+def _conversations(
+    rows: Sequence[ChatRow], config: TrialConfig, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[list[Parts]]:
+    template = Template.of(tokenizer, config)
     for row in rows:
-        prompt, labels, target = conversation(row.messages, tokenizer, row.where)
-        start = int(prompt[:1] == [tokenizer.bos_token_id])
-        yield Parts(prompt[:start], prompt[start:], labels[start:], target)
+        turns = template.turns(row.messages, row.tools, row.where)
+        yield [_parts(turn, template, config, row.where) for turn in turns]
+
+
+def _parts(turn: Turn, template: Template, config: TrialConfig, where: str) -> Parts:
+    """The answer is what is left of the turn where a text that is generated is cut too."""
+    start = int(turn.prompt[:1] == [template.tokenizer.bos_token_id])
+    head, prompt = turn.prompt[:start], turn.prompt[start:]
+    reference, unjudged = template.answer(turn.target), Cut.NOTHING
+    if config.predict_with_generate:
+        written = template.answer(turn.target[: most_new_tokens(config, continues=True)])
+        unjudged = answer_lost(reference, written, config, where)
+    return Parts(head, prompt, turn.labels[start:], turn.target, reference, unjudged)
+
+
+def _template_notes(dataset: Dataset, config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    if config.chat_column is not None:
+        rows = islice(dataset.train, BEGINNING)
+        yield from Template.of(tokenizer, config).notes([row.messages for row in rows if isinstance(row, ChatRow)])
 
 
 def _target_count(examples: Sequence[Example]) -> int:
@@ -191,7 +233,9 @@ TASK = Task(
     predict=partial(predict, continues=True),
     check=check_answers,
     notes=_notes,
+    tokenizer_notes=_template_notes,
     generated=partial(generated, continues=True),
+    stops=stops,
     takes_messages=True,
     continues=True,
 )

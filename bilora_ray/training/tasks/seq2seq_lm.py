@@ -27,6 +27,7 @@ from bilora_ray.training.tasks.text import (
     metrics,
     predict,
     set_languages,
+    stops,
     target_count,
     target_ids,
     text_notes,
@@ -97,4 +98,5 @@ TASK = Task(
     check=check_answers,
     notes=text_notes,
     generated=partial(generated, continues=False),
+    stops=stops,
 )

@@ -14,7 +14,9 @@ from bilora_ray.config import TrialConfig, template_columns
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.paths import model_file
 from bilora_ray.training.data.batches import eval_batches, in_row_order
+from bilora_ray.training.data.chat import Template
 from bilora_ray.training.data.columns import filled, label_of, listed, text_of
+from bilora_ray.training.data.formats import prompt_and_completion
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import (
     F1,
@@ -69,6 +71,7 @@ class TextRow:
 def text_row(record: Record, config: TrialConfig, names: Labels) -> TextRow:
     """The record in the templates, its label by name where the labels are given."""
     templates = (config.prompt_template, config.completion_template)
+    record = prompt_and_completion(record, config)
     values = {column: text_of(record, column) for template in templates for column in template_columns(template)}
     if names is not None and config.label_column in values:
         values[config.label_column] = names[label_of(record, config, names)]
@@ -91,7 +94,7 @@ def text_notes(dataset: Dataset, config: TrialConfig, validation_data: str) -> I
     """Completions that teach nothing, and what of a base is left out of account where its texts are judged."""
     if config.predict_with_generate and (other := _preferences(config)):
         yield f"predict_with_generate: texts are written greedily, without the base's own {other}"
-    if config.messages_column is None and not template_columns(config.completion_template):
+    if config.chat_column is None and not template_columns(config.completion_template):
         yield "completion_template: names no column, so that every row has the same completion"
     splits = (("train_data", "training", dataset.train), (validation_data, "validation", dataset.validation))
     for setting, kind, rows in splits:
@@ -229,10 +232,13 @@ def generated(
     continues: bool,
 ) -> dict[str, float]:
     """How often the answer in what `model` writes is the right one, and label metrics where the labels are given."""
+    examples = [example for example in examples if example.prompt_ids is not None]
     texts = _texts(model, examples, config, tokenizer, workers, continues)
     references = [example.reference for example in examples]
     pattern = config.answer_pattern
-    found = {"eval_exact_match": exact_match(texts, _as_written(references, tokenizer, continues), pattern)}
+    # Those of chats are what the tokenizer makes of their turns.
+    written = references if config.chat_column is not None else _as_written(references, tokenizer, continues)
+    found = {"eval_exact_match": exact_match(texts, written, pattern)}
     if config.label_names is not None:
         names = [name.strip() for name in _as_written(config.label_names, tokenizer, continues)]
         given = [label_index(text, names, pattern) for text in texts]
@@ -274,6 +280,7 @@ def _texts(
     """
 
     greedy = _greedy(model, config, tokenizer, continues)
+    template = Template.of(tokenizer, config) if config.chat_column is not None else None
 
     def generate(rows: Sequence[int]) -> list[str]:
         prompts = collate_prompts([examples[row] for row in rows], tokenizer.pad_token_id, left=continues)
@@ -281,8 +288,8 @@ def _texts(
         # Every forward pass gathers the weights, so whose texts are done goes on with those whose aren't.
         synced = workers.sharded and workers.world_size > 1
         output = model.generate(**prompts, generation_config=greedy, synced_gpus=synced)
-        start = prompts["input_ids"].shape[1] if continues else 0
-        return _decoded(output[:, start:].tolist(), tokenizer, kept)
+        ids = output[:, prompts["input_ids"].shape[1] if continues else 0 :].tolist()
+        return _decoded(ids, tokenizer, kept) if template is None else [template.answer(written) for written in ids]
 
     kept = _special(_ids_alone([example.reference for example in examples], tokenizer, continues), tokenizer)
     lengths = [len(example.prompt_ids or ()) for example in examples]
@@ -306,12 +313,17 @@ def answers_lost(
     whole, written = (_decoded(side, tokenizer, kept) for side in (ids, [tokens[:most] for tokens in ids]))
     lost = []
     for row, reference, text in zip(rows, whole, written, strict=True):
-        wanted = answer(reference, config.answer_pattern)
-        if wanted is None:
-            kind = f"the completion as the tokenizer has it ('{reference}')"
-            raise UserError(f"{row.where}: answer_pattern matches nothing in {kind}")
-        lost.append(Cut.NOTHING if answer(text, config.answer_pattern) == wanted else Cut.ANSWER)
+        lost.append(answer_lost(reference, text, config, row.where))
     return lost
+
+
+def answer_lost(reference: str, text: str, config: TrialConfig, where: str) -> Cut:
+    """Whether the answer of a `reference` is lost in its beginning `text`. UserError if it has none."""
+    wanted = answer(reference, config.answer_pattern)
+    if wanted is None:
+        kind = f"the completion as the tokenizer has it ('{reference}')"
+        raise UserError(f"{where}: answer_pattern matches nothing in {kind}")
+    return Cut.NOTHING if answer(text, config.answer_pattern) == wanted else Cut.ANSWER
 
 
 def _as_written(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, continues: bool) -> list[str]:
@@ -361,7 +373,7 @@ def _greedy(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBas
         num_beams=1,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=own.bos_token_id,
-        eos_token_id=_ends(model, tokenizer),
+        eos_token_id=ends(model, tokenizer, config),
         use_cache=own.use_cache,
         # Marian's models were trained with padding that they must not write.
         bad_words_ids=[word for word in own.bad_words_ids or () if word == [tokenizer.pad_token_id]] or None,
@@ -395,7 +407,22 @@ def _alone(generation: GenerationConfig, model: Model) -> Iterator[None]:
         base.generation_config = own
 
 
-def _ends(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a text: the tokenizer's, which training appends, and the model's own."""
+def ends(model: Model, tokenizer: PreTrainedTokenizerBase, config: TrialConfig) -> list[int]:
+    """The tokens that end a text: the tokenizer's, which training appends, and the model's own.
+
+    Of a chat the first that its template writes after a turn too, if none of the others is among those.
+    """
+    known = {tokenizer.eos_token_id, *_own_ends(model)}
+    of_turns = Template.of(tokenizer, config).ends if config.chat_column is not None else ()
+    return sorted({*known, *(of_turns[:1] if known.isdisjoint(of_turns) else ())} - {None})
+
+
+def stops(model: Model, tokenizer: PreTrainedTokenizerBase, config: TrialConfig) -> list[int]:
+    """The `ends`, where the model that serves them would not know one: it would go on behind what was learned."""
+    found, own = ends(model, tokenizer, config), _own_ends(model)
+    return [] if set(found) <= set(own) else found
+
+
+def _own_ends(model: Model) -> list[int | None]:
     own = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
+    return own if isinstance(own, list) else [own]
