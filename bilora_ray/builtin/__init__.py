@@ -7,7 +7,13 @@ from pathlib import Path
 from bilora_ray.errors import UserError, nearest
 
 _FOLDER = Path(__file__).resolve().parent
-NAMES = ("quickstart/model", "quickstart/train.jsonl", "quickstart/validation.jsonl", "quickstart/test.jsonl")
+NAMES = (
+    "quickstart/model",
+    "quickstart/train.jsonl",
+    "quickstart/validation.jsonl",
+    "quickstart/test.jsonl",
+    "quickstart/chats.jsonl",
+)
 
 
 def path(name: str) -> Path:

@@ -66,6 +66,11 @@ PEAK_LR = 3e-3
 WARMUP_STEPS = 100
 PROMPT_WEIGHT = 0.2
 TASK_REPEATS = 80
+# A question and its answer are what the model has seen: a row, with its end. Other turns come one after another.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if message.role == 'assistant' %} {{ message.content }}{{ eos_token }}"
+    "{% else %}{{ message.content }}{% if message.role == 'system' %} {% endif %}{% endif %}{% endfor %}"
+)
 
 Example = tuple[list[int], int]
 
@@ -93,6 +98,7 @@ def build_tokenizer(corpus: list[Row]) -> PreTrainedTokenizerFast:
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
         **{f"{name}_token": token for name, token in SPECIAL.items()},
     )
 

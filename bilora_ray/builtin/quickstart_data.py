@@ -158,11 +158,24 @@ def task_splits(seed: int = SEED) -> dict[str, list[Row]]:
     return {name: _distinct_rows(rng, log_row, shares[name], size) for name, size in SPLIT_SIZES.items()}
 
 
+def chats(rows: list[Row]) -> list[dict[str, list[dict[str, str]]]]:
+    """Return conversations of two questions and their answers each, as OpenAI's files have them."""
+    turns = [
+        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"].strip()}]
+        for row in rows
+    ]
+    return [{"messages": first + second} for first, second in zip(turns[::2], turns[1::2], strict=True)]
+
+
 def write_splits(folder: Path, seed: int = SEED) -> list[Path]:
-    """Write ``<split>.jsonl`` for every split into ``folder``, one JSON row per line; return the paths."""
+    """Write ``<split>.jsonl`` for every split, and ``chats.jsonl`` of the training rows, into ``folder``.
+
+    Return the paths. There is one JSON row per line.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    splits = task_splits(seed)
     paths = []
-    for name, rows in task_splits(seed).items():
+    for name, rows in {**splits, "chats": chats(splits["train"])}.items():
         path = folder / f"{name}.jsonl"
         path.write_bytes("".join(json.dumps(row) + "\n" for row in rows).encode("ascii"))
         paths.append(path)

@@ -8,14 +8,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bilora_ray.builtin import NAMES, path
-from bilora_ray.builtin.make_quickstart import exact_match
-from bilora_ray.builtin.quickstart_data import SPLIT_SIZES, Row, plain_rows, pretraining_rows, write_splits
+from bilora_ray.builtin.make_quickstart import CHAT_TEMPLATE, exact_match
+from bilora_ray.builtin.quickstart_data import SPLIT_SIZES, plain_rows, pretraining_rows, write_splits
 from bilora_ray.errors import UserError
 
 MODEL_BYTES = 4_000_000
@@ -23,7 +24,7 @@ LONGEST_ROW_TOKENS = 64
 LONGEST_COMPLETION_TOKENS = 16
 
 
-def split_rows(name: str) -> list[Row]:
+def split_rows(name: str) -> list[Any]:
     """Return the rows of one split that ships."""
     return [json.loads(line) for line in path(f"quickstart/{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -92,6 +93,17 @@ def test_tokenizer_has_special_tokens_and_covers_unseen_text(tokenizer: PreTrain
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
     text = "Zounds, 1234 übermarmosets!"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_a_question_and_its_answer_are_chatted_as_the_model_has_seen_them(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    row = split_rows("train")[0]
+    chat = split_rows("chats")[0]["messages"]
+    assert [turn["content"] for turn in chat[:2]] == [row["prompt"], row["completion"].strip()]
+    seen = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"]
+    assert tokenizer.apply_chat_template(chat[:2])["input_ids"] == seen
+    told = [{"role": "system", "content": "Add."}, chat[0]]
+    assert tokenizer.apply_chat_template(told, tokenize=False) == f"Add. {row['prompt']}"
 
 
 def test_model_is_small() -> None:
