@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from bilora_ray.builtin import quickstart_words as words
 
@@ -173,9 +173,10 @@ def write_splits(folder: Path, seed: int = SEED) -> list[Path]:
     Return the paths. There is one JSON row per line.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    splits = task_splits(seed)
+    splits: dict[str, list[Any]] = {**task_splits(seed)}
+    splits["chats"] = chats(splits["train"])
     paths = []
-    for name, rows in {**splits, "chats": chats(splits["train"])}.items():
+    for name, rows in splits.items():
         path = folder / f"{name}.jsonl"
         path.write_bytes("".join(json.dumps(row) + "\n" for row in rows).encode("ascii"))
         paths.append(path)

@@ -120,3 +120,12 @@ def test_an_upload_that_leaves_a_shard_out_is_told(tmp_path: Path) -> None:
         True,
         False,
     ]
+
+
+def test_a_chat_template_comes_along(tmp_path: Path) -> None:
+    folder = job(tmp_path, "0123abcd")
+    (folder / "own.jinja").write_text("x")
+    space, _ = keep_inputs(space_in(folder, messages_column="m", chat_template="own.jinja"), {}, tmp_path / "runs")
+    kept = Path(space.fixed["chat_template"])
+    assert kept.is_relative_to(tmp_path / "runs" / "inputs")
+    assert (kept.name, kept.read_text()) == ("own.jinja", "x")

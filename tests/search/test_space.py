@@ -677,6 +677,42 @@ def test_what_decides_the_measured_rows_is_not_searched(load: Load, refused: Ref
     assert "seed" in load({**space, "seed": {"choice": [0, 1]}, "split_seed": 3}).distributions
 
 
+@pytest.mark.parametrize("written", [{"enable_thinking": False}, {"low": 1, "high": 2}, {}])
+def test_a_mapping_is_the_value_of_a_setting_that_takes_one(load: Load, written: dict[str, Any]) -> None:
+    space = load({"messages_column": "m", "chat_template_kwargs": written})
+    assert space.distributions == {}
+    assert dict(space.first_config().chat_template_kwargs or ()) == written
+    assert space.first_config().model_dump()["chat_template_kwargs"] == written
+    given = load({"messages_column": "m"}, overrides=(f"chat_template_kwargs={json.dumps(written)}",))
+    assert given.first_config() == space.first_config()
+
+
+@pytest.mark.parametrize(
+    ("written", "problem"),
+    [
+        (
+            {"choice": [True, False]},
+            "'choice' must be one number, text, true, false or null, got {'choice': [True, False]}",
+        ),
+        ({"tools": "x"}, "'tools' is not for a user to give, got {'tools': 'x'}"),
+        (True, "must be a mapping of names to values, got True"),
+    ],
+)
+def test_what_a_template_cannot_be_told(refused: Refuse, written: Any, problem: str) -> None:
+    line = f": trial: chat_template_kwargs: {problem}"
+    assert refused({"messages_column": "m", "chat_template_kwargs": written}) == line
+
+
+def test_a_chat_template_is_a_file_beside_the_space(load: Load, refused: Refuse, file: Path) -> None:
+    (file.parent / "own.jinja").write_text("")
+    named = load({"messages_column": "m", "chat_template": "own.jinja"}).first_config()
+    assert named.chat_template == str(file.parent / "own.jinja")
+    missing = refused({"messages_column": "m", "chat_template": "gone.jinja"})
+    assert missing == f": trial.chat_template: no such file: {file.parent / 'gone.jinja'}"
+    other = refused({"messages_column": "m", "chat_template": "a.jsonl"})
+    assert other.startswith(": trial: chat_template: must be a file whose name ends with .jinja")
+
+
 def test_the_seed_is_searched_beside_a_split_seed(load: Load, refused: Refuse) -> None:
     seeds = {"choice": [0, 1]}
     configs = [load({"seed": seeds, "split_seed": 0}).trial_config({"seed": seed}) for seed in (0, 1)]

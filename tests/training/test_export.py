@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from tiny_trials import METHODS, TASKS, Tiny, evaluate_adapter, run_fit
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel, GenerationConfig
 
 from bilora_ray.config import METHOD_TITLES, Task, TrialConfig
 from bilora_ray.errors import UserError
@@ -434,3 +434,63 @@ def test_wrong_settings_of_an_evaluation_are_named(trained: dict[Task, Trained])
     assert line_of(adapter, metric="eval_los") == (
         f"{where}: metric: 'eval_los' is not measured here; did you mean 'eval_loss'?"
     )
+
+
+OWN_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ bos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {{ style }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chatted(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trained, Path]:
+    """A trial on chats, with a template of its own that ends turns with another token than the model's; the file."""
+    file = tmp_path_factory.mktemp("template") / "own.jinja"
+    file.write_text(OWN_TEMPLATE)
+    config = tiny.config(
+        "causal-lm",
+        train_data=str(tiny.folder / "chats-train.jsonl"),
+        validation_data=str(tiny.folder / "chats-validation.jsonl"),
+        chat_template=str(file),
+        chat_template_kwargs={"style": ""},
+        predict_with_generate=True,
+        max_new_tokens=8,
+        max_steps=4,
+    )
+    return train(config, tmp_path_factory.mktemp("chatted")), file
+
+
+def test_an_adapter_for_chats_takes_its_template_and_its_ends_along(
+    chatted: tuple[Trained, Path], tmp_path: Path
+) -> None:
+    trial, file = chatted
+    output = tmp_path / "adapter"
+    export_adapter(trial.adapter, output, ORIGIN)
+    assert sorted(path.name for path in output.iterdir()) == sorted(
+        [*FILES, "chat_template.jinja", "generation_config.json"]
+    )
+    assert (output / "chat_template.jinja").read_text() == OWN_TEMPLATE
+    # bos, with which the template ends a turn, and eos.
+    assert GenerationConfig.from_pretrained(output).eos_token_id == [1, 2]
+    card = (output / "README.md").read_text()
+    assert (
+        f"vllm serve {trial.config.model_name_or_path} --enable-lora --lora-modules adapter=. "
+        """--chat-template chat_template.jinja --default-chat-template-kwargs '{"style": ""}' --generation-config ."""
+    ) in card
+    assert "a request needs `stop_token_ids: [1, 2]`" in card
+    assert "model.generation_config.eos_token_id = [1, 2]" in card
+    # Evaluated elsewhere, where the file that the space named is not.
+    content = file.read_text()
+    file.unlink()
+    try:
+        config = evaluation_config(output, {})
+        assert config.format == "openai"  # as it was found
+        measured = evaluate_adapter(output, config)
+        assert measured == {name: trial.metrics[name] for name in trial.config.available_metrics}
+        export_merged(output, tmp_path / "merged", ORIGIN)
+    finally:
+        file.write_text(content)
+    merged = tmp_path / "merged"
+    assert GenerationConfig.from_pretrained(merged).eos_token_id == [1, 2]
+    assert AutoTokenizer.from_pretrained(merged).chat_template == OWN_TEMPLATE
+    assert evaluation_config(merged, {}).chat_template == str(merged / "chat_template.jinja")
