@@ -97,13 +97,13 @@ def command(
 
     from bilora_ray.quiet import quiet
     from bilora_ray.search.alone import train
-    from bilora_ray.search.preflight import pinned, preflight
+    from bilora_ray.search.preflight import chat_notes, pinned, preflight
 
     space = pinned(space, layout if resume else None)
     checked = preflight(space)
     quiet()
     objective = space.trial_config({}).objective
-    watcher = SearchProgress(1, objective, checked.notes, checked.labels)
+    watcher = SearchProgress(1, objective, (*checked.notes, *chat_notes(checked)), checked.labels)
     try:
         trained = train(space, layout, resume=resume, mlflow_uri=mlflow_uri, digests=checked.digests, watcher=watcher)
     except KeyboardInterrupt:

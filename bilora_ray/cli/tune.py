@@ -78,7 +78,7 @@ def command(
         space = _not_shrunk(space, layout)
 
     from bilora_ray.search.cluster.inputs import keep_inputs
-    from bilora_ray.search.preflight import pinned, preflight
+    from bilora_ray.search.preflight import chat_notes, pinned, preflight
 
     space = pinned(space, layout if resume else None)
     checked = preflight(space, dry_run)
@@ -90,6 +90,7 @@ def command(
         else:
             _print_plan(space, rehearsal, checked)
         return
+    checked = replace(checked, notes=(*checked.notes, *chat_notes(checked)))
     space, digests = keep_inputs(space, checked.digests, absolute(storage_path))
     started = time.monotonic()
     try:

@@ -17,7 +17,7 @@ from bilora_ray.search.space import Space
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.training.rows import about, check_first_rows, load_rows, notes
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import check_positions
+from bilora_ray.training.tasks.base import Dataset, check_positions
 
 HUB_TIMEOUT_S = 10
 # What `config.json` calls the positions of some kinds of models, which transformers has another name for.
@@ -40,11 +40,15 @@ class Checked:
         digests: source -> digest of its content, of data and base models: see `digests.source_of`.
         labels: lines about the labels, if there are any.
         notes: lines about what is allowed and yet seldom meant.
+        config: settings of a trial, the first.
+        rows: those of that trial.
     """
 
     digests: dict[str, str]
     labels: tuple[str, ...]
     notes: tuple[str, ...]
+    config: TrialConfig
+    rows: Dataset
 
 
 def preflight(space: Space, dry_run: bool = False) -> Checked:
@@ -64,7 +68,7 @@ def preflight(space: Space, dry_run: bool = False) -> Checked:
     digests = {source_of(config, setting): digest for setting, digest in rows.digests.items()}
     digests |= _bases(space)
     told = (*_unpinned(config), *notes(rows, space.with_step(max), space.resources.workers))
-    return Checked(digests, tuple(about(rows, config)), told)
+    return Checked(digests, tuple(about(rows, config)), told, config, rows)
 
 
 def look(space: Space) -> None:
@@ -78,6 +82,22 @@ def look(space: Space) -> None:
         check_model(config)
         check_positions(positions(config), config, TASKS[config.task].continues)
     check_first_rows(config)
+
+
+def chat_notes(checked: Checked) -> tuple[str, ...]:
+    """Lines about what the model's chat template makes of chats; of other rows none, for that takes torch, and seconds.
+
+    Raises:
+        UserError: there is no such template, or it refuses one of the first chats.
+    """
+    if checked.config.model_copy(update={"format": checked.rows.format}).chat_column is None:
+        return ()
+    from bilora_ray.quiet import quiet
+
+    quiet()
+    from bilora_ray.training.rehearsal import notes_of_first
+
+    return notes_of_first(checked.config, checked.rows)
 
 
 def _unpinned(config: TrialConfig) -> Iterator[str]:

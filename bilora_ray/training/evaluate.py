@@ -61,9 +61,10 @@ def load_adapted(adapter: Path | None, config: TrialConfig) -> tuple[Model, Load
     model: Model
     model, fresh = models.load_base(config, data.tokenizer, data.label_names)
     if adapter is not None:
-        return models.load_adapter(model, adapter), data, [other] if other else []
+        return models.load_adapter(model, adapter), data, [*([other] if other else []), *data.notes]
     missing = f"its files hold no weights of {', '.join(fresh)}"
-    return model, data, [f"the head of base model {config.model_name_or_path} is random: {missing}"] if fresh else []
+    random = [f"the head of base model {config.model_name_or_path} is random: {missing}"] if fresh else []
+    return model, data, [*random, *data.notes]
 
 
 def predict(model: Model, data: Loaded, config: TrialConfig, count: int) -> list[Prediction]:

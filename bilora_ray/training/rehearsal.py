@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.training import model as models
-from bilora_ray.training.loading import load_data
+from bilora_ray.training.loading import load_data, prepare
 from bilora_ray.training.tasks import TASKS
+from bilora_ray.training.tasks.base import Dataset
 from bilora_ray.training.tasks.truncation import Truncation
+
+# So many rows show what a chat template does, in a moment.
+FIRST = 100
 
 
 @dataclass(frozen=True)
@@ -47,3 +52,14 @@ def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
     target = TASKS[config.task].learned(first, data.tokenizer, data.label_names)
     notes = (*data.notes, *Truncation.of(data.truncation.values()).notes(config.model_dump()))
     return Rehearsal(data.truncation, str(data.tokenizer.decode(first.input_ids.tolist())), target, notes)
+
+
+def notes_of_first(config: TrialConfig, rows: Dataset) -> tuple[str, ...]:
+    """What only the tokenizer shows of rows, by the first of them: lines about what is seldom meant.
+
+    Raises:
+        UserError: the tokenizer cannot be loaded, or one of them is not to be tokenized.
+    """
+    first = replace(rows, train=list(islice(rows.train, FIRST)), validation=list(islice(rows.validation, FIRST)))
+    notes = prepare(first, config, models.load_tokenizer(config)).notes
+    return notes if len(rows.train) <= FIRST else tuple(f"{note} (of the first {FIRST})" for note in notes)

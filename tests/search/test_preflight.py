@@ -22,12 +22,13 @@ from huggingface_hub import constants
 from huggingface_hub.errors import OfflineModeIsEnabled
 from mlflow import MlflowClient
 from safetensors.torch import load_file, save_file
-from tiny_trials import TASKS, Tiny, next_trial
+from tiny_trials import TASKS, Tiny, next_trial, write_rows
+from training.chat_cases import ENDS_THE_TEXT, TWO, messages
 
 from bilora_ray.config import Task
 from bilora_ray.errors import UserError
 from bilora_ray.recipe import read_recipe
-from bilora_ray.search.preflight import POSITIONS, pinned, positions, preflight
+from bilora_ray.search.preflight import POSITIONS, chat_notes, pinned, positions, preflight
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import checked_space, load_space
 from bilora_ray.search.study.layout import Layout
@@ -260,6 +261,22 @@ def test_the_notes_are_on_the_trial_whose_steps_take_the_most_rows(tiny: Tiny) -
     local = {"model_name_or_path": str(tiny.model("causal-lm"))}
     (note,) = preflight(space(tiny, *steps, "lora_dropout={low: 0, high: 0.5}", **local)).notes
     assert note == "per_device_train_batch_size: a step would take 128 rows, and there are 44"
+
+
+def test_what_a_chat_template_makes_of_the_first_chats_is_told_at_the_start(tiny: Tiny, tmp_path: Path) -> None:
+    rows = [{"messages": messages(*TWO)}] * 130
+    (tmp_path / "own.jinja").write_text(ENDS_THE_TEXT)
+    trial = tiny.config("causal-lm", train_data=str(write_rows(tmp_path / "chats.jsonl", rows)), validation_data=None)
+    settings = trial.model_dump(exclude_unset=True, exclude_none=True)
+    sections = {
+        "study": {"name": "s"},
+        "trial": {**settings, "chat_template": "own.jinja", "messages_column": "messages"},
+    }
+    checked = preflight(checked_space(sections, tmp_path / "space.yaml", ()))
+    assert chat_notes(checked) == (
+        "messages_column: 100 chats are 200 training rows, one for each turn of the assistant, for the chat template "
+        "writes a turn otherwise once others follow (of the first 100)",
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)
