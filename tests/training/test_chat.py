@@ -1,5 +1,10 @@
 """Conversations: the assistant's tokens, all of them and no others, whatever the template looks like."""
 
+import ast
+import site
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -269,3 +274,38 @@ def test_a_text_ends_at_the_end_of_a_turn_that_the_model_does_not_know() -> None
     assert stops(generating(eos), tokenizer, plain) == []
     assert stops(generating(None), tokenizer, plain) == [eos]
     assert stops(generating(eos), tokenizer_of(ENDS_THE_TEXT, "<eos>"), chats) == []
+
+
+def installed_templates() -> Iterator[tuple[str, str]]:
+    """The chat templates that installed packages carry, in files and in the code of transformers' models."""
+    for folder in map(Path, site.getsitepackages()):
+        for path in folder.rglob("*.jinja"):
+            if "add_generation_prompt" in (text := path.read_text(encoding="utf-8")):
+                yield str(path), text
+        for path in (folder / "transformers" / "models").rglob("*.py"):
+            if "add_generation_prompt %}" in (code := path.read_text(encoding="utf-8")):
+                texts = (node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant))
+                yield from ((str(path), text) for text in texts if "add_generation_prompt %}" in str(text))
+
+
+@pytest.mark.slow
+def test_templates_of_installed_packages() -> None:
+    """Each is exact for a conversation, or refuses it: no system turns, or tools of its own."""
+    found = 0
+    for name, text in installed_templates():
+        tokenizer = tokenizer_of(text, eos="<eos>")
+        tokenizer.add_special_tokens({"bos_token": "<bos>"})
+        template = Template(tokenizer, {}, last_only=False)
+        for chat in CHATS[:2]:
+            turns = []
+            with suppress(UserError):
+                turns = by_turn(template, chat)
+            for number, turn in turns:
+                asked, whole = (template.render(chat[:n], None, "W", n == number) for n in (number, number + 1))
+                assert turn.prompt == tokenizer(asked, add_special_tokens=False)["input_ids"], name
+                if whole.startswith(asked):
+                    written = turn.prompt + turn.target
+                    assert written == tokenizer(whole, add_special_tokens=False)["input_ids"], name
+                assert chat[number]["content"] in tokenizer.decode(turn.target), name
+            found += len(turns)
+    assert found
