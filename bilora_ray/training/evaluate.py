@@ -77,7 +77,9 @@ def predict(model: Model, data: Loaded, config: TrialConfig, count: int) -> list
         count: rows, or fewer if there are not so many.
     """
     model.eval()
-    task, examples = TASKS[config.task], data.validation[:count]
+    # Of a chat that became several, one is judged.
+    judged = [example for example in data.validation if example.prompt_ids is not None]
+    task, examples = TASKS[config.task], (judged or data.validation)[:count]
     with torch.no_grad():
         return task.predict(model, examples, config, data.tokenizer, data.label_names, ALONE)
 

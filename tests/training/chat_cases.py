@@ -393,6 +393,14 @@ CASES = (
         ["chat_template: leaves the reasoning_content of turns out"],
     ),
     Case(
+        "thoughts in the content that are left out",
+        OPENS.replace("<think>\n", ""),
+        chat("hi", "<think>hm</think>ho"),
+        M,
+        [["ho[end]"]],
+        ["chat_template: leaves the thoughts before </think> out of contents"],
+    ),
+    Case(
         "a broken template",
         BROKEN,
         chat("hi", "ho"),

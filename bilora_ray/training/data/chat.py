@@ -232,7 +232,8 @@ class Template:
 
     def _own(self, text: str) -> list[int]:
         """The tokens of `text` that stand for themselves, as those of templates do."""
-        return [token for token in self._ids(text) if token in self.tokenizer.added_tokens_decoder]
+        own = self.tokenizer.added_tokens_decoder
+        return [token for token in self._ids(text) if token in own]
 
     def answer(self, ids: Sequence[int]) -> str:
         """Of what a model wrote, the answer: without thoughts or names of channels before it, and what ends it."""
@@ -257,11 +258,22 @@ class Template:
                 "they have to go on from there"
             )
         messages = [message for chat in chats for message in chat]
-        told = self._tried(*map(self._in_shape, ({"role": "system", "content": TOLD}, *PROBE)))
-        if told and TOLD not in told and any(message["role"] == "system" for message in messages):
+        if any(message["role"] == "system" for message in messages) and self._drops(
+            {"role": "system", "content": TOLD}, *PROBE
+        ):
             yield "chat_template: leaves the system turns out"
-        if self._thoughts is None and THINK not in begun and any(THOUGHTS[0] in message for message in messages):
+        if THINK in begun:  # then thoughts are put where they are asked for
+            return
+        if self._thoughts is None and any(THOUGHTS[0] in message for message in messages):
             yield f"chat_template: leaves the {THOUGHTS[0]} of turns out"
+        said: Message = {"role": ASSISTANT, "content": f"{THINK}{TOLD}{THOUGHT}{ANSWERED}"}
+        if any(THOUGHT in message["content"] for message in messages) and self._drops(PROBE[0], said):
+            yield f"chat_template: leaves the thoughts before {THOUGHT} out of contents"
+
+    def _drops(self, *messages: Message) -> bool:
+        """Whether TOLD, which is in one of `messages`, is not in what is written of them."""
+        text = self._tried(*map(self._in_shape, messages))
+        return bool(text) and TOLD not in text
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, config: TrialConfig) -> None:

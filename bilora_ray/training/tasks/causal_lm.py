@@ -63,8 +63,9 @@ class ChatRow:
 
     @property
     def completion(self) -> str:
-        """The assistant's last turn."""
-        return self.messages[-1]["content"]
+        """The assistant's last turn: what it says, or else calls."""
+        last = self.messages[-1]
+        return last["content"] or str(last.get("tool_calls", ""))
 
 
 @dataclass(frozen=True, slots=True)
