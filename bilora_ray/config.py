@@ -23,7 +23,7 @@ from bilora_ray.records import Objective
 # Those that a file is likely to have: any other that Python knows is taken too.
 ENCODINGS = ("utf-8", "utf-16", "cp1250", "cp1251", "cp1252", "iso-8859-1", "mac-roman", "gb18030", "big5", "shift_jis")
 
-Task = Literal["causal-lm", "seq2seq-lm", "sequence-classification"]
+Task = Literal["causal-lm", "seq2seq-lm", "sequence-classification", "multi-label-classification", "regression"]
 
 # What a model card calls a method, with its source.
 METHOD_TITLES: dict[MethodName, str] = {
@@ -38,7 +38,9 @@ LOSS_METRICS = ("eval_loss",)
 LM_METRICS = ("eval_loss", "eval_perplexity", "eval_token_accuracy")
 EXACT_MATCH = "eval_exact_match"
 LABEL_METRICS = ("eval_accuracy", "eval_f1", "eval_matthews_correlation")
-MINIMIZED = frozenset({"eval_loss", "eval_perplexity"})
+SET_METRICS = ("eval_accuracy", "eval_f1")
+NUMBER_METRICS = ("eval_mse", "eval_pearson", "eval_spearman")
+MINIMIZED = frozenset({"eval_loss", "eval_mse", "eval_perplexity"})
 
 PROMPT_TEMPLATE, COMPLETION_TEMPLATE = "{prompt}", "{completion}"
 # Of the formats that hold chats, the column.
@@ -62,17 +64,23 @@ class TaskFacts:
         model_class: what transformers calls its models.
         metrics: what every evaluation measures.
         generates: whether its models write text, which `predict_with_generate` judges.
+        has_classes: whether each prediction is of one class, which `class_weights` weighs.
     """
 
     model_class: str
     metrics: tuple[str, ...]
     generates: bool = False
+    has_classes: bool = False
 
 
 TASK_FACTS: dict[Task, TaskFacts] = {
     "causal-lm": TaskFacts("AutoModelForCausalLM", LM_METRICS, generates=True),
     "seq2seq-lm": TaskFacts("AutoModelForSeq2SeqLM", LM_METRICS, generates=True),
-    "sequence-classification": TaskFacts("AutoModelForSequenceClassification", LOSS_METRICS + LABEL_METRICS),
+    "sequence-classification": TaskFacts(
+        "AutoModelForSequenceClassification", LOSS_METRICS + LABEL_METRICS, has_classes=True
+    ),
+    "multi-label-classification": TaskFacts("AutoModelForSequenceClassification", LOSS_METRICS + SET_METRICS),
+    "regression": TaskFacts("AutoModelForSequenceClassification", LOSS_METRICS + NUMBER_METRICS),
 }
 
 
@@ -181,14 +189,25 @@ class TrialConfig(Settings):
     chat_template_kwargs: Pairs | None = setting(
         None, "what the chat template is told, such as {enable_thinking: false}", decides="rows"
     )
-    text_column: str = setting("text", "sequence-classification: the text", decides="rows")
-    text_pair_column: str | None = setting(None, "sequence-classification: the second text", decides="rows")
+    text_column: str = setting("text", "the text, where a task reads one", decides="rows")
+    text_pair_column: str | None = setting(None, "the second text, if there is one", decides="rows")
     label_column: str = setting("label", "column of the label", decides="rows")
     label_names: tuple[str, ...] | None = setting(
         None, "labels in order; found in train_data when absent", decides="rows"
     )
+    label_delimiter: str = setting(
+        ",", "multi-label-classification: between the labels of a text", min_length=1, decides="rows"
+    )
+    class_weights: Literal["balanced"] | None = setting(
+        None,
+        "balanced: each label counts alike in the training loss, however many rows it has; eval_loss stays unweighted",
+        decides="training",
+        shown=("card",),
+    )
     f1_average: Literal["binary", "macro", "micro", "weighted"] | None = setting(
-        None, "which mean eval_f1 is; when absent, binary of two labels and macro of more", decides="evaluation"
+        None,
+        "which mean eval_f1 is; absent: binary of two labels, macro of more, micro of sets",
+        decides="evaluation",
     )
     positive_label: str | None = setting(
         None, "the label that a binary eval_f1 is of; the second one when absent", decides="evaluation"
@@ -375,6 +394,9 @@ class TrialConfig(Settings):
             raise ValueError(f"predict_with_generate: {self.task} generates no text")
         if self.format is not None:
             self._check_format(generates)
+        if self.class_weights is not None and not TASK_FACTS[self.task].has_classes:
+            allowed = ", ".join(task for task, facts in TASK_FACTS.items() if facts.has_classes)
+            raise ValueError(f"class_weights: {self.task} has no classes to weigh; allowed with {allowed}")
         if self.label_names is not None and len(set(self.label_names)) < max(2, len(self.label_names)):
             raise ValueError("label_names: needs two or more different names")
         if self.label_names is not None:

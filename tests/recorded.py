@@ -205,6 +205,8 @@ def configs(tiny: Tiny, minilm: Path) -> Iterator[tuple[str, TrialConfig]]:
         yield f"{method}.seq2seq", tiny.config("seq2seq-lm", **short, **adapter, auxiliary_learning_rate=3e-3)
         yield f"{method}.single", tiny.config("sequence-classification", **real, **adapter)
         yield f"{method}.pair", tiny.config("sequence-classification", **pair, **adapter)
+        yield f"{method}.sets", tiny.config("multi-label-classification", **every_step, **adapter)
+        yield f"{method}.numbers", tiny.config("regression", **every_step, **adapter)
         yield f"{method}.held-out", tiny.config("causal-lm", **held_out, **adapter, max_train_samples=30)
     for task in TASKS:
         yield f"bf16.{task}", tiny.config(task, precision="bf16", gradient_accumulation_steps=2)

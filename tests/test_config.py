@@ -10,6 +10,7 @@ from bilora_ray.checking import Settings, build
 from bilora_ray.config import (
     FACTS,
     SOURCES,
+    TASK_FACTS,
     TRAINING_SETTINGS,
     TrialConfig,
     applies,
@@ -35,6 +36,8 @@ def config(**settings: Any) -> TrialConfig:
     return build(TrialConfig, {**NEEDED, **settings}, "W")
 
 
+*SOME, LAST = (repr(task) for task in TASK_FACTS)
+TASK_WORDS = f"{', '.join(SOME)} or {LAST}"
 UNQUOTED = 'yes, no, on and off are true or false to YAML: a text needs quotes, as in "no"'
 
 
@@ -220,7 +223,7 @@ def test_integers_are_known_and_so_are_numbers() -> None:
         ({"max_length": 3}, "max_length: should be greater than or equal to 4, got 3"),
         ({"train_data": ""}, "train_data: should have at least 1 character, got ''"),
         ({"model_name_or_path": None}, "model_name_or_path: should be a valid string, got None"),
-        ({"task": "causal"}, "task: should be 'causal-lm', 'seq2seq-lm' or 'sequence-classification', got 'causal'"),
+        ({"task": "causal"}, f"task: should be {TASK_WORDS}, got 'causal'"),
         ({"method": "sam"}, "method: should be 'lora' or 'bilora', got 'sam'"),
         (
             {"lr_scheduler_type": "cosin"},

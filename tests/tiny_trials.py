@@ -12,14 +12,16 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TASK_FACTS, Task, TrialConfig
 from bilora_ray.training.folder import TrialFolder
 
 if TYPE_CHECKING:
     from bilora_ray.search.study.study import SearchStudy
 
 COLOURS = ("red", "green", "blue", "black", "white", "brown")
-TASKS: tuple[Task, ...] = ("causal-lm", "seq2seq-lm", "sequence-classification")
+TASKS: tuple[Task, ...] = tuple(TASK_FACTS)
+# The data of the tasks that read a text and write none.
+KINDS = {"sequence-classification": "labels", "multi-label-classification": "sets", "regression": "numbers"}
 METHODS = ("lora", "bilora")
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
@@ -37,11 +39,11 @@ class Tiny:
 
     def model(self, task: Task) -> Path:
         """The base model of `task`."""
-        return self.folder / {"causal-lm": "llama", "seq2seq-lm": "t5", "sequence-classification": "bert"}[task]
+        return self.folder / {"causal-lm": "llama", "seq2seq-lm": "t5"}.get(task, "bert")
 
     def config(self, task: Task, **settings: Any) -> TrialConfig:
         """Settings of a trial of some seconds, with `settings` on top."""
-        kind = "labels" if task == "sequence-classification" else "texts"
+        kind = KINDS.get(task, "texts")
         defaults: dict[str, Any] = {
             "model_name_or_path": str(self.model(task)),
             "task": task,
@@ -64,6 +66,8 @@ def build(folder: Path) -> Tiny:
         write_rows(folder / f"labels-{split}.jsonl", [_label(random) for _ in range(count)])
         write_rows(folder / f"chats-{split}.jsonl", [_chat(random) for _ in range(count)])
         write_rows(folder / f"colours-{split}.jsonl", [_colour(random) for _ in range(count)])
+        write_rows(folder / f"sets-{split}.jsonl", [_set(random) for _ in range(count)])
+        write_rows(folder / f"numbers-{split}.jsonl", [_number(random) for _ in range(count)])
     return Tiny(folder)
 
 
@@ -129,6 +133,18 @@ def _label(random: Random) -> dict[str, Any]:
     words = [*random.choices(COLOURS, k=random.randrange(1, 6)), {"bad": "awful", "good": "lovely"}[label]]
     random.shuffle(words)
     return {"text": " ".join(words), "label": label}
+
+
+def _set(random: Random) -> dict[str, Any]:
+    """Which of three colours are in a text."""
+    words = random.choices(COLOURS, k=random.randrange(1, 6))
+    return {"text": " ".join(words), "label": [colour for colour in COLOURS[:3] if colour in words]}
+
+
+def _number(random: Random) -> dict[str, Any]:
+    """How much praise is in a text."""
+    words = random.choices(("awful", "red", "lovely"), k=random.randrange(1, 6))
+    return {"text": " ".join(words), "label": (words.count("lovely") - words.count("awful")) / 2}
 
 
 def _chat(random: Random) -> dict[str, Any]:

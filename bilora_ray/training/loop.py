@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,9 @@ from bilora_ray.training.distributed.workers import ALONE, Workers, drawing_agai
 from bilora_ray.training.evaluate import evaluate
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import Loaded, load_data
+from bilora_ray.training.metrics import IGNORED
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Example
+from bilora_ray.training.tasks.base import Example, balanced, cross_entropy
 from bilora_ray.training.tasks.truncation import Truncation
 
 # Takes an evaluation, and says whether the trial shall go on. To say nothing, as 0.1.0 had it, is yes.
@@ -103,6 +104,8 @@ class Run:
         self.config = config.model_copy(update={"format": self.data.format})
         self.digests = {**self.data.digests, BASE: of_base(config)}
         check_unchanged(config, digests or {}, self.digests)
+        self.class_weights = self._class_weights()
+        self.weights_of_classes = torch.tensor(self.class_weights or (), device=models.device())
         base, fresh = models.load_base(config, self.data.tokenizer, self.data.label_names, workers)
         self.model = models.add_primary(base, config, fresh)
         self.optimizer = models.build_optimizer(self.model, config, self._place)
@@ -223,22 +226,38 @@ class Run:
         return closure
 
     def _backward(self, examples: list[Example]) -> torch.Tensor:
-        """The mean loss over the target tokens or rows of `examples`, with its gradient."""
+        """The mean loss over the target tokens or rows of `examples`, weighted if so set, with its gradient."""
         self.optimizer.zero_grad()
         size = self.config.per_device_train_batch_size
         passes = self.workers.share([examples[start : start + size] for start in range(0, len(examples), size)])
         # Known without asking a GPU, or another worker, for a number: that is to wait for it.
-        targets = self.task.target_count(examples)
+        targets = self._targets(examples)
         total = torch.zeros((), device=models.device())
         for number, (part, counts) in enumerate(passes, start=1):
-            weight = counts * self.task.target_count(part) / targets
+            weight = counts * self._targets(part) / targets
             batch = {key: tensor.to(models.device(), non_blocking=True) for key, tensor in self._batch(part).items()}
             with self.network.accumulating(last=number == len(passes)):
-                loss = self.task.loss(self.network, batch) * weight
+                loss = self._loss(batch) * weight
                 # Workers share the mean of their gradients; the loss is a sum over them.
                 (loss * self.workers.world_size).backward()
             total += loss.detach()
         return self.workers.total(total)
+
+    def _targets(self, examples: list[Example]) -> float:
+        """How much `examples` count in a mean loss: their targets, or the weights of these."""
+        if self.class_weights is None:
+            return self.task.target_count(examples)
+        return math.fsum(self.class_weights[label] for label in _classes(examples))
+
+    def _loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self.class_weights is None:
+            return self.task.loss(self.network, batch)
+        return cross_entropy(*self.task.forward(self.network, batch), self.weights_of_classes)
+
+    def _class_weights(self) -> list[float] | None:
+        if self.config.class_weights is None:
+            return None
+        return balanced(_classes(self.data.train), len(self.data.label_names or ()))
 
     def _place(self, model: PeftModel) -> None:
         if self.workers.sharded:
@@ -291,6 +310,11 @@ class Run:
             with atomic_folder(path) as unfinished:
                 for file in written.iterdir():
                     shutil.copyfile(file, unfinished / file.name)
+
+
+def _classes(examples: Iterable[Example]) -> Iterator[int]:
+    """The classes that a task with classes predicts."""
+    return (label for example in examples for label in example.labels if label != IGNORED)
 
 
 def fit(

@@ -128,15 +128,17 @@ class F1:
     positive: int = 1
 
     @classmethod
-    def of(cls, config: TrialConfig, num_labels: int) -> F1:
-        """That of the settings, which name the labels if they name a positive one.
-
-        Without any it is that of label 1 of two labels, as in GLUE, and else the mean over the labels.
-        """
+    def of(cls, config: TrialConfig, default: str) -> F1:
+        """That of the settings, which name the labels if they name a positive one; without any, the `default`."""
         if config.positive_label is None:
-            return cls(config.f1_average or ("binary" if num_labels == 2 else "macro"))
+            return cls(config.f1_average or default)
         assert config.label_names is not None, "the labels are not known yet"
         return cls(config.f1_average or "binary", config.label_names.index(config.positive_label))
+
+
+def usual_average(num_labels: int) -> str:
+    """Which `eval_f1` is where the settings do not say, and each row has one label."""
+    return "binary" if num_labels == 2 else "macro"
 
 
 def label_metrics(
@@ -150,13 +152,13 @@ def label_metrics(
         predicted: label indices; NO_LABEL, text that is no label, counts as wrong.
         reference: label indices.
         num_labels: size of the label set.
-        f1: which it is; None: what `F1.of` says of settings without any.
+        f1: which it is; None: that of label 1 of two labels, as in GLUE, and else the mean over the labels.
     """
     from sklearn.metrics import f1_score, matthews_corrcoef
 
     assert len(predicted) == len(reference) > 0
     occurring = {*predicted, *reference}
-    f1 = f1 or F1("binary" if num_labels == 2 else "macro")
+    f1 = f1 or F1(usual_average(num_labels))
     binary = f1.average == "binary"
     counted = [f1.positive] if binary else sorted(occurring - {NO_LABEL})
     average = "macro" if binary else f1.average
@@ -167,3 +169,39 @@ def label_metrics(
         # Where all is one label, nothing correlates; scikit-learn says 0 as well, with a warning.
         "eval_matthews_correlation": float(matthews_corrcoef(reference, predicted)) if len(occurring) > 1 else 0.0,
     }
+
+
+def set_metrics(predicted: Sequence[Sequence[int]], reference: Sequence[Sequence[int]], f1: F1) -> dict[str, float]:
+    """`eval_accuracy`, the share of rows whose whole set of labels is right, and `eval_f1`.
+
+    Args:
+        predicted: for each row 0 or 1 for each label.
+        reference: the same.
+        f1: which it is. A mean over labels is over those that occur in either.
+    """
+    import numpy
+    from sklearn.metrics import f1_score
+
+    given, wanted = numpy.asarray(predicted), numpy.asarray(reference)
+    assert given.shape == wanted.shape
+    binary = f1.average == "binary"
+    counted = [f1.positive] if binary else numpy.flatnonzero((given | wanted).any(axis=0)).tolist()
+    average = "macro" if binary else f1.average
+    score = f1_score(wanted, given, labels=counted, average=average, zero_division=0.0) if counted else 0.0
+    return {"eval_accuracy": float((given == wanted).all(axis=1).mean()), "eval_f1": float(score)}
+
+
+def number_metrics(predicted: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """`eval_mse`, `eval_pearson` and `eval_spearman`.
+
+    Where all that is predicted, or all that is right, is one number, nothing correlates: 0.
+    """
+    from scipy.stats import pearsonr, spearmanr
+
+    pairs = list(zip(predicted, reference, strict=True))
+    error = math.fsum((given - wanted) ** 2 for given, wanted in pairs) / len(pairs)
+    found = {"eval_mse": error, "eval_pearson": 0.0, "eval_spearman": 0.0}
+    if math.isfinite(error) and len(set(predicted)) > 1 and len(set(reference)) > 1:
+        found["eval_pearson"] = float(pearsonr(predicted, reference).statistic)
+        found["eval_spearman"] = float(spearmanr(predicted, reference).statistic)
+    return found

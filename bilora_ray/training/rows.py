@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import compress, islice
@@ -191,11 +191,13 @@ def _compressed(rows: Collection[Row], is_chosen: bytearray, count: int) -> Coll
     return Reread(lambda: compress(rows, is_chosen), count)
 
 
-def _groups(rows: Iterable[Row], config: TrialConfig) -> Sequence[int]:
-    """A number for the labels of each row, by which rows are drawn; without labels they are all of one group."""
+def _groups(rows: Collection[Row], config: TrialConfig) -> Sequence[int]:
+    """The label of each row by which it is drawn: of several the rarest, of none -1."""
     labels = TASKS[config.task].labels if config.stratify else no_labels
-    numbers: dict[Hashable, int] = {}
-    return array("i", (numbers.setdefault(labels(row), len(numbers)) for row in rows))
+    if labels is no_labels:
+        return array("i", [-1]) * len(rows)  # without a pass over them
+    counts = Counter(label for row in rows for label in labels(row))
+    return array("i", (min(labels(row), key=lambda label: (counts[label], label), default=-1) for row in rows))
 
 
 def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:

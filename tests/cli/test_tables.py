@@ -119,12 +119,12 @@ def test_where_there_is_no_terminal_each_ended_trial_is_a_line(capsys: pytest.Ca
 
 
 def test_notes_are_told_once_before_the_first_trial(capsys: pytest.CaptureFixture[str]) -> None:
-    with SearchProgress(3, OBJECTIVE, notes=["rho: is odd"]) as progress:
+    with SearchProgress(3, OBJECTIVE, notes=["rho: is odd"], labels=["train labels: 'a' 2"]) as progress:
         progress.start([])
         assert capsys.readouterr().err == ""
         progress.trial_started(record(0, Status.RUNNING))
         progress.trial_started(record(1, Status.RUNNING))
-    assert capsys.readouterr().err == "Note: rho: is odd\n0 of 3 trials done; running\n"
+    assert capsys.readouterr().err == "train labels: 'a' 2\nNote: rho: is odd\n0 of 3 trials done; running\n"
 
 
 def test_a_log_says_now_and_then_how_a_trial_stands(

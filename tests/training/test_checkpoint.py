@@ -77,7 +77,7 @@ def demanding(tiny: Tiny, task: Task, method: str, **settings: Any) -> TrialConf
 
 @pytest.mark.parametrize(
     ("task", "method"),
-    [("causal-lm", "lora"), ("causal-lm", "bilora"), ("seq2seq-lm", "bilora"), ("sequence-classification", "bilora")],
+    [("causal-lm", "lora"), *((task, "bilora") for task in TASKS)],
 )
 def test_a_resumed_trial_ends_as_an_uninterrupted_one(task: Task, method: str, tiny: Tiny, tmp_path: Path) -> None:
     config = demanding(tiny, task, method)

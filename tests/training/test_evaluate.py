@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel
 from sklearn.metrics import f1_score, matthews_corrcoef
-from tiny_trials import TASKS, Tiny, evaluate_adapter, run_fit
+from tiny_trials import KINDS, TASKS, Tiny, evaluate_adapter, run_fit
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -155,7 +155,7 @@ def test_an_evaluation_draws_no_random_numbers_and_changes_no_weight(tiny: Tiny,
     assert evaluate(run.model, run.data.validation, run.config, run.data.tokenizer) == first
 
 
-@pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm", "sequence-classification"])
+@pytest.mark.parametrize("task", TASKS)
 def test_the_auxiliary_does_not_count(task: Task, tiny: Tiny, tmp_path: Path) -> None:
     run = Run(tiny.config(task, rho=5.0, warmup_ratio=0), TrialFolder(tmp_path))
     run.train_step()
@@ -189,7 +189,7 @@ def test_validation_rows_are_those_of_the_recipe(tiny: Tiny, tmp_path: Path) -> 
 def test_a_prediction_is_what_is_measured(task: Task, tiny: Tiny, tmp_path: Path) -> None:
     data = {f"{split}_data": str(tiny.folder / f"colours-{split}.jsonl") for split in ("train", "validation")}
     # Which are shown whether or not all rows are generated from.
-    settings = {} if task == "sequence-classification" else {**data, "predict_with_generate": True, "max_new_tokens": 9}
+    settings = {} if task in KINDS else {**data, "predict_with_generate": True, "max_new_tokens": 9}
     config = tiny.config(task, max_steps=24, **settings)
     run_fit(config, tmp_path)
     adapter = TrialFolder(tmp_path).best_adapter()
@@ -197,13 +197,21 @@ def test_a_prediction_is_what_is_measured(task: Task, tiny: Tiny, tmp_path: Path
     metrics = evaluate(model, loaded.validation, config, loaded.tokenizer)
     predictions = predict(model, loaded, config, 1000)
     assert len(predictions) == len(loaded.validation)
-    right = sum(row.prediction.strip() == row.reference.strip() for row in predictions)
-    name = "eval_accuracy" if task == "sequence-classification" else "eval_exact_match"
-    assert right / len(predictions) == pytest.approx(metrics[name])
-    assert right > 0 or task == "seq2seq-lm"  # whose tiny model learns nothing in so few steps
     row = json.loads(Path(config.validation_data or "").read_text().splitlines()[0])
-    assert predictions[0].reference == row["label" if task == "sequence-classification" else "completion"]
-    assert row["text" if task == "sequence-classification" else "prompt"] in predictions[0].input
+    if task == "regression":
+        errors = [(float(row.prediction) - float(row.reference)) ** 2 for row in predictions]
+        assert sum(errors) / len(errors) == pytest.approx(metrics["eval_mse"], rel=1e-4)
+        assert predictions[0].reference == f"{row['label']:g}"
+    else:
+        right = sum(row.prediction.strip() == row.reference.strip() for row in predictions)
+        name = "eval_accuracy" if task in KINDS else "eval_exact_match"
+        assert right / len(predictions) == pytest.approx(metrics[name])
+        assert right > 0 or task == "seq2seq-lm"  # whose tiny model learns nothing in so few steps
+        reference = row["label" if task in KINDS else "completion"]
+        assert set(predictions[0].reference.split(", ")) == set(
+            [reference] if isinstance(reference, str) else reference
+        )
+    assert row["text" if task in KINDS else "prompt"] in predictions[0].input
     assert predict(model, loaded, config, 2) == predictions[:2]
 
 

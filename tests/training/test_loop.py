@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_trials import METHODS, TASKS, Tiny, evaluate_adapter, reproducible, run_fit, write_rows
+from tiny_trials import KINDS, METHODS, TASKS, Tiny, evaluate_adapter, reproducible, run_fit, write_rows
 from torch import nn
 from toy_methods import TwoPasses, pass_twice
 
@@ -26,7 +26,7 @@ COUNTERS = {"step", "max_steps", "epoch", "train_runtime", "tokens_per_second", 
 QUERY = {
     "causal-lm": "0.self_attn.q_proj",
     "seq2seq-lm": "0.SelfAttention.q",
-    "sequence-classification": "0.attention.self.query",
+    **dict.fromkeys(KINDS, "0.attention.self.query"),
 }
 REPORTED = COUNTERS | {"learning_rate", "train_loss"}
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_trials import TASKS, Tiny, reproducible, run_fit
+from torch.nn import functional
 
 from bilora_ray.config import Task
 from bilora_ray.release.export import export_merged
@@ -34,6 +35,14 @@ def mean_by_hand(run: Run) -> float:
         with torch.no_grad():
             logits = run.model(**batch if run.config.task == "seq2seq-lm" else {**batch, "labels": None}).logits
         labels = batch["labels"]
+        if run.config.task == "regression":
+            total, count = total + float((logits.double()[0, 0] - example.labels[0]) ** 2), count + 1
+            continue
+        if run.config.task == "multi-label-classification":
+            has = torch.tensor([[float(label in example.labels) for label in range(logits.shape[-1])]]).double()
+            total += float(functional.binary_cross_entropy_with_logits(logits.double(), has))
+            count += 1
+            continue
         if run.config.task == "causal-lm":
             logits, labels = logits[:, :-1], labels[:, 1:]
         scores, labels = logits.double().log_softmax(-1).flatten(0, -2), labels.flatten()

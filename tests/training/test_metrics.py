@@ -1,12 +1,16 @@
 """Metrics against their definitions, written out the slow way."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from sklearn.metrics import f1_score
 from torch.nn import functional
 
+from bilora_ray.config import TrialConfig
 from bilora_ray.training.metrics import (
+    F1,
     IGNORED,
     LossSum,
     answer,
@@ -14,6 +18,7 @@ from bilora_ray.training.metrics import (
     label_index,
     label_metrics,
     perplexity,
+    usual_average,
 )
 
 GSM8K = r"#### (.+)"
@@ -87,6 +92,35 @@ def test_label_metrics_are_their_definitions(seed: int, num_labels: int, lowest:
         "eval_f1": pytest.approx(sum(scores) / len(scores)),
         "eval_matthews_correlation": pytest.approx(_matthews(predicted, reference)),
     }
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("num_labels", [2, 3])
+@pytest.mark.parametrize("lowest", [-1, 0])
+def test_each_f1_is_scikit_learns(seed: int, num_labels: int, lowest: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    predicted = torch.randint(lowest, num_labels, (40,), generator=generator).tolist()
+    reference = torch.randint(0, num_labels, (40,), generator=generator).tolist()
+
+    def measured(**settings: Any) -> float:
+        config = TrialConfig(
+            model_name_or_path="m",
+            task="sequence-classification",
+            train_data="d",
+            label_names=tuple("abc"[:num_labels]),
+            **settings,
+        )
+        return label_metrics(predicted, reference, num_labels, F1.of(config, usual_average(num_labels)))["eval_f1"]
+
+    labels = list(range(num_labels))
+    for average in ("macro", "micro", "weighted"):
+        expected = f1_score(reference, predicted, labels=labels, average=average, zero_division=0)
+        assert measured(f1_average=average) == pytest.approx(expected)
+    for position, name in enumerate("abc"[:num_labels]):
+        expected = _f1(predicted, reference, position)
+        assert measured(positive_label=name) == pytest.approx(expected)
+        assert measured(positive_label=name, f1_average="binary") == pytest.approx(expected)
+    assert measured() == label_metrics(predicted, reference, num_labels)["eval_f1"]
 
 
 @pytest.mark.filterwarnings("error")

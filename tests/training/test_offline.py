@@ -11,7 +11,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from tiny_trials import METHODS, TASKS, Tiny, evaluate_adapter, run_fit
+from tiny_trials import KINDS, METHODS, TASKS, Tiny, evaluate_adapter, run_fit
 
 from bilora_ray import paths
 from bilora_ray.config import Task, TrialConfig
@@ -88,7 +88,7 @@ def test_a_trial_of_a_cached_model_and_what_comes_of_it_reach_nowhere(
     task: Task, method: str, tiny: Tiny, tmp_path: Path, reached: list[Any]
 ) -> None:
     cached(tiny.model(task))
-    texts = {} if task == "sequence-classification" else {"predict_with_generate": True, "max_new_tokens": 3}
+    texts = {} if task in KINDS else {"predict_with_generate": True, "max_new_tokens": 3}
     config = of_the_hub(tiny, task, method=method, **texts)
     run_fit(config, tmp_path / "trial")
     assert run_fit(config, tmp_path / "trial")[1].resumed_at == [4]

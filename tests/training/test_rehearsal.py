@@ -30,9 +30,11 @@ def test_what_a_trial_takes_is_taken(task: Task, method: str, tiny: Tiny) -> Non
         ("causal-lm", "<s>{prompt}{completion}</s>", "{completion}</s>"),
         ("seq2seq-lm", "{prompt}</s>", "{completion}</s>"),
         ("sequence-classification", "<s>{text}</s>", "{label}"),
+        ("multi-label-classification", "<s>{text}</s>", "{label[0]}"),
+        ("regression", "<s>{text}</s>", "{label:g}"),
     ],
 )
-@pytest.mark.parametrize("label_names", [None, ("bad", "good")])
+@pytest.mark.parametrize("label_names", [None, ("bad", "good", "red", "green", "blue")])
 def test_it_shows_what_the_model_reads_and_learns(
     task: Task, reads: str, learns: str, label_names: tuple[str, ...] | None, tiny: Tiny
 ) -> None:

@@ -10,7 +10,9 @@ import json
 import math
 import re
 import string
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import date, time
 from decimal import Decimal
 from functools import lru_cache
@@ -104,6 +106,48 @@ def label_text(value: Any, where: str) -> str:
     if not text.strip():
         raise UserError(f"{where} has no value")
     return str(int(text.partition(".")[0])) if WHOLE.fullmatch(text) else text
+
+
+def labels_of(record: Record, column: str, delimiter: str) -> list[str]:
+    """The labels in `column` as text: those of a list, or of a text that has the `delimiter` between them.
+
+    A text in brackets is a list as JSON has it. A row may have no labels: an empty list, an empty text.
+
+    Raises:
+        UserError: they are none of this, or one stands twice.
+    """
+    value, where = value_of(record, column), f"{record.where}: column '{column}'"
+    if isinstance(value, str) and value.strip().startswith("["):
+        value = _json_list(value, where)
+    elif isinstance(value, str):
+        value = [part.strip() for part in value.split(delimiter) if part.strip()]
+    found = [label_text(item, where) for item in (value if isinstance(value, list | tuple) else [value])]
+    for text, count in Counter(found).items():
+        if count > 1:
+            line = f"label '{text}' stands {count} times"
+            raise UserError(f"{where}: {line}; it holds the names of a row's labels, not 0 or 1 for each")
+    return found
+
+
+def _json_list(text: str, where: str) -> list[Any]:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        raise UserError(f'{where}: begins as a list, and is none as JSON has it, such as ["a", "b"]') from None
+    assert isinstance(found, list)
+    return found
+
+
+def number_of(record: Record, column: str) -> float:
+    """The label in `column` as a number. UserError if it is none, or not finite."""
+    value = value_of(record, column)
+    number = math.nan
+    if isinstance(value, str | int | float | Decimal) and not isinstance(value, bool) and "_" not in str(value):
+        with suppress(ValueError, OverflowError):
+            number = float(value)
+    if not math.isfinite(number):
+        raise UserError(f"{record.where}: column '{column}' must be a finite number, not {value!r}")
+    return number
 
 
 def label_of(record: Record, config: TrialConfig, names: tuple[str, ...]) -> int:

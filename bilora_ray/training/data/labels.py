@@ -14,7 +14,7 @@ from typing import Any
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.training.data.columns import MOST_NAMES, listed
-from bilora_ray.training.metrics import F1, label_metrics
+from bilora_ray.training.metrics import F1, label_metrics, usual_average
 
 # More labels than these that are whole numbers, of few rows each, are measurements as a rule.
 MANY, FEW_ROWS = 20, 5
@@ -78,7 +78,7 @@ def majority(counts: LabelCounts, config: TrialConfig) -> str:
     (label,) = most_frequent(counts.train)
     reference = [found for (found,) in counts.validation.elements()]
     named = config.model_copy(update={"label_names": tuple(counts.names)})
-    f1 = F1.of(named, len(counts.names))
+    f1 = F1.of(named, usual_average(len(counts.names)))
     metrics = label_metrics([label] * len(reference), reference, len(counts.names), f1)
     return without_learning(f"every row is '{counts.names[label]}'", metrics[config.metric], config)
 
@@ -100,7 +100,14 @@ def label_notes(counts: LabelCounts, config: TrialConfig, validation_data: str) 
         missing = [label for label in range(len(names)) if not found[label] and label not in single]
         if missing:
             yield f"{setting}: no {kind} row for {_quoted(missing, names)}"
-    if config.metric == "eval_f1" and config.positive_label is None and F1.of(config, len(names)).average == "binary":
+
+
+def positive_notes(counts: LabelCounts, config: TrialConfig) -> Iterator[str]:
+    """Which label a binary F1 is of, where it decides and nobody said."""
+    if config.metric != "eval_f1" or config.positive_label is not None:
+        return
+    names = counts.names
+    if F1.of(config, usual_average(len(names))).average == "binary":
         yield f"positive_label: eval_f1 is that of '{names[1]}', the second label, unless it names the other"
 
 

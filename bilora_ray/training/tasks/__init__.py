@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from bilora_ray import config
-from bilora_ray.training.tasks import causal_lm, seq2seq_lm, sequence_classification
+from bilora_ray.training.tasks import (
+    causal_lm,
+    multi_label_classification,
+    regression,
+    seq2seq_lm,
+    sequence_classification,
+)
 from bilora_ray.training.tasks.base import Task
 
 TASKS: dict[config.Task, Task] = {
     "causal-lm": causal_lm.TASK,
     "seq2seq-lm": seq2seq_lm.TASK,
     "sequence-classification": sequence_classification.TASK,
+    "multi-label-classification": multi_label_classification.TASK,
+    "regression": regression.TASK,
 }

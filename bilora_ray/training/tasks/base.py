@@ -6,6 +6,7 @@ Torch is imported by what makes tensors only, for rows are checked without it.
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Flag, auto
@@ -64,14 +65,16 @@ class Example:
     Attributes:
         input_ids: (length,).
         labels: causal-lm: (length,), IGNORED where nothing is learned; seq2seq-lm: (target length,), the
-            completion and the end of sequence; sequence-classification: (1,), the label index.
+            completion and the end of sequence; sequence-classification: (1,), the label index;
+            multi-label-classification: (labels,), the indices of those that the row has; regression: (1,), the number,
+            a 32-bit float.
         prompt_ids: (prompt length,), what generation starts from; None where nothing is generated.
         token_type_ids: (length,), 1 on the second text of a pair, for models that have such an input.
-        reference: text of the completion; empty for sequence-classification.
+        reference: text of the completion; empty where no text is learned.
     """
 
     input_ids: array[int]
-    labels: array[int]
+    labels: array[Any]
     prompt_ids: array[int] | None = None
     token_type_ids: array[int] | None = None
     reference: str = ""
@@ -98,8 +101,8 @@ class Prediction:
 
     Attributes:
         input: the row as the model reads it, with special tokens.
-        prediction: what it writes then, or the label that it finds most likely.
-        reference: the row's completion or label.
+        prediction: what it writes then, or the label that it finds most likely, the labels or the number.
+        reference: the row's completion, label, labels or number.
     """
 
     input: str
@@ -122,11 +125,24 @@ def decoded_labels(example: Example, tokenizer: PreTrainedTokenizerBase, label_n
     return str(tokenizer.decode([token for token in example.labels if token != IGNORED]))
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean loss over `targets` (...), in nats; scalar, float32 whatever the `logits` (..., classes) are."""
+def cross_entropy(logits: Tensor, targets: Tensor, class_weights: Tensor | None = None) -> Tensor:
+    """The mean loss over `targets` (...), in nats; scalar, float32 whatever the `logits` (..., classes) are.
+
+    With `class_weights` (classes,), float32, it is the weighted mean: the weights of the targets add up to one.
+    """
     from torch.nn import functional
 
-    return functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), ignore_index=IGNORED)
+    scores, classes = logits.float().flatten(0, -2), targets.flatten()
+    return functional.cross_entropy(scores, classes, weight=class_weights, ignore_index=IGNORED)
+
+
+def balanced(labels: Iterable[int], num_labels: int) -> list[float]:
+    """The weight of each class, scikit-learn's `balanced`: n / (k n_c) of n labels of k classes, n_c of which are c.
+
+    A class that does not occur has no weight, and is none of the k.
+    """
+    counts = Counter(labels)
+    return [counts.total() / (len(counts) * counts[label]) if counts[label] else 0.0 for label in range(num_labels)]
 
 
 def nothing(*_: Any, **__: Any) -> Any:

@@ -9,13 +9,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.training.data.columns import label_of, label_text_of, names_of, text_of
-from bilora_ray.training.data.labels import LabelCounts, label_notes, majority
+from bilora_ray.training.data.labels import LabelCounts, label_notes, majority, positive_notes
 from bilora_ray.training.data.sources import Record
-from bilora_ray.training.metrics import F1, IGNORED, LossSum, label_metrics
+from bilora_ray.training.metrics import F1, IGNORED, LossSum, label_metrics, usual_average
 from bilora_ray.training.tasks.base import (
     Cut,
     Dataset,
@@ -39,13 +40,17 @@ if TYPE_CHECKING:
     from bilora_ray.training.distributed.workers import Workers
 
 
+# What transformers calls the head that it puts on a model for texts.
+HEADS = ("classifier", "score")
+
+
 @dataclass(frozen=True, slots=True)
 class LabelledRow:
-    """A text, or a pair of texts, and the index of its label."""
+    """A text, or a pair of texts, and what is learned of it: the index of its label, those of several, or a number."""
 
     text: str
     text_pair: str | None
-    label: int
+    label: Any
     where: str
 
 
@@ -68,8 +73,13 @@ def _label_names(records: Iterable[Record], config: TrialConfig) -> Labels:
 
 def _row(record: Record, config: TrialConfig, names: Labels) -> LabelledRow:
     assert names is not None
+    return labelled_row(record, config, label_of(record, config, names))
+
+
+def labelled_row(record: Record, config: TrialConfig, label: Any) -> LabelledRow:
+    """The record's text or pair of texts, with its `label`."""
     pair = None if config.text_pair_column is None else text_of(record, config.text_pair_column)
-    return LabelledRow(text_of(record, config.text_column), pair, label_of(record, config, names), record.where)
+    return LabelledRow(text_of(record, config.text_column), pair, label, record.where)
 
 
 def _about(dataset: Dataset, config: TrialConfig) -> Iterator[str]:
@@ -79,7 +89,9 @@ def _about(dataset: Dataset, config: TrialConfig) -> Iterator[str]:
 
 
 def _notes(dataset: Dataset, config: TrialConfig, validation_data: str) -> Iterator[str]:
-    yield from label_notes(LabelCounts.of(dataset, _labels), config, validation_data)
+    counts = LabelCounts.of(dataset, _labels)
+    yield from label_notes(counts, config, validation_data)
+    yield from positive_notes(counts, config)
 
 
 def _labels(row: LabelledRow) -> tuple[int, ...]:
@@ -89,17 +101,32 @@ def _labels(row: LabelledRow) -> tuple[int, ...]:
 def _examples(
     rows: Sequence[LabelledRow], config: TrialConfig, tokenizer: PreTrainedTokenizerBase, keep_prompts: bool
 ) -> Iterator[Encoded]:
+    return labelled_examples(rows, [array("i", _labels(row)) for row in rows], config, tokenizer)
+
+
+def labelled_examples(
+    rows: Sequence[LabelledRow],
+    labels: Sequence[array[Any]],
+    config: TrialConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> Iterator[Encoded]:
+    """The texts of `rows` tokenized, each with its `labels`."""
     pairs = [row.text_pair for row in rows if row.text_pair is not None]
     inputs = with_special_tokens([row.text for row in rows], pairs or None, config.max_length, tokenizer)
-    for row, (ids, token_type_ids, cut) in zip(rows, inputs, strict=True):
-        example = Example(ids, array("i", [row.label]), token_type_ids=token_type_ids)
+    for learned, (ids, token_type_ids, cut) in zip(labels, inputs, strict=True):
+        example = Example(ids, learned, token_type_ids=token_type_ids)
         yield [] if cut and config.truncation == "drop" else [(example, Cut.PROMPT if cut else Cut.NOTHING)]
 
 
 def _collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
-    """As for a text, with `labels` (batch,) and the `token_type_ids` (batch, length) of pairs."""
+    """As `collate_texts`, with `labels` (batch,)."""
+    labels = stacked([example.labels for example in examples], IGNORED)[:, 0]
+    return {**collate_texts(examples, pad_token_id), "labels": labels}
+
+
+def collate_texts(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
+    """What the model reads: `input_ids`, `attention_mask` and, of pairs, `token_type_ids`, all (batch, length)."""
     batch = padded([example.input_ids for example in examples], pad_token_id)
-    batch["labels"] = stacked([example.labels for example in examples], IGNORED)[:, 0]
     types = [example.token_type_ids for example in examples if example.token_type_ids is not None]
     if types:
         batch["token_type_ids"] = stacked(types, 0)
@@ -107,7 +134,12 @@ def _collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor
 
 
 def _forward(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    return model(**{key: tensor for key, tensor in batch.items() if key != "labels"}).logits, batch["labels"]
+    return logits_of(model, batch), batch["labels"]
+
+
+def logits_of(model: Model, batch: dict[str, Tensor]) -> Tensor:
+    """(batch, outputs of the head): what `model` makes of texts, without a look at their labels."""
+    return model(**{key: tensor for key, tensor in batch.items() if key != "labels"}).logits
 
 
 def _loss(model: Model, batch: dict[str, Tensor]) -> Tensor:
@@ -126,7 +158,8 @@ def _metrics(parts: Sequence[Measured], config: TrialConfig) -> dict[str, float]
     predicted = [label for part in parts for label in part.predicted]
     reference = [label for part in parts for label in part.reference]
     num_labels = parts[0].num_labels
-    return {"eval_loss": loss, **label_metrics(predicted, reference, num_labels, F1.of(config, num_labels))}
+    f1 = F1.of(config, usual_average(num_labels))
+    return {"eval_loss": loss, **label_metrics(predicted, reference, num_labels, f1)}
 
 
 def _predict(
@@ -137,13 +170,18 @@ def _predict(
     label_names: Labels,
     workers: Workers,
 ) -> list[Prediction]:
-    predictions = []
+    names = label_names or ()
+    rows = predicted_alone(model, examples, tokenizer)
+    return [Prediction(text, names[int(logits.argmax())], names[example.labels[0]]) for example, text, logits in rows]
+
+
+def predicted_alone(
+    model: Model, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[tuple[Example, str, Tensor]]:
+    """Each example with its text and its logits (outputs of the head,), float32."""
     for example in examples:
-        logits, _ = _forward(model, on_device(_collate([example], tokenizer.pad_token_id), model))
-        names = label_names or ()
-        text = str(tokenizer.decode(example.input_ids.tolist()))
-        predictions.append(Prediction(text, names[int(logits.argmax())], names[example.labels[0]]))
-    return predictions
+        batch = on_device(collate_texts([example], tokenizer.pad_token_id), model)
+        yield example, str(tokenizer.decode(example.input_ids.tolist())), logits_of(model, batch)[0].float()
 
 
 def _learned(example: Example, tokenizer: PreTrainedTokenizerBase, label_names: Labels) -> str:
@@ -151,14 +189,14 @@ def _learned(example: Example, tokenizer: PreTrainedTokenizerBase, label_names: 
     return label_names[example.labels[0]]
 
 
-def _model_arguments(label_names: Labels) -> dict[str, Any]:
+def named_labels(problem_type: str, label_names: Labels) -> dict[str, Any]:
+    """What `from_pretrained` takes for a head of labels: the base may have been trained for another problem."""
     names = dict(enumerate(label_names or ()))
     return {
         "num_labels": len(names),
         "id2label": names,
         "label2id": {name: index for index, name in names.items()},
-        # The base may have been a regression, or have had several labels a text.
-        "problem_type": "single_label_classification",
+        "problem_type": problem_type,
     }
 
 
@@ -178,6 +216,6 @@ TASK = Task(
     labels=_labels,
     notes=_notes,
     about=_about,
-    model_arguments=_model_arguments,
-    heads=("classifier", "score"),
+    model_arguments=partial(named_labels, "single_label_classification"),
+    heads=HEADS,
 )

@@ -27,6 +27,7 @@ from bilora_ray.training.metrics import (
     exact_match,
     label_index,
     label_metrics,
+    usual_average,
 )
 from bilora_ray.training.tasks.base import Cut, Dataset, Example, Labels, Model, Prediction, on_device, padded, stacked
 
@@ -243,7 +244,7 @@ def generated(
         names = [name.strip() for name in _as_written(config.label_names, tokenizer, continues)]
         given = [label_index(text, names, pattern) for text in texts]
         wanted = [label_index(text, config.label_names, pattern) for text in references]
-        found |= label_metrics(given, wanted, len(names), F1.of(config, len(names)))
+        found |= label_metrics(given, wanted, len(names), F1.of(config, usual_average(len(names))))
     return found
 
 
