@@ -143,7 +143,7 @@ def _set(random: Random) -> dict[str, Any]:
 
 def _number(random: Random) -> dict[str, Any]:
     """How much praise is in a text."""
-    words = random.choices(("awful", "red", "lovely"), k=random.randrange(1, 6))
+    words = random.choices(("awful", "lovely", *COLOURS), k=random.randrange(3, 8))
     return {"text": " ".join(words), "label": (words.count("lovely") - words.count("awful")) / 2}
 
 
