@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from tiny_trials import TASKS
 
 from bilora_ray.cli.main import main
 
@@ -75,7 +76,7 @@ CASES: dict[str, Case] = {
     ),
     "unknown task": Case(
         TUNE,
-        "space.yaml: trial: task: should be 'causal-lm', 'seq2seq-lm' or 'sequence-classification', got 'chat'",
+        f"space.yaml: trial: task: should be {', '.join(map(repr, TASKS[:-1]))} or {TASKS[-1]!r}, got 'chat'",
         trial={"task": "chat"},
     ),
     "unknown metric": Case(

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from tiny_trials import Tiny, write_rows
 
-from bilora_ray.config import FACTS, TrialConfig
+from bilora_ray.config import FACTS, Task, TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.training.loading import NOT_OF_EXAMPLES, Loaded, load_data
 
 OTHERS: dict[str, Any] = {
+    "class_weights": "balanced",
     "attn_implementation": "eager",
     "method": "lora",
     "precision": "bf16",
@@ -45,7 +46,8 @@ def test_what_was_known_not_to_decide_the_examples_still_does_not() -> None:
 
 @pytest.mark.parametrize("setting", sorted(NOT_OF_EXAMPLES))
 def test_trials_that_differ_in_their_training_share_their_data(setting: str, tiny: Tiny) -> None:
-    config = tiny.config("causal-lm", max_steps=None)
+    task: Task = "sequence-classification" if setting == "class_weights" else "causal-lm"
+    config = tiny.config(task, max_steps=None)
     changed = {setting: 3 if setting == "max_steps" else other(setting, getattr(config, setting))}
     assert load_data(config) is load_data(TrialConfig(**{**config.model_dump(), **changed}))
 

@@ -1,19 +1,20 @@
 """Published data sets: from the file to a batch with a real tokenizer, and through the whole loop."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_trials import Tiny, evaluate_adapter, run_fit
+from tiny_trials import Tiny, evaluate_adapter, run_fit, write_rows
 from transformers import AutoTokenizer
 
-from bilora_ray.config import TrialConfig
+from bilora_ray.config import Task, TrialConfig
 from bilora_ray.recipe import evaluation_config
 from bilora_ray.training.data.batches import eval_batches
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import prepare
-from bilora_ray.training.rows import load_rows
+from bilora_ray.training.rows import about, load_rows
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.text import TextRow
 from bilora_ray.training.tasks.truncation import Truncation
@@ -78,6 +79,69 @@ def test_sst2(tokenizer: Any, shared_data: Path) -> None:
     assert data.truncation == {"train": Truncation(6920, 0, 0), "validation": Truncation(872, 0, 0)}
     assert tokenizer.decode(data.validation[0].input_ids.tolist()) == "[CLS] one long string of cliches [SEP]"
     assert data.validation[0].labels.tolist() == [0]
+
+
+def word_problems(shared_data: Path, folder: Path) -> dict[str, str]:
+    """Files of GSM8K's questions, with which operations their answers need, and how many steps."""
+    files = {}
+    for split, source, count in (("train", "train", 400), ("validation", "test", 150)):
+        lines = (shared_data / "gsm8k" / f"{source}.jsonl").read_text().splitlines()[:count]
+        rows = []
+        for problem in map(json.loads, lines):
+            steps = re.findall(r"<<(.*?)=", problem["answer"])
+            operations = [sign for sign in "+-*/" if any(sign in step for step in steps)]
+            rows.append({"text": problem["question"], "operations": operations, "steps": len(steps)})
+        files[f"{split}_data"] = str(write_rows(folder / f"{split}.jsonl", rows))
+    return files
+
+
+def test_word_problems_as_sets_and_as_numbers(shared_data: Path, tmp_path: Path) -> None:
+    files = word_problems(shared_data, tmp_path)
+    config = TrialConfig(
+        model_name_or_path="m", task="multi-label-classification", label_column="operations", metric="eval_f1", **files
+    )
+    assert about(load_rows(config), config) == [
+        "train labels: '*' 295, '+' 236, '-' 207, '/' 185, none 14",
+        "validation labels: '*' 114, '+' 89, '-' 70, '/' 64, none 4",
+        "without learning, where every row is '*', '+': eval_f1 0.6374",
+    ]
+    config = TrialConfig(model_name_or_path="m", task="regression", label_column="steps", **files)
+    assert about(load_rows(config), config) == [
+        "train labels: 0 to 8, mean 3.315, standard deviation 1.522",
+        "validation labels: 0 to 7, mean 3.027, standard deviation 1.346",
+        "without learning, where every row is 3.315: eval_loss 1.896",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "settings", "better"),
+    [
+        ("multi-label-classification", {"label_column": "operations", "metric": "eval_f1"}, 0.66),
+        ("regression", {"label_column": "steps", "metric": "eval_pearson"}, 0.3),
+    ],
+)
+def test_a_real_encoder_learns_word_problems(
+    task: Task, settings: dict[str, Any], better: float, minilm: Path, shared_data: Path, tmp_path: Path
+) -> None:
+    config = TrialConfig(
+        model_name_or_path=str(minilm),
+        task=task,
+        max_length=96,
+        learning_rate=2e-3,
+        num_train_epochs=2,
+        per_device_train_batch_size=16,
+        eval_steps=0.5,
+        **word_problems(shared_data, tmp_path),
+        **settings,
+    )
+    reports, progress = run_fit(config, tmp_path / "trial")
+    assert progress.best_value is not None
+    assert progress.best_value >= better
+    adapter = TrialFolder(tmp_path / "trial").best_adapter()
+    assert adapter is not None
+    best = next(report for report in reports if report["step"] == progress.best_step)
+    assert evaluate_adapter(adapter, evaluation_config(adapter, {})) == {k: best[k] for k in config.available_metrics}
 
 
 @pytest.mark.slow
