@@ -177,6 +177,15 @@ def _check_builtin(name: str, where: str, is_data: bool) -> None:
         raise UserError(f"{where}: '{name}' is {'a model' if is_data else 'data'}")
 
 
+def have_home() -> None:
+    """Give a home to a process that has none, as under a user id of a container's: Ray and MLflow will not do without.
+
+    To be called once the paths that a user gave are known. Nobody but root writes there, so nothing strange is read.
+    """
+    if os.path.expanduser("~") == "~":
+        os.environ["HOME"] = "/"
+
+
 @dataclass(frozen=True)
 class LocalSource:
     """A file or folder that a space names by a relative path.

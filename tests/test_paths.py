@@ -1,5 +1,6 @@
 """Sources: local paths become absolute once, names of other places stay as they are, a missing file is told."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from bilora_ray.builtin import path as built_in
 from bilora_ray.config import SOURCES
 from bilora_ray.errors import UserError
-from bilora_ray.paths import cached_commit, kind_by_name, kind_of, loadable
+from bilora_ray.paths import cached_commit, have_home, kind_by_name, kind_of, loadable
 from bilora_ray.search.space_file import absolute_sources
 
 DATA = ("train_data", "validation_data")
@@ -199,3 +200,17 @@ def test_a_library_takes_a_path_for_what_is_built_in_and_other_names_as_they_are
     assert [loadable(name) for name in ("./x", "~/x", "owner/x")] == ["./x", "~/x", "owner/x"]
     with pytest.raises(UserError, match="no built-in 'quickstart/modle'"):
         loadable("builtin:quickstart/modle")
+
+
+def test_a_process_without_a_home_is_given_one_in_which_nobody_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/mine")
+    have_home()
+    assert os.environ["HOME"] == "/mine"
+    monkeypatch.delenv("HOME")
+
+    def unknown(_: object) -> None:
+        raise KeyError("uid not found")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    have_home()
+    assert os.environ["HOME"] == "/"

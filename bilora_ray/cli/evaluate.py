@@ -13,7 +13,7 @@ from bilora_ray.cli.tables import in_quotes
 from bilora_ray.config import TRAINING_SETTINGS, TrialConfig, deciding_the_split
 from bilora_ray.digests import check_rows
 from bilora_ray.errors import UserError
-from bilora_ray.paths import locate_here
+from bilora_ray.paths import have_home, locate_here
 from bilora_ray.search.space_file import absolute_sources, parse_override
 
 EPILOG = """\b
@@ -63,6 +63,7 @@ def command(
                 f"--set {given[key]}: would measure on rows that the training did not hold out; give --data"
             )
 
+    have_home()
     from bilora_ray.quiet import quiet
 
     quiet()

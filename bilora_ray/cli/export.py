@@ -18,6 +18,7 @@ from bilora_ray.cli.options import (
     where_adapter_is,
 )
 from bilora_ray.errors import MachineError, UserError, first_line
+from bilora_ray.paths import have_home
 
 EPILOG = """\b
 Examples:
@@ -49,6 +50,7 @@ def command(
     from bilora_ray.search.study.studies import load_study
 
     layout = Layout(absolute(storage_path), study_database)
+    have_home()
     with naming_the_database(layout, then=""):
         found = load_study(layout, study)
         _check_new(output)

@@ -27,6 +27,7 @@ from bilora_ray.cli.options import (
 )
 from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.errors import UserError
+from bilora_ray.paths import have_home
 from bilora_ray.search.cluster.protection import check_mlflow
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import checked_space, load_space, parse_override
@@ -94,6 +95,7 @@ def command(
     if space.distributions:
         keys = ", ".join(f"--set {key}=VALUE" for key in space.distributions)
         raise UserError(f"{space.path}: one run needs one value for each setting; give {keys}")
+    have_home()
 
     from bilora_ray.quiet import quiet
     from bilora_ray.search.alone import train

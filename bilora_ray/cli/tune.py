@@ -25,7 +25,7 @@ from bilora_ray.cli.tables import duration, in_quotes
 from bilora_ray.cli.validate import describe
 from bilora_ray.config import FACTS
 from bilora_ray.errors import UserError
-from bilora_ray.paths import Locate, locate_here
+from bilora_ray.paths import Locate, have_home, locate_here
 from bilora_ray.search.cluster.protection import check_mlflow, check_ray
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
@@ -73,6 +73,7 @@ def command(
         check_mlflow(mlflow_uri)
     space = space_to_search(space_path, overrides, num_trials, max_concurrent)
     layout = Layout(absolute(storage_path), study_database)
+    have_home()
     asked = num_trials is not None or any(override.startswith("study.num_trials=") for override in overrides)
     if resume and not asked:
         space = _not_shrunk(space, layout)

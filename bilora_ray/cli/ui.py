@@ -10,6 +10,7 @@ import click
 
 from bilora_ray.cli.options import absolute, mlflow_option, storage_option
 from bilora_ray.errors import UserError
+from bilora_ray.paths import have_home
 
 EPILOG = """\b
 Example:
@@ -27,6 +28,7 @@ def command(storage_path: Path, mlflow_uri: str | None, port: int) -> None:
     from bilora_ray.tracking.mlflow_tracker import default_uri, ui_command
 
     folder = Layout(absolute(storage_path)).storage_path
+    have_home()
     if mlflow_uri is None and not (folder / "mlflow.db").exists():
         raise UserError(f"--storage-path {storage_path}: no runs here yet; `bilora-ray tune` makes them")
     command_line, environment = ui_command(mlflow_uri or default_uri(folder), port)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bilora_ray.errors import MachineError
 from bilora_ray.files import locked
 
 EXAMPLES = "examples"
@@ -52,13 +53,13 @@ class TrialFolder:
         return complete[-1] if complete else None
 
     def state(self) -> dict[str, Any]:
-        """Counters and evaluations of the newest checkpoint; empty before the first one."""
+        """Counters and evaluations of the newest checkpoint; empty before the first one. MachineError if it is torn."""
         for _ in range(3):
             newest = self.latest()
             if newest is None:
                 return {}
             with contextlib.suppress(FileNotFoundError):  # the trial has just put a newer one in its place
-                return json.loads((newest / STATE).read_text())
+                return _parsed(newest / STATE)
         return {}
 
     def best_adapter(self) -> Path | None:
@@ -103,6 +104,16 @@ class TrialFolder:
         """
         self.path.mkdir(exist_ok=True)
         return locked(self.path / "lock", wait_s)
+
+
+def _parsed(file: Path) -> dict[str, Any]:
+    try:
+        state = json.loads(file.read_text())
+    except ValueError:
+        state = None
+    if not isinstance(state, dict):
+        raise MachineError(f"{file}: is torn; without the folder {file.parent.name} its trial begins anew")
+    return state
 
 
 def _complete(folder: Path) -> list[Path]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from tiny_trials import Tiny
 
+from bilora_ray.errors import MachineError
 from bilora_ray.files import locked
 from bilora_ray.training import loop
 from bilora_ray.training.folder import STATE, TENSORS, TrialFolder
@@ -137,3 +138,14 @@ def test_exactly_the_adapter_of_the_best_evaluation_is_kept(
     assert (progress.best_step, progress.best_value) == (best[-1], values[best[-1] - 1])
     recipe = json.loads((folder.adapter_at(best[-1]) / "bilora_ray.json").read_text())
     assert recipe["step"] == best[-1]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"step": 4', b"[]", b"\xff\xfe\x00"])
+def test_a_torn_state_is_one_line(content: bytes, tmp_path: Path) -> None:
+    folder = TrialFolder(tmp_path / "trial")
+    checkpoint(folder, 4)
+    file = folder.checkpoint_at(4) / STATE
+    file.write_bytes(content)
+    with pytest.raises(MachineError) as caught:
+        folder.state()
+    assert str(caught.value) == f"{file}: is torn; without the folder step-00000004 its trial begins anew"
