@@ -12,6 +12,8 @@ from bilora_ray.config import TrialConfig, of_other_sources
 from bilora_ray.errors import UserError
 
 RECIPE, MERGED = "bilora_ray.json", "merged"
+# The id of what batches were padded with, for models that read a row at its last token that is not that.
+PAD = "pad_token_id"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 # What transformers and vLLM know these files by.

@@ -24,6 +24,7 @@ DEPTH = {
     "runners": 5,
     "release": 5,
     "training": 6,
+    "training.probe": 7,
     "training.rows": 7,
     "training.tasks": 8,
     "training.data": 9,

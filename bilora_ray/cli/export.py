@@ -70,12 +70,14 @@ def command(
     origin = {"study": study, "trial": record.number, found.objective.metric: record.value}
     try:
         with telling_of_gpu_memory("; hide it with CUDA_VISIBLE_DEVICES= to merge in main memory"):
-            (export_merged if merge else export_adapter)(adapter, absolute(output), origin)
+            notes = (export_merged if merge else export_adapter)(adapter, absolute(output), origin) or []
     except OSError as error:
         raise MachineError(f"--output {output}: cannot be written ({error.strerror or first_line(error)})") from None
     if as_json:
-        print_json({"output": str(absolute(output)), "merged": merge, **origin})
+        print_json({"output": str(absolute(output)), "merged": merge, **origin, **({"notes": notes} if notes else {})})
     else:
+        for note in notes:
+            click.secho(f"Note: {note}", fg="yellow", err=True)
         click.echo(f"{'Merged model' if merge else 'Adapter'} of trial {record.number} is in {output}")
 
 

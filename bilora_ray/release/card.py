@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from bilora_ray.config import METHOD_TITLES, TASK_FACTS, TrialConfig, applies, shown
 from bilora_ray.paths import BUILTIN, kind_by_name
-from bilora_ray.recipe import TEMPLATE
+from bilora_ray.recipe import PAD, TEMPLATE
 from bilora_ray.training.tasks import TASKS
 
 CARD = "README.md"
@@ -24,7 +24,8 @@ def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) ->
     Args:
         adapter: the folder, as PEFT wrote it.
         config: the settings of the trial.
-        origin: the study, the trial's number, the value of its metric, and the tokens that end a text.
+        origin: the study, the trial's number and the value of its metric; the tokens that end a text and the padding
+            token's id, where they matter.
     """
     base, model_class = config.model_name_or_path, TASK_FACTS[config.task].model_class
     arguments, imports = [f'"{base}"'], ""
@@ -35,7 +36,13 @@ def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) ->
     if config.trust_remote_code:
         arguments.append("trust_remote_code=True")
     more = TASKS[config.task].model_arguments(config.label_names)
-    arguments += [f"{key}={json.dumps(value)}" for key, value in more.items() if isinstance(value, int | str)]
+    arguments += [f"{key}={value!r}" for key, value in more.items()]
+    if TASKS[config.task].heads:  # the base may have one for other labels; the adapter has its own
+        arguments.append("ignore_mismatched_sizes=True")
+    pad = origin.get(PAD)
+    padding = (
+        "" if pad is None else f"base.config.get_text_config().pad_token_id = {pad}  # what batches are padded with\n"
+    )
     settings = {key: value for key, value in config.model_dump().items() if applies(key, config.method)}
     if config.max_steps is not None:
         del settings["num_train_epochs"]
@@ -66,7 +73,7 @@ Trained with {METHOD_TITLES[config.method]} by bilora-ray: trial {origin["trial"
 from transformers import {model_class}
 
 base = {model_class}.from_pretrained({", ".join(arguments)})
-model = PeftModel.from_pretrained(base, ".")  # the folder of this file
+{padding}model = PeftModel.from_pretrained(base, ".")  # the folder of this file
 {f"model.generation_config.eos_token_id = {stops}{newline}" if stops else ""}```
 {_served(config, stops)}""",
         encoding="utf-8",

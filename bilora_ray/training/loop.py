@@ -27,7 +27,7 @@ from bilora_ray.files import atomic_folder, temporary_folder
 from bilora_ray.method import export_primary, primary_parameters
 from bilora_ray.method.base import Closure
 from bilora_ray.paths import cached_commit
-from bilora_ray.recipe import TEMPLATE, write_recipe
+from bilora_ray.recipe import PAD, TEMPLATE, write_recipe
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from bilora_ray.training.data.batches import train_batch
@@ -37,6 +37,7 @@ from bilora_ray.training.evaluate import evaluate
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.metrics import IGNORED
+from bilora_ray.training.probe.passes import check_tokens
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Example, balanced, cross_entropy
 from bilora_ray.training.tasks.truncation import Truncation
@@ -107,6 +108,7 @@ class Run:
         self.class_weights = self._class_weights()
         self.weights_of_classes = torch.tensor(self.class_weights or (), device=models.device())
         base, fresh = models.load_base(config, self.data.tokenizer, self.data.label_names, workers)
+        check_tokens(base, config, self.data.tokenizer, (*self.data.train, *self.data.validation))
         self.model = models.add_primary(base, config, fresh)
         self.optimizer = models.build_optimizer(self.model, config, self._place)
         if config.gradient_checkpointing:
@@ -304,6 +306,8 @@ class Run:
             origin: dict[str, Any] = {"step": self.progress.step, "model_commit": commit, "digests": known}
             if stops := self.task.stops(self.model, self.data.tokenizer, settings):
                 origin["stop_token_ids"] = stops
+            if self.task.heads and self.data.tokenizer.pad_token_id is not None:
+                origin[PAD] = self.model.config.get_text_config().pad_token_id
             write_recipe(written, settings, origin)
             if settings.chat_template is not None:
                 (written / TEMPLATE).write_text(str(self.data.tokenizer.chat_template), encoding="utf-8")

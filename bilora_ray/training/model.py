@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -22,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.pytorch_utils import Conv1D
 
 from bilora_ray.config import TASK_FACTS, TrialConfig
 from bilora_ray.errors import UserError, first_line, refusal
@@ -31,6 +34,7 @@ from bilora_ray.method.registry import stay
 from bilora_ray.paths import is_cached, kind_of, loadable
 from bilora_ray.training.data.chat import use_template
 from bilora_ray.training.distributed.workers import ALONE, Workers
+from bilora_ray.training.probe.passes import check_passes
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import check_positions
 
@@ -41,6 +45,9 @@ AUTO_CLASS: dict[str, Any] = {task: getattr(transformers, facts.model_class) for
 PACKS = "support_avx512bf16_for_cpu"
 # What the device tells, whatever it was asked for: not the model's fault. Older versions of torch know the first alone.
 DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+NOWHERE = torch.device("meta")
+# What models call the parts that look back at a text.
+ATTENTION = re.compile(r"att(entio)?n\w*\.", re.IGNORECASE)
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -91,12 +98,14 @@ def load_base(
             model, fresh = _with_weights(config, arguments, workers)
     fresh = workers.gather(fresh)[0] if workers.sharded else fresh
     _check_positions(model, config)
-    text_config = model.config.get_text_config()
-    if text_config.pad_token_id is None:
-        text_config.pad_token_id = tokenizer.pad_token_id
-    heads = [name for name in TASKS[config.task].heads if hasattr(model, name)]
-    for name in (*_beside_heads(fresh, config), *heads):
-        _keep_fp32(model.get_submodule(name))
+    _pad_as(model, tokenizer)
+    for name in _beside_heads(fresh, config):
+        _keep_fp32(model.get_submodule(name), amid=True)
+    for name in TASKS[config.task].heads:
+        if hasattr(model, name):
+            _keep_fp32(model.get_submodule(name), amid=False)
+    if not workers.sharded:
+        check_passes(model, config, tokenizer)
     return model, fresh
 
 
@@ -117,6 +126,18 @@ def load_shape(config: TrialConfig, label_names: Sequence[str] | None, here: boo
     return model
 
 
+def load_stand_in(
+    config: TrialConfig, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str] | None
+) -> PreTrainedModel:
+    """As `load_base`, but with random weights, float32 and plain attention: what it does with a row is the model's."""
+    plain = config.model_copy(update={"precision": "fp32", "quantization": None, "attn_implementation": None})
+    torch.manual_seed(config.seed)
+    with _naming_the_model(config):
+        model = _without_weights(plain, _base_arguments(plain, label_names), device())
+    _pad_as(model, tokenizer)
+    return model.eval()
+
+
 def _base_arguments(config: TrialConfig, label_names: Sequence[str] | None) -> dict[str, Any]:
     arguments: dict[str, Any] = {"dtype": DTYPE[config.precision], **_hub_arguments(config)}
     if config.attn_implementation is not None:
@@ -126,11 +147,28 @@ def _base_arguments(config: TrialConfig, label_names: Sequence[str] | None) -> d
 
 def _check_positions(model: PreTrainedModel, config: TrialConfig) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for name, module in model.named_modules():
-        # Some count positions from behind the padding's on, as RoBERTa does.
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            positions = module.num_embeddings - module.padding_idx - 1
+    for name, module in _positions_behind_padding(model):
+        if name.endswith("position_embeddings"):
+            positions = module.weight.shape[0] - module.padding_idx - 1
     check_positions(positions, config, TASKS[config.task].continues)
+
+
+def _positions_behind_padding(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The modules that count positions from behind the padding token's id on, as RoBERTa's does."""
+    for name, module in model.named_modules():
+        if "position" in name.rpartition(".")[2] and getattr(module, "padding_idx", None) is not None:
+            yield name, module
+
+
+def _pad_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell `model` what rows are padded with: many a classifier reads a row at its last token that is not padding.
+
+    The tokenizer decides, for it is what pads; the model's config may be of another one. Where positions begin behind
+    the padding's id, it stays as it is: a model that is loaded with another one counts them otherwise.
+    """
+    text_config = model.config.get_text_config()
+    if text_config.pad_token_id is None or not any(_positions_behind_padding(model)):
+        text_config.pad_token_id = tokenizer.pad_token_id
 
 
 def _with_weights(
@@ -142,17 +180,21 @@ def _with_weights(
     if not workers.sharded:
         arguments = {**arguments, "device_map": {"": device()}}
     arguments = {**arguments, "output_loading_info": True, "use_safetensors": True}
+    # A head for other labels gives way to a new one, and nothing else does.
+    arguments["ignore_mismatched_sizes"] = bool(TASKS[config.task].heads)
     # Without it a model is given one that its config.json makes up, which may know fewer ends of a text.
     generation = ("generation_config.json",) if TASK_FACTS[config.task].generates else ()
     model, loading = _from_pretrained(AUTO_CLASS[config.task], config, arguments, *generation)
     for module in model.modules():
         if hasattr(module, PACKS):
             setattr(module, PACKS, False)
-    return model, _modules(model, loading["missing_keys"])
+    replaced = [name for name, *_ in loading["mismatched_keys"]]
+    _check_replaced(model, replaced)
+    return model, _modules(model, [*loading["missing_keys"], *replaced])
 
 
-def _without_weights(config: TrialConfig, arguments: dict[str, Any]) -> PreTrainedModel:
-    """The same model with empty parameters: their values come from another worker."""
+def _without_weights(config: TrialConfig, arguments: dict[str, Any], place: torch.device = NOWHERE) -> PreTrainedModel:
+    """The same model without its files: with empty parameters as a rule, else with random ones at a `place`."""
     dtype, attention = arguments.pop("dtype"), arguments.pop("attn_implementation", None)
     model_config = _from_pretrained(AutoConfig, config, arguments)
     chosen = {} if attention is None else {"attn_implementation": attention}
@@ -163,7 +205,7 @@ def _without_weights(config: TrialConfig, arguments: dict[str, Any]) -> PreTrain
         found = partial(get_class_from_dynamic_module, code, source(config), revision=revision, code_revision=revision)
         remote = _here_first(config, found)
         model_class.register(type(model_config), remote, exist_ok=True)
-    with torch.device("meta"):
+    with place:
         return model_class.from_config(model_config, dtype=dtype, trust_remote_code=config.trust_remote_code, **chosen)
 
 
@@ -191,19 +233,47 @@ def add_primary(model: PreTrainedModel, config: TrialConfig, fresh: Sequence[str
     """
     torch.manual_seed(config.seed)
     targets = config.target_modules
+    # PEFT copies each module with such an end of its name, DistilBERT's pre_classifier too: LoRA cannot be on it.
+    copied = [name for name, _ in model.named_modules() if name.endswith(TASKS[config.task].heads)]
+    hidden = [name for name in copied if name.rpartition(".")[2] not in TASKS[config.task].heads]
     lora = LoraConfig(
         task_type=TaskType[TASKS[config.task].peft_type],
         r=config.rank,
         lora_alpha=config.resolved_lora_alpha,  # type: ignore[arg-type] # PEFT divides it by r: a float is right
         lora_dropout=config.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
+        exclude_modules=hidden or None,
         modules_to_save=_beside_heads(fresh, config) or None,
         revision=config.model_revision,
     )
     try:
         return get_peft_model(model, lora)
-    except ValueError as error:
-        raise UserError(f"target_modules: {first_line(error)}") from None
+    except (TypeError, ValueError) as error:
+        raise UserError(_naming_others(first_line(error), model, config)) from None
+
+
+def tied_targets(model: PeftModel) -> dict[str, list[nn.Module]]:
+    """Adapted modules whose weight is another module's too, as an output layer's is the embeddings': who has it."""
+    users: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for weight in module.parameters(recurse=False):
+            users.setdefault(id(weight), []).append(module)
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    found = {name.rpartition(".")[2]: users[id(layer.get_base_layer().weight)] for name, layer in layers}
+    return {name: modules for name, modules in found.items() if len(modules) > 1}
+
+
+def merged(model: PeftModel) -> PreTrainedModel:
+    """The base model of `model` with its adapter in the weights.
+
+    A tied weight that is adapted in one place becomes one of each place: the adapter changes it there alone.
+    """
+    for _, *others in tied_targets(model).values():
+        for module in others:
+            weight: Any = module.weight
+            module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+    return model.merge_and_unload()
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
@@ -233,7 +303,21 @@ def build_optimizer(model: PeftModel, config: TrialConfig, place: Place = stay) 
     try:
         return build_method(config.method, model, place, **settings)
     except ValueError as error:  # the settings are checked, so what doesn't fit is a module
-        raise UserError(f"target_modules: {error}") from None
+        raise UserError(_naming_others(str(error), model, config)) from None
+
+
+def _naming_others(problem: str, model: nn.Module, config: TrialConfig) -> str:
+    """The line about target modules; where not all linear layers can have an adapter, with some that can."""
+    line = f"target_modules: {problem}"
+    if config.target_modules != "all-linear":
+        return line
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    linear = [name for name, module in base.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    inside = [name.removesuffix(".base_layer") for name in _beside_heads(linear, config) if ".lora_" not in name]
+    attention = [name for name in inside if ATTENTION.search(name)]
+    others = {name.rpartition(".")[2] for name in attention or inside if "." in name}
+    others = {name for name in others if f"'{name}'" not in problem}
+    return f"{line}; what can have one: target_modules: [{', '.join(sorted(others))}]" if others else line
 
 
 def enable_gradient_checkpointing(model: PeftModel) -> None:
@@ -273,6 +357,14 @@ def _modules(model: nn.Module, missing: Sequence[str]) -> list[str]:
     return sorted({name.rpartition(".")[0] for name in missing if name in known})
 
 
+def _check_replaced(model: PreTrainedModel, replaced: Sequence[str]) -> None:
+    """ValueError unless each of the parameters `replaced`, which the files hold in another shape, is of the labels."""
+    labels = getattr(model.config, "num_labels", None)
+    wrong = [name for name in replaced if model.get_parameter(name).shape[0] != labels]
+    if wrong:
+        raise ValueError(f"its files hold {', '.join(wrong)} in another shape than config.json says")
+
+
 def _beside_heads(modules: Sequence[str], config: TrialConfig) -> list[str]:
     """`modules` less the heads that PEFT trains and saves by itself."""
     return [name for name in modules if name.split(".")[0] not in TASKS[config.task].heads]
@@ -308,8 +400,13 @@ def _missing(error: ImportError, config: TrialConfig) -> str:
     return f"model_name_or_path: '{name}' needs a package that is not here ({reason})"
 
 
-def _keep_fp32(module: nn.Module) -> None:
-    """Have `module`, which is trained, compute in fp32 amid others that don't: in bf16 AdamW's moments would stall."""
+def _keep_fp32(module: nn.Module, amid: bool) -> None:
+    """Have `module`, which is trained, compute in fp32 beside others that don't: in bf16 AdamW's moments would stall.
+
+    Args:
+        module: it.
+        amid: whether others read what it computes. What a head does, the loss reads, in fp32.
+    """
     outer = next(module.parameters()).dtype
 
     def enter(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -321,4 +418,5 @@ def _keep_fp32(module: nn.Module) -> None:
     if outer != torch.float32:
         module.float()
         module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
+        if amid:
+            module.register_forward_hook(leave)

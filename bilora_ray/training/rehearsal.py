@@ -8,13 +8,16 @@ from itertools import islice
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.training import model as models
-from bilora_ray.training.loading import load_data, prepare
+from bilora_ray.training.loading import Loaded, load_data, prepare
+from bilora_ray.training.probe.passes import check_passes, check_tokens, reading
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Dataset
+from bilora_ray.training.tasks.base import Dataset, on_device
 from bilora_ray.training.tasks.truncation import Truncation
 
 # So many rows show what a chat template does, in a moment.
 FIRST = 100
+# Parameters of a model that gets random weights in seconds, and 2 GiB at the most.
+SMALL = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,9 @@ class Rehearsal:
 def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
     """Tokenize the data, of large ones the beginning, and put the method's adapters on the base model's shape.
 
+    A base model that is small and would be trained here reads the longest rows too, with random weights: some mistakes
+    show in no shape. Those of a larger one show when a trial has loaded it.
+
     Args:
         config: the settings.
         here: whether trials run on this machine, so that its packages and GPUs are theirs.
@@ -46,12 +52,24 @@ def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
             package that they need is missing.
     """
     data = load_data(config, beginning=True)
-    model = models.add_primary(models.load_shape(config, data.label_names, here), config, fresh=())
-    models.build_optimizer(model, config)
+    shape = models.load_shape(config, data.label_names, here)
+    check_tokens(shape, config, data.tokenizer, (*data.train, *data.validation))
+    is_small = sum(parameter.numel() for parameter in shape.parameters()) <= SMALL
+    models.build_optimizer(models.add_primary(shape, config, fresh=()), config)
+    if here and is_small:
+        _read(config, data)
     first = data.train[0]
     target = TASKS[config.task].learned(first, data.tokenizer, data.label_names)
     notes = (*data.notes, *Truncation.of(data.truncation.values()).notes(config.model_dump()))
     return Rehearsal(data.truncation, str(data.tokenizer.decode(first.input_ids.tolist())), target, notes)
+
+
+def _read(config: TrialConfig, data: Loaded) -> None:
+    model, task = models.load_stand_in(config, data.tokenizer, data.label_names), TASKS[config.task]
+    check_passes(model, config, data.tokenizer)
+    longest = sorted(data.train, key=lambda example: len(example.input_ids))[-config.per_device_train_batch_size :]
+    with reading(config):
+        task.loss(model, on_device(task.collate(longest[-2:], data.tokenizer.pad_token_id), model))
 
 
 def notes_of_first(config: TrialConfig, rows: Dataset) -> tuple[str, ...]:

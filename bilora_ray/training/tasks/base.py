@@ -218,13 +218,13 @@ class Task:
 
 
 def check_positions(positions: int | None, config: TrialConfig, continues: bool) -> None:
-    """UserError unless a row is no longer than so many positions; None: no end.
+    """UserError unless a row is no longer than so many positions; None, 0 or less: no end, as of XLNet's -1.
 
     Nor may a measured text be, unless it `continues` its prompt: then both are in a row.
     """
     for setting in ("max_length", *(["max_new_tokens"] if config.predict_with_generate and not continues else [])):
         length = getattr(config, setting)
-        if positions is not None and length > positions:
+        if positions is not None and 0 < positions < length:
             raise UserError(f"{setting}: {length} is more than the model's {positions} positions")
 
 

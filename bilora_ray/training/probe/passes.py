@@ -1,0 +1,215 @@
+"""Passes over rows that are made up: whether a model reads ahead, minds padding, or computes what another one does."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
+from random import Random
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from bilora_ray.config import TASK_FACTS, TrialConfig
+from bilora_ray.errors import UserError, first_line
+from bilora_ray.training.metrics import IGNORED
+from bilora_ray.training.tasks import TASKS
+from bilora_ray.training.tasks.base import Example, Model, on_device, padded, stacked
+
+# Tokens of a long row and of a short one, beside their special ones.
+LONG, SHORT = 12, 5
+# By how much two passes over the same may differ, as a share of the logits' spread: sums in another order, no more.
+EXACT, COARSE = 5e-3, 0.1
+# What a model's own code raises at a row that it cannot read.
+UNREADABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A model, and what it takes to let it read.
+
+    Attributes:
+        model: in evaluation mode.
+        config: the settings that it was loaded for.
+        tokenizer: its own, with a padding token.
+    """
+
+    model: Model
+    config: TrialConfig
+    tokenizer: PreTrainedTokenizerBase
+
+    @cached_property
+    def words(self) -> list[int]:
+        """2 x LONG tokens that are not special, the same for each model of this vocabulary."""
+        special = set(self.tokenizer.all_special_ids)
+        known = range(min(len(self.tokenizer), self.model.get_input_embeddings().weight.shape[0]))
+        return Random(0).choices([token for token in known if token not in special], k=2 * LONG)
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """The special tokens before a text and after it."""
+        text = self.tokenizer("a", return_special_tokens_mask=True)
+        marked = list(zip(text["input_ids"], text["special_tokens_mask"], strict=True))
+        head, tail = (list(takewhile(lambda token: token[1], side)) for side in (marked, reversed(marked)))
+        return [token for token, _ in head], [token for token, _ in reversed(tail)]
+
+    def logits(self, *texts: Sequence[int]) -> list[Tensor]:
+        """What the model makes of `texts` in one batch: of each its logits, less those of padding; float32."""
+        head, tail = self.frame
+        rows = [array("i", [*head, *text, *tail]) for text in texts]
+        batch = padded(rows, self.tokenizer.pad_token_id)
+        if self.model.config.is_encoder_decoder and TASK_FACTS[self.config.task].generates:
+            rows = [array("i", text) for text in texts]
+            batch["labels"] = stacked(rows, IGNORED)
+        logits = self.model(**on_device(batch, self.model)).logits.float().cpu()
+        return [logits[number][: len(row)] if logits.dim() == 3 else logits[number] for number, row in enumerate(rows)]
+
+    def next_tokens(self, *prompts: Sequence[int]) -> Tensor:
+        """(prompts, vocabulary), float32: what the model would write after each of `prompts`, padded as for a text."""
+        head, _ = self.frame
+        left = TASKS[self.config.task].continues
+        batch = padded([array("i", [*head, *prompt]) for prompt in prompts], self.tokenizer.pad_token_id, left)
+        written = self.model.generate(
+            **on_device(batch, self.model),
+            max_new_tokens=1,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=self.tokenizer.pad_token_id,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+        return written.logits[0].float().cpu()
+
+    def reads_ahead(self) -> bool:
+        """Whether a later token changes what is made of an earlier one."""
+        first, second = self.logits(self.words[:LONG], self.words[:SHORT] + self.words[LONG + SHORT :])
+        known = len(self.frame[0]) + SHORT
+        return self._apart(first[:known], second[:known])
+
+    def minds_padding(self) -> bool:
+        """Whether a row is another one beside a longer row."""
+        short = self.words[:SHORT]
+        (alone,), (beside, _) = self.logits(short), self.logits(short, self.words[:LONG])
+        return self._apart(alone, beside)
+
+    def writes_by_padding(self) -> bool:
+        """Whether a prompt is gone on with in another way beside a longer one."""
+        short = self.words[:SHORT]
+        return self._apart(self.next_tokens(short)[0], self.next_tokens(short, self.words[:LONG])[0])
+
+    def _apart(self, one: Tensor, other: Tensor) -> bool:
+        return not difference(one, other) <= tolerance(self.config)
+
+
+def tolerance(config: TrialConfig) -> float:
+    """The `difference` of two computations that is no more than rounding."""
+    return EXACT if config.precision == "fp32" and config.quantization is None else COARSE
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    """How far `other` is from `one`, as a share of the spread of `one`: roots of mean squares."""
+    spread = (one - one.mean()).norm() if one.numel() > 1 else one.norm()
+    return float((one - other).norm() / spread.clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def logits_of(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """All that `model` makes of two rows that are made up, as one row of numbers: float32, on the CPU.
+
+    The rows are the same for each model with one vocabulary, or size of an image.
+    """
+    model.eval()
+    with torch.inference_mode():
+        if reads_tokens(model):
+            probe = Probe(model, config, tokenizer)
+            return torch.cat([part.flatten() for part in probe.logits(probe.words[:LONG], probe.words[LONG:][:SHORT])])
+        sides = model.config.image_size
+        height, width = sides if isinstance(sides, list | tuple) else (sides, sides)
+        shape = (2, model.config.num_channels, height, width)
+        pixels = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+        return model(**{model.main_input_name: pixels}).logits.float().cpu().flatten()
+
+
+def check_passes(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Look at how `model`, in evaluation mode, reads rows that are made up; what reads no tokens is not looked at.
+
+    Raises:
+        UserError: it can read none, or no padding; it is to go on with a text and sees what comes; or a row is another
+            one when it is padded, and the batch sizes let that happen.
+    """
+    if not reads_tokens(model):
+        return
+    check_tokens(model, config, tokenizer, ())
+    with reading(config):
+        problem = _problem(Probe(model, config, tokenizer))
+    if problem is not None:
+        setting, line = problem
+        raise UserError(f"{setting}: '{config.model_name_or_path}' {line}")
+
+
+def check_tokens(
+    model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]
+) -> None:
+    """UserError if there is a token in `examples`, or the padding's, that `model` has no embedding of."""
+    known = model.get_input_embeddings().weight.shape[0] if reads_tokens(model) else 0
+    if len(tokenizer) <= known or not reads_tokens(model):
+        return
+    ids = (ids for example in examples for ids in (example.input_ids, example.labels, example.prompt_ids) if ids)
+    highest = max(map(max, ids), default=0)
+    for token in (tokenizer.pad_token_id, highest):
+        if token >= known:
+            raise UserError(
+                f"model_name_or_path: the tokenizer of {config.model_name_or_path} makes token {token} "
+                f"('{tokenizer.convert_ids_to_tokens(token)}'), and the model has embeddings of {known}; save it with "
+                "model.resize_token_embeddings(len(tokenizer)) in a folder, and name that"
+            )
+
+
+def reads_tokens(model: Model) -> bool:
+    """Whether `model` is one of texts."""
+    return bool(model.main_input_name == "input_ids")
+
+
+@contextmanager
+def reading(config: TrialConfig) -> Iterator[None]:
+    """Turns what the model's own code raises at a row into one line, for it would raise it each time."""
+    try:
+        with torch.inference_mode():
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
+        line = f"model_name_or_path: '{config.model_name_or_path}' cannot read a row ({first_line(error)})"
+        raise UserError(line) from error
+
+
+def _problem(probe: Probe) -> tuple[str, str] | None:
+    config = probe.config
+    continues = TASKS[config.task].continues
+    if continues and probe.reads_ahead():
+        return "model_name_or_path", (
+            f"sees the tokens that it is to predict, as an encoder does; {config.task} needs a decoder "
+            "(a BERT is one with is_decoder: true in its config.json)"
+        )
+    sizes = {key: getattr(config, key) for key in ("per_device_train_batch_size", "per_device_eval_batch_size")}
+    several = [key for key, size in sizes.items() if size > 1]
+    # What a row that is padded at its right holds is not seen from before it.
+    if not continues and several and probe.minds_padding():
+        return several[0], f"reads a row in another way beside a longer one; needs {' and '.join(sizes)} of 1"
+    evaluated = "per_device_eval_batch_size"
+    if config.predict_with_generate and evaluated in several and probe.writes_by_padding():
+        return evaluated, f"goes on in another way beside a longer prompt; predict_with_generate needs {evaluated} of 1"
+    return None
