@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bilora_ray import checking
-from bilora_ray.config import REVISIONS, SOURCES, TrialConfig
+from bilora_ray.config import REVISIONS, SOURCES, TASK_FACTS, TrialConfig
 from bilora_ray.digests import BASE, of_base, source_of
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import COMMIT, cached_commit, kind_of, model_file
@@ -30,6 +30,22 @@ POSITIONS = {
     "gptj": "n_positions",
     "openai-gpt": "n_positions",
 }
+# Kinds of models whose positions begin behind the padding token's id.
+BEHIND_PADDING = frozenset(
+    {
+        "camembert",
+        "data2vec-text",
+        "ibert",
+        "longformer",
+        "luke",
+        "mpnet",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,11 @@ def preflight(space: Space, dry_run: bool = False) -> Checked:
     rows = load_rows(config, beginning=dry_run)
     digests = {source_of(config, setting): digest for setting, digest in rows.digests.items()}
     digests |= _bases(space)
-    told = (*_unpinned(config), *notes(rows, space.with_step(max), space.resources.workers))
+    told = (
+        *_unpinned(config),
+        *_new_head(config, rows.label_names),
+        *notes(rows, space.with_step(max), space.resources.workers),
+    )
     return Checked(digests, tuple(about(rows, config)), told, config, rows)
 
 
@@ -116,6 +136,16 @@ def _bases(space: Space) -> dict[str, str]:
     each = [config.model_copy(update={BASE: name}) for name in names]
     found = {source_of(one, BASE): of_base(one) for one in each}
     return {source: digest for source, digest in found.items() if digest is not None}
+
+
+def _new_head(config: TrialConfig, label_names: tuple[str, ...] | None) -> Iterator[str]:
+    """A line about the base model's head where it is for another number of labels."""
+    model, kind = _described(config), TASK_FACTS[config.task].model_class.removeprefix("AutoModel")
+    if label_names is None or not any(str(name).endswith(kind) for name in model.get("architectures") or ()):
+        return
+    of_base = len(model.get("id2label") or ()) or 2  # which transformers leaves out
+    if of_base != len(label_names):
+        yield f"label_names: the base model has a head for {of_base} labels; one for {len(label_names)} is trained anew"
 
 
 def pinned(space: Space, resumed_in: Layout | None) -> Space:
@@ -197,14 +227,23 @@ def positions(config: TrialConfig) -> int | None:
     Returns:
         None where it does not say, or cannot be read from here; a trial looks again when it has the model.
     """
+    model = _described(config)
+    kind, behind = str(model.get("model_type")), model.get("pad_token_id")
+    found = model.get(POSITIONS.get(kind, "max_position_embeddings"))
+    if kind in BEHIND_PADDING and isinstance(found, int):
+        return found - (behind if isinstance(behind, int) else 1) - 1
+    return found if isinstance(found, int) else None
+
+
+def _described(config: TrialConfig) -> dict[str, Any]:
+    """What the base model's `config.json` says of it, or of its part for texts; nothing where it can't be read."""
     try:
         file = model_file(config.model_name_or_path, config.model_revision, "config.json")
         model = json.loads(file.read_text(encoding="utf-8"))
         model = model.get("text_config", model)
-        found = model.get(POSITIONS.get(model.get("model_type"), "max_position_embeddings"))
     except (OSError, ValueError, AttributeError):
-        return None
-    return found if isinstance(found, int) else None
+        return {}
+    return model if isinstance(model, dict) else {}
 
 
 def _hub_commit(name: str, revision: str | None, where: str) -> str | None:

@@ -5,6 +5,7 @@ There is no Hub here: a fake.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -28,13 +29,14 @@ from training.chat_cases import ENDS_THE_TEXT, TWO, messages
 from bilora_ray.config import Task
 from bilora_ray.errors import UserError
 from bilora_ray.recipe import read_recipe
-from bilora_ray.search.preflight import POSITIONS, chat_notes, pinned, positions, preflight
+from bilora_ray.search.preflight import BEHIND_PADDING, POSITIONS, chat_notes, pinned, positions, preflight
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import checked_space, load_space
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.studies import check_study, load_study, open_study
 from bilora_ray.tracking.mlflow_tracker import default_uri
 from bilora_ray.training.rows import load_rows
+from bilora_ray.training.tasks.base import check_positions
 
 NAME, DATA = "someone/model", ("someone/data", "someone/else")
 OLD, NEW, TAGGED = "0" * 40, "1" * 40, "2" * 40
@@ -300,6 +302,9 @@ def test_kinds_of_models_call_their_positions_what_transformers_says() -> None:
     [
         ('{"model_type": "gpt2", "n_positions": 9}', 9),
         ('{"model_type": "t5", "n_positions": 9}', None),
+        ('{"model_type": "roberta", "max_position_embeddings": 514}', 512),
+        ('{"model_type": "roberta", "max_position_embeddings": 20, "pad_token_id": 3}', 16),
+        ('{"model_type": "xlnet", "max_position_embeddings": -1}', -1),
         ('{"model_type": "new", "text_config": {"max_position_embeddings": 9}}', 9),
         ('{"model_type": "llama", "max_position_embeddings": "9"}', None),
         ("[]", None),
@@ -311,6 +316,47 @@ def test_what_config_json_says_of_positions(content: str | None, found: int | No
     if content is not None:
         (tmp_path / "config.json").write_text(content)
     assert positions(tiny.config("causal-lm", model_name_or_path=str(tmp_path))) == found
+
+
+def test_kinds_whose_positions_begin_behind_the_paddings_are_those_of_transformers(tiny: Tiny, tmp_path: Path) -> None:
+    from transformers import AutoConfig
+
+    from bilora_ray.training.model import load_shape
+
+    config = tiny.config("sequence-classification", model_name_or_path=str(tmp_path), max_length=33)
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    for kind in BEHIND_PADDING:
+        described = AutoConfig.for_model(kind, max_position_embeddings=34, pad_token_id=1, vocab_size=40, **small)
+        described.save_pretrained(tmp_path)
+        assert positions(config) == 32, kind
+        with pytest.raises(UserError, match="max_length: 33 is more than the model's 32 positions"):
+            load_shape(config, ("a", "b"))
+
+
+def test_no_end_of_positions_is_none(tiny: Tiny) -> None:
+    for unlimited in (None, -1, 0):
+        check_positions(unlimited, tiny.config("causal-lm"), True)
+
+
+@pytest.mark.parametrize(
+    ("described", "of_base"),
+    [
+        ({"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b", "2": "c"}}, 3),
+        ({"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "1": "b"}}, None),
+        ({"architectures": ["BertForSequenceClassification"]}, None),
+        ({"architectures": ["BertModel"], "id2label": {"0": "a", "1": "b", "2": "c"}}, None),
+        ({}, None),
+    ],
+)
+def test_a_head_for_other_labels_is_told(
+    described: dict[str, object], of_base: int | None, tiny: Tiny, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(described))
+    data = {key: str(tiny.folder / f"labels-{key}.jsonl") for key in ("train", "validation")}
+    trial = {"task": "sequence-classification", "train_data": data["train"], "validation_data": data["validation"]}
+    line = f"label_names: the base model has a head for {of_base} labels; one for 2 is trained anew"
+    found = space(tiny, model_name_or_path=str(tmp_path), **trial)
+    assert [note for note in preflight(found).notes if "head" in note] == ([line] if of_base else [])
 
 
 def test_a_hub_model_that_cannot_be_read_from_here_is_left_to_the_trial(hub: Hub, tiny: Tiny) -> None:

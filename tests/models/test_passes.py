@@ -1,0 +1,118 @@
+"""A base model that would learn or score something wrong in silence is refused in one line, at a dry run too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import build
+from tiny_trials import Tiny, evaluate_adapter, run_fit, write_rows
+from transformers import AutoConfig, AutoTokenizer
+
+from bilora_ray.config import Task, TrialConfig
+from bilora_ray.errors import UserError
+from bilora_ray.training.folder import TrialFolder
+from bilora_ray.training.loop import fit
+from bilora_ray.training.rehearsal import rehearse
+
+
+def line_of(config: TrialConfig, folder: Path) -> str:
+    """What a trial of `config` is refused with, which a dry run must say in the same words."""
+    with pytest.raises(UserError) as now:
+        rehearse(config)
+    with pytest.raises(UserError) as later:
+        fit(config, TrialFolder(folder), lambda _: True)
+    assert str(now.value) == str(later.value)
+    return str(now.value)
+
+
+def settings(tiny: Tiny, task: Task, base: Path, **changes: Any) -> TrialConfig:
+    return tiny.config(task, model_name_or_path=str(base), max_length=48, max_steps=2, eval_steps=2, **changes)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlnet"])
+def test_an_encoder_is_no_causal_lm(family: str, tiny: Tiny, tmp_path: Path) -> None:
+    shape = {} if family == "xlnet" else {"is_decoder": False}
+    base = build("causal-lm", family, tiny, tmp_path / "base", **shape)
+    assert line_of(settings(tiny, "causal-lm", base), tmp_path / "trial") == (
+        f"model_name_or_path: '{base}' sees the tokens that it is to predict, as an encoder does; causal-lm needs a "
+        "decoder (a BERT is one with is_decoder: true in its config.json)"
+    )
+
+
+@pytest.mark.parametrize("family", ["fnet", "convbert", "xlnet"])
+def test_a_model_that_reads_padding_gets_one_row_a_batch(family: str, tiny: Tiny, tmp_path: Path) -> None:
+    base = build("sequence-classification", family, tiny, tmp_path / "base")
+    config = settings(tiny, "sequence-classification", base)
+    sizes = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    assert line_of(config, tmp_path / "trial") == (
+        f"per_device_train_batch_size: '{base}' reads a row in another way beside a longer one; needs "
+        f"{' and '.join(sizes)} of 1"
+    )
+    assert line_of(config.model_copy(update={"per_device_train_batch_size": 1}), tmp_path / "trial").startswith(
+        "per_device_eval_batch_size: "
+    )
+    rehearse(config.model_copy(update=sizes))
+
+
+def test_a_model_that_does_not_leave_padding_out_writes_alone(tiny: Tiny, tmp_path: Path) -> None:
+    base = build("causal-lm", "rwkv", tiny, tmp_path / "base")
+    config = settings(tiny, "causal-lm", base, predict_with_generate=True, max_new_tokens=4)
+    assert line_of(config, tmp_path / "trial") == (
+        f"per_device_eval_batch_size: '{base}' goes on in another way beside a longer prompt; predict_with_generate "
+        "needs per_device_eval_batch_size of 1"
+    )
+    for allowed in ({"per_device_eval_batch_size": 1}, {"predict_with_generate": False}):
+        rehearse(config.model_copy(update=allowed))
+
+
+def test_what_a_models_own_code_raises_is_one_line(tiny: Tiny, tmp_path: Path) -> None:
+    base = build("sequence-classification", "nystromformer", tiny, tmp_path / "base")
+    line = line_of(settings(tiny, "sequence-classification", base), tmp_path / "trial")
+    assert line.startswith(f"model_name_or_path: '{base}' cannot read a row (shape '[-1, 4, 4, 16, 8]' is invalid")
+
+
+def with_tokens(base: Path, *tokens: str, **special: str) -> int:
+    """Add `tokens` to the tokenizer of `base`, whose embeddings stay as they are; how many those are."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    before = len(tokenizer)
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.add_special_tokens(special)
+    tokenizer.save_pretrained(base)
+    return before
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm", "sequence-classification"])
+@pytest.mark.parametrize("where", ["rows", "padding", "nowhere"])
+def test_a_token_needs_an_embedding(where: str, task: Task, tiny: Tiny, tmp_path: Path) -> None:
+    family = {"causal-lm": "llama", "seq2seq-lm": "bart", "sequence-classification": "bert"}[task]
+    base = build(task, family, tiny, tmp_path / "base")
+    known = with_tokens(base, "<x>", **({"pad_token": "<padding>"} if where == "padding" else {}))
+    row = {"prompt": "red", "completion": "green", "text": "red", "label": "bad"}
+    used = {key: f"{text} <x>" if where == "rows" and key != "label" else text for key, text in row.items()}
+    data = str(write_rows(tmp_path / "rows.jsonl", [row, used, {**row, "label": "good"}]))
+    config = settings(tiny, task, base, train_data=data, validation_data=data)
+    if where == "nowhere":
+        rehearse(config)
+        run_fit(config, tmp_path / "trial")
+        return
+    token = {"rows": (known, "<x>"), "padding": (known + 1, "<padding>")}[where]
+    assert line_of(config, tmp_path / "trial") == (
+        f"model_name_or_path: the tokenizer of {base} makes token {token[0]} ('{token[1]}'), and the model has "
+        f"embeddings of {known}; save it with model.resize_token_embeddings(len(tokenizer)) in a folder, and name that"
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3"])
+def test_a_classifier_reads_a_row_at_its_own_last_token(family: str, tiny: Tiny, tmp_path: Path) -> None:
+    task: Task = "sequence-classification"
+    base = build(task, family, tiny, tmp_path / "base", pad_token_id=7)
+    assert AutoConfig.from_pretrained(base).pad_token_id == 7 != AutoTokenizer.from_pretrained(base).pad_token_id
+    run_fit(settings(tiny, task, base), tmp_path / "trial")
+    adapter = TrialFolder(tmp_path / "trial").best_adapter()
+    found = [
+        evaluate_adapter(adapter, settings(tiny, task, base, per_device_eval_batch_size=size)) for size in (1, 7, 30)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0] == pytest.approx(found[2], rel=1e-5)
