@@ -258,9 +258,12 @@ def tied_targets(model: PeftModel) -> dict[str, list[nn.Module]]:
     for module in model.modules():
         for weight in module.parameters(recurse=False):
             users.setdefault(id(weight), []).append(module)
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    found = {name.rpartition(".")[2]: users[id(layer.get_base_layer().weight)] for name, layer in layers}
-    return {name: modules for name, modules in found.items() if len(modules) > 1}
+    found = {}
+    for name, module in model.named_modules():
+        weight = getattr(module.get_base_layer(), "weight", None) if isinstance(module, LoraLayer) else None
+        if weight is not None and len(users[id(weight)]) > 1:  # experts have weights of other names
+            found[name.rpartition(".")[2]] = users[id(weight)]
+    return found
 
 
 def merged(model: PeftModel) -> PreTrainedModel:
