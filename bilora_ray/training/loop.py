@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ class Run:
         self.class_weights = self._class_weights()
         self.weights_of_classes = torch.tensor(self.class_weights or (), device=models.device())
         base, fresh = models.load_base(config, self.data.tokenizer, self.data.label_names, workers)
-        check_tokens(base, config, self.data.tokenizer, (*self.data.train, *self.data.validation))
+        check_tokens(base, config, self.data.tokenizer, chain(self.data.train, self.data.validation))
         self.model = models.add_primary(base, config, fresh)
         self.optimizer = models.build_optimizer(self.model, config, self._place)
         if config.gradient_checkpointing:

@@ -27,14 +27,14 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.pytorch_utils import Conv1D
 
 from bilora_ray.config import TASK_FACTS, TrialConfig
-from bilora_ray.errors import UserError, first_line, refusal
+from bilora_ray.errors import SAME_AGAIN, UserError, first_line, refusal
 from bilora_ray.method import MethodAdamW, build_method, settings_of
 from bilora_ray.method.base import Place
 from bilora_ray.method.registry import stay
 from bilora_ray.paths import is_cached, kind_of, loadable
 from bilora_ray.training.data.chat import use_template
 from bilora_ray.training.distributed.workers import ALONE, Workers
-from bilora_ray.training.probe.passes import check_passes
+from bilora_ray.training.probe.passes import DEVICE_ERRORS, check_passes
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import check_positions
 
@@ -43,8 +43,6 @@ T = TypeVar("T")
 AUTO_CLASS: dict[str, Any] = {task: getattr(transformers, facts.model_class) for task, facts in TASK_FACTS.items()}
 # On some CPUs bitsandbytes packs 4-bit weights for an evaluation, and unpacks them for training to others than before.
 PACKS = "support_avx512bf16_for_cpu"
-# What the device tells, whatever it was asked for: not the model's fault. Older versions of torch know the first alone.
-DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 NOWHERE = torch.device("meta")
 # What models call the parts that look back at a text.
 ATTENTION = re.compile(r"att(entio)?n\w*\.", re.IGNORECASE)
@@ -248,7 +246,7 @@ def add_primary(model: PreTrainedModel, config: TrialConfig, fresh: Sequence[str
     )
     try:
         return get_peft_model(model, lora)
-    except (TypeError, ValueError) as error:
+    except SAME_AGAIN as error:
         raise UserError(_naming_others(first_line(error), model, config)) from None
 
 

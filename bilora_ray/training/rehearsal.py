@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
+from heapq import nlargest
+from itertools import chain, islice
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.training import model as models
 from bilora_ray.training.loading import Loaded, load_data, prepare
 from bilora_ray.training.probe.passes import check_passes, check_tokens, reading
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Dataset, on_device
+from bilora_ray.training.tasks.base import Dataset, Example, on_device
 from bilora_ray.training.tasks.truncation import Truncation
 
 # So many rows show what a chat template does, in a moment.
 FIRST = 100
 # Parameters of a model that gets random weights in seconds, and 2 GiB at the most.
 SMALL = 500_000_000
+# Of so many rows the longest are read.
+READ = 1000
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,8 @@ class Rehearsal:
 def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
     """Tokenize the data, of large ones the beginning, and put the method's adapters on the base model's shape.
 
-    A base model that is small and would be trained here reads the longest rows too, with random weights: some mistakes
-    show in no shape. Those of a larger one show when a trial has loaded it.
+    A base model that is small and would be trained here reads the longest of the first rows too, with random weights:
+    some mistakes show in no shape. Those of a larger one show when a trial has loaded it.
 
     Args:
         config: the settings.
@@ -53,7 +56,7 @@ def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
     """
     data = load_data(config, beginning=True)
     shape = models.load_shape(config, data.label_names, here)
-    check_tokens(shape, config, data.tokenizer, (*data.train, *data.validation))
+    check_tokens(shape, config, data.tokenizer, chain(data.train, data.validation))
     is_small = sum(parameter.numel() for parameter in shape.parameters()) <= SMALL
     models.build_optimizer(models.add_primary(shape, config, fresh=()), config)
     if here and is_small:
@@ -67,9 +70,13 @@ def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
 def _read(config: TrialConfig, data: Loaded) -> None:
     model, task = models.load_stand_in(config, data.tokenizer, data.label_names), TASKS[config.task]
     check_passes(model, config, data.tokenizer)
-    longest = sorted(data.train, key=lambda example: len(example.input_ids))[-config.per_device_train_batch_size :]
+    rows = nlargest(min(2, config.per_device_train_batch_size), islice(data.train, READ), key=_length)
     with reading(config):
-        task.loss(model, on_device(task.collate(longest[-2:], data.tokenizer.pad_token_id), model))
+        task.loss(model, on_device(task.collate(rows, data.tokenizer.pad_token_id), model))
+
+
+def _length(example: Example) -> int:
+    return len(example.input_ids)
 
 
 def notes_of_first(config: TrialConfig, rows: Dataset) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bilora_ray.config import TASK_FACTS, TrialConfig
-from bilora_ray.errors import UserError, first_line
+from bilora_ray.errors import SAME_AGAIN, UserError, first_line
 from bilora_ray.training.metrics import IGNORED
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Example, Model, on_device, padded, stacked
@@ -24,18 +24,8 @@ from bilora_ray.training.tasks.base import Example, Model, on_device, padded, st
 LONG, SHORT = 12, 5
 # By how much two passes over the same may differ, as a share of the logits' spread: sums in another order, no more.
 EXACT, COARSE = 5e-3, 0.1
-# What a model's own code raises at a row that it cannot read.
-UNREADABLE = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+# What the device tells, whatever it was asked for: not the model's fault. Older versions of torch know the first alone.
+DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
 
 @dataclass(frozen=True)
@@ -56,8 +46,8 @@ class Probe:
     def words(self) -> list[int]:
         """2 x LONG tokens that are not special, the same for each model of this vocabulary."""
         special = set(self.tokenizer.all_special_ids)
-        known = range(min(len(self.tokenizer), self.model.get_input_embeddings().weight.shape[0]))
-        return Random(0).choices([token for token in known if token not in special], k=2 * LONG)
+        known = min(len(self.tokenizer), _embeddings(self.model, self.tokenizer))
+        return Random(0).choices([token for token in range(known) if token not in special], k=2 * LONG)
 
     @cached_property
     def frame(self) -> tuple[list[int], list[int]]:
@@ -132,7 +122,7 @@ def logits_of(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerB
     The rows are the same for each model with one vocabulary, or size of an image.
     """
     model.eval()
-    with torch.inference_mode():
+    with torch.no_grad():
         if reads_tokens(model):
             probe = Probe(model, config, tokenizer)
             return torch.cat([part.flatten() for part in probe.logits(probe.words[:LONG], probe.words[LONG:][:SHORT])])
@@ -164,8 +154,7 @@ def check_tokens(
     model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example]
 ) -> None:
     """UserError if there is a token in `examples`, or the padding's, that `model` has no embedding of."""
-    known = model.get_input_embeddings().weight.shape[0] if reads_tokens(model) else 0
-    if len(tokenizer) <= known or not reads_tokens(model):
+    if not reads_tokens(model) or len(tokenizer) <= (known := _embeddings(model, tokenizer)):
         return
     ids = (ids for example in examples for ids in (example.input_ids, example.labels, example.prompt_ids) if ids)
     highest = max(map(max, ids), default=0)
@@ -183,15 +172,23 @@ def reads_tokens(model: Model) -> bool:
     return bool(model.main_input_name == "input_ids")
 
 
+def _embeddings(model: Model, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Of how many tokens `model` has embeddings; of all, where it makes them in another way."""
+    try:
+        return int(model.get_input_embeddings().weight.shape[0])
+    except (AttributeError, NotImplementedError):
+        return len(tokenizer)
+
+
 @contextmanager
 def reading(config: TrialConfig) -> Iterator[None]:
     """Turns what the model's own code raises at a row into one line, for it would raise it each time."""
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # of what a model keeps from a pass in inference mode, nothing could be learned later
             yield
-    except torch.OutOfMemoryError:
+    except DEVICE_ERRORS:
         raise
-    except UNREADABLE as error:
+    except (*SAME_AGAIN, RuntimeError) as error:
         line = f"model_name_or_path: '{config.model_name_or_path}' cannot read a row ({first_line(error)})"
         raise UserError(line) from error
 
