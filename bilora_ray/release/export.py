@@ -80,6 +80,7 @@ def _write_merged(
     adapter: Path, config: TrialConfig, stops: list[int] | None, folder: Path
 ) -> tuple[Tensor, list[str]]:
     """Write model and tokenizer; the logits of the base model with the adapter before, and its tied targets."""
+    from bilora_ray.release.merge import merged, tied_targets
     from bilora_ray.training import model as models
     from bilora_ray.training.probe.passes import logits_of
 
@@ -87,8 +88,8 @@ def _write_merged(
     base, _ = models.load_base(config, tokenizer, config.label_names)
     model = models.load_adapter(base, adapter)
     logits = logits_of(model, config, tokenizer)
-    tied = sorted(models.tied_targets(model))
-    whole = models.merged(model)
+    tied = sorted(tied_targets(model))
+    whole = merged(model)
     if stops:
         whole.generation_config.eos_token_id = stops
     whole.save_pretrained(folder)
