@@ -14,7 +14,7 @@ from rich.text import Text
 
 from bilora_ray.cli.tables import TrialTable, duration, in_short, step_of
 from bilora_ray.records import Objective, Status, TrialRecord
-from bilora_ray.training.tasks.truncation import Truncation
+from bilora_ray.training.data.truncation import Truncation
 
 # In a log, so often at the most is it said how a running trial stands.
 REPORT_EVERY_S = 60.0

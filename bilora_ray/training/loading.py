@@ -29,11 +29,11 @@ from bilora_ray.errors import UserError
 from bilora_ray.files import temporary_folder
 from bilora_ray.training.data.cache import Stored, Writer, cached
 from bilora_ray.training.data.sources import Source, stamps_of
+from bilora_ray.training.data.truncation import Truncation
 from bilora_ray.training.model import load_tokenizer
 from bilora_ray.training.rows import read_sources, rows_of
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Cut, Dataset, Example, Row
-from bilora_ray.training.tasks.truncation import Truncation
 
 # All settings but these decide the examples, or could.
 NOT_OF_EXAMPLES = deciding("training", "memory")

@@ -32,6 +32,7 @@ from bilora_ray.recipe import PAD, TEMPLATE, write_recipe
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from bilora_ray.training.data.batches import train_batch
+from bilora_ray.training.data.truncation import Truncation
 from bilora_ray.training.distributed.parallel import Network, collected, shard
 from bilora_ray.training.distributed.workers import ALONE, Workers, drawing_again, random_states, seed_worker
 from bilora_ray.training.evaluate import evaluate
@@ -41,7 +42,6 @@ from bilora_ray.training.metrics import IGNORED
 from bilora_ray.training.probe.passes import check_tokens
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Example, balanced, cross_entropy
-from bilora_ray.training.tasks.truncation import Truncation
 
 # Takes an evaluation, and says whether the trial shall go on. To say nothing, as 0.1.0 had it, is yes.
 Report = Callable[[dict[str, float]], bool]

@@ -9,11 +9,11 @@ from itertools import chain, islice
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.training import model as models
+from bilora_ray.training.data.truncation import Truncation
 from bilora_ray.training.loading import Loaded, load_data, prepare
 from bilora_ray.training.probe.passes import check_passes, check_tokens, reading
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Dataset, Example, on_device
-from bilora_ray.training.tasks.truncation import Truncation
 
 # So many rows show what a chat template does, in a moment.
 FIRST = 100

@@ -13,12 +13,12 @@ from bilora_ray.checking import before
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.training.data.batches import eval_batches, in_row_order, train_batch
+from bilora_ray.training.data.truncation import MOST_LEARNED, Truncation, is_gone
 from bilora_ray.training.loading import Prepared, prepare
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Dataset, Row
 from bilora_ray.training.tasks.sequence_classification import LabelledRow
 from bilora_ray.training.tasks.text import TextRow, collate_prompts
-from bilora_ray.training.tasks.truncation import MOST_LEARNED, Truncation, is_gone
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghij"]
 PAD, BOS, EOS = 0, 1, 2

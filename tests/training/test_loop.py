@@ -18,9 +18,9 @@ from bilora_ray.release.export import export_adapter
 from bilora_ray.training import loop
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import trainable
+from bilora_ray.training.data.truncation import Truncation
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Progress, Run, fit
-from bilora_ray.training.tasks.truncation import Truncation
 
 COUNTERS = {"step", "max_steps", "epoch", "train_runtime", "tokens_per_second", *Truncation(0).metrics()}
 QUERY = {

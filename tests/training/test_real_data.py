@@ -12,12 +12,12 @@ from transformers import AutoTokenizer
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.recipe import evaluation_config
 from bilora_ray.training.data.batches import eval_batches
+from bilora_ray.training.data.truncation import Truncation
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import prepare
 from bilora_ray.training.rows import about, load_rows
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.text import TextRow
-from bilora_ray.training.tasks.truncation import Truncation
 
 
 @pytest.fixture(scope="module")

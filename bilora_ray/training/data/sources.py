@@ -17,9 +17,9 @@ from typing import Any, TypeVar
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError, UserError, first_line, refusal
 from bilora_ray.paths import data_files, files_of, kind_of, loadable, splits_of
-from bilora_ray.training.data import tables
-from bilora_ray.training.data.decoding import DataFile, json_rows, stored
-from bilora_ray.training.data.tables import DELIMITERS
+from bilora_ray.training.data.files import tables
+from bilora_ray.training.data.files.decoding import DataFile, json_rows, stored
+from bilora_ray.training.data.files.tables import DELIMITERS
 
 JSON = (".jsonl", ".ndjson", ".json")
 # Bytes of a source whose records are not kept: they take some times as much memory.

@@ -26,6 +26,7 @@ from bilora_ray.errors import UserError
 from bilora_ray.training.data.chat import Template, Turn
 from bilora_ray.training.data.formats import messages_of, tools_of
 from bilora_ray.training.data.sources import BEGINNING, Record
+from bilora_ray.training.data.truncation import MOST_LEARNED, is_gone
 from bilora_ray.training.metrics import IGNORED
 from bilora_ray.training.tasks.base import Cut, Dataset, Encoded, Example, Labels, Model, Task
 from bilora_ray.training.tasks.text import (
@@ -46,7 +47,6 @@ from bilora_ray.training.tasks.text import (
     text_row,
     without_special_tokens,
 )
-from bilora_ray.training.tasks.truncation import MOST_LEARNED, is_gone
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,7 @@ from typing import Any
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError, first_line
-from bilora_ray.training.data.decoding import CHUNK, DataFile, check_kind, lines, opened
+from bilora_ray.training.data.files.decoding import CHUNK, DataFile, check_kind, lines, opened
 
 # What stands between the cells of a file with such a suffix; a line of `.txt` is one cell, which is called `text`.
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".txt": ""}
