@@ -23,9 +23,10 @@ from tiny_trials import TASKS, Tiny, reproducible, run_fit, write_rows
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.errors import MachineError, UserError
 from bilora_ray.search.session import Session
+from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.layout import Layout
-from bilora_ray.search.study.studies import open_study
+from bilora_ray.search.study.studies import check_study, open_study
 from bilora_ray.training import loading
 from bilora_ray.training.data import sources
 from bilora_ray.training.data.cache import BATCH, Stored, Writer, cached
@@ -305,14 +306,15 @@ def test_wrong_rows_leave_no_examples(tmp_path: Path, tiny: Tiny, large: Large) 
     assert [path.suffix for path in (tmp_path / "examples").iterdir()] == [".lock"]
 
 
-def test_the_end_of_a_study_frees_the_disk(tiny: Tiny, tmp_path: Path) -> None:
+def space(tiny: Tiny) -> Space:
     trial = tiny.config("causal-lm").model_dump(exclude_unset=True)
-    space = load_space(None, ["study.name=s", "study.num_trials=1", *(f"trial.{k}={v}" for k, v in trial.items())])
-    layout = Layout(tmp_path)
-    study = open_study(space, layout, {})
+    return load_space(None, ["study.name=s", "study.num_trials=1", *(f"trial.{k}={v}" for k, v in trial.items())])
+
+
+def test_the_end_of_a_study_frees_the_disk(tiny: Tiny, tmp_path: Path) -> None:
+    study = open_study(space(tiny), Layout(tmp_path), {})
     (number,) = study.next_trials()
     examples = study.folder(number).examples
-    assert examples.parent == layout.trials("s")
     examples.mkdir()
     silent: Any = SimpleNamespace(close=lambda *_: None)
     session = Session(study, silent, Future())
@@ -321,6 +323,18 @@ def test_the_end_of_a_study_frees_the_disk(tiny: Tiny, tmp_path: Path) -> None:
     study.fail(number, "why", by_settings=False)
     session._close(silent)
     assert not examples.exists()
+
+
+def test_examples_beside_the_trials_are_none(tiny: Tiny, tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    layout.make("s")
+    examples = layout.trial("s", 0).examples
+    assert examples.parent == layout.trials("s")
+    examples.mkdir()
+    check_study(space(tiny), layout, False, {})
+    layout.trial("s", 0).path.mkdir()
+    with pytest.raises(UserError, match="holds trials that the study database does not know"):
+        check_study(space(tiny), layout, False, {})
 
 
 # Files
@@ -400,3 +414,40 @@ def test_a_storage_that_is_away_is_not_made_anew(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         cached(tmp_path / "away" / "examples", "key", lambda _: None)
     assert not (tmp_path / "away").exists()
+
+
+# A gigabyte
+
+CHECK_ALL = """
+from bilora_ray.config import TrialConfig
+from bilora_ray.training.rows import load_rows, notes
+config = TrialConfig(model_name_or_path="m", task="causal-lm", train_data="{path}")
+rows = load_rows(config)
+list(notes(rows, config, 1))
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(len(rows.train) + len(rows.validation), int(peak.split()[1]) / 2**10)
+"""
+
+
+@pytest.mark.slow
+def test_the_rows_of_a_gigabyte_take_little_memory(tmp_path: Path) -> None:
+    path = tmp_path / "d.jsonl"
+    block = "".join(
+        json.dumps({"prompt": f"{i}: " + "a b " * 120, "completion": "c " * 250}) + "\n" for i in range(1000)
+    )
+    with path.open("w") as file:
+        file.writelines(block for _ in range(10**9 // len(block) + 1))
+    code = CHECK_ALL.format(path=path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    count, mebibytes = done.stdout.split()
+    assert int(count) == 1000 * (10**9 // len(block) + 1)
+    assert float(mebibytes) < 256
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_a_gigabyte_takes_little_memory(tmp_path: Path) -> None:
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "large_data.py"
+    options = ["--gigabytes=1", "--repeats=1", "--only=tune --dry-run", f"--folder={tmp_path}"]
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, check=True)
+    mebibytes = done.stdout.splitlines()[-1].split(" | ")[-2]
+    assert float(mebibytes) < 1024
