@@ -16,6 +16,8 @@ import pytest
 from tiny_trials import reproducible
 from versions.make import KILLED, STUDY, fit, logits, run, trial_folder, trials
 
+from bilora_ray.checking import completed
+from bilora_ray.config import TrialConfig
 from bilora_ray.training.folder import TrialFolder
 
 HERE = Path(__file__).resolve().parent
@@ -102,7 +104,7 @@ def test_its_exported_adapter_measures_what_it_did(fixture: Fixture) -> None:
 def test_a_fit_goes_on_from_its_checkpoint(fixture: Fixture) -> None:
     folder, before = fixture.folder / "checkpoint", fixture.facts["checkpoint"]
     step = TrialFolder(folder).state()["step"]
-    told = fit(before["settings"], folder)
+    told = fit(completed(TrialConfig, before["settings"]), folder)
     assert TrialFolder(folder).state()["resumed_at"] == [step]
     assert [report["step"] for report in told] == [report["step"] for report in before["evaluations"]]
     for report, whole in zip(reproducible(told), reproducible(before["evaluations"]), strict=True):
