@@ -166,6 +166,15 @@ def test_a_model_that_writes_every_answer_right_has_next_to_no_loss(family: Fami
     assert [example.labels for example in written.validation] == [example.labels for example in data.validation]
 
 
+def test_languages_are_written_by_a_tokenizer_that_has_made_no_example(tmp_path: Path) -> None:
+    other = {"src_lang": "de_DE", "tgt_lang": "cs_CZ"}
+    family = Family("M2M100", lambda: pieces(MBart50Tokenizer, **other))
+    asked = config(taught(family, tmp_path), write_rows(tmp_path / "rows.jsonl", ROWS), **other)
+    model, data, _ = load_adapted(None, asked)
+    fresh = pieces(MBart50Tokenizer, src_lang="fr_XX", tgt_lang="de_DE")
+    assert evaluate(model, data.validation, asked, fresh)["eval_exact_match"] == 1
+
+
 def forms(tokenizer: Any, folder: Path, **settings: Any) -> tuple[list[str], list[str]]:
     """The tokens of a row that the encoder reads, and of what is learned of it."""
     tokenizer.save_pretrained(folder)

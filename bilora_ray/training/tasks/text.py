@@ -378,14 +378,15 @@ def _greedy(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBas
         use_cache=own.use_cache,
         # Marian's models were trained with padding that they must not write.
         bad_words_ids=[word for word in own.bad_words_ids or () if word == [tokenizer.pad_token_id]] or None,
-        **({} if continues else _beginning(model, tokenizer)),
+        **({} if continues else _beginning(model, config, tokenizer)),
     )
 
 
-def _beginning(model: Model, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+def _beginning(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """What a decoder reads before it writes, and what it must write first: as in training, the form of a target."""
     import torch
 
+    set_languages(config, tokenizer)  # the examples may be those that another process made
     form = tokenizer(text_target="a", return_special_tokens_mask=True)
     first = form["input_ids"][: form["special_tokens_mask"].index(0)]
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
