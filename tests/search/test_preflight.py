@@ -281,6 +281,20 @@ def test_what_a_chat_template_makes_of_the_first_chats_is_told_at_the_start(tiny
     )
 
 
+def test_what_there_is_to_know_of_labels_is_told(tiny: Tiny) -> None:
+    files = {f"{split}_data": str(tiny.folder / f"labels-{split}.jsonl") for split in ("train", "validation")}
+    local = {"model_name_or_path": str(tiny.model("sequence-classification")), "task": "sequence-classification"}
+    found = preflight(space(tiny, "lora_dropout={low: 0, high: 0.5}", **local, **files, metric="eval_f1"))
+    assert found.labels == (
+        "train labels: 'good' 27, 'bad' 17",
+        "validation labels: 'good' 11, 'bad' 7",
+        "without learning, where every row is 'good': eval_f1 0.7586",
+    )
+    assert found.notes == ("positive_label: eval_f1 is that of 'good', the second label, unless it names the other",)
+    local = {"model_name_or_path": str(tiny.model("causal-lm"))}
+    assert preflight(space(tiny, "lora_dropout={low: 0, high: 0.5}", **local)).labels == ()
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_positions_are_those_that_a_trial_finds(task: Task, tiny: Tiny) -> None:
     from transformers import AutoConfig

@@ -52,6 +52,16 @@ def test_empty_completions_are_counted(told: Told) -> None:
     assert told(validation=OTHERS + empty) == ["validation_data: 3 of 21 validation rows have an empty completion"]
 
 
+def test_rejected_answers_are_counted(told: Told) -> None:
+    preferences = [{**row, "label": number % 4 > 0} for number, row in enumerate(ROWS)]
+    what = "11 of 44 training rows have a label that is false, as rejected answers do"
+    line = f"train_data: {what}; they are learned like the others"
+    assert told(preferences) == [line]
+    assert told([{**row, "label": "false"} for row in ROWS]) == []
+    assert told(preferences, label_column="other") == []
+    assert told(preferences, completion_template="{completion} {label}", validation=preferences[:4])[:1] != [line]
+
+
 def test_rows_that_are_held_out_are_those_of_the_training_data(told: Told) -> None:
     rows = [{"prompt": f"{number}?", "completion": " "} for number in range(8)]
     assert told(rows, None, validation_fraction=0.25, per_device_train_batch_size=2) == [

@@ -62,11 +62,15 @@ GREEDY: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class TextRow:
-    """A prompt and its completion, templates filled; `where` is the row's place for errors."""
+    """A prompt and its completion, templates filled; `where` is the row's place for errors.
+
+    It is `rejected` if a label that no template shows is false, as that of an answer which somebody did not prefer is.
+    """
 
     prompt: str
     completion: str
     where: str
+    rejected: bool = False
 
 
 def text_row(record: Record, config: TrialConfig, names: Labels) -> TextRow:
@@ -77,7 +81,8 @@ def text_row(record: Record, config: TrialConfig, names: Labels) -> TextRow:
     if names is not None and config.label_column in values:
         values[config.label_column] = names[label_of(record, config, names)]
     prompt, completion = (filled(template, values) for template in templates)
-    return TextRow(prompt, completion, record.where)
+    rejected = record.columns.get(config.label_column) is False and config.label_column not in values
+    return TextRow(prompt, completion, record.where, rejected)
 
 
 def check_answers(rows: Iterable[Any], config: TrialConfig) -> None:
@@ -99,6 +104,9 @@ def text_notes(dataset: Dataset, config: TrialConfig, validation_data: str) -> I
         yield "completion_template: names no column, so that every row has the same completion"
     splits = (("train_data", "training", dataset.train), (validation_data, "validation", dataset.validation))
     for setting, kind, rows in splits:
+        if rejected := sum(getattr(row, "rejected", False) for row in rows):
+            what = f"{rejected} of {len(rows)} {kind} rows have a label that is false"
+            yield f"{setting}: {what}, as rejected answers do; they are learned like the others"
         if empty := _empty(rows):
             yield f"{setting}: {empty} of {len(rows)} {kind} rows have an empty completion"
 
