@@ -39,11 +39,19 @@ SAME_AGAIN = (
     LookupError,
     NameError,
     NotImplementedError,
+    RecursionError,
+    SyntaxError,
     TypeError,
     ValueError,
 )
-# As torch says it of tensors that do not go together. Else its RuntimeErrors may be of a device or of another worker.
-MISFIT = re.compile(r"\b(dimensions?|dtypes?|scalar type|shapes?|sizes?)\b", re.IGNORECASE)
+# As torch says it of tensors that do not go together, and of what cannot be computed or has no gradient. Else its
+# RuntimeErrors may be of a device or of another worker.
+MISFIT = re.compile(
+    r"\b(dimensions?|dtypes?|scalar type|shapes?|sizes?)\b|not implemented for|on the (same|expected) device"
+    r"|does not require grad|inplace operation|through the graph a second time",
+    re.IGNORECASE,
+)
+OF_A_DEVICE = re.compile(r"\b(CUDA|CUBLAS|cuDNN|NCCL|HIP|gloo)\b", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -145,7 +153,14 @@ def not_again() -> Iterator[None]:
         yield
     except (TrialFailure, UserError, OSError):
         raise
-    except (*SAME_AGAIN, RuntimeError) as error:
-        if not isinstance(error, SAME_AGAIN) and not (type(error) is RuntimeError and MISFIT.search(str(error))):
+    except Exception as error:
+        if not isinstance(error, SAME_AGAIN) and not _is_misfit(error):
             raise
         raise TrialFailure(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def _is_misfit(error: Exception) -> bool:
+    """Whether what torch, or the `tokenizers` library, says is of what it was given."""
+    if type(error) is Exception:  # as what is written in Rust raises it
+        return True
+    return type(error) is RuntimeError and bool(MISFIT.search(str(error)) and not OF_A_DEVICE.search(str(error)))

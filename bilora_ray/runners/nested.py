@@ -84,15 +84,16 @@ def name_cluster() -> None:
 
 
 def _train_on_worker(task: Mapping[str, Any]) -> None:
-    import torch
-    from ray import train
-    from ray.train.torch import get_device
+    with not_again():
+        import torch
+        from ray import train
+        from ray.train.torch import get_device
 
-    from bilora_ray.quiet import quiet
+        from bilora_ray.quiet import quiet
 
-    quiet()
-    from bilora_ray.training.distributed.workers import Workers
-    from bilora_ray.training.loop import fit
+        quiet()
+        from bilora_ray.training.distributed.workers import Workers
+        from bilora_ray.training.loop import fit
 
     resources, trial = task[RESOURCES], the_only(task)
     if resources["gpus_per_worker"] > 0:

@@ -30,17 +30,18 @@ def run_trial(task: Mapping[str, Any]) -> None:
         task: `trials`, of which there is one: its `number`, its `folder` (an absolute path), its `settings` (those of a
             TrialConfig) and the `digests` of what these name (see `fit`); and `resources` (those of a ResourceConfig).
     """
-    from bilora_ray.quiet import quiet
-
-    quiet()
-    from bilora_ray.training.loop import fit
-
     trial = the_only(task)
-    _keep_to_share(task[RESOURCES]["gpus_per_worker"])
     try:
-        folder = folder_of(trial)
-        with folder.lock(ORPHAN_WAIT_S), not_again():
-            fit(TrialConfig(**trial[SETTINGS]), folder, telling(tune.report, trial), digests=trial[DIGESTS])
+        with not_again():  # nor what an import raises
+            from bilora_ray.quiet import quiet
+
+            quiet()
+            from bilora_ray.training.loop import fit
+
+            _keep_to_share(task[RESOURCES]["gpus_per_worker"])
+            folder = folder_of(trial)
+            with folder.lock(ORPHAN_WAIT_S):
+                fit(TrialConfig(**trial[SETTINGS]), folder, telling(tune.report, trial), digests=trial[DIGESTS])
     except EXPECTED as error:
         tune.report(explained(trial, error))
 

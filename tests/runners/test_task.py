@@ -10,7 +10,17 @@ import torch
 from torch import distributed
 
 from bilora_ray.errors import MachineError, NonFiniteLoss, OutOfMemory, TrialFailure, UserError, not_again
-from bilora_ray.runners.task import BAD_INPUT, BROKEN, BY_SETTINGS, FAILURE, NUMBER, explained
+from bilora_ray.runners import own_process
+from bilora_ray.runners.task import (
+    BAD_INPUT,
+    BROKEN,
+    BY_SETTINGS,
+    FAILURE,
+    NUMBER,
+    RESOURCES,
+    TRIALS,
+    explained,
+)
 
 
 def misfit() -> None:
@@ -25,6 +35,49 @@ def no_such_package() -> None:
     import no_such_package  # noqa: F401
 
 
+def no_kernel() -> None:
+    torch.zeros(2, dtype=torch.bool).softmax(0)
+
+
+def no_gradient() -> None:
+    torch.zeros(2).sum().backward()
+
+
+def changed_in_place() -> None:
+    x = torch.ones(2, requires_grad=True)
+    y = x.exp()
+    y.add_(1)
+    y.sum().backward()
+
+
+def backward_twice() -> None:
+    y = torch.ones(2, requires_grad=True).exp().sum()
+    y.backward()
+    y.backward()
+
+
+def other_device() -> None:
+    torch.zeros(2, 2).add(torch.zeros(2, 2, device="meta"))
+
+
+def behind_the_embedding() -> None:
+    torch.nn.Embedding(2, 2)(torch.tensor([5]))
+
+
+def no_tokenizer() -> None:
+    from tokenizers import Tokenizer
+
+    Tokenizer.from_str("{}")
+
+
+def no_python() -> None:
+    compile("def", "modeling.py", "exec")
+
+
+def without_end() -> None:
+    without_end()
+
+
 def raising(error: Exception) -> Callable[[], None]:
     def fail() -> None:
         raise error
@@ -32,7 +85,24 @@ def raising(error: Exception) -> Callable[[], None]:
     return fail
 
 
-@pytest.mark.parametrize("run", [misfit, other_dtype, no_such_package, raising(TypeError("no argument 'x'"))])
+@pytest.mark.parametrize(
+    "run",
+    [
+        misfit,
+        other_dtype,
+        other_device,
+        no_kernel,
+        no_gradient,
+        changed_in_place,
+        backward_twice,
+        behind_the_embedding,
+        no_tokenizer,
+        no_such_package,
+        no_python,
+        without_end,
+        raising(TypeError("no argument 'x'")),
+    ],
+)
 def test_what_would_be_the_same_again_is_not_started_again(run: Callable[[], None]) -> None:
     with pytest.raises(TrialFailure) as caught, not_again():
         run()
@@ -44,6 +114,10 @@ def test_what_would_be_the_same_again_is_not_started_again(run: Callable[[], Non
     "error",
     [
         RuntimeError("CUDA error: unspecified launch failure"),
+        RuntimeError("CUDA error: invalid argument of some size"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED at some shape"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+        MemoryError(),
         RuntimeError("[../gloo/transport/tcp/pair.cc:525] Connection closed by peer [127.0.0.1]:1234"),
         torch.AcceleratorError("CUDA error: invalid argument of some size"),
         distributed.DistBackendError("NCCL error: remote process exited, message size 8"),
@@ -74,3 +148,21 @@ def test_what_another_start_may_mend_or_what_is_told_already_stays(error: Except
 )
 def test_a_trial_says_whose_fault_its_end_was(error: Exception, told: dict[str, object]) -> None:
     assert explained({NUMBER: 7}, error) == {NUMBER: 7, **told}
+
+
+@pytest.mark.parametrize("error", [ImportError("no peft"), SyntaxError("torn"), UserError("rank: no")])
+def test_a_process_that_cannot_begin_says_so_once(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is imported in the trial's process is in it too."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    told: list[dict[str, object]] = []
+    monkeypatch.setattr("bilora_ray.quiet.quiet", fail)
+    monkeypatch.setattr(own_process.tune, "report", told.append)
+    own_process.run_trial({TRIALS: [{NUMBER: 7}], RESOURCES: {}})
+    (report,) = told
+    if isinstance(error, UserError):
+        assert report == {NUMBER: 7, BAD_INPUT: "rank: no"}
+    else:
+        assert report == {NUMBER: 7, FAILURE: f"{type(error).__name__}: {error}", BY_SETTINGS: False}
