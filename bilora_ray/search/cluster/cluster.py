@@ -81,7 +81,7 @@ def cluster(address: str | None, nested: bool = False) -> Iterator[None]:
                 job_config=_WithoutCurrentFolder(),
                 runtime_env=deepcopy(NESTED) if nested else None,  # Ray writes into it
             )
-        except (OSError, ValueError, RuntimeError, AuthenticationError) as error:
+        except Exception as error:  # Ray's node raises no other kind, where its folder cannot be written
             ray.shutdown()  # of a cluster of our own some processes may run already
             if AuthenticationError.__name__ in f"{error!r} {error.__context__!r}":
                 hint = "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN to the cluster's"
