@@ -30,7 +30,7 @@ from bilora_ray.training.data.sources import (
     read_validation,
 )
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Dataset, Labels, Row, given_labels, no_labels
+from bilora_ray.training.tasks.base import Dataset, Labels, Row, no_labels
 
 # So many rows show what is wrong with what a space file says of its data.
 FIRST_ROWS = 20
@@ -104,7 +104,7 @@ def check_first_rows(config: TrialConfig) -> None:
     config = _in_format(config, found)
     for setting, records in found.items():
         names = _first_labels(records, config)
-        if names is None and config.label_names is None and task.label_names is not given_labels:
+        if names == ():
             continue
         rows = [task.row(record, config, names) for record in records]
         if setting == "validation_data":
@@ -114,6 +114,7 @@ def check_first_rows(config: TrialConfig) -> None:
 
 
 def _first_labels(records: Sequence[Record], config: TrialConfig) -> Labels:
+    """The labels of `records`, of which there may be fewer than of all; empty where they are none that can be told."""
     try:
         return TASKS[config.task].label_names(records, config)
     except UserError as error:
@@ -121,7 +122,7 @@ def _first_labels(records: Sequence[Record], config: TrialConfig) -> Labels:
             raise
     with suppress(UserError):  # the first rows of a sorted file have one label
         return tuple({label_text_of(record, config.label_column): None for record in records})
-    return None
+    return ()
 
 
 def _in_format(config: TrialConfig, records: Mapping[str, Collection[Record]]) -> TrialConfig:
