@@ -143,8 +143,10 @@ def _set(random: Random) -> dict[str, Any]:
 
 def _number(random: Random) -> dict[str, Any]:
     """How much praise is in a text."""
-    words = random.choices(("awful", "lovely", *COLOURS), k=random.randrange(3, 8))
-    return {"text": " ".join(words), "label": (words.count("lovely") - words.count("awful")) / 2}
+    praise = random.choice(("awful", "so", "lovely"))
+    words = [*random.choices(COLOURS, k=random.randrange(1, 6)), praise]
+    random.shuffle(words)
+    return {"text": " ".join(words), "label": {"awful": -1.5, "so": 0.5, "lovely": 2}[praise]}
 
 
 def _chat(random: Random) -> dict[str, Any]:

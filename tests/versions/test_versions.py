@@ -104,6 +104,7 @@ def test_its_exported_adapter_measures_what_it_did(fixture: Fixture) -> None:
 def test_a_fit_goes_on_from_its_checkpoint(fixture: Fixture) -> None:
     folder, before = fixture.folder / "checkpoint", fixture.facts["checkpoint"]
     step = TrialFolder(folder).state()["step"]
+    # What is new since then did what that version did.
     told = fit(completed(TrialConfig, before["settings"]), folder)
     assert TrialFolder(folder).state()["resumed_at"] == [step]
     assert [report["step"] for report in told] == [report["step"] for report in before["evaluations"]]
