@@ -10,7 +10,12 @@ from rich.console import Console
 
 from bilora_ray.cli.leaderboard import print_leaderboard
 from bilora_ray.cli.progress import SearchProgress
+from bilora_ray.cli.tune import _print_plan
 from bilora_ray.records import Objective, Status, TrialRecord
+from bilora_ray.search.preflight import Checked
+from bilora_ray.search.space_file import load_space
+from bilora_ray.training.loading import Truncation
+from bilora_ray.training.rehearsal import Rehearsal
 
 METRIC = "eval_exact_match"
 OBJECTIVE = Objective(METRIC, greater_is_better=True)
@@ -116,6 +121,21 @@ def test_where_there_is_no_terminal_each_ended_trial_is_a_line(capsys: pytest.Ca
         "2 of 3 trials done: trial 1 stopped early, eval_exact_match 0.25\n"
         "3 of 3 trials done: trial 2 failed: loss is nan at step 3\n"
     )
+
+
+def test_a_dry_run_lists_the_labels_before_the_notes(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("model_name_or_path=builtin:quickstart/model", "train_data=builtin:quickstart/train.jsonl")
+    space = load_space(None, [*settings, "task=causal-lm", "study.name=s", "rho={low: 0.01, high: 0.2}"])
+    rehearsal = Rehearsal({"train": Truncation(3, 1, 0)}, "read", "learned")
+    _print_plan(space, rehearsal, Checked({}, ("train labels: 'a' 2",), ("rho: is odd",)))
+    assert capsys.readouterr().out.splitlines()[-6:] == [
+        "train rows: 3; 1 are cut to max_length",
+        "of a training row the model reads 'read'",
+        "and learns 'learned'",
+        "train labels: 'a' 2",
+        "Note: rho: is odd",
+        "Nothing was started.",
+    ]
 
 
 def test_notes_are_told_once_before_the_first_trial(capsys: pytest.CaptureFixture[str]) -> None:

@@ -201,6 +201,27 @@ def test_labels_are_listed_with_their_counts_and_a_baseline(read: Read) -> None:
     assert many[0].endswith("'09' 1, ... 12 labels in all")
 
 
+def test_labels_that_are_written_are_listed_too(tmp_path: Path) -> None:
+    rows = [{"prompt": "x", "completion": f"it is # {word}"} for word in ("legit", "legit", "fraud", "unknown")]
+    files = {"train_data": rows, "validation_data": rows[:3]}
+    config = TrialConfig(
+        model_name_or_path="m",
+        task="causal-lm",
+        **{key: str(write_rows(tmp_path / f"{key}.jsonl", found)) for key, found in files.items()},
+        label_names=("fraud", "legit"),
+        predict_with_generate=True,
+        answer_pattern="# (.+)",
+        metric="eval_f1",
+    )
+    lines = ["train labels: 'legit' 2, 'fraud' 1, none 1", "validation labels: 'legit' 2, 'fraud' 1"]
+    dataset = load_rows(config)
+    assert about(dataset, config) == [*lines, "without learning, where every row is 'legit': eval_f1 0.8"]
+    assert SECOND.format("legit") in list(notes(dataset, config, 1))
+    exact = config.model_copy(update={"metric": "eval_exact_match"})
+    assert about(dataset, exact)[-1] == "without learning, where every row is 'legit': eval_exact_match 0.6667"
+    assert about(dataset, config.model_copy(update={"predict_with_generate": False})) == []
+
+
 # Which F1
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bilora_ray.config import TrialConfig
+from bilora_ray.config import EXACT_MATCH, TrialConfig
 from bilora_ray.training.data.columns import MOST_NAMES, listed
 from bilora_ray.training.metrics import F1, label_metrics, usual_average
 
@@ -75,11 +75,14 @@ def majority(counts: LabelCounts, config: TrialConfig) -> str:
         return without_learning(
             "each label is as likely as it is often", math.fsum(losses) / counts.validation.total(), config
         )
-    (label,) = most_frequent(counts.train)
+    # A completion may be no label.
+    (label,) = most_frequent(Counter({labels: count for labels, count in counts.train.items() if labels}))
     reference = [found for (found,) in counts.validation.elements()]
     named = config.model_copy(update={"label_names": tuple(counts.names)})
     f1 = F1.of(named, usual_average(len(counts.names)))
     metrics = label_metrics([label] * len(reference), reference, len(counts.names), f1)
+    # What is written is right where it is the label.
+    metrics[EXACT_MATCH] = metrics["eval_accuracy"]
     return without_learning(f"every row is '{counts.names[label]}'", metrics[config.metric], config)
 
 
@@ -102,11 +105,10 @@ def label_notes(counts: LabelCounts, config: TrialConfig, validation_data: str) 
             yield f"{setting}: no {kind} row for {_quoted(missing, names)}"
 
 
-def positive_notes(counts: LabelCounts, config: TrialConfig) -> Iterator[str]:
+def positive_notes(names: Sequence[str], config: TrialConfig) -> Iterator[str]:
     """Which label a binary F1 is of, where it decides and nobody said."""
     if config.metric != "eval_f1" or config.positive_label is not None:
         return
-    names = counts.names
     if F1.of(config, usual_average(len(names))).average == "binary":
         yield f"positive_label: eval_f1 is that of '{names[1]}', the second label, unless it names the other"
 

@@ -91,7 +91,7 @@ def _about(dataset: Dataset, config: TrialConfig) -> Iterator[str]:
 def _notes(dataset: Dataset, config: TrialConfig, validation_data: str) -> Iterator[str]:
     counts = LabelCounts.of(dataset, _labels)
     yield from label_notes(counts, config, validation_data)
-    yield from positive_notes(counts, config)
+    yield from positive_notes(counts.names, config)
 
 
 def _labels(row: LabelledRow) -> tuple[int, ...]:

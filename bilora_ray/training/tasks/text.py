@@ -8,15 +8,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bilora_ray.config import TrialConfig, template_columns
+from bilora_ray.config import EXACT_MATCH, LABEL_METRICS, TrialConfig, template_columns
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.paths import model_file
 from bilora_ray.training.data.batches import eval_batches, in_row_order
 from bilora_ray.training.data.chat import Template
 from bilora_ray.training.data.columns import filled, label_of, listed, text_of
 from bilora_ray.training.data.formats import prompt_and_completion
+from bilora_ray.training.data.labels import LabelCounts, by_label, majority, positive_notes
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import (
     F1,
@@ -102,6 +104,8 @@ def text_notes(dataset: Dataset, config: TrialConfig, validation_data: str) -> I
         yield f"predict_with_generate: texts are written greedily, without the base's own {other}"
     if config.chat_column is None and not template_columns(config.completion_template):
         yield "completion_template: names no column, so that every row has the same completion"
+    if config.label_names is not None:
+        yield from positive_notes(config.label_names, config)
     splits = (("train_data", "training", dataset.train), (validation_data, "validation", dataset.validation))
     for setting, kind, rows in splits:
         if rejected := sum(getattr(row, "rejected", False) for row in rows):
@@ -122,6 +126,21 @@ def _preferences(config: TrialConfig) -> str:
         told = sorted((key, value) for key, value in found if key in GREEDY and value not in (None, GREEDY[key]))
         return ", ".join(key if isinstance(value, list) else f"{key} ({json.dumps(value)})" for key, value in told)
     return ""
+
+
+def text_about(dataset: Dataset, config: TrialConfig) -> Iterator[str]:
+    """The labels that the completions are, where the settings name them and texts are judged by them."""
+    if config.label_names is None or not config.predict_with_generate:
+        return
+    counts = LabelCounts.of(dataset, partial(_answered, config=config))
+    yield from counts.lines()
+    if config.metric in (EXACT_MATCH, *LABEL_METRICS) and by_label(counts.train):
+        yield majority(counts, config)
+
+
+def _answered(row: Any, config: TrialConfig) -> tuple[int, ...]:
+    found = label_index(row.completion, config.label_names or (), config.answer_pattern)
+    return () if found == NO_LABEL else (found,)
 
 
 def _empty(rows: Iterable[Any]) -> int:
