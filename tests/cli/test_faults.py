@@ -22,6 +22,7 @@ from bilora_ray import quiet
 from bilora_ray.cli.main import main
 from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.errors import GO_ON
+from bilora_ray.release import export
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import naming_the_database
 from bilora_ray.training import loading
@@ -152,6 +153,16 @@ def test_export_to_a_full_disk_leaves_nothing(more: list[str], trained: Path, di
     assert line_of(result).startswith(f"--output {disk.folder}/out: cannot be written (No space left on device")
     disk.free()
     assert list(disk.folder.iterdir()) == []
+
+
+def test_what_a_merged_model_has_lost_is_told(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "export_merged", lambda *_: ["precision: is lost"])
+    typed = ["export", "once", f"--storage-path={trained}", "--merge"]
+    shown = bilora_ray(*typed, "--output=a")
+    assert (shown.stdout, shown.stderr) == ("Merged model of trial 0 is in a\n", "Note: precision: is lost\n")
+    assert json.loads(bilora_ray(*typed, "--output=b", "--json").stdout)["notes"] == ["precision: is lost"]
+    adapter = ["export", "once", f"--storage-path={trained}", "--output=c", "--json"]
+    assert "notes" not in json.loads(bilora_ray(*adapter).stdout)
 
 
 def test_what_may_only_be_read_is_one_line(tiny: Tiny, trained: Path, disk: Disk, tmp_path: Path) -> None:

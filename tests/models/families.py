@@ -38,6 +38,9 @@ SEQ2SEQ = {
     "max_position_embeddings": POSITIONS,
     "decoder_start_token_id": 2,
     "forced_eos_token_id": None,
+    # Of the one layer nothing may be dropped.
+    "encoder_layerdrop": 0.0,
+    "decoder_layerdrop": 0.0,
     "init_std": 0.2,
 }
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_decoder_layers": 1, "num_heads": 4}

@@ -79,7 +79,12 @@ def test_the_merged_model_of_a_quantised_base_has_whole_weights(tiny: Tiny, mode
     run_fit(settings(tiny, model, "nf4"), tmp_path / "trial")
     adapter = TrialFolder(tmp_path / "trial").best_adapter()
     assert adapter is not None
-    export_merged(adapter, tmp_path / "merged", {})
+    (note,) = export_merged(adapter, tmp_path / "merged", {})
+    start, _, share = note.rpartition(" ")
+    assert start == (
+        "quantization: the adapter was trained on nf4 weights and is merged into whole ones, which moves the logits by"
+    )
+    assert 1 < float(share.removesuffix("%")) < 100
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(adapter)).eval()
     rows = torch.arange(3, 40).view(1, -1)
