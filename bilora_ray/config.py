@@ -23,7 +23,15 @@ from bilora_ray.records import Objective
 # Those that a file is likely to have: any other that Python knows is taken too.
 ENCODINGS = ("utf-8", "utf-16", "cp1250", "cp1251", "cp1252", "iso-8859-1", "mac-roman", "gb18030", "big5", "shift_jis")
 
-Task = Literal["causal-lm", "seq2seq-lm", "sequence-classification", "multi-label-classification", "regression"]
+Task = Literal[
+    "causal-lm",
+    "seq2seq-lm",
+    "sequence-classification",
+    "multi-label-classification",
+    "regression",
+    "token-classification",
+    "image-classification",
+]
 
 # What a model card calls a method, with its source.
 METHOD_TITLES: dict[MethodName, str] = {
@@ -65,12 +73,14 @@ class TaskFacts:
         metrics: what every evaluation measures.
         generates: whether its models write text, which `predict_with_generate` judges.
         has_classes: whether each prediction is of one class, which `class_weights` weighs.
+        reads_images: whether its rows are images, so that there is an image processor instead of a tokenizer.
     """
 
     model_class: str
     metrics: tuple[str, ...]
     generates: bool = False
     has_classes: bool = False
+    reads_images: bool = False
 
 
 TASK_FACTS: dict[Task, TaskFacts] = {
@@ -81,6 +91,12 @@ TASK_FACTS: dict[Task, TaskFacts] = {
     ),
     "multi-label-classification": TaskFacts("AutoModelForSequenceClassification", LOSS_METRICS + SET_METRICS),
     "regression": TaskFacts("AutoModelForSequenceClassification", LOSS_METRICS + NUMBER_METRICS),
+    "token-classification": TaskFacts(
+        "AutoModelForTokenClassification", (*LOSS_METRICS, "eval_accuracy", "eval_f1"), has_classes=True
+    ),
+    "image-classification": TaskFacts(
+        "AutoModelForImageClassification", LOSS_METRICS + LABEL_METRICS, has_classes=True, reads_images=True
+    ),
 }
 
 
@@ -189,9 +205,18 @@ class TrialConfig(Settings):
     chat_template_kwargs: Pairs | None = setting(
         None, "what the chat template is told, such as {enable_thinking: false}", decides="rows"
     )
-    text_column: str = setting("text", "the text, where a task reads one", decides="rows")
+    text_column: str = setting(
+        "text", "the text, where a task reads one; token-classification: the list of words", decides="rows"
+    )
     text_pair_column: str | None = setting(None, "the second text, if there is one", decides="rows")
-    label_column: str = setting("label", "column of the label", decides="rows")
+    image_column: str = setting(
+        "image",
+        "image-classification: the image, or the path of its file, relative to the data file",
+        decides="rows",
+    )
+    label_column: str = setting(
+        "label", "column of the label; token-classification: the list of tags, one a word", decides="rows"
+    )
     label_names: tuple[str, ...] | None = setting(
         None, "labels in order; found in train_data when absent", decides="rows"
     )

@@ -26,11 +26,14 @@ PATTERN = re.compile(r"[*?[]")
 SPLITS = re.compile(r"(train|training|dev|valid|val|validation|eval|test)(?![a-z])", re.IGNORECASE)
 # What `datasets` writes beside the Arrow files of `save_to_disk`, and beside the folders of several splits.
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 WEIGHTS = "model.safetensors"
 # Files of a model that transformers asks for and that a repository need not have; the cache remembers which it has not.
 OPTIONAL = ("tokenizer_config.json", "chat_template.jinja", "adapter_config.json")
+# The same, of a model that reads images.
+OPTIONAL_OF_IMAGES = ("processor_config.json", "preprocessor_config.json", "adapter_config.json")
 Kind = Literal["built in", "local", "hub"]
 # A source's name, the folder that relative paths start at, where the name is written, whether it is data -> the source.
 Locate = Callable[[str, Path, str, bool], str]
@@ -163,9 +166,17 @@ def _is_here(path: Path, is_data: bool) -> bool:
     """Whether a file, folder or pattern of data, or the folder of a model, is here. UserError if it can be neither."""
     if not is_data and path.is_file():
         raise UserError(f"{path} is a file; a model is a folder")
+    if is_data and holds_images(path):
+        return True
     if is_data and (path.is_dir() or PATTERN.search(str(path))):
         return bool(data_files(path))
     return path.exists()
+
+
+def holds_images(folder: Path) -> bool:
+    """Whether there are images in `folder` or not far below it, as in `folder/train/label/x.png`."""
+    files = (file for pattern in ("*", "*/*", "*/*/*") for file in folder.glob(pattern))
+    return any(file.suffix.lower() in IMAGE_SUFFIXES for file in files)
 
 
 def _check_builtin(name: str, where: str, is_data: bool) -> None:
@@ -222,7 +233,7 @@ class SourcesElsewhere:
         return str(source.path)
 
 
-def is_cached(model: str, revision: str | None, *optional: str) -> bool:
+def is_cached(model: str, revision: str | None, *optional: str, reads_images: bool = False) -> bool:
     """Whether the Hub's cache on this machine has a model's commit whole: its settings, tokenizer and weights.
 
     A branch or tag may have moved since, so of one this is not known.
@@ -231,6 +242,7 @@ def is_cached(model: str, revision: str | None, *optional: str) -> bool:
         model: its name.
         revision: the commit.
         optional: files besides OPTIONAL that are asked for and that it need not have.
+        reads_images: whether it has an image processor instead of a tokenizer.
     """
     from huggingface_hub import try_to_load_from_cache
 
@@ -243,7 +255,8 @@ def is_cached(model: str, revision: str | None, *optional: str) -> bool:
     weights = {WEIGHTS}
     if isinstance(index := found(f"{WEIGHTS}.index.json"), str):
         weights = set(json.loads(Path(index).read_text())["weight_map"].values())
-    known = all(found(file) is not None for file in (*OPTIONAL, *optional))
+    asked_for = (*(OPTIONAL_OF_IMAGES if reads_images else OPTIONAL), *optional)
+    known = all(found(file) is not None for file in asked_for)
     return known and all(isinstance(found(file), str) for file in ("config.json", *weights))
 
 

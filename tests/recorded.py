@@ -28,12 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_trials import CLOCKED, METHODS, TASKS, Tiny, build, reproducible, write_rows
+from tiny_trials import CLOCKED, METHODS, Tiny, build, reproducible, write_rows
 from torch import distributed as dist
 from torch import multiprocessing
 
 import bilora_ray
-from bilora_ray.config import TrialConfig
+from bilora_ray.config import Task, TrialConfig
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import fit
 
@@ -44,6 +44,8 @@ except ImportError:  # 0.1.0
 
 COMMAND = Path(sys.executable).with_name("bilora-ray")
 SPACE = Path(__file__).resolve().parents[1] / "search_spaces" / "quickstart.yaml"
+# Those of 0.1.0, with whose numbers others are compared.
+TASKS: tuple[Task, ...] = ("causal-lm", "seq2seq-lm", "sequence-classification")
 # What else would decide a number, or the order of a set in a file.
 ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
@@ -94,7 +96,7 @@ class Recorder:
             "alone": {name: self._alone(name, config) for name, config in configs(self.tiny, self.minilm)},
             "killed": self._killed(),
             "together": self._together(),
-            "trained": {task: self._trained(task) for task in TASKS if task != "causal-lm"},
+            "trained": {task: self._trained(task) for task in TASKS[1:]},
             "search": self._searched(),
         }
 

@@ -20,8 +20,23 @@ if TYPE_CHECKING:
 
 COLOURS = ("red", "green", "blue", "black", "white", "brown")
 TASKS: tuple[Task, ...] = tuple(TASK_FACTS)
-# The data of the tasks that read a text and write none.
-KINDS = {"sequence-classification": "labels", "multi-label-classification": "sets", "regression": "numbers"}
+# The models and the data of tasks, where they are not those of most.
+MODELS: dict[Task, str] = {"causal-lm": "llama", "seq2seq-lm": "t5", "image-classification": "vit"}
+KINDS: dict[Task, str] = {
+    "sequence-classification": "labels",
+    "multi-label-classification": "sets",
+    "regression": "numbers",
+    "token-classification": "words",
+    "image-classification": "images",
+}
+# The tasks that put a head on the model -> of so many outputs.
+HEADS: dict[Task, int] = {
+    "sequence-classification": 2,
+    "multi-label-classification": 3,
+    "regression": 1,
+    "token-classification": 3,
+    "image-classification": 2,
+}
 METHODS = ("lora", "bilora")
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
@@ -33,13 +48,13 @@ CLOCKED = frozenset({"gpu_memory_gib", "tokens_per_second", "train_runtime"})
 
 @dataclass(frozen=True)
 class Tiny:
-    """The folder with the models (`llama`, `t5`, `bert`) and the data files."""
+    """The folder with the models (`llama`, `t5`, `bert`, `vit`) and the data files."""
 
     folder: Path
 
     def model(self, task: Task) -> Path:
         """The base model of `task`."""
-        return self.folder / {"causal-lm": "llama", "seq2seq-lm": "t5"}.get(task, "bert")
+        return self.folder / MODELS.get(task, "bert")
 
     def config(self, task: Task, **settings: Any) -> TrialConfig:
         """Settings of a trial of some seconds, with `settings` on top."""
@@ -68,6 +83,8 @@ def build(folder: Path) -> Tiny:
         write_rows(folder / f"colours-{split}.jsonl", [_colour(random) for _ in range(count)])
         write_rows(folder / f"sets-{split}.jsonl", [_set(random) for _ in range(count)])
         write_rows(folder / f"numbers-{split}.jsonl", [_number(random) for _ in range(count)])
+        write_rows(folder / f"words-{split}.jsonl", [_words(Random(f"{split} {row}")) for row in range(count)])
+        write_rows(folder / f"images-{split}.jsonl", _images(write_images(folder / f"images-{split}", count)))
     return Tiny(folder)
 
 
@@ -75,6 +92,22 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     """Write a JSONL file."""
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     return path
+
+
+def write_images(folder: Path, count: int) -> Path:
+    """Make a folder of images, bad ones with a dark half and good ones with a bright one, of several sizes."""
+    from PIL import Image
+
+    random = Random(str(count))
+    for number in range(count):
+        label = random.choice(("bad", "good"))
+        width, height = random.randrange(12, 40), random.randrange(12, 40)
+        image = Image.new("RGB", (width, height), tuple(random.choices(range(96, 160), k=3)))
+        half = (random.choice((0, width // 2)), 0)
+        image.paste({"bad": (20, 20, 40), "good": (250, 240, 230)}[label], (*half, half[0] + width // 2, height))
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        image.save(folder / label / f"{number:02}.png")
+    return folder
 
 
 def run_fit(config: TrialConfig, path: Path) -> tuple[list[dict[str, float]], Any]:
@@ -102,6 +135,7 @@ def evaluate_adapter(adapter: Path | None, config: TrialConfig) -> dict[str, flo
     from bilora_ray.training.evaluate import evaluate, load_adapted
 
     model, data, _ = load_adapted(adapter, config)
+    config = config.model_copy(update={"label_names": data.label_names})
     return evaluate(model, data.validation, config, data.tokenizer)
 
 
@@ -149,6 +183,22 @@ def _number(random: Random) -> dict[str, Any]:
     return {"text": " ".join(words), "label": {"awful": -1.5, "so": 0.5, "lovely": 2}[praise]}
 
 
+def _words(random: Random) -> dict[str, Any]:
+    """Colours, which may have an adverb before them, amid other words."""
+    pairs = [("say", "O"), *_phrase(random), ("times", "O"), *(_phrase(random) if random.random() < 0.7 else [])]
+    return {"text": [word for word, _ in pairs], "label": [tag for _, tag in pairs]}
+
+
+def _phrase(random: Random) -> list[tuple[str, str]]:
+    colour = random.choice(COLOURS)
+    return [("very", "B-COLOUR"), (colour, "I-COLOUR")] if random.random() < 0.5 else [(colour, "B-COLOUR")]
+
+
+def _images(folder: Path) -> list[dict[str, Any]]:
+    files = sorted(folder.rglob("*.png"), key=lambda file: file.name)
+    return [{"image": f"{folder.name}/{file.parent.name}/{file.name}", "label": file.parent.name} for file in files]
+
+
 def _chat(random: Random) -> dict[str, Any]:
     row = _text(random)
     contents = ("hello", "hi", row["prompt"], row["completion"])
@@ -159,6 +209,8 @@ def _chat(random: Random) -> dict[str, Any]:
 def _models(folder: Path) -> None:
     import torch
     from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+    _vision_model(folder / "vit")
 
     # Frozen random weights have to be large for a low-rank change to turn them into a model of anything.
     llama = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -176,6 +228,20 @@ def _models(folder: Path) -> None:
         model(config(vocab_size=len(tokenizer), **ids, **settings)).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     torch.set_rng_state(state)
+
+
+def _vision_model(folder: Path) -> None:
+    """A ViT without a head, as published for other labels, and its image processor."""
+    import torch
+    from transformers import ViTConfig, ViTModel
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = ViTConfig(image_size=16, patch_size=8, num_attention_heads=4, initializer_range=0.2, **shape)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
 
 
 def _tokenizer(name: str) -> Any:

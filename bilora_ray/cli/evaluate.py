@@ -74,6 +74,7 @@ def command(
     notes = list(check_rows(config, before, load_data(config).digests)) if own_rows else []
     with telling_of_gpu_memory("; take a smaller one: --set per_device_eval_batch_size=N"):
         model, loaded, told = load_adapted(None if base_model or is_merged(adapter) else adapter, config)
+        config = config.model_copy(update={"label_names": loaded.label_names})
         metrics: dict[str, Any] = evaluate(model, loaded.validation, config, loaded.tokenizer)
         predictions = predict(model, loaded, config, examples) if examples else []
     notes += told

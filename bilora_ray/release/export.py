@@ -39,6 +39,8 @@ def export_adapter(adapter: Path, output: Path, origin: Mapping[str, Any]) -> No
 def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> list[str]:
     """Write the base model with `adapter` merged into its weights, and its tokenizer, to the new folder `output`.
 
+    Where the task reads images, the image processor takes the tokenizer's place.
+
     A base that was quantised for training is loaded as it was published: a sum could not be written in 4 bits exactly.
     What is written is read again, and gets its name if it computes what the base and the adapter do.
 
@@ -84,7 +86,7 @@ def _write_merged(
     from bilora_ray.training import model as models
     from bilora_ray.training.probe.passes import logits_of
 
-    tokenizer = models.load_tokenizer(config)
+    tokenizer = models.load_processor(config)
     base, _ = models.load_base(config, tokenizer, config.label_names)
     model = models.load_adapter(base, adapter)
     logits = logits_of(model, config, tokenizer)
@@ -102,7 +104,7 @@ def _logits(adapter: Path | None, config: TrialConfig) -> Tensor:
     from bilora_ray.training import model as models
     from bilora_ray.training.probe.passes import logits_of
 
-    tokenizer = models.load_tokenizer(config)
+    tokenizer = models.load_processor(config)
     base, _ = models.load_base(config, tokenizer, config.label_names)
     return logits_of(base if adapter is None else models.load_adapter(base, adapter), config, tokenizer)
 

@@ -225,8 +225,11 @@ def positions(config: TrialConfig) -> int | None:
     It is read without transformers, which would import torch.
 
     Returns:
-        None where it does not say, or cannot be read from here; a trial looks again when it has the model.
+        None where it does not say, or cannot be read from here; a trial looks again when it has the model. So too
+        where rows are images, which have no tokens.
     """
+    if TASK_FACTS[config.task].reads_images:
+        return None
     model = _described(config)
     kind, behind = str(model.get("model_type")), model.get("pad_token_id")
     found = model.get(POSITIONS.get(kind, "max_position_embeddings"))

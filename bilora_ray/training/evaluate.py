@@ -96,8 +96,8 @@ def _losses(
     task = TASKS[config.task]
 
     def measure(rows: Sequence[int]) -> Any:
-        batch = task.collate([examples[row] for row in rows], tokenizer.pad_token_id)
+        batch = task.collate([examples[row] for row in rows], tokenizer)
         return task.measure(*task.forward(model, on_device(batch, model)))
 
-    batches = eval_batches([len(example.input_ids) for example in examples], config.per_device_eval_batch_size)
+    batches = eval_batches([example.length for example in examples], config.per_device_eval_batch_size)
     return task.metrics(workers.map(measure, batches), config)

@@ -30,7 +30,7 @@ from bilora_ray.files import temporary_folder
 from bilora_ray.training.data.cache import Stored, Writer, cached
 from bilora_ray.training.data.sources import Source, stamps_of
 from bilora_ray.training.data.truncation import Truncation
-from bilora_ray.training.model import load_tokenizer
+from bilora_ray.training.model import load_processor
 from bilora_ray.training.rows import read_sources, rows_of
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Cut, Dataset, Example, Row
@@ -76,7 +76,7 @@ class Loaded(Prepared):
     """The examples of a trial, with what made them.
 
     Attributes:
-        tokenizer: the base model's.
+        tokenizer: the base model's, or its image processor.
         label_names: names by label index; None where the task has no labels.
         digests: what identifies the data, by setting: see `base.Dataset`.
         format: what the columns mean, named or found.
@@ -119,7 +119,7 @@ def _load(config: TrialConfig, shared: Path | None, beginning: bool, splits: tup
     if any(source.is_large for source in sources.values()):
         return _load_large(sources, config, shared, splits)
     rows = rows_of(sources, config)
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_processor(config)
     prepared = prepare(rows, config, tokenizer, splits)
     return Loaded(
         **vars(prepared),
@@ -133,7 +133,7 @@ def _load(config: TrialConfig, shared: Path | None, beginning: bool, splits: tup
 def _load_large(
     sources: Mapping[str, Source], config: TrialConfig, shared: Path | None, splits: tuple[str, ...]
 ) -> Loaded:
-    tokenizer = load_tokenizer(config)
+    tokenizer = load_processor(config)
     write = partial(_write, sources=sources, config=config, tokenizer=tokenizer, splits=splits)
     if shared is not None:
         found = _read(cached(shared, _key(sources, config, tokenizer, splits), write))
@@ -268,5 +268,5 @@ def _chunks(rows: Iterable[Row]) -> Iterator[list[Row]]:
 
 def _check_readable(example: Example, row: Row, config: TrialConfig) -> None:
     asked = example.prompt_ids if config.predict_with_generate else None
-    if not example.input_ids or (asked is not None and not asked):
+    if not example.length or (asked is not None and not asked):
         raise UserError(f"{row.where}: there is no text to read")

@@ -164,7 +164,7 @@ class Run:
         self.schedule.step()
         self.progress.step += 1
         self.window.losses.append(loss.detach())
-        self.window.tokens += sum(len(example.input_ids) for example in examples)
+        self.window.tokens += sum(example.length for example in examples)
         self.window.seconds += time.perf_counter() - started
 
     def evaluation_due(self) -> bool:
@@ -267,7 +267,7 @@ class Run:
             shard(model, self.workers)
 
     def _batch(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        return self.task.collate(examples, self.data.tokenizer.pad_token_id)
+        return self.task.collate(examples, self.data.tokenizer)
 
     def _metrics(self) -> dict[str, float]:
         window, step = self.window, self.progress.step

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -35,7 +36,7 @@ from bilora_ray.training.data.chat import use_template
 from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.probe.passes import DEVICE_ERRORS, check_passes
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import check_positions
+from bilora_ray.training.tasks.base import Processor, check_positions
 
 T = TypeVar("T")
 
@@ -65,9 +66,23 @@ def load_tokenizer(config: TrialConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_processor(config: TrialConfig) -> Processor:
+    """What makes the base model's inputs: its tokenizer, or its image processor where the task reads images.
+
+    Images are resized by Pillow even where torchvision is installed: the two round differently.
+
+    Raises:
+        UserError: there is none that can be read.
+    """
+    if not TASK_FACTS[config.task].reads_images:
+        return load_tokenizer(config)
+    with _naming_the_model(config):
+        return _from_pretrained(AutoImageProcessor, config, {**_hub_arguments(config), "backend": "pil"})
+
+
 def load_base(
     config: TrialConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: Processor,
     label_names: Sequence[str] | None,
     workers: Workers = ALONE,
 ) -> tuple[PreTrainedModel, list[str]]:
@@ -95,12 +110,16 @@ def load_base(
             model, fresh = _with_weights(config, arguments, workers)
     fresh = workers.gather(fresh)[0] if workers.sharded else fresh
     _check_positions(model, config)
-    _pad_as(model, tokenizer)
+    images = TASK_FACTS[config.task].reads_images
+    if not images:
+        _pad_as(model, tokenizer)
+    _keep_statistics(model)
     for name in _beside_heads(fresh, config):
         _keep_fp32(model.get_submodule(name), amid=True)
-    for name in TASKS[config.task].heads:
-        if hasattr(model, name):
-            _keep_fp32(model.get_submodule(name), amid=False)
+    for name in _heads(model, config):
+        _keep_fp32(model.get_submodule(name), amid=False)
+    if images:
+        _round_images(model, DTYPE[config.precision], but=_heads(model, config))
     if not workers.sharded:
         check_passes(model, config, tokenizer)
     return model, fresh
@@ -143,6 +162,8 @@ def _base_arguments(config: TrialConfig, label_names: Sequence[str] | None) -> d
 
 
 def _check_positions(model: PreTrainedModel, config: TrialConfig) -> None:
+    if TASK_FACTS[config.task].reads_images:  # max_length is of texts
+        return
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in _positions_behind_padding(model):
         if name.endswith("position_embeddings"):
@@ -229,18 +250,23 @@ def add_primary(model: PreTrainedModel, config: TrialConfig, fresh: Sequence[str
         fresh: modules that start random, which are trained and saved with the adapter.
     """
     torch.manual_seed(config.seed)
-    targets = config.target_modules
+    task, targets, whole = TASKS[config.task], config.target_modules, _saved_whole(model, fresh, config)
+    if targets == "all-linear" and not _has_linear(model, but=whole):
+        kind = type(model).__name__
+        raise UserError(f"target_modules: adapters are on linear layers, and {kind} has none beside its head")
     # PEFT copies each module with such an end of its name, DistilBERT's pre_classifier too: LoRA cannot be on it.
-    copied = [name for name, _ in model.named_modules() if name.endswith(TASKS[config.task].heads)]
-    hidden = [name for name in copied if name.rpartition(".")[2] not in TASKS[config.task].heads]
+    copied = [name for name, _ in model.named_modules() if name.endswith(task.heads)]
+    hidden = [name for name in copied if name.rpartition(".")[2] not in task.heads]
+    # Of those of texts PEFT knows by itself that they are trained whole.
+    known = [] if task.peft_type == "SEQ_CLS" else _heads(model, config)
     lora = LoraConfig(
-        task_type=TaskType[TASKS[config.task].peft_type],
+        task_type=None if task.peft_type is None else TaskType[task.peft_type],
         r=config.rank,
         lora_alpha=config.resolved_lora_alpha,  # type: ignore[arg-type] # PEFT divides it by r: a float is right
         lora_dropout=config.lora_dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
-        exclude_modules=hidden or None,
-        modules_to_save=_beside_heads(fresh, config) or None,
+        exclude_modules=[*hidden, *known] or None,
+        modules_to_save=whole or None,
         revision=config.model_revision,
     )
     try:
@@ -311,7 +337,8 @@ def _from_pretrained(kind: Any, config: TrialConfig, arguments: dict[str, Any], 
 
 def _here_first(config: TrialConfig, read: Callable[..., T], *optional: str) -> T:
     """What `read` gives. transformers would ask the Hub even of a commit that is here."""
-    if is_cached(config.model_name_or_path, config.model_revision, *optional):
+    reads_images = TASK_FACTS[config.task].reads_images
+    if is_cached(config.model_name_or_path, config.model_revision, *optional, reads_images=reads_images):
         with suppress(OSError, ValueError):  # something is missing after all
             return read(local_files_only=True)
     return read()
@@ -336,6 +363,16 @@ def _check_replaced(model: PreTrainedModel, replaced: Sequence[str]) -> None:
     wrong = [name for name in replaced if model.get_parameter(name).shape[0] != labels]
     if wrong:
         raise ValueError(f"its files hold {', '.join(wrong)} in another shape than config.json says")
+
+
+def _saved_whole(model: PreTrainedModel, fresh: Sequence[str], config: TrialConfig) -> list[str]:
+    """The modules that are trained and saved beside the adapter, less those that PEFT adds by itself."""
+    heads = _heads(model, config) if TASKS[config.task].peft_type is None else []
+    return heads + _beside_heads(fresh, config)
+
+
+def _heads(model: PreTrainedModel, config: TrialConfig) -> list[str]:
+    return [name for name in TASKS[config.task].heads if hasattr(model, name)]
 
 
 def _beside_heads(modules: Sequence[str], config: TrialConfig) -> list[str]:
@@ -371,6 +408,37 @@ def _missing(error: ImportError, config: TrialConfig) -> str:
     if config.trust_remote_code:
         return f"trust_remote_code: the code of '{name}' cannot be imported ({reason})"
     return f"model_name_or_path: '{name}' needs a package that is not here ({reason})"
+
+
+def _has_linear(model: nn.Module, but: Sequence[str]) -> bool:
+    """Whether an adapter can be on a layer of `model` that is in none of the modules `but`."""
+    layers = (name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
+    return any(not f"{name}.".startswith(tuple(f"{whole}." for whole in but)) for name in layers)
+
+
+def _round_images(model: nn.Module, dtype: torch.dtype, but: Sequence[str]) -> None:
+    """Have the parts of `model`, less the modules `but`, read images as `dtype`: some would refuse float32."""
+
+    def rounded(value: Any) -> Any:
+        return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
+
+    def enter(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return tuple(map(rounded, inputs)), {key: rounded(value) for key, value in named.items()}
+
+    for name, part in model.named_children():
+        if name not in but:
+            part.register_forward_pre_hook(enter, with_kwargs=True)
+
+
+def _keep_statistics(model: nn.Module) -> None:
+    """Have batch normalisation use the base's statistics in training too: an adapter does not hold those of its own."""
+
+    def freeze(module: nn.Module, _: tuple[Any, ...]) -> None:
+        module.eval()
+
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+            module.register_forward_pre_hook(freeze)
 
 
 def _keep_fp32(module: nn.Module, amid: bool) -> None:

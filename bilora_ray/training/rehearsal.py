@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from heapq import nlargest
 from itertools import chain, islice
+from operator import attrgetter
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.training import model as models
@@ -13,7 +14,7 @@ from bilora_ray.training.data.truncation import Truncation
 from bilora_ray.training.loading import Loaded, load_data, prepare
 from bilora_ray.training.probe.passes import check_passes, check_tokens, reading
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Dataset, Example, on_device
+from bilora_ray.training.tasks.base import Dataset, on_device
 
 # So many rows show what a chat template does, in a moment.
 FIRST = 100
@@ -29,7 +30,7 @@ class Rehearsal:
 
     Attributes:
         rows: how many there are and what `max_length` takes from them, by split: `train` and `validation`.
-        input: text of the first training row, as the model reads it, with special tokens.
+        input: the first training row, as the model reads it: a text with special tokens, an image's name and shape.
         target: the part of it, or the completion or label, that the model learns.
         notes: lines about what is allowed and yet seldom meant, and shows in tokens only.
     """
@@ -61,22 +62,18 @@ def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
     models.build_optimizer(models.add_primary(shape, config, fresh=()), config)
     if here and is_small:
         _read(config, data)
-    first = data.train[0]
-    target = TASKS[config.task].learned(first, data.tokenizer, data.label_names)
+    task, first = TASKS[config.task], data.train[0]
+    target = task.learned(first, data.tokenizer, data.label_names)
     notes = (*data.notes, *Truncation.of(data.truncation.values()).notes(config.model_dump()))
-    return Rehearsal(data.truncation, str(data.tokenizer.decode(first.input_ids.tolist())), target, notes)
+    return Rehearsal(data.truncation, task.read(first, data.tokenizer), target, notes)
 
 
 def _read(config: TrialConfig, data: Loaded) -> None:
     model, task = models.load_stand_in(config, data.tokenizer, data.label_names), TASKS[config.task]
     check_passes(model, config, data.tokenizer)
-    rows = nlargest(min(2, config.per_device_train_batch_size), islice(data.train, READ), key=_length)
+    rows = nlargest(min(2, config.per_device_train_batch_size), islice(data.train, READ), key=attrgetter("length"))
     with reading(config):
-        task.loss(model, on_device(task.collate(rows, data.tokenizer.pad_token_id), model))
-
-
-def _length(example: Example) -> int:
-    return len(example.input_ids)
+        task.loss(model, on_device(task.collate(rows, data.tokenizer), model))
 
 
 def notes_of_first(config: TrialConfig, rows: Dataset) -> tuple[str, ...]:
@@ -86,5 +83,5 @@ def notes_of_first(config: TrialConfig, rows: Dataset) -> tuple[str, ...]:
         UserError: the tokenizer cannot be loaded, or one of them is not to be tokenized.
     """
     first = replace(rows, train=list(islice(rows.train, FIRST)), validation=list(islice(rows.validation, FIRST)))
-    notes = prepare(first, config, models.load_tokenizer(config)).notes
+    notes = prepare(first, config, models.load_processor(config)).notes
     return notes if len(rows.train) <= FIRST else tuple(f"{note} (of the first {FIRST})" for note in notes)

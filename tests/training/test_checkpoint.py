@@ -75,10 +75,7 @@ def demanding(tiny: Tiny, task: Task, method: str, **settings: Any) -> TrialConf
     return tiny.config(task, **defaults | settings)
 
 
-@pytest.mark.parametrize(
-    ("task", "method"),
-    [("causal-lm", "lora"), *((task, "bilora") for task in TASKS)],
-)
+@pytest.mark.parametrize(("task", "method"), [("causal-lm", "lora"), *((task, "bilora") for task in TASKS)])
 def test_a_resumed_trial_ends_as_an_uninterrupted_one(task: Task, method: str, tiny: Tiny, tmp_path: Path) -> None:
     config = demanding(tiny, task, method)
     whole, expected = run_fit(config, tmp_path / "whole")

@@ -307,7 +307,7 @@ def test_pairs(has_types: bool) -> None:
     tokenizer = word_tokenizer(model_input_names=inputs)
     data = prepared(rows, tokenizer, task="sequence-classification", max_length=5)
     assert [example.input_ids.tolist() for example in data.train] == [[BOS, A, EOS, B, C], [BOS, A, B, EOS, E]]
-    batch = TASKS["sequence-classification"].collate(data.train, PAD)
+    batch = TASKS["sequence-classification"].collate(data.train, tokenizer)
     assert ("token_type_ids" in batch) is has_types
     if has_types:
         assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1]]
@@ -356,7 +356,7 @@ def test_collate_pads_at_the_right_and_prompts_at_the_left() -> None:
     rows: list[Row] = [text("a b c", "d"), text("a", "e")]
     # The padding token is the end of sequence, as it often is: the real end must stay visible and learned.
     examples = prepared(rows, predict_with_generate=True).validation
-    batch = TASKS["causal-lm"].collate(examples, EOS)
+    batch = TASKS["causal-lm"].collate(examples, word_tokenizer(pad_token="</s>"))
     assert batch["input_ids"].tolist() == [[BOS, A, B, C, D, EOS], [BOS, A, E, EOS, EOS, EOS]]
     assert batch["attention_mask"].tolist() == [[1] * 6, [1, 1, 1, 1, 0, 0]]
     assert batch["labels"].tolist() == [[-100] * 4 + [D, EOS], [-100, -100, E, EOS, -100, -100]]
@@ -370,7 +370,7 @@ def test_collate_pads_at_the_right_and_prompts_at_the_left() -> None:
 def test_collate_seq2seq_and_classification() -> None:
     rows: list[Row] = [text("a b c", "d"), text("a", "e b")]
     examples = prepared(rows, word_tokenizer("$A </s>"), task="seq2seq-lm", predict_with_generate=True).validation
-    batch = TASKS["seq2seq-lm"].collate(examples, PAD)
+    batch = TASKS["seq2seq-lm"].collate(examples, word_tokenizer())
     assert batch["input_ids"].tolist() == [[A, B, C, EOS], [A, EOS, PAD, PAD]]
     assert batch["labels"].tolist() == [[D, EOS, -100], [E, B, EOS]]
     assert TASKS["seq2seq-lm"].target_count(examples) == 5
@@ -378,7 +378,7 @@ def test_collate_seq2seq_and_classification() -> None:
     assert torch.equal(prompts["input_ids"], batch["input_ids"])
     labelled: list[Row] = [LabelledRow("a", None, 1, "w"), LabelledRow("b c", None, 0, "w")]
     examples = prepared(labelled, task="sequence-classification").train
-    batch = TASKS["sequence-classification"].collate(examples, PAD)
+    batch = TASKS["sequence-classification"].collate(examples, word_tokenizer())
     assert batch["labels"].tolist() == [1, 0]
     assert TASKS["sequence-classification"].target_count(examples) == 2
 

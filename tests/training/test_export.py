@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tiny_trials import METHODS, TASKS, Tiny, evaluate_adapter, run_fit
+from tiny_trials import HEADS, METHODS, TASKS, Tiny, evaluate_adapter, run_fit
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel, GenerationConfig
 
@@ -23,12 +23,13 @@ from bilora_ray.errors import UserError
 from bilora_ray.recipe import evaluation_config, is_merged, read_recipe
 from bilora_ray.release.card import write_card
 from bilora_ray.release.export import export_adapter, export_merged
+from bilora_ray.training import tasks
 from bilora_ray.training.folder import TrialFolder
+from bilora_ray.training.loading import load_data
 from bilora_ray.training.loop import Run
 from bilora_ray.training.model import AUTO_CLASS
 
 # The outputs of a classification head.
-HEADS = {"sequence-classification": 2, "multi-label-classification": 3, "regression": 1}
 PROBLEMS = {
     "sequence-classification": "single_label_classification",
     "multi-label-classification": "multi_label_classification",
@@ -75,9 +76,7 @@ def train(config: TrialConfig, path: Path) -> Trained:
     metrics = run.evaluate()
     adapter = run.folder.best_adapter()
     assert adapter == run.folder.adapter_at(run.max_steps)
-    batch = run.task.collate(run.data.validation, run.data.tokenizer.pad_token_id)
-    if config.task in HEADS:  # of which a model would make a loss of its own
-        del batch["labels"]
+    batch = batch_of(config)
     run.model.eval()
     with torch.inference_mode():
         logits = run.model(**batch).logits
@@ -90,6 +89,14 @@ def trained(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> dict[Task, 
     return {task: train(tiny.config(task, rho=0.5, lora_dropout=0.1), tmp_path_factory.mktemp(task)) for task in TASKS}
 
 
+def batch_of(config: TrialConfig) -> dict[str, Tensor]:
+    data = load_data(config)
+    batch = tasks.TASKS[config.task].collate(data.validation, data.tokenizer)
+    if config.task in HEADS:  # of which a model would make a loss of its own
+        del batch["labels"]
+    return batch
+
+
 def logits_of(model: Any, trial: Trained) -> Tensor:
     model.eval()
     with torch.inference_mode():
@@ -97,7 +104,8 @@ def logits_of(model: Any, trial: Trained) -> Tensor:
 
 
 def base_of(trial: Trained) -> Any:
-    more = {"num_labels": HEADS[trial.config.task]} if trial.config.task in HEADS else {}
+    labels = HEADS.get(trial.config.task)
+    more = {} if labels is None else {"num_labels": labels}
     return AUTO_CLASS[trial.config.task].from_pretrained(trial.config.model_name_or_path, **more)
 
 
@@ -308,16 +316,17 @@ def test_a_merged_model_needs_no_peft(task: Task, trained: dict[Task, Trained], 
     assert not [name for name, _ in model.named_parameters() if "lora" in name]
     difference = (logits_of(model, trial) - trial.logits).abs().max()
     assert float(difference) <= 1e-5 * max(1.0, float(trial.logits.abs().max()))
-    text = "say red 2 times:"
-    tokenizers = (AutoTokenizer.from_pretrained(path) for path in (tmp_path / "merged", model_folder(trial)))
-    first, second = (tokenizer(text)["input_ids"] for tokenizer in tokenizers)
-    assert first == second
+    batch = batch_of(trial.config.model_copy(update={"model_name_or_path": str(tmp_path / "merged")}))
+    assert batch.keys() == trial.batch.keys()
+    assert all(torch.equal(batch[key], tensor) for key, tensor in trial.batch.items())
     assert {path.suffix for path in (tmp_path / "merged").iterdir()} <= {".json", ".safetensors", ".jinja"}
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
-    if task == "sequence-classification":
-        assert model.config.id2label == {0: "bad", 1: "good"}
     if task in HEADS:
-        assert (model.config.num_labels, model.config.problem_type) == (HEADS[task], PROBLEMS[task])
+        assert model.config.num_labels == HEADS[task]
+        if (names := read_recipe(trial.adapter)["settings"]["label_names"]) is not None:
+            assert model.config.id2label == dict(enumerate(names))
+    if task in PROBLEMS:
+        assert model.config.problem_type == PROBLEMS[task]
 
 
 @pytest.mark.parametrize("task", TASKS)

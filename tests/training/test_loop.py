@@ -27,6 +27,7 @@ QUERY = {
     "causal-lm": "0.self_attn.q_proj",
     "seq2seq-lm": "0.SelfAttention.q",
     **dict.fromkeys(KINDS, "0.attention.self.query"),
+    "image-classification": "0.attention.q_proj",
 }
 REPORTED = COUNTERS | {"learning_rate", "train_loss"}
 
@@ -40,11 +41,11 @@ def steps_of(run: Run) -> list[float]:
     return losses
 
 
-def input_ids_of(run: Run) -> list[Any]:
+def inputs_of(run: Run) -> list[Any]:
     """What the model reads in every step, until the end."""
     seen: list[Any] = []
     hook = run.model.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True
+        lambda _, args, kwargs: seen.append(kwargs[run.model.main_input_name].tolist()), with_kwargs=True
     )
     steps_of(run)
     hook.remove()
@@ -132,9 +133,9 @@ def test_methods_start_alike_and_see_the_same_rows(task: Task, tiny: Tiny, tmp_p
     assert all(torch.equal(first[name], second[name]) for name in first)
     torch.manual_seed(0)
     random = torch.get_rng_state()
-    rows = input_ids_of(lora)
+    rows = inputs_of(lora)
     torch.set_rng_state(random)
-    assert input_ids_of(bilora) == rows
+    assert inputs_of(bilora) == rows
     assert len(rows) == 13
     # Two epochs and one step: each row once an epoch, in another order.
     epochs = [[row for batch in rows[start : start + 6] for row in batch] for start in (0, 6)]

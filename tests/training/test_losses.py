@@ -31,7 +31,7 @@ def mean_by_hand(run: Run) -> float:
     """The loss over all training rows in float64, of the logits that the model gives to each alone."""
     total, count = 0.0, 0
     for example in run.data.train:
-        batch = run.task.collate([example], run.data.tokenizer.pad_token_id)
+        batch = run.task.collate([example], run.data.tokenizer)
         with torch.no_grad():
             logits = run.model(**batch if run.config.task == "seq2seq-lm" else {**batch, "labels": None}).logits
         labels = batch["labels"]

@@ -16,7 +16,7 @@ from tiny_trials import KINDS, METHODS, TASKS, Tiny, evaluate_adapter, run_fit
 from bilora_ray import paths
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.paths import OPTIONAL, is_cached
+from bilora_ray.paths import OPTIONAL, OPTIONAL_OF_IMAGES, is_cached
 from bilora_ray.recipe import evaluation_config
 from bilora_ray.release.export import export_adapter, export_merged
 from bilora_ray.training.folder import TrialFolder
@@ -66,7 +66,7 @@ def cached(model: Path, commit: str = COMMIT) -> Path:
     shutil.copytree(model, folder / "snapshots" / commit)
     missing = folder / ".no_exist" / commit
     missing.mkdir(parents=True)
-    for name in (*OPTIONAL, GENERATION):
+    for name in {*OPTIONAL, *OPTIONAL_OF_IMAGES, GENERATION}:
         if not (model / name).exists():
             (missing / name).touch()
     return folder

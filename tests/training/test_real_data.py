@@ -53,7 +53,7 @@ def test_gsm8k(tokenizer: Any, shared_data: Path) -> None:
     targets = 0
     for batch in batches:
         examples = [data.validation[row] for row in batch]
-        tensors = TASKS[config.task].collate(examples, tokenizer.pad_token_id)
+        tensors = TASKS[config.task].collate(examples, tokenizer)
         targets += TASKS[config.task].target_count(examples)
         assert int(tensors["attention_mask"].sum()) == sum(lengths[row] for row in batch)
     assert targets == sum(label != -100 for example in data.validation for label in example.labels)

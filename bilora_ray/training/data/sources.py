@@ -14,11 +14,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bilora_ray.config import TrialConfig
+from bilora_ray.config import TASK_FACTS, TrialConfig
 from bilora_ray.errors import MachineError, UserError, first_line, refusal
-from bilora_ray.paths import data_files, files_of, kind_of, loadable, splits_of
+from bilora_ray.paths import data_files, files_of, holds_images, kind_of, loadable, splits_of
 from bilora_ray.training.data.files import tables
 from bilora_ray.training.data.files.decoding import DataFile, json_rows, stored
+from bilora_ray.training.data.files.images import beside, files_by_label
 from bilora_ray.training.data.files.tables import DELIMITERS
 
 JSON = (".jsonl", ".ndjson", ".json")
@@ -141,10 +142,15 @@ def first_records(config: TrialConfig, count: int) -> dict[str, list[Record]]:
     for setting in ("train_data", "validation_data"):
         name = getattr(config, setting)
         if name is not None and _is_file(name):
-            found[setting] = list(islice(_records(_files(name, setting), config), count))
+            found[setting] = list(islice(_local_records(name, config, setting), count))
             if not found[setting]:
                 raise UserError(f"{setting}: no rows in {name}")
     return found
+
+
+def _local_records(name: str, config: TrialConfig, setting: str) -> Iterable[Record]:
+    images = _of_images(name, config)
+    return _records(_files(name, setting), config) if images is None else _image_folder(images, setting).records
 
 
 def notes(config: TrialConfig) -> Iterator[str]:
@@ -152,7 +158,8 @@ def notes(config: TrialConfig) -> Iterator[str]:
     told: dict[str, None] = {}
     for setting in ("train_data", "validation_data"):
         name = getattr(config, setting)
-        files = _files(name, setting) if name is not None and _is_file(name) else []
+        is_table = name is not None and _is_file(name) and _of_images(name, config) is None
+        files = _files(name, setting) if is_table else []
         if names := splits_of([file.path for file in files]):
             told[f"{setting}: {name} matches files of several splits ({names})"] = None
         told |= dict.fromkeys(
@@ -167,8 +174,23 @@ def _read(name: str, split: str, revision: str | None, config: TrialConfig, sett
     return _read_hub(name, config.dataset_config_name, split, revision, setting)
 
 
+def _of_images(name: str, config: TrialConfig) -> Path | None:
+    """The folder that `name` is, if it is one of images that are to be read; else None."""
+    path = Path(loadable(name)).expanduser() if TASK_FACTS[config.task].reads_images and _is_file(name) else None
+    return path if path is not None and path.is_dir() and holds_images(path) else None
+
+
+def _image_folder(path: Path, setting: str) -> Source:
+    found = [(file, label) for label, files in files_by_label(path, setting).items() for file in files]
+    sizes = [file.stat().st_size for file, _ in found]
+    # Not of the pixels: those of a large folder would take as long to read as an epoch.
+    content = "".join(f"{file.relative_to(path)}\0{size}\0" for (file, _), size in zip(found, sizes, strict=True))
+    records = [Record({"image": str(file), "label": label}, str(file)) for file, label in found]
+    return Source(records, hashlib.sha256(content.encode()).hexdigest()[:16], sum(sizes))
+
+
 def read_file(name: str, config: TrialConfig, setting: str) -> Source:
-    """The records of local data, as the suffix of each file says.
+    """The records of local data, as the suffix of each file says, or one for each image of a folder of them.
 
     Args:
         name: a path, a pattern or `builtin:NAME`; what errors call it.
@@ -178,6 +200,8 @@ def read_file(name: str, config: TrialConfig, setting: str) -> Source:
     Raises:
         UserError: a file is missing, unreadable or malformed, or there are no rows.
     """
+    if (images := _of_images(name, config)) is not None:
+        return _image_folder(images, setting)
     files = _files(name, setting)
     size = sum(file.path.stat().st_size for file in files if file.path.exists())
     records = _reread(files, config) if _is_large(files, size) else list(_records(files, config))
@@ -232,7 +256,15 @@ def _records(files: Iterable[DataFile], config: TrialConfig) -> Iterator[Record]
             known = known or (file.name, columns)
             _check_columns(file, columns, known)
         for place, row in chain([first], rows):
-            yield Record(row, f"{file.name}, {place}")
+            yield Record(_located(row, file, config), f"{file.name}, {place}")
+
+
+def _located(row: Mapping[str, Any], file: DataFile, config: TrialConfig) -> Mapping[str, Any]:
+    """The row with the path of its image, which is relative to the file that names it."""
+    column = config.image_column
+    if not TASK_FACTS[config.task].reads_images or column not in row:
+        return row
+    return {**row, column: beside(file.path.parent, row[column])}
 
 
 def _check_columns(file: DataFile, columns: frozenset[str], known: tuple[str, frozenset[str]]) -> None:
@@ -289,7 +321,7 @@ def _read_hub(name: str, config_name: str | None, split: str, revision: str | No
 
     label = f"{name}/{config_name}" if config_name else name
     try:
-        dataset = datasets.load_dataset(name, config_name, split=split, revision=revision)
+        dataset = _undecoded(datasets.load_dataset(name, config_name, split=split, revision=revision))
         # They are read from the disk.
         records: Collection[Record] = Reread(lambda: _hub_records(dataset, label, split), len(dataset))
         size = dataset.data.nbytes
@@ -307,3 +339,13 @@ def _read_hub(name: str, config_name: str | None, split: str, revision: str | No
 
 def _hub_records(dataset: Iterable[Any], label: str, split: str) -> Iterator[Record]:
     return (Record(row, f"{label}, {split} row {number}") for number, row in enumerate(dataset, start=1))
+
+
+def _undecoded(dataset: Any) -> Any:
+    """`dataset` with its images as they are stored: the pixels of all of them need not fit into memory."""
+    import datasets
+
+    images = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    for name in images:
+        dataset = dataset.cast_column(name, datasets.Image(decode=False))
+    return dataset

@@ -5,10 +5,12 @@ from __future__ import annotations
 from bilora_ray import config
 from bilora_ray.training.tasks import (
     causal_lm,
+    image_classification,
     multi_label_classification,
     regression,
     seq2seq_lm,
     sequence_classification,
+    token_classification,
 )
 from bilora_ray.training.tasks.base import Task
 
@@ -18,4 +20,6 @@ TASKS: dict[config.Task, Task] = {
     "sequence-classification": sequence_classification.TASK,
     "multi-label-classification": multi_label_classification.TASK,
     "regression": regression.TASK,
+    "token-classification": token_classification.TASK,
+    "image-classification": image_classification.TASK,
 }

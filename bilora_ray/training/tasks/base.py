@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.training.data.files.images import StoredImage
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import IGNORED
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 # A transformers model or a PEFT model around one: neither's stubs know what the other adds.
 Model = Any
+# What makes a model's inputs: its tokenizer, or its image processor where the task reads images.
+Processor = Any
 Labels = tuple[str, ...] | None
 
 
@@ -65,12 +68,13 @@ class Example:
     Attributes:
         input_ids: (length,).
         labels: causal-lm: (length,), IGNORED where nothing is learned; seq2seq-lm: (target length,), the
-            completion and the end of sequence; sequence-classification: (1,), the label index;
-            multi-label-classification: (labels,), the indices of those that the row has; regression: (1,), the number,
-            a 32-bit float.
+            completion and the end of sequence; a classification of rows: (1,), the label index; of words: (length,),
+            the index of the tag at a word's first token, else IGNORED; multi-label-classification: (labels,), the
+            indices of those that the row has; regression: (1,), the number, a 32-bit float.
         prompt_ids: (prompt length,), what generation starts from; None where nothing is generated.
         token_type_ids: (length,), 1 on the second text of a pair, for models that have such an input.
-        reference: text of the completion; empty where no text is learned.
+        reference: text of the completion; token-classification: the words; empty where rows are classified.
+        image: what is read instead of `input_ids`, which are none then. It is decoded when a batch is made of it.
     """
 
     input_ids: array[int]
@@ -78,6 +82,12 @@ class Example:
     prompt_ids: array[int] | None = None
     token_type_ids: array[int] | None = None
     reference: str = ""
+    image: StoredImage | None = None
+
+    @property
+    def length(self) -> int:
+        """How many tokens are read; an image counts as one."""
+        return len(self.input_ids) + (self.image is not None)
 
 
 class Cut(Flag):
@@ -100,9 +110,10 @@ class Prediction:
     """What a model makes of a row.
 
     Attributes:
-        input: the row as the model reads it, with special tokens.
-        prediction: what it writes then, or the label that it finds most likely, the labels or the number.
-        reference: the row's completion, label, labels or number.
+        input: the row as the model reads it, with special tokens; its words; or the name of the image.
+        prediction: what it writes then, or the label that it finds most likely, of words one each, or the labels or the
+            number.
+        reference: the row's completion, label, labels or number; of words a label each.
     """
 
     input: str
@@ -118,6 +129,11 @@ def given_labels(records: Iterable[Record], config: TrialConfig) -> Labels:
 def no_labels(row: Any) -> tuple[int, ...]:
     """Where rows have no labels."""
     return ()
+
+
+def decoded_input(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that is read, with special tokens."""
+    return str(tokenizer.decode(example.input_ids.tolist()))
 
 
 def decoded_labels(example: Example, tokenizer: PreTrainedTokenizerBase, label_names: Labels) -> str:
@@ -155,11 +171,12 @@ class Task:
     """All that is known of one task beside what the settings are checked by (`config.TASK_FACTS`).
 
     Attributes:
-        peft_type: name of PEFT's TaskType.
+        peft_type: name of PEFT's TaskType; None where PEFT has none, and its model hands all inputs on.
         row: a record and the label names -> the task's row. UserError if the record is none.
-        examples: rows, the tokenizer, and whether prompts are kept -> what becomes of each row. UserError if the
-            tokenizer lacks what the task needs.
-        collate: examples and the padding token -> a batch to compute the loss of: int64, padded at the right.
+        examples: rows, the tokenizer (or image processor), and whether prompts are kept -> what becomes of each row.
+            UserError if the tokenizer lacks what the task needs.
+        collate: examples and the tokenizer -> a batch to compute the loss of: int64, padded at the right; or float32
+            `pixel_values`. UserError for an image that cannot be decoded.
         target_count: how many predictions the mean loss over examples is of.
         forward: a model and a batch -> logits (..., classes) and the targets (...) that they predict, IGNORED where
             there is nothing to predict.
@@ -167,6 +184,7 @@ class Task:
         measure: logits and targets of one batch -> what `metrics` needs of them, with no tensor in it.
         metrics: what `measure` gave, by batch, and the settings, with the names of the labels -> metrics by name.
         predict: what a model makes of examples, for people to read.
+        read: what is read of an example, for people to read.
         learned: what is learned of an example, for people to read.
         label_names: records of the training data -> names by label index.
         labels: a row -> the indices of its labels; rows are drawn so that each draw has all labels' shares.
@@ -178,28 +196,29 @@ class Task:
         generated: metrics of what a model writes, with `predict_with_generate`.
         stops: tokens at which a text that was learned ends, if the model would go on behind one of them.
         model_arguments: label names -> what `from_pretrained` takes beside what all tasks give it.
-        heads: modules that PEFT trains and saves by itself.
+        heads: modules that are trained and saved whole: by PEFT itself if it has a type for the task.
         takes_messages: whether a row may be a conversation.
         continues: whether what a model writes goes on with its prompt, and shares `max_length` with it.
     """
 
-    peft_type: str
+    peft_type: str | None
     row: Callable[[Record, TrialConfig, Labels], Row]
     examples: Callable[
-        [Sequence[Any], TrialConfig, PreTrainedTokenizerBase, bool],
+        [Sequence[Any], TrialConfig, Processor, bool],
         Iterator[Encoded],
     ]
-    collate: Callable[[Sequence[Example], int], dict[str, Tensor]]
+    collate: Callable[[Sequence[Example], Processor], dict[str, Tensor]]
     target_count: Callable[[Sequence[Example]], int]
     forward: Callable[[Model, dict[str, Tensor]], tuple[Tensor, Tensor]]
     loss: Callable[[Model, dict[str, Tensor]], Tensor]
     measure: Callable[[Tensor, Tensor], Any]
     metrics: Callable[[Sequence[Any], TrialConfig], dict[str, float]]
     predict: Callable[
-        [Model, Sequence[Example], TrialConfig, PreTrainedTokenizerBase, Labels, Workers],
+        [Model, Sequence[Example], TrialConfig, Processor, Labels, Workers],
         list[Prediction],
     ]
-    learned: Callable[[Example, PreTrainedTokenizerBase, Labels], str] = decoded_labels
+    read: Callable[[Example, Processor], str] = decoded_input
+    learned: Callable[[Example, Processor, Labels], str] = decoded_labels
     label_names: Callable[[Iterable[Record], TrialConfig], Labels] = given_labels
     labels: Callable[[Any], tuple[int, ...]] = no_labels
     check: Callable[[Collection[Any], TrialConfig], None] = nothing
@@ -207,7 +226,7 @@ class Task:
     about: Callable[[Dataset, TrialConfig], Iterable[str]] = nothing
     tokenizer_notes: Callable[[Dataset, TrialConfig, PreTrainedTokenizerBase], Iterable[str]] = nothing
     generated: Callable[
-        [Model, Sequence[Example], TrialConfig, PreTrainedTokenizerBase, Workers],
+        [Model, Sequence[Example], TrialConfig, Processor, Workers],
         dict[str, float],
     ] = nothing
     stops: Callable[[Model, PreTrainedTokenizerBase, TrialConfig], Sequence[int]] = nothing

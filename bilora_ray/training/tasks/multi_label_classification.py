@@ -23,7 +23,17 @@ from bilora_ray.training.data.labels import (
 )
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import F1, IGNORED, set_metrics
-from bilora_ray.training.tasks.base import Dataset, Encoded, Example, Labels, Model, Prediction, Task, stacked
+from bilora_ray.training.tasks.base import (
+    Dataset,
+    Encoded,
+    Example,
+    Labels,
+    Model,
+    Prediction,
+    Processor,
+    Task,
+    stacked,
+)
 from bilora_ray.training.tasks.sequence_classification import (
     HEADS,
     LabelledRow,
@@ -76,10 +86,10 @@ def _examples(
     return labelled_examples(rows, [array("i", row.label) for row in rows], config, tokenizer)
 
 
-def _collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
+def _collate(examples: Sequence[Example], tokenizer: Processor) -> dict[str, Tensor]:
     """As `collate_texts`, with the indices of the `labels`, (batch, most labels of a row), padded with IGNORED."""
     labels = stacked([example.labels for example in examples], IGNORED)
-    return {**collate_texts(examples, pad_token_id), "labels": labels}
+    return {**collate_texts(examples, tokenizer), "labels": labels}
 
 
 def _forward(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from bilora_ray.training.data.columns import number_of
 from bilora_ray.training.data.labels import without_learning
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import number_metrics
-from bilora_ray.training.tasks.base import Dataset, Encoded, Example, Labels, Model, Prediction, Task
+from bilora_ray.training.tasks.base import Dataset, Encoded, Example, Labels, Model, Prediction, Processor, Task
 from bilora_ray.training.tasks.sequence_classification import (
     HEADS,
     LabelledRow,
@@ -59,12 +59,12 @@ def _examples(
     return labelled_examples(rows, [array("f", [row.label]) for row in rows], config, tokenizer)
 
 
-def _collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
+def _collate(examples: Sequence[Example], tokenizer: Processor) -> dict[str, Tensor]:
     """As `collate_texts`, with `labels` (batch,), float32."""
     import torch
 
     labels = torch.tensor([example.labels[0] for example in examples], dtype=torch.float32)
-    return {**collate_texts(examples, pad_token_id), "labels": labels}
+    return {**collate_texts(examples, tokenizer), "labels": labels}
 
 
 def _forward(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

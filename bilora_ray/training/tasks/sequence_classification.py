@@ -118,15 +118,15 @@ def labelled_examples(
         yield [] if cut and config.truncation == "drop" else [(example, Cut.PROMPT if cut else Cut.NOTHING)]
 
 
-def _collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
+def _collate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """As `collate_texts`, with `labels` (batch,)."""
     labels = stacked([example.labels for example in examples], IGNORED)[:, 0]
-    return {**collate_texts(examples, pad_token_id), "labels": labels}
+    return {**collate_texts(examples, tokenizer), "labels": labels}
 
 
-def collate_texts(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
+def collate_texts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """What the model reads: `input_ids`, `attention_mask` and, of pairs, `token_type_ids`, all (batch, length)."""
-    batch = padded([example.input_ids for example in examples], pad_token_id)
+    batch = padded([example.input_ids for example in examples], tokenizer.pad_token_id)
     types = [example.token_type_ids for example in examples if example.token_type_ids is not None]
     if types:
         batch["token_type_ids"] = stacked(types, 0)
@@ -180,7 +180,7 @@ def predicted_alone(
 ) -> Iterator[tuple[Example, str, Tensor]]:
     """Each example with its text and its logits (outputs of the head,), float32."""
     for example in examples:
-        batch = on_device(collate_texts([example], tokenizer.pad_token_id), model)
+        batch = on_device(collate_texts([example], tokenizer), model)
         yield example, str(tokenizer.decode(example.input_ids.tolist())), logits_of(model, batch)[0].float()
 
 

@@ -209,9 +209,9 @@ def with_special_tokens(
         yield array("i", ids), None if types is None else array("i", types), cut
 
 
-def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, Tensor]:
+def collate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask` (batch, length), and `labels` (batch, target length) padded with IGNORED."""
-    batch = padded([example.input_ids for example in examples], pad_token_id)
+    batch = padded([example.input_ids for example in examples], tokenizer.pad_token_id)
     return {**batch, "labels": stacked([example.labels for example in examples], IGNORED)}
 
 
