@@ -23,6 +23,7 @@ from transformers import (
 
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.recipe import evaluation_config
 from bilora_ray.training.data.sources import read_validation
 from bilora_ray.training.evaluate import evaluate, load_adapted, predict
 from bilora_ray.training.folder import TrialFolder
@@ -305,3 +306,36 @@ def test_a_text_that_would_leave_no_room_for_its_prompt_is_told_and_measured(tin
     assert note == "max_new_tokens: 40 leaves no room for a prompt in max_length (32); a text gets 16"
     run = Run(writes, TrialFolder(tmp_path / "trial"))
     assert "eval_exact_match" in evaluate(run.model, run.data.validation, writes, run.data.tokenizer)
+
+
+def test_a_chat_is_asked_as_it_would_be_served_and_ends_with_its_turn(tiny: Tiny, tmp_path: Path) -> None:
+    """With a template that shortens earlier turns, and ends them with another token than the model's."""
+    (tmp_path / "own.jinja").write_text(
+        "{% for m in messages %}{{ m.role }}: "
+        "{{ m.content if loop.last or m.role == 'user' else m.content[:1] }}{{ bos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    data = {f"{split}_data": str(tiny.folder / f"chats-{split}.jsonl") for split in ("train", "validation")}
+    config = tiny.config(
+        "causal-lm",
+        **data,
+        chat_template=str(tmp_path / "own.jinja"),
+        predict_with_generate=True,
+        max_new_tokens=9,
+        max_steps=24,
+        eval_steps=24,
+    )
+    (reported,), _ = run_fit(config, tmp_path / "run")
+    adapter = TrialFolder(tmp_path / "run").best_adapter()
+    assert adapter is not None
+    model, loaded, told = load_adapted(adapter, evaluation_config(adapter, {}))
+    assert told[0].startswith("format: 44 chats are 88 training rows, one for each turn of the assistant")
+    chats = [json.loads(line)["messages"] for line in Path(data["validation_data"]).read_text().splitlines()]
+    right = 0
+    for chat, shown in zip(chats, predict(model, loaded, evaluation_config(adapter, {}), 1000), strict=True):
+        asked = loaded.tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, return_tensors="pt")
+        written = model.generate(**asked, max_new_tokens=9, do_sample=False, eos_token_id=[1, 2])
+        text = loaded.tokenizer.decode(written[0, asked["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert (shown.prediction, shown.reference.strip()) == (text, chat[-1]["content"])
+        right += text.strip() == chat[-1]["content"]
+    assert reported["eval_exact_match"] == right / len(chats)

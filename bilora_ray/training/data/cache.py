@@ -9,12 +9,13 @@ import math
 import shutil
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 from bilora_ray.files import atomic_folder, locked
+from bilora_ray.training.data.files.images import StoredImage
 
 if TYPE_CHECKING:
     import pyarrow
@@ -30,20 +31,18 @@ class Writer(Generic[T]):
 
     Args:
         path: of the file.
-        kind: the dataclass; each field is `array[int]` of 32 bits, perhaps None, or `str`.
+        kind: the dataclass; each field is an array of 32-bit numbers, a text, or an image that is not decoded, or None.
 
     Raises:
         OSError: the file cannot be written.
     """
 
     def __init__(self, path: Path, kind: type[T]) -> None:
-        import pyarrow
-
-        self._schema = _schema(kind)
+        self._names = [field.name for field in fields(kind)]
         self._waiting: list[T] = []
         self._count = 0
         self._file = path.open("wb")
-        self._arrow = pyarrow.ipc.new_file(self._file, self._schema)
+        self._arrow: pyarrow.RecordBatchFileWriter | None = None
 
     def extend(self, examples: Iterable[T]) -> None:
         """Add `examples`."""
@@ -63,14 +62,18 @@ class Writer(Generic[T]):
         with self._file:
             if kind is None:
                 self._write(len(self._waiting))
+                assert self._arrow is not None
                 self._arrow.close()
 
     def _write(self, count: int) -> None:
         import pyarrow
 
         batch, self._waiting = self._waiting[:count], self._waiting[count:]
-        columns = [_column([getattr(one, field.name) for one in batch], field.type) for field in self._schema]
-        self._arrow.write_batch(pyarrow.record_batch(columns, schema=self._schema))
+        columns = [_column([getattr(one, name) for one in batch]) for name in self._names]
+        found = pyarrow.record_batch(columns, names=self._names)
+        if self._arrow is None:  # of what the first examples are the others are too
+            self._arrow = pyarrow.ipc.new_file(self._file, found.schema)
+        self._arrow.write_batch(found)
 
 
 class Stored(Sequence[T]):
@@ -129,32 +132,41 @@ def cached(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
     return path
 
 
-def _schema(kind: type[Any]) -> pyarrow.Schema:
+def _column(values: list[Any]) -> pyarrow.Array:
     import pyarrow
 
-    types = {"array[int]": pyarrow.list_(pyarrow.int32()), "str": pyarrow.string()}
-    return pyarrow.schema([(field.name, types[str(field.type).removesuffix(" | None")]) for field in fields(kind)])
+    first = next((value for value in values if value is not None), None)
+    if isinstance(first, str):
+        return pyarrow.array(values, pyarrow.string())
+    if isinstance(first, StoredImage):
+        kinds = {"path": pyarrow.string(), "data": pyarrow.large_binary(), "where": pyarrow.string()}
+        return pyarrow.array([None if value is None else asdict(value) for value in values], pyarrow.struct(kinds))
+    return _arrays(values, "i" if first is None else first.typecode)
 
 
-def _column(values: list[Any], kind: pyarrow.DataType) -> pyarrow.Array:
+def _arrays(values: list[Any], code: str) -> pyarrow.Array:
     import pyarrow
 
-    if pyarrow.types.is_string(kind):
-        return pyarrow.array(values, kind)
-    ids, offsets = array("i"), array("i", [0])
+    kind = {"i": pyarrow.int32(), "f": pyarrow.float32()}[code]
+    numbers, offsets = array(code), array("i", [0])
     for value in values:
-        ids.extend(value or ())
-        offsets.append(len(ids))
-    flat = pyarrow.Array.from_buffers(pyarrow.int32(), len(ids), [None, pyarrow.py_buffer(ids)])
+        numbers.extend(value or ())
+        offsets.append(len(numbers))
+    flat = pyarrow.Array.from_buffers(kind, len(numbers), [None, pyarrow.py_buffer(numbers)])
     ends = pyarrow.Array.from_buffers(pyarrow.int32(), len(offsets), [None, pyarrow.py_buffer(offsets)])
     absent = pyarrow.array([value is None for value in values], pyarrow.bool_())
     return pyarrow.ListArray.from_arrays(ends, flat, mask=absent)
 
 
-def _value(column: pyarrow.Array, row: int) -> array[int] | str | None:
+def _value(column: pyarrow.Array, row: int) -> array[Any] | StoredImage | str | None:
     import pyarrow
 
     value = column[row]
+    if not value.is_valid:
+        return None
     if pyarrow.types.is_string(column.type):
         return str(value.as_py())
-    return array("i", value.values.to_numpy().tobytes()) if value.is_valid else None
+    if pyarrow.types.is_struct(column.type):
+        return StoredImage(**value.as_py())
+    code = "f" if pyarrow.types.is_floating(column.type.value_type) else "i"
+    return array(code, value.values.to_numpy().tobytes())
