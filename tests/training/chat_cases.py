@@ -225,6 +225,14 @@ CASES = (
     ),
     Case("an opened think block", OPENS, chat("hi", "ho"), M, [["\n</think>\n\nho[end]"]], [OPENED]),
     Case(
+        "two turns of the assistant, of which the first is rewritten",
+        THINKS_LAST.replace("and loop.index0 > ns.last", "and loop.last"),
+        {"messages": [*messages("hi", "ho"), {"role": "assistant", "content": "ho"}]},
+        M,
+        [["<think>\n\n</think>\n\nho[end]"], ["<think>\n\n</think>\n\nho[end]"]],
+        [_became(1, 2)],
+    ),
+    Case(
         "an opened think block, several exchanges",
         OPENS,
         chat(*TWO),

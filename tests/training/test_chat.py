@@ -240,10 +240,10 @@ def test_the_last_turn_is_judged_however_many_examples_a_chat_becomes() -> None:
 
 
 def test_what_a_template_is_told_reaches_it() -> None:
-    told = PLAIN + "{% if style %}{{ style }}{% endif %}"
+    told = "{{ style }}" + PLAIN
     config = coerced(chat_template_kwargs={"style": "!"})
     (turn,) = Template.of(tokenizer_of(told), config).turns(messages("hi", "ho"), None, "W")
-    assert tokenizer_of(told).decode(turn.prompt).endswith("[a]!")
+    assert tokenizer_of(told).decode(turn.prompt) == "![u]hi[end][a]"
 
 
 def coerced(**settings: Any) -> TrialConfig:

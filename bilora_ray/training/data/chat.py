@@ -108,7 +108,9 @@ class Template:
         if _only_adds(asked, whole):
             return [self._one(asked, whole, learned)]
         rows = zip(numbers, asked, whole, learned, strict=True)
-        return [self._turn(before, after, messages[n], where) for n, before, after, wanted in rows if wanted]
+        return [
+            self._turn(messages[: n + 1], before, after, tools, where) for n, before, after, wanted in rows if wanted
+        ]
 
     def _one(self, asked: Sequence[str], whole: Sequence[str], learned: Sequence[bool]) -> Turn:
         ids: list[int] = []
@@ -123,10 +125,16 @@ class Template:
             text, earlier = after, wanted
         return Turn(ids, labels, target)
 
-    def _turn(self, asked: str, whole: str, message: Message, where: str) -> Turn:
+    def _turn(
+        self, messages: Sequence[Message], asked: str, whole: str, tools: Sequence[Any] | None, where: str
+    ) -> Turn:
+        said = _said(asked, whole, messages[-1])
+        if said is None:
+            # What comes before the turn may be rewritten too, as another turn of the assistant is.
+            header = asked.removeprefix(self.render(messages[:-1], tools, where, ask=False))
+            said = _behind(header, whole, messages[-1], where)
         prompt = self._following([], "", asked)
-        target = self._following(prompt, asked, asked + _said(asked, whole, message, where))
-        return Turn(prompt, [IGNORED] * len(prompt), target)
+        return Turn(prompt, [IGNORED] * len(prompt), self._following(prompt, asked, asked + said))
 
     def _following(self, ids: list[int], text: str, longer: str) -> list[int]:
         """The tokens of `longer` that follow `ids`, the tokens of its beginning `text`.
@@ -224,10 +232,7 @@ class Template:
     @cached_property
     def opening(self) -> int | None:
         """The last token of its own that the template writes after its generation prompt, before the answer."""
-        try:
-            said = _said(*self._probed, PROBE[1], "")
-        except UserError:
-            return None
+        said = _said(*self._probed, PROBE[1]) or ""
         return next(reversed(self._own(said.partition(ANSWERED)[0])), None)
 
     def _own(self, text: str) -> list[int]:
@@ -306,27 +311,36 @@ def _begun(asked: str, whole: str) -> str:
     return think + begun if think and THOUGHT not in begun else asked[_shared(asked, whole) :]
 
 
-def _said(asked: str, whole: str, message: Message, where: str) -> str:
+def _said(asked: str, whole: str, message: Message) -> str | None:
     """How the assistant's turn goes on after `asked`, the generation prompt; `whole` is all with the turn.
 
     As a rule it is the rest of `whole`. A generation prompt may begin thoughts that `whole` has not, or has closed:
     then the turn ends them, after its own if it has any, which is what a model has to write there when it is served.
-
-    Raises:
-        UserError: there is something else that `whole` goes without.
+    None: there is something else that `whole` goes without.
     """
     if whole.startswith(asked):
         return whole[len(asked) :]
-    begun = _begun(asked, whole)
-    head = asked.removesuffix(begun)
+    head, think, begun = asked.rpartition(THINK)
+    if not think or THOUGHT in begun or not whole.startswith(head):
+        return None
     rest = whole[len(head) :]
-    if begun.startswith(THINK) and whole.startswith(head):
-        if rest.startswith(THINK):
-            return rest.removeprefix(THINK).removeprefix(begun.removeprefix(THINK))
-        answer = rest.lstrip("\n")
-        return f"{_thoughts_of(message)}\n{THOUGHT}\n\n{answer}"
-    if head and rest.lstrip().startswith(message["content"].strip() or " "):
-        return rest
+    if rest.startswith(THINK):
+        return rest.removeprefix(THINK).removeprefix(begun)
+    answer = rest.lstrip("\n")
+    return f"{_thoughts_of(message)}\n{THOUGHT}\n\n{answer}"
+
+
+def _behind(header: str, whole: str, message: Message, where: str) -> str:
+    """What `whole` has behind the header of its last turn, with the space at its end or without.
+
+    Raises:
+        UserError: that is not the turn.
+    """
+    content = message["content"].strip()
+    for written in filter(None, (header, header.rstrip())):
+        _, found, said = whole.rpartition(written)
+        if found and content and content in said:
+            return said
     cure = "name another one in chat_template"
     if THOUGHTS[0] in message:
         cure = "its thoughts may want chat_template_kwargs: {enable_thinking: true}"
