@@ -307,7 +307,7 @@ class Run:
             origin: dict[str, Any] = {"step": self.progress.step, "model_commit": commit, "digests": known}
             if stops := self.task.stops(self.model, self.data.tokenizer, settings):
                 origin["stop_token_ids"] = stops
-            if self.task.heads and self.data.tokenizer.pad_token_id is not None:
+            if self.task.heads and getattr(self.data.tokenizer, "pad_token_id", None) is not None:
                 origin[PAD] = self.model.config.get_text_config().pad_token_id
             write_recipe(written, settings, origin)
             if settings.chat_template is not None:

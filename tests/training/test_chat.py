@@ -152,7 +152,7 @@ def row_of(case: Case) -> tuple[Dataset, TrialConfig]:
     record = Record(case.row, PLACE)
     found = in_format(config, [record])
     row = TASKS["causal-lm"].row(record, found, None)
-    return Dataset([row], [row], None, {}, found.format), config
+    return Dataset([row], [row], None, {}, format=found.format), config
 
 
 def eos_of(case: Case) -> str:

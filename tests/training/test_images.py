@@ -127,7 +127,7 @@ def test_another_column_may_hold_the_images(folder: Path, tiny: Tiny, tmp_path: 
     data = write_rows(tmp_path / "metadata.jsonl", [{"file_name": name, "kind": name[:3]} for name in names])
     rows = load_rows(settings(tiny, data, image_column="file_name", label_column="kind"))
     assert rows.label_names == ("bad", "goo")
-    line = f"{data}, line 1: no column 'image'; columns: file_name, kind"
+    line = f"{data}, line 1: no column 'image' (image_column); columns: file_name, kind"
     assert refused(tiny, data, label_column="kind") == line
 
 

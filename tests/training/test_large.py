@@ -12,7 +12,7 @@ import tracemalloc
 from array import array
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import fields
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from tiny_trials import TASKS, Tiny, reproducible, run_fit, write_rows
 
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TASK_FACTS, Task, TrialConfig
 from bilora_ray.errors import MachineError, UserError
 from bilora_ray.search.session import Session
 from bilora_ray.search.space import Space
@@ -249,7 +249,7 @@ def prepared(loaded: Loaded) -> tuple[Any, ...]:
 def test_examples_in_files_are_those_in_memory(
     task: Task, shares: bool, tiny: Tiny, tmp_path: Path, large: Large
 ) -> None:
-    config = tiny.config(task, validation_data=None, max_length=24, predict_with_generate=task != TASKS[2])
+    config = tiny.config(task, validation_data=None, max_length=24, predict_with_generate=TASK_FACTS[task].generates)
     small = load_data(config)
     large()
     found = load_data(config, tmp_path / "examples" if shares else None)
@@ -362,7 +362,31 @@ def test_what_is_written_is_read(count: int, tmp_path: Path) -> None:
     assert list(found) == examples
     assert len(found) == count
     assert found[count // 2 :] == examples[count // 2 :]
-    assert len(fields(Example)) == 5, "a field that an example is given is to be written and read above"
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    path: str
+    data: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Other:
+    numbers: array[Any]
+    picture: Picture | None = None
+
+
+def test_an_example_may_have_other_numbers_and_parts(tmp_path: Path) -> None:
+    examples = [
+        Other(array("f", [0.1, 1.5])),
+        Other(array("i", [3]), Picture("a", None)),
+        Other(array("d"), Picture("", b"\0\xff")),
+    ]
+    with Writer(tmp_path / "x.arrow", Other) as writer:
+        writer.extend(examples)
+    found = list(Stored(tmp_path / "x.arrow", Other))
+    assert found == examples
+    assert [one.numbers.typecode for one in found] == ["f", "i", "d"]
 
 
 def test_one_of_several_makes_and_the_others_wait(tmp_path: Path) -> None:

@@ -53,13 +53,16 @@ def test_empty_completions_are_counted(told: Told) -> None:
 
 
 def test_rejected_answers_are_counted(told: Told) -> None:
-    preferences = [{**row, "label": number % 4 > 0} for number, row in enumerate(ROWS)]
+    named = {"completion_template": "{answer}"}
+    rows = [{"prompt": row["prompt"], "answer": row["completion"]} for row in ROWS]
+    others = [{"prompt": row["prompt"], "answer": row["completion"]} for row in OTHERS]
+    preferences = [{**row, "label": number % 4 > 0} for number, row in enumerate(rows)]
     what = "11 of 44 training rows have a label that is false, as rejected answers do"
     line = f"train_data: {what}; they are learned like the others"
-    assert told(preferences) == [line]
-    assert told([{**row, "label": "false"} for row in ROWS]) == []
-    assert told(preferences, label_column="other") == []
-    assert told(preferences, completion_template="{completion} {label}", validation=preferences[:4])[:1] != [line]
+    assert told(preferences, others, **named) == [line]
+    assert told([{**row, "label": "false"} for row in rows], others, **named) == []
+    assert told(preferences, others, label_column="other", **named) == []
+    assert told(preferences, preferences[:4], completion_template="{answer} {label}")[:1] != [line]
 
 
 def test_rows_that_are_held_out_are_those_of_the_training_data(told: Told) -> None:

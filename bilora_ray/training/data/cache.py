@@ -1,21 +1,21 @@
 """Examples on the disk: written as they come, read through a memory map, and kept for all who would make the same.
 
-An example is a dataclass of ids and texts. Nothing here imports torch, and pyarrow only when it is needed.
+An example is a dataclass of arrays and texts. Nothing here imports torch, and pyarrow only when it is needed.
 """
 
 from __future__ import annotations
 
 import math
 import shutil
+import sys
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, overload
 
 from bilora_ray.files import atomic_folder, locked
-from bilora_ray.training.data.files.images import StoredImage
 
 if TYPE_CHECKING:
     import pyarrow
@@ -31,18 +31,20 @@ class Writer(Generic[T]):
 
     Args:
         path: of the file.
-        kind: the dataclass; each field is an array of 32-bit numbers, a text, or an image that is not decoded, or None.
+        kind: the dataclass; a field is an array, `str`, `bytes` or a dataclass of such, perhaps None.
 
     Raises:
         OSError: the file cannot be written.
     """
 
     def __init__(self, path: Path, kind: type[T]) -> None:
-        self._names = [field.name for field in fields(kind)]
+        import pyarrow
+
+        self._schema = pyarrow.schema(list(_arrow_type(kind)))
         self._waiting: list[T] = []
         self._count = 0
         self._file = path.open("wb")
-        self._arrow: pyarrow.RecordBatchFileWriter | None = None
+        self._arrow = pyarrow.ipc.new_file(self._file, self._schema)
 
     def extend(self, examples: Iterable[T]) -> None:
         """Add `examples`."""
@@ -62,18 +64,13 @@ class Writer(Generic[T]):
         with self._file:
             if kind is None:
                 self._write(len(self._waiting))
-                assert self._arrow is not None
                 self._arrow.close()
 
     def _write(self, count: int) -> None:
         import pyarrow
 
         batch, self._waiting = self._waiting[:count], self._waiting[count:]
-        columns = [_column([getattr(one, name) for one in batch]) for name in self._names]
-        found = pyarrow.record_batch(columns, names=self._names)
-        if self._arrow is None:  # of what the first examples are the others are too
-            self._arrow = pyarrow.ipc.new_file(self._file, found.schema)
-        self._arrow.write_batch(found)
+        self._arrow.write_batch(pyarrow.RecordBatch.from_pylist([_plain(one) for one in batch], schema=self._schema))
 
 
 class Stored(Sequence[T]):
@@ -87,7 +84,7 @@ class Stored(Sequence[T]):
     def __init__(self, path: Path, kind: type[T]) -> None:
         import pyarrow
 
-        self._kind = kind
+        self._kind, self._types = kind, _types(kind).values()
         self._arrow = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
         self._batch = lru_cache(maxsize=1)(self._arrow.get_batch)  # who goes through all comes again for the next row
         last = self._arrow.num_record_batches - 1
@@ -106,7 +103,8 @@ class Stored(Sequence[T]):
         if isinstance(index, slice):
             return [self[row] for row in range(len(self))[index]]
         batch, row = divmod(range(len(self))[index], BATCH)
-        return self._kind(*(_value(column, row) for column in self._batch(batch).columns))
+        values = (column[row].as_py() for column in self._batch(batch).columns)
+        return self._kind(*map(_made, self._types, values))
 
 
 def cached(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
@@ -132,41 +130,34 @@ def cached(folder: Path, key: str, make: Callable[[Path], None]) -> Path:
     return path
 
 
-def _column(values: list[Any]) -> pyarrow.Array:
+def _types(kind: type[Any]) -> dict[str, Any]:
+    """What the fields of a dataclass are, None apart; `array[int]` is no type yet when Python runs it."""
+    names = {field.name: str(field.type).removesuffix(" | None").partition("[")[0] for field in fields(kind)}
+    known = {"str": str, "bytes": bytes, **vars(sys.modules[kind.__module__])}
+    return {field: known[name] for field, name in names.items()}
+
+
+def _arrow_type(kind: Any) -> pyarrow.DataType:
     import pyarrow
 
-    first = next((value for value in values if value is not None), None)
-    if isinstance(first, str):
-        return pyarrow.array(values, pyarrow.string())
-    if isinstance(first, StoredImage):
-        kinds = {"path": pyarrow.string(), "data": pyarrow.large_binary(), "where": pyarrow.string()}
-        return pyarrow.array([None if value is None else asdict(value) for value in values], pyarrow.struct(kinds))
-    return _arrays(values, "i" if first is None else first.typecode)
+    if is_dataclass(kind):
+        return pyarrow.struct([(name, _arrow_type(one)) for name, one in _types(cast(type, kind)).items()])
+    return pyarrow.string() if kind is str else pyarrow.large_binary()
 
 
-def _arrays(values: list[Any], code: str) -> pyarrow.Array:
-    import pyarrow
-
-    kind = {"i": pyarrow.int32(), "f": pyarrow.float32()}[code]
-    numbers, offsets = array(code), array("i", [0])
-    for value in values:
-        numbers.extend(value or ())
-        offsets.append(len(numbers))
-    flat = pyarrow.Array.from_buffers(kind, len(numbers), [None, pyarrow.py_buffer(numbers)])
-    ends = pyarrow.Array.from_buffers(pyarrow.int32(), len(offsets), [None, pyarrow.py_buffer(offsets)])
-    absent = pyarrow.array([value is None for value in values], pyarrow.bool_())
-    return pyarrow.ListArray.from_arrays(ends, flat, mask=absent)
+def _plain(value: Any) -> Any:
+    """What Arrow takes for `value`: of an array the letter of its type, and its bytes."""
+    if isinstance(value, array):
+        return value.typecode.encode() + value.tobytes()
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    return value
 
 
-def _value(column: pyarrow.Array, row: int) -> array[Any] | StoredImage | str | None:
-    import pyarrow
-
-    value = column[row]
-    if not value.is_valid:
+def _made(kind: Any, value: Any) -> Any:
+    """What `_plain` was given."""
+    if value is None:
         return None
-    if pyarrow.types.is_string(column.type):
-        return str(value.as_py())
-    if pyarrow.types.is_struct(column.type):
-        return StoredImage(**value.as_py())
-    code = "f" if pyarrow.types.is_floating(column.type.value_type) else "i"
-    return array(code, value.values.to_numpy().tobytes())
+    if is_dataclass(kind):
+        return cast(type, kind)(**{name: _made(one, value[name]) for name, one in _types(cast(type, kind)).items()})
+    return array(chr(value[0]), value[1:]) if kind is array else value
