@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -16,8 +17,10 @@ import pytest
 import ray
 from tiny_trials import Tiny
 
+from bilora_ray.errors import UserError
 from bilora_ray.records import Status, TrialRecord
 from bilora_ray.search.cluster.cluster import cluster
+from bilora_ray.search.cluster.own_ray import check_room
 from bilora_ray.search.run import run_trials
 from bilora_ray.search.session import Observers
 from bilora_ray.search.space_file import load_space
@@ -146,3 +149,14 @@ def test_only_who_has_the_token_may_join(workers: int) -> None:
 
 def test_the_token_is_in_no_file(workers: int) -> None:
     assert not Path.home().joinpath(".ray", "auth_token").exists()
+
+
+def test_a_folder_without_room_for_rays_files_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    check_room()
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**19))
+    with pytest.raises(UserError) as caught, cluster(None):
+        pass
+    line = f"Ray does not start here: {tmp_path} has 0.5 MiB left for Ray's own files, which want 16 MiB"
+    assert str(caught.value) == f"{line}; free some, or name another folder in TMPDIR"

@@ -18,7 +18,7 @@ from ray.util.state.exception import RayStateApiException
 
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.runners.nested import ON_HEAD, name_cluster
-from bilora_ray.search.cluster.own_ray import private_ray
+from bilora_ray.search.cluster.own_ray import check_room, private_ray
 from bilora_ray.search.cluster.shared_storage import ANSWER_TIMEOUT_S
 from bilora_ray.search.space import ResourceConfig
 
@@ -70,6 +70,8 @@ def cluster(address: str | None, nested: bool = False) -> Iterator[None]:
     """
     os.environ.update({key: value for key, value in TUNE_ENVIRONMENT.items() if key not in os.environ})
     own = is_own(address)
+    if own:
+        check_room()
     with private_ray() if own else nullcontext():
         try:
             ray.init(

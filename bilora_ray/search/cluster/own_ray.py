@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined] # compiled
+
+from bilora_ray.errors import UserError
+
+# A guess: what the logs of a small search take.
+ROOM = 16 * 2**20
 
 
 @contextmanager
@@ -43,6 +49,16 @@ def private_ray() -> Iterator[None]:
             else:
                 os.environ[key] = value
         _forget_token()
+
+
+def check_room() -> None:
+    """UserError where there is no room for Ray's own files: it would wait for them for minutes, and not say why."""
+    folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+    with suppress(OSError):  # Ray makes it, or says why not
+        free = shutil.disk_usage(folder).free
+        if free < ROOM:
+            line = f"{folder} has {free / 2**20:.1f} MiB left for Ray's own files, which want {ROOM / 2**20:.0f} MiB"
+            raise UserError(f"Ray does not start here: {line}; free some, or name another folder in TMPDIR")
 
 
 def _forget_token() -> None:
