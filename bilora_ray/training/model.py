@@ -34,7 +34,7 @@ from bilora_ray.method.registry import stay
 from bilora_ray.paths import is_cached, kind_of, loadable
 from bilora_ray.training.data.chat import use_template
 from bilora_ray.training.distributed.workers import ALONE, Workers
-from bilora_ray.training.probe.passes import DEVICE_ERRORS, check_passes
+from bilora_ray.training.probe.passes import DEVICE_ERRORS, check_passes, reads_tokens
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Processor, check_positions
 
@@ -110,15 +110,13 @@ def load_base(
             model, fresh = _with_weights(config, arguments, workers)
     fresh = workers.gather(fresh)[0] if workers.sharded else fresh
     _check_positions(model, config)
-    images = TASK_FACTS[config.task].reads_images
-    if not images:
-        _pad_as(model, tokenizer)
+    _pad_as(model, tokenizer)
     _keep_statistics(model)
     for name in _beside_heads(fresh, config):
         _keep_fp32(model.get_submodule(name), amid=True)
     for name in _heads(model, config):
         _keep_fp32(model.get_submodule(name), amid=False)
-    if images:
+    if TASK_FACTS[config.task].reads_images:
         _round_images(model, DTYPE[config.precision], but=_heads(model, config))
     if not workers.sharded:
         check_passes(model, config, tokenizer)
@@ -184,6 +182,8 @@ def _pad_as(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     The tokenizer decides, for it is what pads; the model's config may be of another one. Where positions begin behind
     the padding's id, it stays as it is: a model that is loaded with another one counts them otherwise.
     """
+    if not reads_tokens(model):
+        return
     text_config = model.config.get_text_config()
     if text_config.pad_token_id is None or not any(_positions_behind_padding(model)):
         text_config.pad_token_id = tokenizer.pad_token_id

@@ -107,13 +107,12 @@ def test_a_dry_run_shows_the_words_and_their_tags(tiny: Tiny, tmp_path: Path) ->
         ),
         ({"text": ["a"], "label": "O"}, ": column 'label' must be a list with an item for each word, not str"),
         ({"text": ["a", "b"], "label": ["O"]}, ": 2 words in 'text' and 1 tags in 'label'"),
-        ({"text": ["a", None], "label": ["O", "O"]}, ", word 2: column 'text' has no value"),
         ({"text": ["a", ["b"]], "label": ["O", "O"]}, ", word 2: column 'text' must be text or a number, not list"),
         (
             {"text": ["a", "b"], "label": ["O", "B-COLOR"]},
             ", word 2: label 'B-COLOR' is not among the labels (B-COLOUR, I-COLOUR, O)",
         ),
-        ({"text": ["a"]}, ": no column 'label'; columns: text"),
+        ({"text": ["a"]}, ": no column 'label' (label_column); columns: text"),
     ],
 )
 def test_what_is_wrong_in_a_row_is_named_by_its_word(
