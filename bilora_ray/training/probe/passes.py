@@ -119,18 +119,16 @@ def difference(one: Tensor, other: Tensor) -> float:
 def logits_of(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
     """All that `model` makes of two rows that are made up, as one row of numbers: float32, on the CPU.
 
-    The rows are the same for each model with one vocabulary, or size of an image.
+    The rows are the same for each model with one vocabulary, or one image processor.
     """
     model.eval()
     with torch.no_grad():
         if reads_tokens(model):
             probe = Probe(model, config, tokenizer)
             return torch.cat([part.flatten() for part in probe.logits(probe.words[:LONG], probe.words[LONG:][:SHORT])])
-        sides = model.config.image_size
-        height, width = sides if isinstance(sides, list | tuple) else (sides, sides)
-        shape = (2, model.config.num_channels, height, width)
-        pixels = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
-        return model(**{model.main_input_name: pixels}).logits.float().cpu().flatten()
+        noise = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        batch = tokenizer(images=[image.numpy() for image in noise], return_tensors="pt")
+        return model(pixel_values=batch["pixel_values"].to(model.device)).logits.float().cpu().flatten()
 
 
 def check_passes(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> None:
