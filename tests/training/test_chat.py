@@ -220,6 +220,15 @@ def test_a_prompt_is_what_is_asked_where_a_whole_conversation_has_less(opens: st
         assert text.endswith(f"{chat[number]['content']}[end]")
 
 
+def test_a_special_token_that_is_the_answer_is_judged() -> None:
+    tokenizer = tokenizer_of(PLAIN)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<yes>", "<no>"]})
+    template = Template(tokenizer, {}, last_only=False)
+    for said in ("<yes>", "<no>", "it is <no>"):
+        [turn] = template.turns(messages("hi", said), None, "W")
+        assert template.answer(turn.target) == said
+
+
 @pytest.mark.parametrize("template", [THINKS_LAST, OPENS, CHANNELS, PLAIN])
 def test_an_answer_is_judged_without_its_thoughts(template: str) -> None:
     """A model that writes just what it learned, or has thought before, is right."""

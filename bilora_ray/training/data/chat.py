@@ -240,12 +240,29 @@ class Template:
         own = self.tokenizer.added_tokens_decoder
         return [token for token in self._ids(text) if token in own]
 
+    @cached_property
+    def _special(self) -> frozenset[int]:
+        added = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        return frozenset(added | set(self.tokenizer.all_special_ids))
+
+    @cached_property
+    def _special_in_answers(self) -> frozenset[int]:
+        """The special tokens that neither the template writes around turns nor the tokenizer around texts."""
+        around = {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
+        return self._special - around - set(self._own("".join(self._probed)))
+
     def answer(self, ids: Sequence[int]) -> str:
         """Of what a model wrote, the answer: without thoughts or names of channels before it, and what ends it."""
         ids = list(ids)
         start = len(ids) - ids[::-1].index(self.opening) if self.opening in ids else 0
         end = next((place for place in range(start, len(ids)) if ids[place] in self.ends), len(ids))
-        text = str(self.tokenizer.decode(ids[start:end], skip_special_tokens=True))
+        said = ids[start:end]
+        # One that stands in the answers alone, as <yes> may, is a part of them.
+        if self._special_in_answers.isdisjoint(said):
+            text = str(self.tokenizer.decode(said, skip_special_tokens=True))
+        else:
+            kept = [token for token in said if token not in self._special or token in self._special_in_answers]
+            text = str(self.tokenizer.decode(kept))
         return text.lstrip("\n") if start else text
 
     def notes(self, chats: Sequence[Sequence[Message]]) -> Iterator[str]:
