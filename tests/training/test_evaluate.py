@@ -27,7 +27,7 @@ from bilora_ray.recipe import evaluation_config
 from bilora_ray.training.data.sources import read_validation
 from bilora_ray.training.evaluate import evaluate, load_adapted, predict
 from bilora_ray.training.folder import TrialFolder
-from bilora_ray.training.loading import prepare
+from bilora_ray.training.loading import load_data, prepare
 from bilora_ray.training.loop import Run
 from bilora_ray.training.rehearsal import rehearse
 from bilora_ray.training.rows import load_rows, notes
@@ -161,12 +161,13 @@ def test_an_evaluation_draws_no_random_numbers_and_changes_no_weight(tiny: Tiny,
 def test_the_auxiliary_does_not_count(task: Task, tiny: Tiny, tmp_path: Path) -> None:
     run = Run(tiny.config(task, rho=5.0, warmup_ratio=0), TrialFolder(tmp_path))
     run.train_step()
-    before = evaluate(run.model, run.data.validation, run.config, run.data.tokenizer)
+    config = run.config.model_copy(update={"label_names": run.data.label_names})
+    before = evaluate(run.model, run.data.validation, config, run.data.tokenizer)
     with torch.no_grad():
         for name, parameter in run.model.named_parameters():
             if "auxiliary" in name:
                 parameter.normal_()
-    assert evaluate(run.model, run.data.validation, run.config, run.data.tokenizer) == before
+    assert evaluate(run.model, run.data.validation, config, run.data.tokenizer) == before
 
 
 def test_the_batch_size_does_not_matter(tiny: Tiny, tmp_path: Path) -> None:
@@ -328,8 +329,12 @@ def test_a_chat_is_asked_as_it_would_be_served_and_ends_with_its_turn(tiny: Tiny
     (reported,), _ = run_fit(config, tmp_path / "run")
     adapter = TrialFolder(tmp_path / "run").best_adapter()
     assert adapter is not None
-    model, loaded, told = load_adapted(adapter, evaluation_config(adapter, {}))
-    assert told[0].startswith("format: 44 chats are 88 training rows, one for each turn of the assistant")
+    model, loaded, _ = load_adapted(adapter, evaluation_config(adapter, {}))
+    assert (
+        load_data(config)
+        .notes[0]
+        .startswith("format: 44 chats are 88 training rows, one for each turn of the assistant")
+    )
     chats = [json.loads(line)["messages"] for line in Path(data["validation_data"]).read_text().splitlines()]
     right = 0
     for chat, shown in zip(chats, predict(model, loaded, evaluation_config(adapter, {}), 1000), strict=True):

@@ -36,7 +36,7 @@ def test_gsm8k(tokenizer: Any, shared_data: Path) -> None:
         max_train_samples=300,
         max_length=128,
         predict_with_generate=True,
-        answer_pattern=r"#### (.+)",
+        answer_pattern=r"#\s*#\s*#\s*#\s*(.+)",  # a BERT writes a space after each mark
     )
     rows = load_rows(config)
     assert (len(rows.train), len(rows.validation)) == (300, 1319)
