@@ -68,13 +68,16 @@ def command(
 
     quiet()
     from bilora_ray.training.evaluate import evaluate, load_adapted, predict
-    from bilora_ray.training.loading import load_data
+    from bilora_ray.training.rows import read_sources
 
     own_rows = data is None and "validation_data" not in given
-    notes = list(check_rows(config, before, load_data(config).digests)) if own_rows else []
+    notes: list[str] = []
+    if own_rows and before:
+        now = {setting: source.digest for setting, source in read_sources(config).items()}
+        notes += check_rows(config, before, now)
     with telling_of_gpu_memory("; take a smaller one: --set per_device_eval_batch_size=N"):
         model, loaded, told = load_adapted(None if base_model or is_merged(adapter) else adapter, config)
-        config = config.model_copy(update={"label_names": loaded.label_names})
+        config = config.model_copy(update={"label_names": loaded.label_names, "format": loaded.format})
         metrics: dict[str, Any] = evaluate(model, loaded.validation, config, loaded.tokenizer)
         predictions = predict(model, loaded, config, examples) if examples else []
     notes += told

@@ -16,6 +16,8 @@ from bilora_ray.recipe import PAD, TEMPLATE
 from bilora_ray.training.tasks import TASKS
 
 CARD = "README.md"
+# What vLLM takes for --max-lora-rank: https://docs.vllm.ai/en/latest/features/lora.html
+VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
 
 
 def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) -> None:
@@ -85,10 +87,15 @@ def _served(config: TrialConfig, stops: Sequence[int] | None) -> str:
     template = f" --chat-template {TEMPLATE}" if config.chat_template is not None else ""
     told = dict(config.chat_template_kwargs or ())
     kwargs = f" --default-chat-template-kwargs {shlex.quote(json.dumps(told))}" if told else ""
-    if not (template or kwargs or stops):
+    is_builtin = kind_by_name(config.model_name_or_path, is_data=False) == "built in"
+    if is_builtin or not TASKS[config.task].continues or not (template or kwargs or stops):
         return ""
+    base = config.model_name_or_path + (f" --revision {config.model_revision}" if config.model_revision else "")
+    code = " --trust-remote-code" if config.trust_remote_code else ""
+    rank = next((most for most in VLLM_RANKS if most >= config.rank), config.rank)
     ends = " --generation-config ." if stops else ""
-    line = f"vllm serve {config.model_name_or_path} --enable-lora --lora-modules adapter=.{template}{kwargs}{ends}"
+    line = f"vllm serve {base}{code} --enable-lora --max-lora-rank {rank} --lora-modules adapter=."
+    line += f"{template}{kwargs}{ends}"
     text = f"\nIn this folder:\n\n```bash\n{line}\n```\n"
     if stops:
         text += (

@@ -256,6 +256,7 @@ def _encode(
         prompt_gone=kinds[Cut.WHOLE_PROMPT],
         prompt_cut=kinds[Cut.PROMPT],
         completion_cut=kinds[Cut.COMPLETION],
+        turns_cut=kinds[Cut.TURNS],
         answer_cut=kinds[Cut.ANSWER],
     )
 

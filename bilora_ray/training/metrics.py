@@ -162,7 +162,7 @@ def label_metrics(
     binary = f1.average == "binary"
     counted = [f1.positive] if binary else sorted(occurring - {NO_LABEL})
     average = "macro" if binary else f1.average
-    right = sum(given == wanted for given, wanted in zip(predicted, reference, strict=True))
+    right = sum(given == wanted != NO_LABEL for given, wanted in zip(predicted, reference, strict=True))
     return {
         "eval_accuracy": right / len(reference),
         "eval_f1": float(f1_score(reference, predicted, labels=counted, average=average, zero_division=0.0)),

@@ -232,6 +232,9 @@ def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:
             "which no metric of generalisation should see"
         )
     yield from TASKS[config.task].notes(dataset, config, validation_data)
+    for key in ("f1_average", "positive_label"):
+        if getattr(config, key) is not None and "eval_f1" not in config.available_metrics:
+            yield f"{key}: changes nothing, for eval_f1 is not measured here"
     step = config.step_rows(workers)
     if step > rows:
         yield f"per_device_train_batch_size: a step would take {step} rows, and there are {rows}"

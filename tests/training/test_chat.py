@@ -318,3 +318,27 @@ def test_templates_of_installed_packages() -> None:
                 assert chat[number]["content"] in tokenizer.decode(turn.target), name
             found += len(turns)
     assert found
+
+
+def test_only_the_turn_that_is_judged_needs_an_answer() -> None:
+    config = coerced(predict_with_generate=True, answer_pattern="# (.+)")
+    talk, judged = ChatRow(messages("hi", "ho"), "T"), ChatRow(messages("hi", "ho", "a", "it is # b"), "V")
+    rows = Dataset([talk], [judged], None, {})
+    for template in (PLAIN, THINKS_LAST):
+        kept = prepare(rows, config, tokenizer_of(template)).validation
+        assert [example.reference for example in kept if example.prompt_ids is not None] == ["it is # b"]
+    with pytest.raises(UserError, match="T: answer_pattern matches nothing"):
+        prepare(Dataset([talk], [talk], None, {}), config, tokenizer_of(PLAIN))
+
+
+def test_a_turn_whose_question_is_cut_is_not_learned() -> None:
+    row = ChatRow(messages("hi", "ho" * 9, "a", "b"), "W")
+    tokenizer = tokenizer_of(PLAIN)
+    whole = len(prepare(Dataset([row], [row], None, {}), coerced(), tokenizer).train[0].input_ids)
+    for lost, turns in ((0, 2), (2, 2), (5, 1), (9, 1), (whole - 8, 1)):
+        data = prepare(Dataset([row], [row], None, {}), coerced(max_length=whole - lost), tokenizer)
+        assert len(learned(tokenizer, data.train[0])) == turns
+        assert data.truncation["train"].turns_cut == 2 - turns
+    assert [note for note in data.truncation["train"].notes(coerced().model_dump()) if "earlier turns" in note] == [
+        "max_length: 1 of 1 rows (100%) lose earlier turns of the assistant, which teach nothing then; raise it"
+    ]

@@ -495,7 +495,7 @@ def test_an_adapter_for_chats_takes_its_template_and_its_ends_along(
     assert GenerationConfig.from_pretrained(output).eos_token_id == [1, 2]
     card = (output / "README.md").read_text()
     assert (
-        f"vllm serve {trial.config.model_name_or_path} --enable-lora --lora-modules adapter=. "
+        f"vllm serve {trial.config.model_name_or_path} --enable-lora --max-lora-rank 16 --lora-modules adapter=. "
         """--chat-template chat_template.jinja --default-chat-template-kwargs '{"style": ""}' --generation-config ."""
     ) in card
     assert "a request needs `stop_token_ids: [1, 2]`" in card

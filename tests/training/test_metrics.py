@@ -12,6 +12,7 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.training.metrics import (
     F1,
     IGNORED,
+    NO_LABEL,
     LossSum,
     answer,
     exact_match,
@@ -192,3 +193,7 @@ def test_perplexity_does_not_overflow() -> None:
     assert perplexity(1e6) == math.inf
     assert perplexity(math.inf) == math.inf
     assert math.isnan(perplexity(math.nan))
+
+
+def test_what_is_no_label_is_right_of_nothing() -> None:
+    assert label_metrics([NO_LABEL, 0], [NO_LABEL, 0], 2)["eval_accuracy"] == 0.5

@@ -85,6 +85,9 @@ def test_a_row_that_is_too_long_loses_its_end_and_is_counted(tiny: Tiny, tmp_pat
     assert [len(example.input_ids) for example in data.train] == [5, 6, 6]
     assert [sum(tag != IGNORED for tag in example.labels) for example in data.train] == [2, 3, 3]
     assert (data.truncation["train"].cut, data.truncation["train"].dropped) == (1, 0)
+    assert list(data.truncation["train"].notes({"truncation": "both", "predict_with_generate": False})) == []
+    left = load_data(config(tiny, tmp_path, rows, max_length=6, truncation="drop"))
+    assert (len(left.train), left.truncation["train"].dropped) == (2, 1)
 
 
 def test_a_row_without_words_is_left_out(tiny: Tiny, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -251,18 +252,21 @@ class Template:
         around = {self.tokenizer.bos_token_id, self.tokenizer.eos_token_id, self.tokenizer.pad_token_id}
         return self._special - around - set(self._own("".join(self._probed)))
 
-    def answer(self, ids: Sequence[int]) -> str:
-        """Of what a model wrote, the answer: without thoughts or names of channels before it, and what ends it."""
+    def answer(self, ids: Sequence[int], kept: AbstractSet[int] | None = None) -> str:
+        """Of what a model wrote, the answer: without thoughts or names of channels before it, and what ends it.
+
+        Args:
+            ids: what it wrote, or should write.
+            kept: the special tokens that are a part of answers, as `<yes>` may be; None: all but the template's.
+        """
         ids = list(ids)
         start = len(ids) - ids[::-1].index(self.opening) if self.opening in ids else 0
         end = next((place for place in range(start, len(ids)) if ids[place] in self.ends), len(ids))
-        said = ids[start:end]
-        # One that stands in the answers alone, as <yes> may, is a part of them.
-        if self._special_in_answers.isdisjoint(said):
+        said, kept = ids[start:end], self._special_in_answers if kept is None else kept
+        if kept.isdisjoint(said):
             text = str(self.tokenizer.decode(said, skip_special_tokens=True))
         else:
-            kept = [token for token in said if token not in self._special or token in self._special_in_answers]
-            text = str(self.tokenizer.decode(kept))
+            text = str(self.tokenizer.decode([one for one in said if one not in self._special or one in kept]))
         return text.lstrip("\n") if start else text
 
     def notes(self, chats: Sequence[Sequence[Message]]) -> Iterator[str]:

@@ -36,6 +36,7 @@ class Truncation:
         prompt_gone: rows that are cut to next to nothing of their prompt: see `is_gone`.
         prompt_cut: rows that lost another part of their prompt or text.
         completion_cut: rows that lost the end of what is learned, so that its end is not learned of them.
+        turns_cut: chats that lost earlier turns of the assistant, which would be learned too.
         answer_cut: rows whose completion has its answer behind `max_new_tokens` tokens: what is written ends before.
     """
 
@@ -45,6 +46,7 @@ class Truncation:
     prompt_gone: int = 0
     prompt_cut: int = 0
     completion_cut: int = 0
+    turns_cut: int = 0
     answer_cut: int = 0
 
     @classmethod
@@ -67,6 +69,7 @@ class Truncation:
             "whole prompt": self.prompt_gone,
             "part of the input": self.prompt_cut,
             "end of the completion": self.completion_cut,
+            "earlier turns": self.turns_cut,
         }
         taken = ", ".join(f"{name}: {count}" for name, count in kinds.items() if count)
         line = f"{self.cut} are cut to max_length {settings['max_length']}" + (f" ({taken})" if taken else "")
@@ -82,6 +85,9 @@ class Truncation:
         if self._many(self.completion_cut):
             lost = "lose the end of their completion, so that they teach no end of sequence"
             yield f"max_length: {self._share(self.completion_cut)} {lost}; {mends}"
+        if self._many(self.turns_cut):
+            lost = "lose earlier turns of the assistant, which teach nothing then"
+            yield f"max_length: {self._share(self.turns_cut)} {lost}; raise it"
         if self.answer_cut:
             ends = f"a text of {settings['max_new_tokens']} tokens ends before the answer of its reference"
             yield f"max_new_tokens: of {self.answer_cut} validation rows {ends}, so that none can be right; raise it"

@@ -92,12 +92,14 @@ class Example:
 
 class Cut(Flag):
     """What `max_length` took from an example: tokens of its prompt or text, next to all of its prompt, the end of what
-    is learned. And what `max_new_tokens` would take from a text that is its reference: the answer."""
+    is learned, earlier turns that would be learned too. And what `max_new_tokens` would take from a text that is its
+    reference: the answer."""
 
     NOTHING = 0
     PROMPT = auto()
     WHOLE_PROMPT = auto()
     COMPLETION = auto()
+    TURNS = auto()
     ANSWER = auto()
 
 

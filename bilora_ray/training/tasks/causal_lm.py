@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -87,7 +87,7 @@ class Parts:
     prompt_labels: list[int]
     target: list[int]
     reference: str
-    unjudged: Cut
+    unjudged: Cut = Cut.NOTHING
 
 
 def _row(record: Record, config: TrialConfig, names: Labels) -> TextRow | ChatRow:
@@ -101,7 +101,7 @@ def _examples(
 ) -> Iterator[Encoded]:
     check_tokenizer(config, tokenizer)
     chats = config.chat_column is not None
-    parts = _conversations(rows, config, tokenizer) if chats else _completions(rows, config, tokenizer, keep_prompts)
+    parts = (_conversations if chats else _completions)(rows, config, tokenizer, keep_prompts)
     for of_row in parts:
         # What is written is judged once a row: by the last turn of a conversation, however many examples it becomes.
         yield [one for part in of_row for one in _example(part, config, keep_prompts and part is of_row[-1])]
@@ -114,9 +114,10 @@ def _example(part: Parts, config: TrialConfig, keep_prompt: bool) -> Encoded:
     target = part.target[: max(MOST_LEARNED[config.truncation](len(part.prompt), room), 0)]
     prompt = _last(part.prompt, room - len(target))
     asked = _asked(part, config) if keep_prompt else part.prompt
+    labels = _with_questions(_last(part.prompt_labels, len(prompt)))
     example = Example(
         input_ids=array("i", part.head + prompt + target),
-        labels=array("i", [IGNORED] * len(part.head) + _last(part.prompt_labels, len(prompt)) + target),
+        labels=array("i", [IGNORED] * len(part.head) + labels + target),
         prompt_ids=array("i", part.head + asked) if keep_prompt else None,
         reference=part.reference,
     )
@@ -124,9 +125,18 @@ def _example(part: Parts, config: TrialConfig, keep_prompt: bool) -> Encoded:
     return [(example, _cut(part, prompt, target, asked, config) | unjudged)]
 
 
+def _with_questions(labels: list[int]) -> list[int]:
+    """`labels` without a turn at their beginning, of which what it answers was cut, and part of it perhaps."""
+    start = next((place for place, label in enumerate(labels) if label == IGNORED), len(labels))
+    return [IGNORED] * start + labels[start:]
+
+
 def _cut(part: Parts, prompt: list[int], target: list[int], asked: list[int], config: TrialConfig) -> Cut:
     cut = Cut.COMPLETION if len(target) < len(part.target) else Cut.NOTHING
     whole, kept = len(part.prompt), min(len(prompt), len(asked) if config.predict_with_generate else len(part.prompt))
+    learned = _with_questions(_last(part.prompt_labels, len(prompt)))
+    if len(learned) - learned.count(IGNORED) < len(part.prompt_labels) - part.prompt_labels.count(IGNORED):
+        cut |= Cut.TURNS
     if is_gone(kept, whole):
         return cut | Cut.WHOLE_PROMPT
     return cut | Cut.PROMPT if kept < whole else cut
@@ -178,23 +188,23 @@ def _leading_special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _conversations(
-    rows: Sequence[ChatRow], config: TrialConfig, tokenizer: PreTrainedTokenizerBase
+    rows: Sequence[ChatRow], config: TrialConfig, tokenizer: PreTrainedTokenizerBase, asked: bool
 ) -> Iterator[list[Parts]]:
     template = Template.of(tokenizer, config)
     for row in rows:
         turns = template.turns(row.messages, row.tools, row.where)
-        yield [_parts(turn, template, config, row.where) for turn in turns]
+        parts = [_parts(turn, template) for turn in turns]
+        if asked and config.predict_with_generate:
+            written = template.answer(turns[-1].target[: most_new_tokens(config, continues=True)])
+            parts[-1] = replace(parts[-1], unjudged=answer_lost(parts[-1].reference, written, config, row.where))
+        yield parts
 
 
-def _parts(turn: Turn, template: Template, config: TrialConfig, where: str) -> Parts:
+def _parts(turn: Turn, template: Template) -> Parts:
     """The answer is what is left of the turn where a text that is generated is cut too."""
     start = int(turn.prompt[:1] == [template.tokenizer.bos_token_id])
     head, prompt = turn.prompt[:start], turn.prompt[start:]
-    reference, unjudged = template.answer(turn.target), Cut.NOTHING
-    if config.predict_with_generate:
-        written = template.answer(turn.target[: most_new_tokens(config, continues=True)])
-        unjudged = answer_lost(reference, written, config, where)
-    return Parts(head, prompt, turn.labels[start:], turn.target, reference, unjudged)
+    return Parts(head, prompt, turn.labels[start:], turn.target, template.answer(turn.target))
 
 
 def _template_notes(dataset: Dataset, config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:

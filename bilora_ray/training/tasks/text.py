@@ -269,8 +269,7 @@ def generated(
     found = {"eval_exact_match": exact_match(texts, written, pattern)}
     if config.label_names is not None:
         names = [name.strip() for name in _as_written(config.label_names, tokenizer, continues)]
-        given = [label_index(text, names, pattern) for text in texts]
-        wanted = [label_index(text, config.label_names, pattern) for text in references]
+        given, wanted = ([label_index(text, names, pattern) for text in side] for side in (texts, written))
         found |= label_metrics(given, wanted, len(names), F1.of(config, usual_average(len(names))))
     return found
 
@@ -317,7 +316,7 @@ def _texts(
         synced = workers.sharded and workers.world_size > 1
         output = model.generate(**prompts, generation_config=greedy, synced_gpus=synced)
         ids = output[:, prompts["input_ids"].shape[1] if continues else 0 :].tolist()
-        return _decoded(ids, tokenizer, kept) if template is None else [template.answer(written) for written in ids]
+        return _decoded(ids, tokenizer, kept) if template is None else [template.answer(one, kept) for one in ids]
 
     kept = _special(_ids_alone([example.reference for example in examples], tokenizer, continues), tokenizer)
     lengths = [len(example.prompt_ids or ()) for example in examples]

@@ -122,8 +122,9 @@ def _examples(
     each = zip(rows, texts, found.encodings, found["offset_mapping"], found["special_tokens_mask"], strict=True)
     for row, read, encoding, spans, special in each:
         tags = array("i", _first_tokens(row, spans, special))
-        cut = Cut.COMPLETION if encoding.overflowing else Cut.NOTHING
-        yield [(Example(array("i", encoding.ids), tags, reference=read), cut)]
+        cut = Cut.PROMPT if encoding.overflowing else Cut.NOTHING
+        example = Example(array("i", encoding.ids), tags, reference=read)
+        yield [] if cut and config.truncation == "drop" else [(example, cut)]
 
 
 def _first_tokens(row: TaggedRow, spans: Sequence[tuple[int, int]], special: Sequence[int]) -> Iterator[int]:
