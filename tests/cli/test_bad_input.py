@@ -265,7 +265,8 @@ LABELLED = {"task": "sequence-classification", "train_data": "train.csv"}
 CASES |= {
     "unknown suffix": Case(
         TUNE,
-        "train_data: {here}/rows.xlsx has an unknown suffix; allowed: .jsonl, .json, .csv, .tsv, .parquet",
+        "train_data: {here}/rows.xlsx has an unknown suffix; allowed: .jsonl, .ndjson, .json, .csv, .tsv, .txt, "
+        ".parquet, .arrow, and of text .gz, .bz2, .zst after it",
         trial={"train_data": "rows.xlsx"},
         files={"rows.xlsx": "PK"},
     ),
@@ -292,15 +293,21 @@ CASES |= {
     ),
     "label column that is not there": Case(
         TUNE,
-        "{here}/train.csv, line 2: no column 'label'; columns: text, gold",
+        "{here}/train.csv, line 2: no column 'label' (label_column); columns: text, gold",
         trial=LABELLED,
         files={"train.csv": "text,gold\na,1\nb,0\n"},
     ),
     "text column that is not there": Case(
         TUNE,
-        "{here}/train.csv, line 2: no column 'text'; columns: review, label",
+        "{here}/train.csv, line 2: no column 'text' (text_column); columns: review, label",
         trial=LABELLED,
         files={"train.csv": "review,label\n" + "a,1\n" * 30 + "b,0\n"},
+    ),
+    "row without a label": Case(
+        TUNE,
+        "{here}/train.csv, line 3: column 'label' has no value",
+        trial=LABELLED,
+        files={"train.csv": "text,label\na,1\nb,\nc,0\n"},
     ),
     "label that is not among the given ones": Case(
         TUNE,
@@ -387,7 +394,7 @@ AT_A_LOOK = (
     "empty data file",
     "torn JSON line",
     "missing column",
-    "row without a value",
+    "row without a label",
     "torn CSV",
     "unknown model folder",
     "folder without a model",
