@@ -23,7 +23,11 @@ COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 # What makes a path one that several files can match.
 PATTERN = re.compile(r"[*?[]")
 # How the files of one folder are told to be parts of a data set that are kept apart for a reason.
-SPLITS = re.compile(r"(train|training|dev|valid|val|validation|eval|test)(?![a-z])", re.IGNORECASE)
+SPLITS = re.compile(r"(?<![a-z])(train|training|dev|valid|val|validation|eval|test)(?![a-z])", re.IGNORECASE)
+# What people and `datasets` put beside data files, and what is no data though some of it has the suffix.
+COMPANIONS = re.compile(
+    r"(readme|licen[cs]e)(\.txt|[^.]*)|.*\.(md|rst)|dataset_infos?\.json|state\.json", re.IGNORECASE
+)
 # What `datasets` writes beside the Arrow files of `save_to_disk`, and beside the folders of several splits.
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -92,25 +96,46 @@ def _of_folder(folder: Path) -> list[Path]:
     if (folder / SAVED_SPLITS).is_file():
         folders = sorted(path.parent.name for path in folder.glob(f"*/{SAVED}"))
         raise UserError(f"{folder} holds several splits; name one of its folders: {', '.join(folders)}")
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] not in "._")
-    files = [path for path in files if data_suffix(path.name)]
+    inside = sorted(path for path in folder.iterdir() if not _is_beside(path))
+    files = [path for path in inside if path.is_file() and data_suffix(path.name)]
     if not files:
-        folders = sorted(path.name for path in folder.iterdir() if path.is_dir() and path.name[0] not in "._")
+        folders = [path.name for path in inside if path.is_dir()]
         hint = f"; it holds the folders {', '.join(folders)}" if folders else f" ({', '.join(DATA_SUFFIXES)})"
         raise UserError(f"{folder} is a folder without data files{hint}")
     kinds = sorted({data_suffix(path.name) for path in files})
     if len(kinds) > 1:
         raise UserError(f"{folder} holds files of several kinds; name one, as in {folder}/*{kinds[0]}")
-    if names := splits_of(files):
-        raise UserError(f"{folder} holds files of several splits ({names}); name one, or a pattern as {folder}/train*")
+    if names := splits_of(files, folder):
+        raise UserError(f"{folder} holds files of several splits ({names}); name one, or a pattern as {folder}/*train*")
+    if others := [path.name for path in inside if path not in files and (path.is_file() or _holds_data(path))]:
+        raise UserError(
+            f"{folder} holds what is not read ({_first(others)}); name what is, as in {folder}/*{files[0].suffix}"
+        )
     return files
 
 
-def splits_of(files: Sequence[Path]) -> str:
-    """The first names of files of which some are called after another split than others; empty where none are."""
-    splits = {split[1].lower() if (split := SPLITS.match(path.name)) else "" for path in files}
-    names = [path.name for path in files]
-    return ", ".join(names[:4] + ["..."] * (len(names) > 4)) if len(splits) > 1 else ""
+def _is_beside(path: Path) -> bool:
+    """Whether what lies among data files is hidden, or one of their companions."""
+    return path.name[0] in "._" or (path.is_file() and COMPANIONS.fullmatch(path.name) is not None)
+
+
+def _holds_data(folder: Path) -> bool:
+    return any(data_suffix(path.name) and path.is_file() and not _is_beside(path) for path in folder.rglob("*"))
+
+
+def splits_of(files: Sequence[Path], folder: Path) -> str:
+    """A name for each split that files below a `folder` are called after, or their folders; empty where all are of one.
+
+    What is called after none is apart from what is.
+    """
+    found: dict[frozenset[str], str] = {}
+    for name in (path.relative_to(folder).as_posix() for path in files):
+        found.setdefault(frozenset(word.lower() for word in SPLITS.findall(name)), name)
+    return _first(list(found.values())) if len(found) > 1 else ""
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join([*names[:4], *["..."] * (len(names) > 4)])
 
 
 def _saved(folder: Path) -> list[Path]:

@@ -650,6 +650,21 @@ SHARD_CASES = [
         folder({"train.csv": "a,b\n2,y\n", "test.csv": "a,b\n1,x\n"}, "t*.csv"),
         Loads(AB, ("train_data: {} matches files of several splits (test.csv, train.csv)",)),
     ),
+    Case(
+        "a pattern that matches folders of several splits",
+        folder(
+            {"hf/train/0.jsonl": '{"a": 1}', "hf/train/1.jsonl": '{"a": 2}', "hf/test/0.jsonl": '{"a": 0}'}, "hf/*/*"
+        ),
+        Loads(
+            [{"a": 0}, {"a": 1}, {"a": 2}],
+            ("train_data: {} matches files of several splits (test/0.jsonl, train/0.jsonl)",),
+        ),
+    ),
+    Case(
+        "a pattern of the shards of one split in folders",
+        folder({"train/0/x.jsonl": '{"a": 1}', "train/1/x.jsonl": '{"a": 2}'}, "*/?/x.jsonl"),
+        Loads([{"a": 1}, {"a": 2}]),
+    ),
     Case("a pattern that matches nothing", folder({"1.csv": CSV}, "*.tsv"), Refused("train_data: no file matches {}")),
     Case(
         "a pattern that matches what is no data",
@@ -665,8 +680,21 @@ SHARD_CASES = [
         "a folder of splits",
         folder({"train.csv": CSV, "test.csv": CSV}),
         Refused(
-            "train_data: {} holds files of several splits (test.csv, train.csv); name one, or a pattern as {}/train*"
+            "train_data: {} holds files of several splits (test.csv, train.csv); name one, or a pattern as {}/*train*"
         ),
+    ),
+    Case(
+        "a folder of splits that other words are before",
+        folder({"in_domain_train.tsv": "a\tb\n1\tx\n", "in_domain_dev.tsv": "a\tb\n2\ty\n"}),
+        Refused(
+            "train_data: {} holds files of several splits (in_domain_dev.tsv, in_domain_train.tsv); name one, "
+            "or a pattern as {}/*train*"
+        ),
+    ),
+    Case(
+        "a folder of shards whose names hold words like a split's",
+        folder({"latest-0.csv": "a,b\n1,x\n", "trainees.csv": "a,b\n2,y\n"}),
+        Loads(AB),
     ),
     Case(
         "a folder of the shards of one split",
@@ -677,6 +705,31 @@ SHARD_CASES = [
         "a folder of files of several kinds",
         folder({"1.csv": CSV, "2.jsonl": JSONL}),
         Refused("train_data: {} holds files of several kinds; name one, as in {}/*.csv"),
+    ),
+    Case(
+        "a folder with shards that are packed by what is not read",
+        folder({"part-0.csv": CSV, "part-1.csv.xz": "x", "part-2": "x"}),
+        Refused("train_data: {} holds what is not read (part-1.csv.xz, part-2); name what is, as in {}/*.csv"),
+    ),
+    Case(
+        "a folder with shards in a folder of it",
+        folder({"0.csv.gz": gzip.compress(CSV.encode()), "more/1.csv.gz": b""}),
+        Refused("train_data: {} holds what is not read (more); name what is, as in {}/*.gz"),
+    ),
+    Case(
+        "a folder with what is put beside data",
+        folder(
+            {
+                "0.parquet": parquet(AB),
+                "dataset_info.json": "{}",
+                "README.md": "#",
+                "LICENSE": "x",
+                "readme.txt": "x",
+                "plots/1.pdf": "x",
+                ".cache/1.csv": "x",
+            }
+        ),
+        Loads(AB),
     ),
     Case(
         "a folder of folders",

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from bilora_ray.config import TASK_FACTS, TrialConfig
 from bilora_ray.errors import MachineError, UserError, first_line, refusal
-from bilora_ray.paths import data_files, files_of, holds_images, kind_of, loadable, splits_of
+from bilora_ray.paths import data_files, files_of, holds_images, kind_of, loadable, root, splits_of
 from bilora_ray.training.data.files import tables
 from bilora_ray.training.data.files.decoding import DataFile, json_rows, stored
 from bilora_ray.training.data.files.images import beside, files_by_label
@@ -158,9 +158,10 @@ def notes(config: TrialConfig) -> Iterator[str]:
     told: dict[str, None] = {}
     for setting in ("train_data", "validation_data"):
         name = getattr(config, setting)
-        is_table = name is not None and _is_file(name) and _of_images(name, config) is None
-        files = _files(name, setting) if is_table else []
-        if names := splits_of([file.path for file in files]):
+        if name is None or not _is_file(name) or _of_images(name, config) is not None:
+            continue
+        files, path = _files(name, setting), Path(loadable(name)).expanduser()
+        if not path.is_dir() and (names := splits_of([file.path for file in files], root(path))):
             told[f"{setting}: {name} matches files of several splits ({names})"] = None
         told |= dict.fromkeys(
             line for file in files[:1] if file.suffix in DELIMITERS for line in tables.told(file, config)
