@@ -60,7 +60,7 @@ def read_sources(config: TrialConfig, beginning: bool = False) -> dict[str, Sour
         UserError: as `load_rows`, but for what only the rows of a large source could show.
     """
     _check_task(config)
-    found = {"train_data": read_train(config), "validation_data": read_validation(config)}
+    found = {"train_data": read_train(config, beginning), "validation_data": read_validation(config, beginning)}
     return {key: source.beginning() if beginning else source for key, source in found.items() if source is not None}
 
 
@@ -211,7 +211,7 @@ def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:
         config: the settings.
         workers: how many train the trial together.
     """
-    yield from sources.notes(config)
+    yield from sources.notes(config, bool(dataset.partial))
     yield from format_note(config, dataset.format)
     config = config.model_copy(update={"format": dataset.format})
     named = [key for key in ("validation_data", "validation_split") if getattr(config, key) is not None]

@@ -672,6 +672,53 @@ SHARD_CASES = [
         Refused(f"train_data: {{here}}/1.md has an unknown suffix; allowed: {SUFFIXES}"),
     ),
     Case(
+        "TSV shards of which one shows CSV quotes",
+        folder({"0.tsv": 'text\tlabel\n"just, quoted"\t1\n', "1.tsv": QUOTED}),
+        Loads(
+            [
+                {"text": "just, quoted", "label": "1"},
+                {"text": 'He said "no".', "label": "0"},
+                {"text": "plain", "label": "1"},
+            ],
+            (
+                "quoting: {}/1.tsv has CSV's quotes, as line 2 shows, and the others are read alike (2 in all); "
+                "say none if they mean themselves",
+            ),
+        ),
+    ),
+    Case(
+        "TSV shards of which one forbids CSV quotes",
+        folder({"0.tsv": 'text\tlabel\n"Wow!"\t1\n', "1.tsv": 'text\tlabel\n"Oh" no\t0\n', "2.tsv": "text\tlabel\n"}),
+        Loads(
+            [{"text": '"Wow!"', "label": "1"}, {"text": '"Oh" no', "label": "0"}],
+            (
+                "quoting: {}/1.tsv has quotes that mean themselves, as line 2 shows, and the others are read alike "
+                "(3 in all); say csv if they are CSV's",
+            ),
+        ),
+    ),
+    Case(
+        "TSV shards of which one shows what another forbids",
+        folder({"0.tsv": QUOTED, "1.tsv": STRAY}),
+        Refused(
+            "quoting: {}/0.tsv, line 2 has CSV's quotes, which {}/1.tsv, line 2 cannot have; "
+            "say csv or none if all have, or write one of them anew"
+        ),
+    ),
+    Case(
+        "the same, with quoting: none",
+        folder({"0.tsv": QUOTED, "1.tsv": STRAY}),
+        Loads(
+            [
+                {"text": '"He said ""no""."', "label": "0"},
+                {"text": "plain", "label": "1"},
+                {"text": '"Wow!" he said', "label": "0"},
+                {"text": 'a 5" pipe', "label": "1"},
+            ]
+        ),
+        {"quoting": "none"},
+    ),
+    Case(
         "shards with other columns",
         folder({"1.csv": CSV, "2.csv": "a,c\n1,x\n"}),
         Refused("train_data: {}/2.csv has other columns than {}/1.csv: only one of them has 'b', 'c'"),

@@ -8,11 +8,14 @@ from random import Random
 from typing import Any
 
 import pytest
-from training.file_cases import CASES, TYPED, Case, Loads, file, parquet
+from training.file_cases import CASES, QUOTED, STRAY, TYPED, Case, Loads, file, parquet
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.training.data import sources
 from bilora_ray.training.data.columns import text_of
+from bilora_ray.training.data.files.decoding import DataFile
+from bilora_ray.training.data.files.tables import quotes_among
 from bilora_ray.training.data.sources import first_records, notes, read_file
 from bilora_ray.training.rows import load_rows
 from bilora_ray.training.rows import notes as row_notes
@@ -141,6 +144,73 @@ def test_a_table_of_pairs_like_mrpcs_is_read_with_its_quotes(tmp_path: Path) -> 
     ]
     [record] = list(read_file(name, config(), "train_data").records)[:1]
     assert (record.columns["#1 String"], record.columns["#2 String"]) == ('He said, "No."', "No, he said.")
+
+
+def test_training_and_validation_tables_are_read_alike(tmp_path: Path) -> None:
+    train = file("train.tsv", 'text\tlabel\n"just, quoted"\t0\nplain\t1\n')(tmp_path)
+    other = file("dev.tsv", 'text\tlabel\n"He said ""no""."\t0\nplain\t1\n')(tmp_path)
+    settings = config(train, validation_data=other, prompt_template="{label}", completion_template="{text}")
+    dataset = load_rows(settings)
+    assert [row.completion for row in (*dataset.train, *dataset.validation) if isinstance(row, TextRow)] == [
+        *("just, quoted", "plain"),
+        *('He said "no".', "plain"),
+    ]
+    assert list(notes(settings)) == [
+        f"quoting: {other} has CSV's quotes, as line 2 shows, and the others are read alike (2 in all); "
+        "say none if they mean themselves"
+    ]
+    Path(other).write_text('text\tlabel\n"No" he said\t0\n')
+    Path(train).write_text('text\tlabel\n"He said ""no""."\t0\n')
+    for read in (load_rows, lambda settings: first_records(settings, 1)):
+        with pytest.raises(UserError) as caught:
+            read(settings)
+        assert str(caught.value) == (
+            f"quoting: {train}, line 2 has CSV's quotes, which {other}, line 2 cannot have; "
+            "say csv or none if all have, or write one of them anew"
+        )
+
+
+def test_a_csv_beside_a_table_between_tabs_keeps_its_own_quotes(tmp_path: Path) -> None:
+    train = file("train.csv", 'text,label\n"a, b",1\n"c",0\n')(tmp_path)
+    other = file("dev.tsv", 'text\tlabel\n"No" he said\t0\n')(tmp_path)
+    settings = config(train, validation_data=other)
+    records = [*read_file(train, settings, "train_data").records, *read_file(other, settings, "train_data").records]
+    assert [record.columns["text"] for record in records] == ["a, b", "c", '"No" he said']
+
+
+@pytest.mark.parametrize(
+    ("last", "whole"),
+    [(b'"a ""b"""\t1\n', "plain"), (b'5" pipe\t1\n', '"plain"'), (b"\xff\t1\n", None)],
+    ids=["shows", "forbids", "damaged"],
+)
+def test_a_look_and_a_dry_run_of_large_tables_see_the_beginning_of_their_quotes_and_a_search_all(
+    last: bytes, whole: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = file("d.tsv", b"text\tlabel\n" + b'"plain"\t1\n' * 150 + last)(tmp_path)
+    settings = config(name, prompt_template="{label}", completion_template="{text}")
+    monkeypatch.setattr(sources, "BEGINNING", 20)
+    assert first_records(settings, 1)["train_data"][0].columns["text"] == '"plain"'
+    monkeypatch.setattr(sources, "LARGE", 100)
+    looked = load_rows(settings, beginning=True)
+    assert {row.completion for row in looked.train if isinstance(row, TextRow)} == {'"plain"'}
+    told = list(row_notes(looked, settings, 1))
+    assert "quoting: only the first 20 lines of a table were looked at for quotes; a search looks at all" in told
+    if whole is None:
+        with pytest.raises(UserError, match="line 152: not UTF-8"):
+            load_rows(settings)
+        return
+    found = load_rows(settings)
+    assert next(row.completion for row in found.train if isinstance(row, TextRow)) == whole
+    assert not any("only the first" in line and line.startswith("quoting") for line in row_notes(found, settings, 1))
+
+
+def test_a_beginning_that_shows_csv_quotes_refuses_nothing_that_the_whole_takes(tmp_path: Path) -> None:
+    shows = DataFile(Path(file("a.tsv", QUOTED * 10 + 'a 5" pipe\t1\n')(tmp_path)), "a.tsv", "train_data")
+    forbids = DataFile(Path(file("b.tsv", STRAY)(tmp_path)), "b.tsv", "train_data")
+    for most in (8, None):
+        found = quotes_among([shows, forbids], config(), most)
+        assert found is not None
+        assert found.are_csv is False
 
 
 def test_decimals_and_dates_are_written_as_they_are(tmp_path: Path) -> None:

@@ -98,13 +98,13 @@ class Source:
         return replace(self, records=list(islice(self.records, BEGINNING)), is_whole=False)
 
 
-def read_train(config: TrialConfig) -> Source:
-    """The records of the training data. UserError if they can't be read or there are none."""
-    return _read(config.train_data, config.train_split, config.train_revision, config, "train_data")
+def read_train(config: TrialConfig, beginning: bool = False) -> Source:
+    """The records of the training data. UserError if they can't be read or there are none. See `read_file`."""
+    return _read(config.train_data, config.train_split, config.train_revision, config, "train_data", beginning)
 
 
-def read_validation(config: TrialConfig) -> Source | None:
-    """The records of the validation data, None if `config` names none.
+def read_validation(config: TrialConfig, beginning: bool = False) -> Source | None:
+    """The records of the validation data, None if `config` names none. See `read_file`.
 
     `validation_split` alone is a split of the training data's Hub dataset.
 
@@ -117,8 +117,8 @@ def read_validation(config: TrialConfig) -> Source | None:
     if name is None and split is None:
         return None
     if name is None:
-        return _read(config.train_data, split or "", config.train_revision, config, "validation_split")
-    return _read(name, split or "", revision, config, "validation_data")
+        return _read(config.train_data, split or "", config.train_revision, config, "validation_split", beginning)
+    return _read(name, split or "", revision, config, "validation_data", beginning)
 
 
 def check_validation(config: TrialConfig) -> None:
@@ -133,7 +133,9 @@ def check_validation(config: TrialConfig) -> None:
 
 
 def first_records(config: TrialConfig, count: int) -> dict[str, list[Record]]:
-    """The first `count` records of the local data that `config` names, by setting; no file is read further.
+    """The first `count` records of the local data that `config` names, by setting; no file is read much further.
+
+    Of the quotes in tables the first `BEGINNING` lines tell.
 
     Raises:
         UserError: they can't be read or there are none.
@@ -149,29 +151,60 @@ def first_records(config: TrialConfig, count: int) -> dict[str, list[Record]]:
 
 
 def _local_records(name: str, config: TrialConfig, setting: str) -> Iterable[Record]:
-    images = _of_images(name, config)
-    return _records(_files(name, setting), config) if images is None else _image_folder(images, setting).records
+    if (images := _of_images(name, config)) is not None:
+        return _image_folder(images, setting).records
+    files = _files(name, setting)
+    return _records(files, config, _quotes(files, config, BEGINNING))
 
 
-def notes(config: TrialConfig) -> Iterator[str]:
-    """What was decided of local files that could be read in several ways: lines that begin with a setting."""
+def notes(config: TrialConfig, beginning: bool = False) -> Iterator[str]:
+    """What was decided of local files that could be read in several ways: lines that begin with a setting.
+
+    Args:
+        config: how they are read.
+        beginning: as for `read_file`.
+    """
     told: dict[str, None] = {}
-    for setting in ("train_data", "validation_data"):
+    for setting, files in _local_files(config).items():
         name = getattr(config, setting)
-        if name is None or not _is_file(name) or _of_images(name, config) is not None:
-            continue
-        files, path = _files(name, setting), Path(loadable(name)).expanduser()
+        path = Path(loadable(name)).expanduser()
         if not path.is_dir() and (names := splits_of([file.path for file in files], root(path))):
             told[f"{setting}: {name} matches files of several splits ({names})"] = None
+        quotes = _quotes(files, config, _most_lines(config, beginning))
+        told |= dict.fromkeys(() if quotes is None else tables.told_of_quotes(quotes))
         told |= dict.fromkeys(
-            line for file in files[:1] if file.suffix in DELIMITERS for line in tables.told(file, config)
+            line for file in files[:1] if file.suffix in DELIMITERS for line in tables.told(file, config, quotes)
         )
     yield from told
 
 
-def _read(name: str, split: str, revision: str | None, config: TrialConfig, setting: str) -> Source:
+def _local_files(config: TrialConfig) -> dict[str, list[DataFile]]:
+    """The files that `config` names and that are here, without images, by setting."""
+    found = {}
+    for setting in ("train_data", "validation_data"):
+        name = getattr(config, setting)
+        if name is not None and _is_file(name) and _of_images(name, config) is None:
+            with suppress(UserError):  # who reads it says what is wrong
+                found[setting] = _files(name, setting)
+    return found
+
+
+def _quotes(files: Sequence[DataFile], config: TrialConfig, most: int | None) -> tables.Quotes | None:
+    """What is found of the quotes in `files`, and in all other tables that a trial reads: they are read alike."""
+    if not any(file.suffix in DELIMITERS for file in files):
+        return None
+    every = {file.path: file for file in chain(*_local_files(config).values(), files)}
+    return tables.quotes_among([file for file in every.values() if file.suffix in DELIMITERS], config, most)
+
+
+def _most_lines(config: TrialConfig, beginning: bool) -> int | None:
+    large = any(_is_large(files, _size(files)) for files in _local_files(config).values())
+    return BEGINNING if beginning and large else None
+
+
+def _read(name: str, split: str, revision: str | None, config: TrialConfig, setting: str, beginning: bool) -> Source:
     if _is_file(name):
-        return read_file(name, config, setting)
+        return read_file(name, config, setting, beginning)
     return _read_hub(name, config.dataset_config_name, split, revision, setting)
 
 
@@ -190,13 +223,14 @@ def _image_folder(path: Path, setting: str) -> Source:
     return Source(records, hashlib.sha256(content.encode()).hexdigest()[:16], sum(sizes))
 
 
-def read_file(name: str, config: TrialConfig, setting: str) -> Source:
+def read_file(name: str, config: TrialConfig, setting: str, beginning: bool = False) -> Source:
     """The records of local data, as the suffix of each file says, or one for each image of a folder of them.
 
     Args:
         name: a path, a pattern or `builtin:NAME`; what errors call it.
         config: how files are read.
         setting: the setting that named it, for errors.
+        beginning: whether of large data the first lines tell how all are read. A later one may know better.
 
     Raises:
         UserError: a file is missing, unreadable or malformed, or there are no rows.
@@ -204,11 +238,16 @@ def read_file(name: str, config: TrialConfig, setting: str) -> Source:
     if (images := _of_images(name, config)) is not None:
         return _image_folder(images, setting)
     files = _files(name, setting)
-    size = sum(file.path.stat().st_size for file in files if file.path.exists())
-    records = _reread(files, config) if _is_large(files, size) else list(_records(files, config))
+    size, quotes = _size(files), _quotes(files, config, _most_lines(config, beginning))
+    is_large = _is_large(files, size)
+    records = _reread(files, config, quotes) if is_large else list(_records(files, config, quotes))
     if next(iter(records), None) is None:
         raise UserError(f"{setting}: no rows in {name}")
     return Source(records, _digest(files), size)
+
+
+def _size(files: Iterable[DataFile]) -> int:
+    return sum(file.path.stat().st_size for file in files if file.path.exists())
 
 
 def _is_large(files: Sequence[DataFile], size: int) -> bool:
@@ -216,7 +255,7 @@ def _is_large(files: Sequence[DataFile], size: int) -> bool:
     return size > LARGE and not any(file.suffix == ".json" for file in files)
 
 
-def _reread(files: Sequence[DataFile], config: TrialConfig) -> Reread[Record]:
+def _reread(files: Sequence[DataFile], config: TrialConfig, quotes: tables.Quotes | None) -> Reread[Record]:
     stamps = [stamp_of(file.path) for file in files]
 
     def check() -> None:
@@ -226,7 +265,7 @@ def _reread(files: Sequence[DataFile], config: TrialConfig) -> Reread[Record]:
 
     def read() -> Iterator[Record]:
         check()
-        yield from _records(files, config)
+        yield from _records(files, config, quotes)
         check()
 
     return Reread(read)
@@ -244,11 +283,11 @@ def _files(name: str, setting: str) -> list[DataFile]:
     return [DataFile(found, name if alone else str(found), setting) for found in paths]
 
 
-def _records(files: Iterable[DataFile], config: TrialConfig) -> Iterator[Record]:
+def _records(files: Iterable[DataFile], config: TrialConfig, quotes: tables.Quotes | None) -> Iterator[Record]:
     """The records of `files`, which must have the same columns where all rows of a file have."""
     known: tuple[str, frozenset[str]] | None = None
     for file in files:
-        rows = _rows(file, config)
+        rows = _rows(file, config, quotes)
         first = next(rows, None)
         if first is None:
             continue
@@ -275,12 +314,12 @@ def _check_columns(file: DataFile, columns: frozenset[str], known: tuple[str, fr
         raise UserError(f"{file.setting}: {file.name} has other columns than {name}: only one of them has {differ}")
 
 
-def _rows(file: DataFile, config: TrialConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _rows(file: DataFile, config: TrialConfig, quotes: tables.Quotes | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The rows of one file, each with its place in it."""
     if file.suffix in JSON:
         return json_rows(file, config.encoding, config.field)
     if file.suffix in DELIMITERS:
-        return tables.text_rows(file, config)
+        return tables.text_rows(file, config, quotes)
     return tables.columnar_rows(file)
 
 

@@ -10,7 +10,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, islice
 from typing import Any
@@ -38,15 +38,21 @@ INNER = re.compile(r'""|[\t\n]')
 
 @dataclass(frozen=True)
 class Quotes:
-    """What was found of the quotes in a table between tabs.
+    """What was found of the quotes in tables between tabs.
 
     Attributes:
-        are_csv: whether they are CSV's.
-        line: that shows it; None where there are no quotes.
+        are_csv: whether they are CSV's: one shows that, one forbids it, or (None) none says.
+        file: that with the line.
+        line: that shows it, or the first with quotes; None where there are none (a \\r within a cell forbids CSV too.
+        count: of the tables.
+        most: as many lines were looked at, of a table that has more; None: all were.
     """
 
-    are_csv: bool
+    are_csv: bool | None
+    file: DataFile
     line: int | None
+    count: int = 1
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,14 +64,12 @@ class Dialect:
         is_csv: whether cells may stand in CSV's quotes. Else quotes mean themselves.
         names: of the columns.
         header: the first row as it is written, if it names them.
-        quotes: what was found, if it was looked for.
     """
 
     delimiter: str
     is_csv: bool
     names: tuple[str, ...]
     header: tuple[str, ...] | None
-    quotes: Quotes | None
 
     @property
     def words(self) -> str:
@@ -74,13 +78,18 @@ class Dialect:
         return f'delimiter "{shown}", quoting {"csv" if self.is_csv else "none"}'
 
 
-def text_rows(file: DataFile, config: TrialConfig) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def text_rows(file: DataFile, config: TrialConfig, quotes: Quotes | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The rows of a text that is a table, each with its place.
+
+    Args:
+        file: the text.
+        config: how it is read.
+        quotes: what `quotes_among` found of it and of those that are read with it.
 
     Raises:
         UserError: it cannot be read, its columns have no names, or a row has not as many cells as there are names.
     """
-    dialect = look(file, config)
+    dialect = look(file, config, quotes)
     rows = _cells(file, config.encoding, dialect.delimiter, dialect.is_csv)
     names = dialect.names
     if dialect.header is not None:
@@ -131,35 +140,38 @@ def _csv_lines(file: DataFile, encoding: str | None) -> Iterator[str]:
             yield line
 
 
-def look(file: DataFile, config: TrialConfig) -> Dialect:
+def look(file: DataFile, config: TrialConfig, quotes: Quotes | None) -> Dialect:
     """How a text is cut into cells.
 
     `delimiter` and `quoting` are what the settings say. Else a delimiter is that of the file's suffix, unless by it the
     first rows have one cell, or different numbers of them, and by just one other the same number of two or more.
-    Quotes are CSV's, unless the delimiter is a tab and the whole file does not say so: see `quotes_of`.
+    Quotes are CSV's, unless the delimiter is a tab and the tables between tabs do not say so: see `quotes_among`.
 
     Raises:
         UserError: the file cannot be read, or two columns would have one name.
     """
+    delimiter = _delimiter(file, config)
+    is_csv = config.quoting == "csv"
+    if config.quoting is None:
+        is_csv = delimiter != "\t" or (quotes is not None and bool(quotes.are_csv))
+    return _look(file, _stamp(file), config.column_names, delimiter, delimiter != "" and is_csv, config.encoding)
+
+
+def _stamp(file: DataFile) -> tuple[int, int] | None:
     found = file.path.stat() if file.path.exists() else None
-    stamp = None if found is None else (found.st_mtime_ns, found.st_size)
-    return _look(file, stamp, config.column_names, config.delimiter, config.quoting, config.encoding)
+    return None if found is None else (found.st_mtime_ns, found.st_size)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def _look(
     file: DataFile,
     _: Any,
     column_names: tuple[str, ...] | None,
-    delimiter: str | None,
-    quoting: str | None,
+    delimiter: str,
+    is_csv: bool,
     encoding: str | None,
 ) -> Dialect:
     """As `look`, once for each state of a file."""
-    if delimiter is None:
-        delimiter = _delimiter(file, len(column_names or ()), quoting, encoding)
-    quotes = quotes_of(file, encoding) if quoting is None and delimiter == "\t" else None
-    is_csv = delimiter != "" and (quoting == "csv" or (quoting is None and (quotes is None or quotes.are_csv)))
     if not column_names and file.suffix == ".txt" and not delimiter:
         _check_text(file, encoding)
         column_names = ("text",)
@@ -173,7 +185,7 @@ def _look(
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
         raise UserError(f"column_names: '{repeated[0]}' is named twice")
-    return Dialect(delimiter, is_csv, tuple(names), header, quotes)
+    return Dialect(delimiter, is_csv, tuple(names), header)
 
 
 def _check_text(file: DataFile, encoding: str | None) -> None:
@@ -198,7 +210,14 @@ def _names(header: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def _delimiter(file: DataFile, columns: int, quoting: str | None, encoding: str | None) -> str:
+def _delimiter(file: DataFile, config: TrialConfig) -> str:
+    if config.delimiter is not None:
+        return config.delimiter
+    return _found_delimiter(file, _stamp(file), len(config.column_names or ()), config.quoting, config.encoding)
+
+
+@lru_cache(maxsize=1024)
+def _found_delimiter(file: DataFile, _: Any, columns: int, quoting: str | None, encoding: str | None) -> str:
     own = DELIMITERS[file.suffix]
     if own == "" or columns == 1 or _agrees(file, own, columns, quoting, encoding):
         return own
@@ -219,20 +238,62 @@ def _agrees(file: DataFile, delimiter: str, columns: int, quoting: str | None, e
     return False
 
 
-def quotes_of(file: DataFile, encoding: str | None) -> Quotes:
-    """Whether the quotes of a table between tabs are CSV's, by the whole of it.
+def quotes_among(files: Sequence[DataFile], config: TrialConfig, most: int | None) -> Quotes | None:
+    """What those of the tables in `files` that are between tabs say of their quotes together; None if no such is asked.
+
+    Parts of one data set are written by one program, and a small one may have no quote that shows how it was done.
+
+    Args:
+        files: all that a trial reads.
+        config: how they are read.
+        most: lines to look at, of all of them together; None: all.
+
+    Raises:
+        UserError: a file cannot be read, or one shows what another one forbids.
+    """
+    if config.quoting is not None:
+        return None
+    found = [file for file in files if _delimiter(file, config) == "\t"]
+    return _quotes_among(tuple(found), tuple(map(_stamp, found)), config.encoding, most) if found else None
+
+
+@lru_cache(maxsize=8)
+def _quotes_among(files: tuple[DataFile, ...], _: Any, encoding: str | None, most: int | None) -> Quotes:
+    """As `quotes_among`, once for each state of the files."""
+    each = None if most is None else -(-most // len(files))
+    found = [quotes_of(file, encoding, each) for file in files]
+    shows, forbids = ([quotes for quotes in found if quotes.are_csv is way] for way in (True, False))
+    if forbids and (sure := [quotes for quotes in shows if quotes.most is None]):  # others may forbid it further on
+        raise UserError(
+            f"quoting: {_place(sure[0])} has CSV's quotes, which {_place(forbids[0])} cannot have; "
+            "say csv or none if all have, or write one of them anew"
+        )
+    told = sorted(forbids or shows or found, key=lambda quotes: quotes.line is None)[0]
+    cut = [quotes.most for quotes in found if quotes.most is not None]
+    return replace(told, count=len(files), most=cut[0] if cut else None)
+
+
+def _place(quotes: Quotes) -> str:
+    return quotes.file.name + ("" if quotes.line is None else f", line {quotes.line}")
+
+
+def quotes_of(file: DataFile, encoding: str | None, most: int | None = None) -> Quotes:
+    """Whether the quotes of a table between tabs are CSV's, by the whole of it, or by about the first `most` lines.
 
     They are if all could be, with as many cells as in the first row; and one could be nothing else: it is doubled
     within a cell in quotes, or a cell in quotes holds a tab or the end of a line, or all rows have quotes and the first
     has no cell without.
     """
-    width, all_quoted, quoted, shows = 0, True, 0, 0
+    width, all_quoted, quoted, shows, cut = 0, True, 0, 0, None
     for number, record in _quoted_records(file, encoding):
+        if most is not None and number > most:
+            cut = most
+            break
         if width and '"' not in record and "\r" not in record:
             all_quoted = False
             continue
         if not CELLS.fullmatch(record):
-            return Quotes(False, number if '"' in record else None)
+            return Quotes(False, file, number if '"' in record else None)
         cells = [cell for cell in CELL.findall(record) if cell]
         if not width:
             width = _width(record)
@@ -240,14 +301,14 @@ def quotes_of(file: DataFile, encoding: str | None) -> Quotes:
         if '"' not in record:
             continue
         if _width(record) != width:
-            return Quotes(False, number)
+            return Quotes(False, file, number)
         quoted = quoted or number
         # Lines each of which is whole may be rows, one of which begins with a quote, and one of which ends with one.
         if "\n" in record and all(line.count("\t") + 1 == width for line in record.split("\n")):
             continue
         if any(INNER.search(cell[1:-1]) for cell in cells if cell.startswith('"')):
             shows = shows or number
-    return Quotes(bool(shows or (all_quoted and quoted)), shows or quoted or None)
+    return Quotes(bool(shows or (all_quoted and quoted)) or None, file, shows or quoted or None, most=cut)
 
 
 def _quoted_records(file: DataFile, encoding: str | None) -> Iterator[tuple[int, str]]:
@@ -273,17 +334,24 @@ def _width(record: str) -> int:
     return CELL.sub("", record).count("\t") + 1
 
 
-def told(file: DataFile, config: TrialConfig) -> Iterator[str]:
+def told(file: DataFile, config: TrialConfig, quotes: Quotes | None) -> Iterator[str]:
     """What was decided of a table, for who may know better: lines that begin with the setting that decides it."""
-    dialect = look(file, config)
+    dialect = look(file, config, quotes)
     own = DELIMITERS[file.suffix]
     if config.delimiter is None and dialect.delimiter != own:
         yield f"delimiter: {file.name} is read with {dialect.words}, for by that its rows have equally many cells"
-    if dialect.quotes is not None and dialect.quotes.line is not None:
-        what = "has CSV's quotes" if dialect.is_csv else "has quotes that mean themselves"
-        other = "none if they mean themselves" if dialect.is_csv else "csv if they are CSV's"
-        yield f"quoting: {file.name} {what}, as line {dialect.quotes.line} shows; say {other}"
     yield from _told_of_header(file, dialect, config)
+
+
+def told_of_quotes(quotes: Quotes) -> Iterator[str]:
+    """The same of the quotes in tables between tabs."""
+    if quotes.line is not None:
+        what = "has CSV's quotes" if quotes.are_csv else "has quotes that mean themselves"
+        other = "none if they mean themselves" if quotes.are_csv else "csv if they are CSV's"
+        others = f", and the others are read alike ({quotes.count} in all)" if quotes.count > 1 else ""
+        yield f"quoting: {quotes.file.name} {what}, as line {quotes.line} shows{others}; say {other}"
+    if quotes.most is not None:
+        yield f"quoting: only the first {quotes.most} lines of a table were looked at for quotes; a search looks at all"
 
 
 def _told_of_header(file: DataFile, dialect: Dialect, config: TrialConfig) -> Iterator[str]:
