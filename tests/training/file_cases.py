@@ -538,6 +538,12 @@ ENCODING_CASES = [
         {"encoding": "cp1252"},
     ),
     Case(
+        "UTF-8 whose first letter beyond ASCII is late, with encoding: cp1252",
+        file("d.csv", "a,b\n" + "1,x\n" * 9999 + "1,café\n"),
+        Refused("encoding: {} is UTF-8, not cp1252; leave encoding out, or convert the other file"),
+        {"encoding": "cp1252"},
+    ),
+    Case(
         "another encoding than the one that is named",
         file("d.csv", b"a,b\n1,\x81\n"),
         Refused("{}, line 2: not CP1252 (byte 0x81); encoding: names another"),

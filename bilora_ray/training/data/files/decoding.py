@@ -107,13 +107,13 @@ def lines(file: DataFile, encoding: str | None) -> Iterator[tuple[int, str]]:
         found = marked or codecs.lookup(encoding or "utf-8").name
         if marked is None and encoding is None:
             _check_width(start[:CHUNK], file)
-        elif marked is None:
-            _check_named(start + stream.peek(), found, file)
         start = start.removeprefix(mark)
         if found in WIDE:
             yield from enumerate(_wide_lines(start, stream, WIDE[found], file), start=1)
         else:
-            yield from _narrow_lines(chain([start] if start else [], stream), found, file)
+            raw: Iterable[bytes] = chain([start] if start else [], stream)
+            is_named = marked is None and encoding is not None
+            yield from _narrow_lines(_checked(raw, stream, found, file) if is_named else raw, found, file)
 
 
 def check_kind(start: bytes, file: DataFile) -> None:
@@ -131,15 +131,23 @@ def _check_width(start: bytes, file: DataFile) -> None:
         raise UserError(f"{file.name}, line 1: not UTF-8 (byte 0x00); name its encoding, such as encoding: {likely}")
 
 
-def _check_named(start: bytes, encoding: str, file: DataFile) -> None:
-    """UserError where an `encoding` of one byte a character is named for a file that begins as UTF-8.
+def _checked(raw: Iterable[bytes], stream: io.BufferedReader, encoding: str, file: DataFile) -> Iterator[bytes]:
+    """The `raw` lines of a `stream`. UserError where an `encoding` of one byte a character is named for UTF-8.
 
-    It would take any bytes, and make two or more characters of one; the other way round two in UTF-8 are rare.
+    It would take any bytes, and make two or more characters of one; the other way round two in UTF-8 are rare. The
+    first line beyond ASCII shows it, however late it is.
     """
-    if encoding == "utf-8" or start.isascii() or len(bytes(range(128, 256)).decode(encoding, "replace")) < 128:
-        return
+    unknown = encoding != "utf-8" and len(bytes(range(128, 256)).decode(encoding, "replace")) == 128
+    for line in raw:
+        if unknown and not line.isascii():
+            unknown = False
+            _check_named(line + stream.peek(), encoding, file)
+        yield line
+
+
+def _check_named(text: bytes, encoding: str, file: DataFile) -> None:
     with suppress(UnicodeDecodeError):
-        codecs.getincrementaldecoder("utf-8")().decode(start)
+        codecs.getincrementaldecoder("utf-8")().decode(text)
         raise UserError(
             f"encoding: {file.name} is UTF-8, not {encoding}; leave encoding out, or convert the other file"
         )
