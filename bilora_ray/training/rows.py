@@ -84,7 +84,7 @@ def rows_of(sources: Mapping[str, Source], config: TrialConfig) -> Dataset:
         validation = _chosen(validation, range(min(config.max_eval_samples, len(validation))))
     TASKS[config.task].check(validation, config)
     digests = {key: source.digest for key, source in sources.items()}
-    partial = {key: source.size for key, source in sources.items() if not source.is_whole}
+    partial = {key: source.size for key, source in sources.items() if source.everything is not None}
     drawn = _draw(train, config.max_train_samples, "sample", config)
     return Dataset(drawn, validation, names, digests, partial, config.format)
 
@@ -141,13 +141,13 @@ def _check_task(config: TrialConfig) -> None:
 
 
 def _label_names(sources: Mapping[str, Source], config: TrialConfig) -> Labels:
-    find = TASKS[config.task].label_names
-    if sources["train_data"].is_whole:
-        return find(sources["train_data"].records, config)
+    find, train = TASKS[config.task].label_names, sources["train_data"]
+    if train.everything is None:
+        return find(train.records, config)
     try:  # what is not among the first rows to train on may be among the others
         return find([record for source in sources.values() for record in source.records], config)
-    except UserError as error:
-        raise UserError(f"{error}; only the first {BEGINNING} rows were looked at, label_names could tell") from None
+    except UserError:  # those of a file that is sorted by label have one
+        return find(train.everything, config)
 
 
 def _rows(records: Collection[Record], config: TrialConfig, names: Labels) -> Collection[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import signal
 import subprocess
@@ -33,7 +34,7 @@ from bilora_ray.training.data.cache import BATCH, Stored, Writer, cached
 from bilora_ray.training.data.sources import BEGINNING, Reread, read_file
 from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.rehearsal import rehearse
-from bilora_ray.training.rows import load_rows, notes
+from bilora_ray.training.rows import about, load_rows, notes
 from bilora_ray.training.tasks.base import Example
 
 Large = Callable[[], None]
@@ -57,6 +58,26 @@ def texts(path: Path, count: int, **more: Any) -> TrialConfig:
 
 
 # Rows
+
+
+def is_large(path: Path, content: bytes) -> bool:
+    path.write_bytes(content)
+    return read_file(str(path), READING, "train_data").is_large
+
+
+def test_what_can_be_read_by_rows_is_by_whichever_name(tmp_path: Path, large: Large) -> None:
+    large()
+    for suffix in ("jsonl", "json"):
+        path = tmp_path / f"d.{suffix}"
+        assert is_large(path, b'{"a": 1}\n{"a": 2}\n')
+        assert not is_large(path, b'[{"a": 1},\n{"a": 2}]')
+
+
+def test_a_packed_file_is_as_large_as_what_it_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = gzip.compress(b'{"a": 1}\n' * 1000)
+    monkeypatch.setattr(sources, "LARGE", 5 * len(content))
+    assert is_large(tmp_path / "d.jsonl.gz", content)
+    assert not is_large(tmp_path / "d.jsonl", b'{"a": 1}\n')
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "tsv", "parquet"])
@@ -229,12 +250,16 @@ def test_a_label_that_comes_late_is_no_mistake(tmp_path: Path, monkeypatch: pyte
     assert load_rows(config).label_names == ("a", "b", "c")
     named = config.model_copy(update={"validation_data": other})
     assert load_rows(named, beginning=True).label_names == ("a", "b", "c")
+    # Of a file that is sorted by label all rows are asked for it.
+    looked = load_rows(config, beginning=True)
+    assert looked.label_names == ("a", "b", "c")
+    assert len(looked.train) + len(looked.validation) == 3
+    assert about(looked, config)[0] == "train labels: 'a' 2"
+    assert next(notes(looked, config, 1)).startswith("train_data: only the first")
+    labelled(tmp_path / "train.jsonl", "aaaaaa")
     with pytest.raises(UserError) as caught:
         load_rows(config, beginning=True)
-    assert str(caught.value) == (
-        f"train_data: every label in {train} is 'a'; two or more are needed; only the first 10000 rows were looked at, "
-        "label_names could tell"
-    )
+    assert str(caught.value) == f"train_data: every label in {train} is 'a'; two or more are needed"
 
 
 # Examples
@@ -444,7 +469,7 @@ def test_a_storage_that_is_away_is_not_made_anew(tmp_path: Path) -> None:
 
 CHECK_ALL = """
 from bilora_ray.config import TrialConfig
-from bilora_ray.training.rows import load_rows, notes
+from bilora_ray.training.rows import about, load_rows, notes
 config = TrialConfig(model_name_or_path="m", task="causal-lm", train_data="{path}")
 rows = load_rows(config)
 list(notes(rows, config, 1))

@@ -16,15 +16,17 @@ from typing import Any, TypeVar
 
 from bilora_ray.config import TASK_FACTS, TrialConfig
 from bilora_ray.errors import MachineError, UserError, first_line, refusal
-from bilora_ray.paths import data_files, files_of, holds_images, kind_of, loadable, root, splits_of
+from bilora_ray.paths import COMPRESSIONS, data_files, files_of, holds_images, kind_of, loadable, root, splits_of
 from bilora_ray.training.data.files import tables
-from bilora_ray.training.data.files.decoding import DataFile, json_rows, stored
+from bilora_ray.training.data.files.decoding import DataFile, is_document, json_rows, stored
 from bilora_ray.training.data.files.images import beside, files_by_label
 from bilora_ray.training.data.files.tables import DELIMITERS
 
 JSON = (".jsonl", ".ndjson", ".json")
 # Bytes of a source whose records are not kept: they take some times as much memory.
 LARGE = 32 * 2**20
+# About so many times its size is what a file packs.
+PACKED = 10
 # So many records of a large source are looked at by who does not go through all of them.
 BEGINNING = 10_000
 
@@ -78,13 +80,13 @@ class Source:
         digest: 16 hexadecimal digits: the start of the SHA-256 of a file's bytes, or a Hub dataset's fingerprint.
             That many tell data sets apart by accident, not by malice.
         size: bytes of all of it.
-        is_whole: whether the records are all there are.
+        everything: all records there are, where `records` are the first of them only.
     """
 
     records: Collection[Record]
     digest: str
     size: int
-    is_whole: bool = True
+    everything: Collection[Record] | None = None
 
     @property
     def is_large(self) -> bool:
@@ -95,7 +97,7 @@ class Source:
         """The first `BEGINNING` records of a large source; all of one that is not."""
         if not self.is_large:
             return self
-        return replace(self, records=list(islice(self.records, BEGINNING)), is_whole=False)
+        return replace(self, records=list(islice(self.records, BEGINNING)), everything=self.records)
 
 
 def read_train(config: TrialConfig, beginning: bool = False) -> Source:
@@ -198,8 +200,9 @@ def _quotes(files: Sequence[DataFile], config: TrialConfig, most: int | None) ->
 
 
 def _most_lines(config: TrialConfig, beginning: bool) -> int | None:
-    large = any(_is_large(files, _size(files)) for files in _local_files(config).values())
-    return BEGINNING if beginning and large else None
+    if not beginning:
+        return None
+    return BEGINNING if any(_is_large(files, config.encoding) for files in _local_files(config).values()) else None
 
 
 def _read(name: str, split: str, revision: str | None, config: TrialConfig, setting: str, beginning: bool) -> Source:
@@ -238,21 +241,22 @@ def read_file(name: str, config: TrialConfig, setting: str, beginning: bool = Fa
     if (images := _of_images(name, config)) is not None:
         return _image_folder(images, setting)
     files = _files(name, setting)
-    size, quotes = _size(files), _quotes(files, config, _most_lines(config, beginning))
-    is_large = _is_large(files, size)
+    quotes = _quotes(files, config, _most_lines(config, beginning))
+    is_large = _is_large(files, config.encoding)
     records = _reread(files, config, quotes) if is_large else list(_records(files, config, quotes))
     if next(iter(records), None) is None:
         raise UserError(f"{setting}: no rows in {name}")
-    return Source(records, _digest(files), size)
+    return Source(records, _digest(files), sum(map(_size, files)))
 
 
-def _size(files: Iterable[DataFile]) -> int:
-    return sum(file.path.stat().st_size for file in files if file.path.exists())
+def _size(file: DataFile) -> int:
+    return file.path.stat().st_size if file.path.exists() else 0
 
 
-def _is_large(files: Sequence[DataFile], size: int) -> bool:
-    """Whether the records of `files` are read at each pass. A list in JSON has no rows before its end is read."""
-    return size > LARGE and not any(file.suffix == ".json" for file in files)
+def _is_large(files: Sequence[DataFile], encoding: str | None) -> bool:
+    """Whether the records of `files` are read at each pass. A document of JSON would be parsed whole at each."""
+    size = sum(_size(file) * (PACKED if file.path.suffix.lower() in COMPRESSIONS else 1) for file in files)
+    return size > LARGE and not any(file.suffix in JSON and is_document(file, encoding) for file in files)
 
 
 def _reread(files: Sequence[DataFile], config: TrialConfig, quotes: tables.Quotes | None) -> Reread[Record]:

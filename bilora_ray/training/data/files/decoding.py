@@ -212,7 +212,7 @@ def json_rows(file: DataFile, encoding: str | None, field: str | None) -> Iterat
     Raises:
         UserError: the file cannot be read, or holds something else.
     """
-    if _is_document(file, encoding):
+    if is_document(file, encoding):
         yield from _document(file, encoding, field)
         return
     for number, line in lines(file, encoding):
@@ -221,8 +221,11 @@ def json_rows(file: DataFile, encoding: str | None, field: str | None) -> Iterat
             yield place, _object(_parsed(line.rstrip("\r\n"), file.name, number), file.name, place)
 
 
-def _is_document(file: DataFile, encoding: str | None) -> bool:
-    """Whether not each line is a value of its own. Only `.json` may begin with an object that is the whole file."""
+def is_document(file: DataFile, encoding: str | None) -> bool:
+    """Whether not each line of a JSON file is a value of its own: it has no rows before its end is read.
+
+    Only `.json` may begin with an object that is the whole file. UserError as for `lines`.
+    """
     begun = list(islice((line for _, line in lines(file, encoding) if line.strip()), 2))
     if not begun or (file.suffix != ".json" and not begun[0].lstrip().startswith("[")):
         return False
