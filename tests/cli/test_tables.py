@@ -16,6 +16,7 @@ from bilora_ray.search.preflight import Checked
 from bilora_ray.search.space_file import load_space
 from bilora_ray.training.loading import Truncation
 from bilora_ray.training.rehearsal import Rehearsal
+from bilora_ray.training.tasks.base import Dataset
 
 METRIC = "eval_exact_match"
 OBJECTIVE = Objective(METRIC, greater_is_better=True)
@@ -126,14 +127,16 @@ def test_where_there_is_no_terminal_each_ended_trial_is_a_line(capsys: pytest.Ca
 def test_a_dry_run_lists_the_labels_before_the_notes(capsys: pytest.CaptureFixture[str]) -> None:
     settings = ("model_name_or_path=builtin:quickstart/model", "train_data=builtin:quickstart/train.jsonl")
     space = load_space(None, [*settings, "task=causal-lm", "study.name=s", "rho={low: 0.01, high: 0.2}"])
-    rehearsal = Rehearsal({"train": Truncation(3, 1, 0)}, "read", "learned")
-    _print_plan(space, rehearsal, Checked({}, ("train labels: 'a' 2",), ("rho: is odd",)))
-    assert capsys.readouterr().out.splitlines()[-6:] == [
-        "train rows: 3; 1 are cut to max_length",
+    rehearsal = Rehearsal({"train": Truncation(3, 1, 0)}, "read", "learned", ("max_length: is low",))
+    config, rows = space.first_config(), Dataset([], [], None, {})
+    _print_plan(space, rehearsal, Checked({}, ("train labels: 'a' 2",), ("rho: is odd",), config, rows))
+    assert capsys.readouterr().out.splitlines()[-7:] == [
+        "train rows: 3; 1 are cut to max_length 512",
         "of a training row the model reads 'read'",
         "and learns 'learned'",
         "train labels: 'a' 2",
         "Note: rho: is odd",
+        "Note: max_length: is low",
         "Nothing was started.",
     ]
 

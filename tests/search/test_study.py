@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -20,6 +21,8 @@ from optuna.pruners import SuccessiveHalvingPruner
 from optuna.trial import TrialState
 from tiny_trials import next_trial
 
+from bilora_ray.checking import before
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import GO_ON, MachineError, UserError
 from bilora_ray.records import Status, TrialRecord
 from bilora_ray.search.space import Space, StudyConfig
@@ -47,8 +50,12 @@ TRIAL = {
 
 
 def space(study: dict[str, Any] | None = None, trial: dict[str, Any] | None = None) -> Space:
+    """A space as a new search pins it: with the settings that not every version had."""
     sections = {"study": {**STUDY, **(study or {})}, "trial": {**TRIAL, **(trial or {})}}
-    return load_space(None, [f"{name}.{key}={v}" for name, values in sections.items() for key, v in values.items()])
+    given = [f"{name}.{key}={v}" for name, values in sections.items() for key, v in values.items()]
+    found = load_space(None, given)
+    newer = {key: TrialConfig.model_fields[key].default for key in before(TrialConfig)}
+    return replace(found, fixed={**newer, **found.fixed})
 
 
 @pytest.fixture
