@@ -169,11 +169,13 @@ class TrialConfig(Settings):
     delimiter: str | None = setting(
         None, "character between a table's cells; found by looking when absent", decides="rows", holds_out=True
     )
-    quoting: Literal["none", "csv"] | None = setting(
+    quoting: Literal["none", "csv", "by-suffix"] | None = setting(
         None,
-        "whether a table's quotes mean themselves, or are CSV's; tables between tabs are looked at when absent",
+        "whether a table's quotes mean themselves, or are CSV's; tables between tabs are looked at when absent; "
+        "by-suffix: csv in .csv, none in .tsv, and no look at the delimiter",
         decides="rows",
         holds_out=True,
+        before="by-suffix",
     )
     encoding: str | None = setting(
         None,

@@ -240,7 +240,7 @@ def test_integers_are_known_and_so_are_numbers() -> None:
             "encoding: is no text encoding; allowed: big5, cp1250, cp1251, cp1252, gb18030, iso-8859-1, mac-roman, "
             "shift_jis, utf-16, utf-8, got 'hex'",
         ),
-        ({"quoting": "all"}, "quoting: should be 'none' or 'csv', got 'all'"),
+        ({"quoting": "all"}, "quoting: should be 'none', 'csv' or 'by-suffix', got 'all'"),
         ({"target_modules": [3, None]}, "target_modules: should be a valid string, got [3, None]"),
         ({"label_names": "yes"}, "label_names: should be a valid tuple, got 'yes'"),
         (

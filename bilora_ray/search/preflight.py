@@ -165,7 +165,7 @@ def pinned(space: Space, resumed_in: Layout | None) -> Space:
     """
     config = space.first_config()
     before = None if resumed_in is None else _settings_before(resumed_in, space.study.name)
-    found = _newer_settings(space, before)
+    newer, found = _newer_settings(space, before), {}
     for source, revision in REVISIONS.items():
         name, given = getattr(config, source), getattr(config, revision)
         if name is None or not space.distributions.keys().isdisjoint({source, revision}):
@@ -179,7 +179,7 @@ def pinned(space: Space, resumed_in: Layout | None) -> Space:
         else:
             found[revision] = _dataset_commit(name, given)
     pins = {key: value for key, value in found.items() if value is not None}
-    return replace(space, fixed={**space.fixed, **pins}) if pins else space
+    return replace(space, fixed={**space.fixed, **newer, **pins})
 
 
 def _newer_settings(space: Space, before: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from bilora_ray import builtin
+from bilora_ray.checking import build, completed
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError, UserError
 from bilora_ray.training.data.sources import first_records, read_file, read_train, read_validation
@@ -81,6 +82,26 @@ def test_column_names_stand_for_a_header(tmp_path: Path) -> None:
         name = written(tmp_path / f"d.{suffix}", f"x{separator}1\ny{separator}0")
         records = read_file(name, config(column_names=("text", "label")), "train_data").records
         assert [record.columns for record in records] == [{"text": "x", "label": "1"}, {"text": "y", "label": "0"}]
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "looked", "before"),
+    [
+        ("t.tsv", 'a\tb\n"x ""y"""\t1\n', 'x "y"', '"x ""y"""'),
+        ("t.csv", 'a,b\n"x, y",1\n', "x, y", "x, y"),
+        ("t.csv", "a;b\nx;1\n", "x", None),
+    ],
+)
+def test_what_began_before_tables_were_looked_at_reads_them_by_their_suffix(
+    tmp_path: Path, file: str, content: str, looked: str, before: str | None
+) -> None:
+    stored = {"model_name_or_path": "m", "task": "causal-lm", "train_data": written(tmp_path / file, content)}
+    for settings, expected in ((stored, looked), (completed(TrialConfig, stored), before)):
+        (record,) = read_train(build(TrialConfig, settings, "w")).records
+        assert record.columns.get("a") == expected
+    tabs = completed(TrialConfig, {**stored, "delimiter": content[1]})
+    (record,) = read_train(build(TrialConfig, tabs, "w")).records
+    assert len(record.columns) == 2
 
 
 def test_a_file_that_is_missing_or_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -145,11 +145,16 @@ def look(file: DataFile, config: TrialConfig, quotes: Quotes | None) -> Dialect:
 
     `delimiter` and `quoting` are what the settings say. Else a delimiter is that of the file's suffix, unless by it the
     first rows have one cell, or different numbers of them, and by just one other the same number of two or more.
-    Quotes are CSV's, unless the delimiter is a tab and the tables between tabs do not say so: see `quotes_among`.
+    Quotes are CSV's, unless the delimiter is a tab and the tables between tabs do not say so: see `quotes_among`. With
+    quoting `by-suffix` nothing is looked at, as before there was a look.
 
     Raises:
         UserError: the file cannot be read, or two columns would have one name.
     """
+    if config.quoting == "by-suffix":
+        own = DELIMITERS[file.suffix]
+        by_suffix = {"delimiter": config.delimiter or own, "quoting": "none" if own == "\t" else "csv"}
+        return look(file, config.model_copy(update=by_suffix), None)
     delimiter = _delimiter(file, config)
     is_csv = config.quoting == "csv"
     if config.quoting is None:
