@@ -52,7 +52,7 @@ def refused(read: Read, train: Any, validation: Any, **settings: Any) -> str:
 # Names
 
 
-def test_every_kind_of_file_gives_a_label_the_same_name(tmp_path: Path) -> None:
+def test_every_kind_of_file_with_types_gives_a_label_the_same_name(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -75,14 +75,16 @@ def test_every_kind_of_file_gives_a_label_the_same_name(tmp_path: Path) -> None:
             path = tmp_path / f"{number}-{place}.parquet"
             pq.write_table(pa.table({"text": ["x"] * 3, "label": pa.array(values, arrow)}), path)
             assert names(path) == wanted
-        # As Python's str and pandas write them.
-        for cells in (
-            [str(label) for label in labels],
-            [str(float(label)) for label in labels if kind in (int, float)],
-        ):
-            path = tmp_path / f"{number}-{len(cells)}.csv"
-            path.write_text("text,label\n" + "".join(f"x,{cell}\n" for cell in cells))
-            assert not cells or names(path) == wanted
+
+
+def test_labels_of_texts_are_named_and_ordered_as_they_are_written(read: Read) -> None:
+    """So they were in 0.1.0, and a study that goes on has its indices."""
+    for labels in (["10.0", "2.0"], ["0.0", "1.0", "10.0"], ["False", "True"], ["2", "10"], ["1.0", "2"], ["02", "2"]):
+        assert read(labels[::-1], labels)[0].label_names == tuple(labels)
+    dataset, _ = read(["2.0", "10.0"], [2, 10.0, "2", "10.00"])
+    assert [row.label for row in dataset.validation] == [1, 0, 1, 0]  # type: ignore[attr-defined]
+    dataset, _ = read(["2", "2.0", "3"], [2.0, "2.0", "2.00"])
+    assert [row.label for row in dataset.validation] == [0, 1, 0]  # type: ignore[attr-defined]
 
 
 def test_validation_labels_of_another_kind_of_file_are_the_same_labels(read: Read) -> None:
@@ -116,6 +118,8 @@ def test_minus_one_is_no_label_unless_it_is_named(read: Read, tmp_path: Path) ->
     assert refused(read, [0, 1], [-1]) == (
         f"{tmp_path}/validation.jsonl, line 1: label '-1' is not among the labels (0, 1); -1 stands for no label"
     )
+    written = refused(read, ["0.0", "1.0", "-1.0"], [0])
+    assert written == line.replace("'-1'", "'-1.0'") + ': leave it out, or set label_names: ["-1.0", "0.0", "1.0"]'
     assert read([0, 1, -1], [0], label_names=["-1", "0", "1"])[0].label_names == ("-1", "0", "1")
     assert read([1, -1], [1])[0].label_names == ("-1", "1")
     assert read(["a", "b", "-1"], ["a"])[0].label_names == ("-1", "a", "b")
@@ -142,7 +146,8 @@ def test_labels_that_are_written_almost_alike_are_told(read: Read) -> None:
 
 
 @pytest.mark.parametrize(
-    "alike", [["a b", "a  b"], ["ﬁne", "fine"], ["café", "cafe\u0301"], ["a", "a\u200b"], ["STRASSE", "straße"]]
+    "alike",
+    [["1", "1.0"], ["a b", "a  b"], ["ﬁne", "fine"], ["café", "cafe\u0301"], ["a", "a\u200b"], ["STRASSE", "straße"]],
 )
 def test_near_equal(alike: list[str]) -> None:
     assert near_equal([*alike, "other"]) == [alike]

@@ -89,7 +89,7 @@ def label_text_of(record: Record, column: str) -> str:
 
 
 def label_text(value: Any, where: str) -> str:
-    """A label as text, the same one whichever kind of file it is in: 1, 1.0, Decimal("1.00") and "1.0" are "1".
+    """A label as text: a text as it is written, and of numbers 1, 1.0 and Decimal("1.00") as "1".
 
     A whole float is an integer that passed through a table with gaps. UserError that begins with `where` if the value
     is empty, or neither a text nor a number.
@@ -105,7 +105,7 @@ def label_text(value: Any, where: str) -> str:
     check_characters(text, where)
     if not text.strip():
         raise UserError(f"{where} has no value")
-    return str(int(text.partition(".")[0])) if WHOLE.fullmatch(text) else text
+    return text
 
 
 def labels_of(record: Record, column: str, delimiter: str) -> list[str]:
@@ -164,7 +164,7 @@ def index_of(text: str, config: TrialConfig, names: tuple[str, ...], where: str,
         UserError: it is not among `names`; the line begins with `where`.
     """
     known = _indices(names)
-    for name in (text, _plain(text)):
+    for name in (text, plain(text)):
         if name in known:
             return known[name]
     index = str(int(text == "true")) if is_bool else text
@@ -177,12 +177,12 @@ def index_of(text: str, config: TrialConfig, names: tuple[str, ...], where: str,
 @lru_cache(maxsize=4)
 def _indices(names: tuple[str, ...]) -> dict[str, int]:
     """The index of each name as it is and, where no other is so, as another kind of file has it."""
-    plain = {_plain(name): index for index, name in reversed(list(enumerate(names)))}
-    return plain | {name: index for index, name in enumerate(names)}
+    alike = {plain(name): index for index, name in reversed(list(enumerate(names)))}
+    return alike | {name: index for index, name in enumerate(names)}
 
 
-def _plain(name: str) -> str:
-    """A label as JSON has it: pandas writes True where it has true, and 1.0 where it has 1."""
+def plain(name: str) -> str:
+    """A label as JSON has it, in which those of several kinds of files meet: pandas writes True for true, 1.0 for 1."""
     if name.lower() in TRUTHS:
         return name.lower()
     return str(int(name.partition(".")[0])) if WHOLE.fullmatch(name) else name
@@ -200,26 +200,31 @@ def names_of(labels: Mapping[str, str], config: TrialConfig) -> tuple[str, ...]:
     """
     if config.label_names is not None:
         return config.label_names
-    found = {_plain(name) for name in labels} if {name.lower() for name in labels} <= TRUTHS else set(labels)
-    if len(found) < 2:
-        what = (
-            f"every label in {config.train_data} is '{found.pop()}'" if found else f"{config.train_data} has no label"
-        )
-        raise UserError(f"train_data: {what}; two or more are needed")
-    if not all(INTEGER.fullmatch(name) for name in found):
-        names = tuple(sorted(found))
-    else:
-        names = tuple(sorted(found, key=lambda name: (int(name), name)))
-        # Of two labels -1 is a class, beside 1 as a rule: with no label there would be but one.
-        if len(names) > 2 and names[0] == "-1":
-            example = json.dumps(names) if len(names) <= MOST_NAMES else f'["-1", "{names[1]}", ...]'
-            means = "beside labels from 0 on stands for a row without a label"
-            raise UserError(f"{labels['-1']}: label '-1' {means}: leave it out, or set label_names: {example}")
+    if not labels:
+        raise UserError(f"train_data: {config.train_data} has no label; two or more are needed")
+    if len(labels) < 2:
+        raise UserError(f"train_data: every label in {config.train_data} is '{min(labels)}'; two or more are needed")
+    whole = all(INTEGER.fullmatch(name) for name in labels)
+    names = tuple(sorted(labels, key=lambda name: (int(name), name) if whole else name))
+    _check_unlabelled(labels)
     try:
         config.check_f1(names)
     except ValueError as error:
         raise UserError(str(error)) from None
     return names
+
+
+def _check_unlabelled(labels: Mapping[str, str]) -> None:
+    """UserError if one of three labels or more is -1, and the others are whole numbers from 0 on.
+
+    Of two labels it is a class, beside 1 as a rule: with no label there would be but one.
+    """
+    numbers = sorted(labels, key=lambda name: int(plain(name)) if INTEGER.fullmatch(plain(name)) else -2)
+    if len(numbers) > 2 and plain(numbers[0]) == "-1":
+        example = json.dumps(numbers) if len(numbers) <= MOST_NAMES else f'["{numbers[0]}", "{numbers[1]}", ...]'
+        means = "beside labels from 0 on stands for a row without a label"
+        line = f"{labels[numbers[0]]}: label '{numbers[0]}' {means}"
+        raise UserError(f"{line}: leave it out, or set label_names: {example}")
 
 
 def filled(template: str, values: Mapping[str, str]) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bilora_ray.config import EXACT_MATCH, TrialConfig
-from bilora_ray.training.data.columns import MOST_NAMES, listed
+from bilora_ray.training.data.columns import MOST_NAMES, listed, plain
 from bilora_ray.training.metrics import F1, label_metrics, usual_average
 
 # More labels than these that are whole numbers, of few rows each, are measurements as a rule.
@@ -127,10 +127,13 @@ def _quoted(labels: Iterable[int], names: Sequence[str]) -> str:
 
 
 def near_equal(names: Iterable[str]) -> list[list[str]]:
-    """The names that differ in case, space, invisible characters and Unicode's ways to write a character alone."""
+    """The names that differ in case, space, invisible characters and Unicode's ways to write a character alone.
+
+    So too 1 and 1.0, which are one label if they are in different files.
+    """
     alike: dict[str, list[str]] = {}
     for name in names:
-        visible = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
+        visible = "".join(c for c in unicodedata.normalize("NFKC", plain(name)) if unicodedata.category(c) != "Cf")
         alike.setdefault(" ".join(visible.casefold().split()), []).append(name)
     return [same for same in alike.values() if len(same) > 1]
 
