@@ -225,6 +225,12 @@ class TrialConfig(Settings):
     label_delimiter: str = setting(
         ",", "multi-label-classification: between the labels of a text", min_length=1, decides="rows"
     )
+    check_labels: bool = setting(
+        True,
+        "refuse what is no label as a rule: -1 beside labels from 0 on, and false on an answer to learn",
+        decides="rows",
+        before=False,
+    )
     class_weights: Literal["balanced"] | None = setting(
         None,
         "balanced: each label counts alike in the training loss, however many rows it has; eval_loss stays unweighted",

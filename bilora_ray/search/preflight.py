@@ -14,6 +14,7 @@ from bilora_ray.digests import BASE, of_base, source_of
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import COMMIT, cached_commit, kind_of, model_file
 from bilora_ray.search.space import Space
+from bilora_ray.search.space_file import check_draw
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.training.rows import about, check_first_rows, load_rows, notes
 from bilora_ray.training.tasks import TASKS
@@ -97,6 +98,7 @@ def look(space: Space) -> None:
     Raises:
         UserError: what `preflight` would say too.
     """
+    check_draw(space)
     config = space.first_config()
     if kind_of(config.model_name_or_path, is_data=False) != "hub":
         check_model(config)
@@ -161,7 +163,7 @@ def pinned(space: Space, resumed_in: Layout | None) -> Space:
         resumed_in: where its study is, if that is to be resumed.
 
     Raises:
-        UserError: there is no such model.
+        UserError: there is no such model, or trials would be measured on different rows.
     """
     config = space.first_config()
     before = None if resumed_in is None else _settings_before(resumed_in, space.study.name)
@@ -179,7 +181,9 @@ def pinned(space: Space, resumed_in: Layout | None) -> Space:
         else:
             found[revision] = _dataset_commit(name, given)
     pins = {key: value for key, value in found.items() if value is not None}
-    return replace(space, fixed={**space.fixed, **newer, **pins})
+    space = replace(space, fixed={**space.fixed, **newer, **pins})
+    check_draw(space)
+    return space
 
 
 def _newer_settings(space: Space, before: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -228,11 +228,19 @@ def _check_parallelism(space: Space, config: TrialConfig) -> None:
 
 
 def _check_split(space: Space) -> None:
-    """Refuse a space whose trials would be measured on different rows."""
+    """Refuse a space whose trials would hold out different rows."""
     for key in space.distributions:
         if key in deciding_the_split(space.fixed):
             needed = "split_seed or validation_data" if key == "seed" else "validation_data"
             raise UserError(f"{space.path}: trial.{key}: needs {needed}, or trials would hold out other rows")
+
+
+def check_draw(space: Space) -> None:
+    """Refuse a space whose trials would draw different rows to be measured on.
+
+    Whether they draw is known once it is known whether a study of a version goes on that did not.
+    """
+    for key in space.distributions:
         if key in deciding_the_draw(space.fixed):
             needed = "split_seed or stratify: false" if key == "seed" else "stratify: false"
             raise UserError(f"{space.path}: trial.{key}: needs {needed}, or max_eval_samples would draw other rows")

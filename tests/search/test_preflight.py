@@ -224,6 +224,28 @@ def test_a_study_that_began_with_unpinned_data_goes_on_with_them(hub: Hub, tiny:
     check_study(again, layout, True, {})
 
 
+def test_what_is_refused_since_is_no_reason_to_end_a_study(tiny: Tiny, tmp_path: Path) -> None:
+    rows = [{"text": f"text {number}", "label": number % 3 - 1} for number in range(12)]
+    file = str(write_rows(tmp_path / "rows.jsonl", rows))
+    settings = tiny.config("sequence-classification").model_dump(exclude_unset=True)
+    settings |= {"train_data": file, "validation_data": file, "max_eval_samples": 4, "seed": "{choice: [0, 1]}"}
+    given = [f"{key}={value}" for key, value in settings.items()]
+    layout, begun = Layout(tmp_path / "runs"), load_space(None, [*given, "study.name=s"])
+    digests = {file: load_rows(begun.first_config().model_copy(update={"check_labels": False})).digests["train_data"]}
+    study = open_study(begun, layout, digests)
+    next_trial(study)
+    study.release()
+    again = pinned(begun, layout)
+    checked = preflight(again)
+    assert checked.rows.label_names == ("-1", "0", "1")
+    assert [row.text for row in checked.rows.validation] == [row["text"] for row in rows[:4]]  # type: ignore[attr-defined]
+    check_study(again, layout, True, digests)
+    with pytest.raises(UserError, match=r"trial\.seed: needs split_seed or stratify: false, or max_eval_samples would"):
+        pinned(begun, None)
+    with pytest.raises(UserError, match="label '-1' beside labels from 0 on"):
+        preflight(begun)
+
+
 def test_another_source_has_another_revision(tiny: Tiny) -> None:
     settings = {**data(), "model_name_or_path": NAME, "task": "causal-lm"}
     settings |= {"model_revision": "m", "train_revision": "t", "validation_revision": "v"}

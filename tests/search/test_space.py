@@ -10,7 +10,7 @@ import yaml
 
 from bilora_ray.errors import UserError
 from bilora_ray.search.space import Choice, Distribution, Range, Space
-from bilora_ray.search.space_file import load_space, parse_override
+from bilora_ray.search.space_file import check_draw, load_space, parse_override
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((REPOSITORY / "search_spaces").glob("*.yaml"))
@@ -670,11 +670,15 @@ def test_what_decides_the_held_out_rows_is_searched_only_beside_named_validation
 @pytest.mark.parametrize(
     ("setting", "needed"), [("seed", "split_seed or stratify: false"), ("split_seed", "stratify: false")]
 )
-def test_what_decides_the_measured_rows_is_not_searched(load: Load, refused: Refuse, setting: str, needed: str) -> None:
-    space = {setting: {"choice": [0, 1]}, "validation_data": "a.jsonl", "max_eval_samples": 5}
-    assert refused(space) == f": trial.{setting}: needs {needed}, or max_eval_samples would draw other rows"
-    assert setting in load({**space, "stratify": False}).distributions
-    assert "seed" in load({**space, "seed": {"choice": [0, 1]}, "split_seed": 3}).distributions
+def test_what_decides_the_measured_rows_is_not_searched(load: Load, setting: str, needed: str) -> None:
+    settings = {setting: {"choice": [0, 1]}, "validation_data": "a.jsonl", "max_eval_samples": 5}
+    space = load(settings)
+    with pytest.raises(UserError) as caught:
+        check_draw(space)
+    line = f"{space.path}: trial.{setting}: needs {needed}, or max_eval_samples would draw other rows"
+    assert str(caught.value) == line
+    check_draw(load({**settings, "stratify": False}))
+    check_draw(load({**settings, "seed": {"choice": [0, 1]}, "split_seed": 3}))
 
 
 @pytest.mark.parametrize("written", [{"enable_thinking": False}, {"low": 1, "high": 2}, {}])

@@ -70,7 +70,7 @@ def in_format(config: TrialConfig, records: Collection[Record]) -> TrialConfig:
     given, looks = config.format, config.messages_column is None and not config.has_templates
     if given is None and looks and TASK_FACTS[config.task].generates:
         config = config.model_copy(update={"format": _found(records)})
-    if given is None and TASK_FACTS[config.task].generates:
+    if given is None and config.check_labels and TASK_FACTS[config.task].generates:
         _check_liked(records, config)
     if config.chat_column is None:
         for key in CHAT_SETTINGS:
