@@ -128,7 +128,7 @@ def _first_labels(records: Sequence[Record], config: TrialConfig) -> Labels:
 def _in_format(config: TrialConfig, records: Mapping[str, Collection[Record]]) -> TrialConfig:
     """`config` with the format of the training records, which are not there where only the Hub has them."""
     if "train_data" in records:
-        config = in_format(config, records["train_data"])
+        config = in_format(config, *records.values())
         _check_task(config)
     return config
 

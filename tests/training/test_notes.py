@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_trials import Tiny, write_rows
 
+from bilora_ray.errors import UserError
 from bilora_ray.training.rows import load_rows, notes
 
 ROWS = [{"prompt": f"{number}?", "completion": f"{number}!"} for number in range(44)]
@@ -52,17 +53,31 @@ def test_empty_completions_are_counted(told: Told) -> None:
     assert told(validation=OTHERS + empty) == ["validation_data: 3 of 21 validation rows have an empty completion"]
 
 
-def test_rejected_answers_are_counted(told: Told) -> None:
+def test_rejected_answers_are_refused_by_their_label(told: Told, tmp_path: Path) -> None:
+    def refused(labels: Sequence[Any], validation: Any = None, **settings: Any) -> str:
+        """Where, and what; empty if they are learned."""
+        rows = [{**row, "label": label} for row, label in zip(answers, [*labels] * len(answers), strict=False)]
+        try:
+            told(rows, validation, **named, **settings)
+        except UserError as error:
+            return str(error).removeprefix(f"{tmp_path}/").removesuffix(cure)
+        return ""
+
     named = {"completion_template": "{answer}"}
-    rows = [{"prompt": row["prompt"], "answer": row["completion"]} for row in ROWS]
-    others = [{"prompt": row["prompt"], "answer": row["completion"]} for row in OTHERS]
-    preferences = [{**row, "label": number % 4 > 0} for number, row in enumerate(rows)]
-    what = "11 of 44 training rows have a label that is false, as rejected answers do"
-    line = f"train_data: {what}; they are learned like the others"
-    assert told(preferences, others, **named) == [line]
-    assert told([{**row, "label": "false"} for row in rows], others, **named) == []
-    assert told(preferences, others, label_column="other", **named) == []
-    assert told(preferences, preferences[:4], completion_template="{answer} {label}")[:1] != [line]
+    answers = [{"prompt": row["prompt"], "answer": row["completion"]} for row in ROWS]
+    cure = (
+        " marks an answer that was disliked, as in files of preferences; leave such rows out, or learn them too with "
+        "format: completion"
+    )
+    for labels in ([True, False], ["True", "False"], ["", "false"], [None, False], [False]):
+        assert refused(labels) == "train.jsonl, line " + ("1: label false" if labels == [False] else "2: label false")
+    for labels in ([1, 0], ["1", "0"], [True, 0.0]):
+        assert refused(labels) == "train.jsonl, line 2: label 0"
+    for labels in ([0], [1], [True], [2, 1, 0], ["false", "true", "unsure"], [None]):
+        assert refused(labels) == ""
+    assert refused([True], [{**row, "label": False} for row in answers]) == "validation.jsonl, line 1: label false"
+    assert refused([1, 0], label_column="other") == refused([1, 0], format="completion") == ""
+    assert refused([1, 0], check_labels=False) == refused([1, 0], prompt_template="{prompt} {label}") == ""
 
 
 def test_rows_that_are_held_out_are_those_of_the_training_data(told: Told) -> None:

@@ -49,12 +49,12 @@ def value_of(record: Record, column: str) -> Any:
         setting = f" ({DEFAULTS[column]})" if column in DEFAULTS else ""
         raise UserError(f"{record.where}: no column '{column}'{setting}; {hint}{listing}")
     value = record.columns[column]
-    if _is_missing(value):
+    if is_missing(value):
         raise UserError(f"{record.where}: column '{column}' has no value")
     return value
 
 
-def _is_missing(value: Any) -> bool:
+def is_missing(value: Any) -> bool:
     """Whether a value is none: pandas writes a missing one as NaN."""
     return value is None or (isinstance(value, float) and math.isnan(value))
 
@@ -64,7 +64,7 @@ def text_of(record: Record, column: str) -> str:
 
     A missing value is an empty text, whichever kind of file it is in: CSV has no other way to write either.
     """
-    if _is_missing(record.columns.get(column, "")):
+    if is_missing(record.columns.get(column, "")):
         return ""
     value = value_of(record, column)
     if isinstance(value, bool):

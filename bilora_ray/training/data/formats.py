@@ -17,7 +17,7 @@ from bilora_ray.config import (
     template_columns,
 )
 from bilora_ray.errors import UserError, nearest
-from bilora_ray.training.data.columns import check_characters, text_of, value_of
+from bilora_ray.training.data.columns import check_characters, is_missing, plain, text_of, value_of
 from bilora_ray.training.data.sources import Record
 
 Message = Mapping[str, Any]
@@ -37,6 +37,8 @@ ALPACA_WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}\n\n### Response:\n"
 )
+# What labels say of answers, in files of preferences.
+LIKED, DISLIKED = frozenset({"true", "1"}), frozenset({"false", "0"})
 # What ShareGPT's files call who speaks. A function_call is the assistant's.
 SPEAKERS = {
     "human": "user",
@@ -58,20 +60,23 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
-def in_format(config: TrialConfig, records: Collection[Record]) -> TrialConfig:
+def in_format(config: TrialConfig, records: Collection[Record], *others: Collection[Record]) -> TrialConfig:
     """`config` with the format of the training `records`, if their columns have to be looked at for it.
+
+    The `others` are those to validate on, if they are named.
 
     They are where neither a format nor templates nor messages are named, and the default templates name columns that
     are not there.
 
     Raises:
-        UserError: rows of preferences, or settings of chats and rows that are none.
+        UserError: rows of two answers, or settings of chats and rows that are none.
     """
     given, looks = config.format, config.messages_column is None and not config.has_templates
     if given is None and looks and TASK_FACTS[config.task].generates:
         config = config.model_copy(update={"format": _found(records)})
     if given is None and config.check_labels and TASK_FACTS[config.task].generates:
-        _check_liked(records, config)
+        for each in (records, *others):
+            _check_liked(each, config)
     if config.chat_column is None:
         for key in CHAT_SETTINGS:
             if getattr(config, key) != TrialConfig.model_fields[key].default:
@@ -100,17 +105,28 @@ def format_note(config: TrialConfig, found: str | None) -> Iterator[str]:
 
 
 def _check_liked(records: Iterable[Record], config: TrialConfig) -> None:
-    """UserError if a label says that an answer is one not to learn, as it does in files of preferences."""
-    columns = {name for text in (config.prompt_template, config.completion_template) for name in template_columns(text)}
-    if config.chat_column is None and ("completion" not in columns or "label" in columns):
+    """UserError if a label that no template shows says that an answer is one not to learn, as in files of preferences.
+
+    It does if it is false or, beside true or 1, 0; and if all labels are of these.
+    """
+    column, found = config.label_column, dict[str, str]()
+    templates = () if config.chat_column is not None else (config.prompt_template, config.completion_template)
+    if any(column in template_columns(template) for template in templates):
         return
-    kept = "completion" if config.chat_column is None else "openai"
-    if not any("label" in record.columns for record in islice(records, LOOKED_AT)):
+    if not any(column in record.columns for record in islice(records, LOOKED_AT)):
         return  # without another pass
     for record in records:
-        if str(record.columns.get("label")).lower() == "false":
-            line = "label false marks an answer that was disliked, as in files of preferences"
-            raise UserError(f"{record.where}: {line}; leave such rows out, or learn them too with format: {kept}")
+        value = record.columns.get(column)
+        if not is_missing(value) and value != "":
+            found.setdefault(plain(str(value)), record.where)
+        if not found.keys() <= LIKED | DISLIKED:
+            return
+    rejected = [label for label in found if label == "false" or (label in DISLIKED and found.keys() & LIKED)]
+    if rejected:
+        kept = config.format or ("completion" if config.chat_column is None else "openai")
+        line = f"{column} {rejected[0]} marks an answer that was disliked, as in files of preferences"
+        cure = f"leave such rows out, or learn them too with format: {kept}"
+        raise UserError(f"{found[rejected[0]]}: {line}; {cure}")
 
 
 def prompt_and_completion(record: Record, config: TrialConfig) -> Record:

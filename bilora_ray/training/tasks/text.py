@@ -64,15 +64,11 @@ GREEDY: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class TextRow:
-    """A prompt and its completion, templates filled; `where` is the row's place for errors.
-
-    It is `rejected` if a label that no template shows is false, as that of an answer which somebody did not prefer is.
-    """
+    """A prompt and its completion, templates filled; `where` is the row's place for errors."""
 
     prompt: str
     completion: str
     where: str
-    rejected: bool = False
 
 
 def text_row(record: Record, config: TrialConfig, names: Labels) -> TextRow:
@@ -83,8 +79,7 @@ def text_row(record: Record, config: TrialConfig, names: Labels) -> TextRow:
     if names is not None and config.label_column in values:
         values[config.label_column] = names[label_of(record, config, names)]
     prompt, completion = (filled(template, values) for template in templates)
-    rejected = record.columns.get(config.label_column) is False and config.label_column not in values
-    return TextRow(prompt, completion, record.where, rejected)
+    return TextRow(prompt, completion, record.where)
 
 
 def check_answers(rows: Iterable[Any], config: TrialConfig) -> None:
@@ -108,9 +103,6 @@ def text_notes(dataset: Dataset, config: TrialConfig, validation_data: str) -> I
         yield from positive_notes(config.label_names, config)
     splits = (("train_data", "training", dataset.train), (validation_data, "validation", dataset.validation))
     for setting, kind, rows in splits:
-        if rejected := sum(getattr(row, "rejected", False) for row in rows):
-            what = f"{rejected} of {len(rows)} {kind} rows have a label that is false"
-            yield f"{setting}: {what}, as rejected answers do; they are learned like the others"
         if empty := _empty(rows):
             yield f"{setting}: {empty} of {len(rows)} {kind} rows have an empty completion"
 
