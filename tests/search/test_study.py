@@ -521,6 +521,16 @@ def test_a_resume_with_another_setting_says_what_it_was(layout: Layout, trial: d
         check_study(space(trial=trial), layout, True, DIGESTS)
 
 
+def test_a_resume_with_another_mapping_says_what_it_was(layout: Layout) -> None:
+    chats = {"messages_column": "m", "chat_template_kwargs": "{low: 1}"}
+    next_trial(open_study(space(trial=chats), layout))
+    check_study(space(trial=chats), layout, True, DIGESTS)
+    for now, words in (("{low: 1, high: 2}", "{'low': 1, 'high': 2}"), ("null", "None")):
+        line = f"began with other space: chat_template_kwargs was {{'low': 1}}, is {words}; of a study only"
+        with pytest.raises(UserError, match=re.escape(line)):
+            check_study(space(trial={**chats, "chat_template_kwargs": now}), layout, True, DIGESTS)
+
+
 @pytest.mark.parametrize("section", ["study", "resources"])
 def test_what_an_earlier_version_did_not_know_has_its_default(layout: Layout, section: str) -> None:
     study, key = open_study(space(), layout), {"study": "scheduler", "resources": "workers"}[section]

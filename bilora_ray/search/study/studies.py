@@ -16,7 +16,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from bilora_ray.checking import Settings, before, build, completed
-from bilora_ray.config import TrialConfig
+from bilora_ray.config import TrialConfig, takes_mapping
 from bilora_ray.digests import of_bases, of_data
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig, Space, StudyConfig
@@ -271,7 +271,7 @@ def _check_same(name: str, what: str, before: Mapping[str, Any], now: Mapping[st
     """
     for key in {**before, **now}:
         if before.get(key) != now.get(key):
-            was, given = (_in_words(values[key]) if key in values else "absent" for values in (before, now))
+            was, given = (_in_words(key, values[key]) if key in values else "absent" for values in (before, now))
             raise UserError(
                 f"study '{name}' began with other {what}: {key} was {was}, is {given}; "
                 f"of a study only {' and '.join(sorted(FREE_TO_CHANGE))} may change"
@@ -290,8 +290,8 @@ def _comparable(described: Mapping[str, Any]) -> dict[str, Any]:
     return {**compared, "resources.workers": workers, **trial}
 
 
-def _in_words(value: Any) -> str:
-    return str(_distribution(value)) if isinstance(value, dict) else repr(value)
+def _in_words(key: str, value: Any) -> str:
+    return str(_distribution(value)) if isinstance(value, dict) and not takes_mapping(key) else repr(value)
 
 
 def _distribution(described: Mapping[str, Any]) -> Distribution:
