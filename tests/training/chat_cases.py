@@ -460,6 +460,23 @@ CASES = (
         **_refused("message 1 is from 'humen'; did you mean 'human'?"),
     ),
     Case(
+        "ShareGPT's rows with a speaker that is no text",
+        PLAIN,
+        {"conversations": [{"from": {}, "value": "hi"}, {"from": "gpt", "value": "ho"}]},
+        {},
+        **_refused(
+            "message 1 is from '{}'; allowed: assistant, bard, bing, chatgpt, function_call, function_response, gpt, "
+            "human, model, observation, system, tool, user"
+        ),
+    ),
+    Case(
+        "tool calls that are no list",
+        PLAIN,
+        {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": 5}]},
+        M,
+        **_refused("message 2: its tool_calls must be a list, or such a list as JSON text"),
+    ),
+    Case(
         "Alpaca's rows",
         PLAIN,
         {"instruction": "Add.", "input": "1 1", "output": "2"},

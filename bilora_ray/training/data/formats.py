@@ -218,7 +218,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     message = {key: value for key, value in message.items() if value is not None}
     call = message.pop("function_call", None)
     if call := message.get("tool_calls") or ([call] if call else None):
-        message["tool_calls"] = [_tool_call(one, where) for one in _from_json(call)]
+        message["tool_calls"] = [_tool_call(one, where) for one in _calls(call, where)]
         message.setdefault("content", "")
     if isinstance(message.get("content"), list) and message["content"]:
         message["content"] = "".join(_text_of_part(part, where) for part in message["content"])
@@ -234,7 +234,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 
 def _of_sharegpt(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     speaker, text = message["from"], message.get("value")
-    if speaker not in SPEAKERS:
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
         raise UserError(f"{where} is from '{speaker}'; {nearest(str(speaker), SPEAKERS)}")
     others = {key: value for key, value in message.items() if key not in ("from", "value")}
     if speaker != "function_call":
@@ -252,6 +252,13 @@ def _text_of_part(part: Any, where: str) -> str:
     if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
         raise UserError(f"{where} has a part of the kind '{kind}'; only text is learned")
     return part["text"]
+
+
+def _calls(value: Any, where: str) -> list[Any]:
+    calls = _from_json(value)
+    if not isinstance(calls, list):
+        raise UserError(f"{where}: its tool_calls must be a list, or such a list as JSON text")
+    return calls
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
