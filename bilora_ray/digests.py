@@ -1,4 +1,4 @@
-"""What identifies the data and the base model of a trial: who goes on with one must find the same."""
+"""What identifies the data, the base model and the chat template of a trial: who goes on must find the same."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError, UserError
 from bilora_ray.paths import COMMIT, kind_of, loadable
 
-BASE = "model_name_or_path"
-# What a mapping with sources of data calls a model.
-BASE_MARK = "model "
+BASE, CHAT_TEMPLATE = "model_name_or_path", "chat_template"
+# What a mapping with sources of data calls a source that is none.
+MARKS = {BASE: "model ", CHAT_TEMPLATE: "chat template "}
 # Beside the weights, what decides what a model makes of a text: its settings, its tokenizer, its code.
 READ_WHOLE = frozenset({".jinja", ".json", ".model", ".py", ".tiktoken", ".txt"})
 WEIGHTS = ".safetensors"
@@ -42,6 +42,15 @@ def of_base(config: TrialConfig) -> str | None:
         return revision if COMMIT.fullmatch(revision or "") else None
     folder = Path(loadable(name))
     return _of_folder(folder) if folder.is_dir() else None
+
+
+def of_template(config: TrialConfig) -> str | None:
+    """What identifies the chat template of `config`: the start of the SHA-256 of its text; None where there is none."""
+    try:
+        text = Path(config.chat_template or "").read_text(encoding="utf-8")
+    except (OSError, ValueError):  # who writes chats with it says what is wrong
+        return None
+    return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 
 
 def _of_folder(folder: Path) -> str:
@@ -80,14 +89,14 @@ def _places(header: bytes) -> Iterator[tuple[int, int]]:
 
 
 def source_of(config: TrialConfig, setting: str) -> str:
-    """What a person calls the data or the base of `setting`: a file, a folder, or a Hub name with what is used of it.
+    """What a mapping calls what `setting` names: a file, a folder, or a Hub name with what is used of it.
 
     Args:
         config: the settings.
-        setting: `train_data`, `validation_data` or `model_name_or_path`.
+        setting: `train_data`, `validation_data`, or one of the MARKS, which is before the name.
     """
-    if setting == BASE:
-        return f"{BASE_MARK}{config.model_name_or_path}"
+    if setting in MARKS:
+        return f"{MARKS[setting]}{getattr(config, setting)}"
     name = str(getattr(config, setting) or config.train_data)
     if kind_of(name, is_data=True) != "hub":
         return name
@@ -97,19 +106,18 @@ def source_of(config: TrialConfig, setting: str) -> str:
 
 def of_data(digests: Mapping[str, str]) -> dict[str, str]:
     """Of the `digests` by source those of data."""
-    return {source: digest for source, digest in digests.items() if not source.startswith(BASE_MARK)}
+    return {source: digest for source, digest in digests.items() if not source.startswith(tuple(MARKS.values()))}
 
 
-def of_bases(digests: Mapping[str, str]) -> dict[str, str]:
-    """Of the `digests` by source those of base models, by name."""
-    return {
-        source.removeprefix(BASE_MARK): digest for source, digest in digests.items() if source.startswith(BASE_MARK)
-    }
+def of_marked(setting: str, digests: Mapping[str, str]) -> dict[str, str]:
+    """Of the `digests` by source those of what one of the MARKS names, by name."""
+    mark = MARKS[setting]
+    return {source.removeprefix(mark): digest for source, digest in digests.items() if source.startswith(mark)}
 
 
 def by_setting(digests: Mapping[str, str], config: TrialConfig) -> dict[str, str]:
     """Of the `digests` by source those of what a trial with `config` reads, by setting."""
-    sources = {setting: source_of(config, setting) for setting in ("train_data", "validation_data", BASE)}
+    sources = {setting: source_of(config, setting) for setting in ("train_data", "validation_data", *MARKS)}
     return {setting: digests[source] for setting, source in sources.items() if source in digests}
 
 
@@ -146,6 +154,12 @@ def check_base(config: TrialConfig, recipe: Mapping[str, Any]) -> str | None:
     return f"{BASE}: {config.model_name_or_path} is another model than the one that the adapter was trained on"
 
 
+def check_template(config: TrialConfig, before: Mapping[str, str]) -> Iterator[str]:
+    """A line where the chat template of `config` is another than that of a training, whose digests were `before`."""
+    if CHAT_TEMPLATE in before and before[CHAT_TEMPLATE] != of_template(config):
+        yield f"{CHAT_TEMPLATE}: is not what it was in the training, which wrote chats in another way"
+
+
 def check_rows(config: TrialConfig, before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
     """Whether the validation rows of an evaluation are those of a training, as far as that is known.
 
@@ -174,5 +188,5 @@ def check_rows(config: TrialConfig, before: Mapping[str, str], now: Mapping[str,
 
 
 def _changed(config: TrialConfig, setting: str, since: str, before: str, now: str | None) -> str:
-    source = source_of(config, setting).removeprefix(BASE_MARK)
+    source = source_of(config, setting).removeprefix(MARKS.get(setting, ""))
     return f"{source} has changed since {since}: its digest was {before}, is {now}"

@@ -12,7 +12,19 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from bilora_ray.config import TrialConfig
-from bilora_ray.digests import by_setting, check_base, check_rows, check_unchanged, of_base, of_bases, of_data
+from bilora_ray.digests import (
+    BASE,
+    CHAT_TEMPLATE,
+    by_setting,
+    check_base,
+    check_rows,
+    check_template,
+    check_unchanged,
+    of_base,
+    of_data,
+    of_marked,
+    of_template,
+)
 from bilora_ray.errors import MachineError, UserError
 
 COMMIT = "0" * 40
@@ -106,11 +118,13 @@ def test_what_is_built_in_is_identified_as_a_folder() -> None:
 
 
 def test_a_study_tells_data_from_bases_and_a_trial_hears_of_its_own() -> None:
-    digests = {"/rows.jsonl": "1", "/other.jsonl": "2", "model /m": "3", "model /n": "4"}
+    digests = {"/rows.jsonl": "1", "/other.jsonl": "2", "model /m": "3", "model /n": "4", "chat template /c.jinja": "5"}
     assert of_data(digests) == {"/rows.jsonl": "1", "/other.jsonl": "2"}
-    assert of_bases(digests) == {"/m": "3", "/n": "4"}
+    assert of_marked(BASE, digests) == {"/m": "3", "/n": "4"}
+    assert of_marked(CHAT_TEMPLATE, digests) == {"/c.jinja": "5"}
     found = by_setting(digests, config(validation_data="/other.jsonl"))
     assert found == {"train_data": "1", "validation_data": "2", "model_name_or_path": "3"}
+    assert by_setting(digests, chats(Path("/c.jinja")))["chat_template"] == "5"
     assert by_setting({}, config()) == {}
 
 
@@ -122,6 +136,27 @@ def test_a_trial_goes_on_with_what_the_study_began_with() -> None:
         with pytest.raises(MachineError) as caught:
             check_unchanged(config(), {setting: "1"}, {setting: "2"})
         assert str(caught.value) == f"{setting}: {name} has changed since the study began: its digest was 1, is 2"
+
+
+def chats(template: Path) -> TrialConfig:
+    return config(messages_column="m", chat_template=str(template))
+
+
+def test_a_chat_template_is_identified_by_its_text(tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    assert of_template(config()) is of_template(chats(file)) is None
+    file.write_text("one")
+    before = of_template(chats(file))
+    (tmp_path / "same.jinja").write_text("one")
+    assert of_template(chats(tmp_path / "same.jinja")) == before
+    assert list(check_template(chats(file), {"chat_template": str(before)})) == []
+    file.write_text("two")
+    assert of_template(chats(file)) != before
+    line = "chat_template: is not what it was in the training, which wrote chats in another way"
+    assert list(check_template(chats(file), {"chat_template": str(before)})) == [line]
+    assert list(check_template(chats(file), {})) == []  # what 0.1.0 wrote says nothing
+    with pytest.raises(MachineError, match=f"^chat_template: {file} has changed since the study began: its digest was"):
+        check_unchanged(chats(file), {"chat_template": str(before)}, {"chat_template": of_template(chats(file))})
 
 
 def test_an_adapter_belongs_to_the_base_of_its_training(base: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import click
 from bilora_ray.cli.options import json_option, print_json, set_option, telling_of_gpu_memory
 from bilora_ray.cli.tables import in_quotes
 from bilora_ray.config import TRAINING_SETTINGS, TrialConfig, deciding_the_split
-from bilora_ray.digests import check_rows
+from bilora_ray.digests import check_rows, check_template
 from bilora_ray.errors import UserError
 from bilora_ray.paths import have_home, locate_here
 from bilora_ray.search.space_file import absolute_sources, parse_override
@@ -71,7 +71,7 @@ def command(
     from bilora_ray.training.rows import read_sources
 
     own_rows = data is None and "validation_data" not in given
-    notes: list[str] = []
+    notes = list(check_template(config, before))
     if own_rows and before:
         now = {setting: source.digest for setting, source in read_sources(config).items()}
         notes += check_rows(config, before, now)

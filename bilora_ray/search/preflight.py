@@ -10,7 +10,7 @@ from typing import Any
 
 from bilora_ray import checking
 from bilora_ray.config import REVISIONS, SOURCES, TASK_FACTS, TrialConfig
-from bilora_ray.digests import BASE, of_base, source_of
+from bilora_ray.digests import BASE, CHAT_TEMPLATE, of_base, of_template, source_of
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import COMMIT, cached_commit, kind_of, model_file
 from bilora_ray.search.space import Space
@@ -82,8 +82,12 @@ def preflight(space: Space, dry_run: bool = False) -> Checked:
     check_model(config)
     check_positions(positions(config), config, TASKS[config.task].continues)
     rows = load_rows(config, beginning=dry_run)
-    digests = {source_of(config, setting): digest for setting, digest in rows.digests.items()}
-    digests |= _bases(space)
+    digests = _by_source(config, rows)
+    for other in _choices(space, "train_data")[1:]:
+        digests |= _by_source(other, load_rows(other, beginning=dry_run))
+    for other in _choices(space, "prompt_template")[1:]:
+        check_first_rows(other)
+    digests |= _others(space)
     told = (
         *_unpinned(config),
         *_new_head(config, rows.label_names),
@@ -103,7 +107,8 @@ def look(space: Space) -> None:
     if kind_of(config.model_name_or_path, is_data=False) != "hub":
         check_model(config)
         check_positions(positions(config), config, TASKS[config.task].continues)
-    check_first_rows(config)
+    for one in (config, *_choices(space, "train_data")[1:], *_choices(space, "prompt_template")[1:]):
+        check_first_rows(one)
 
 
 def chat_notes(checked: Checked) -> tuple[str, ...]:
@@ -131,12 +136,21 @@ def _unpinned(config: TrialConfig) -> Iterator[str]:
             yield f"{revision}: the Hub did not say which commit of '{name}' there is, so that none is kept"
 
 
-def _bases(space: Space) -> dict[str, str]:
-    """Base model -> digest, of all that trials may get."""
-    config, searched = space.first_config(), space.distributions.get(BASE)
-    names = (config.model_name_or_path,) if searched is None else searched.ends()
-    each = [config.model_copy(update={BASE: name}) for name in names]
-    found = {source_of(one, BASE): of_base(one) for one in each}
+def _choices(space: Space, setting: str) -> list[TrialConfig]:
+    """The settings of a first trial with each value that `setting` may get."""
+    config, searched = space.first_config(), space.distributions.get(setting)
+    return [config] if searched is None else [config.model_copy(update={setting: one}) for one in searched.ends()]
+
+
+def _by_source(config: TrialConfig, rows: Dataset) -> dict[str, str]:
+    return {source_of(config, setting): digest for setting, digest in rows.digests.items()}
+
+
+def _others(space: Space) -> dict[str, str]:
+    """Source -> digest, of all base models that trials may get, and of their chat template."""
+    found = {source_of(one, BASE): of_base(one) for one in _choices(space, BASE)}
+    config = space.first_config()
+    found[source_of(config, CHAT_TEMPLATE)] = of_template(config)
     return {source: digest for source, digest in found.items() if digest is not None}
 
 

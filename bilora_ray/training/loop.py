@@ -22,7 +22,7 @@ from transformers import get_scheduler
 
 from bilora_ray.checking import completed
 from bilora_ray.config import TrialConfig
-from bilora_ray.digests import BASE, check_unchanged, of_base
+from bilora_ray.digests import BASE, CHAT_TEMPLATE, check_unchanged, of_base, of_template
 from bilora_ray.errors import NonFiniteLoss, OutOfMemory, UserError
 from bilora_ray.files import atomic_folder, temporary_folder
 from bilora_ray.method import export_primary, primary_parameters
@@ -104,7 +104,7 @@ class Run:
             torch.cuda.reset_peak_memory_stats()
         self.data: Loaded = load_data(config, shared=folder.examples)
         self.config = config.model_copy(update={"format": self.data.format})
-        self.digests = {**self.data.digests, BASE: of_base(config)}
+        self.digests = {**self.data.digests, BASE: of_base(config), CHAT_TEMPLATE: of_template(config)}
         check_unchanged(config, digests or {}, self.digests)
         self.class_weights = self._class_weights()
         self.weights_of_classes = torch.tensor(self.class_weights or (), device=models.device())

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from optuna.trial import TrialState
-from tiny_trials import Tiny, evaluate_adapter
+from tiny_trials import CHAT_TEMPLATE, Tiny, evaluate_adapter
 
 from bilora_ray.cli.main import main
-from bilora_ray.errors import MachineError
+from bilora_ray.errors import MachineError, UserError
 from bilora_ray.recipe import evaluation_config, read_recipe
 from bilora_ray.records import Status
 from bilora_ray.search import alone
@@ -21,7 +21,7 @@ from bilora_ray.search.preflight import preflight
 from bilora_ray.search.session import Observers
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.layout import Layout
-from bilora_ray.search.study.studies import open_study
+from bilora_ray.search.study.studies import check_study, open_study
 from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.training import loop
 
@@ -116,3 +116,23 @@ def test_a_trial_does_not_go_on_with_other_rows_than_the_study_began_with(tiny: 
     rows.write_bytes((tiny.folder / "texts-train.jsonl").read_bytes())
     alone._train(study, 0, Observers([]))
     assert study.record(0).status is Status.COMPLETE
+
+
+def test_a_trial_does_not_go_on_with_another_chat_template(tiny: Tiny, tmp_path: Path) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text(CHAT_TEMPLATE)
+    data = {f"{split}_data": str(tiny.folder / f"chats-{split}.jsonl") for split in ("train", "validation")}
+    trial = tiny.config("causal-lm", **data, messages_column="messages", chat_template=str(template))
+    given = trial.model_dump(exclude_unset=True).items()
+    settings = ["study.name=s", "study.num_trials=1", *(f"trial.{key}={value}" for key, value in given)]
+    space, layout = load_space(None, settings), Layout(tmp_path / "runs")
+    study = open_study(space, layout, preflight(space).digests)
+    assert study.next_trials() == [0]
+    template.write_text(CHAT_TEMPLATE.removeprefix("{{ bos_token }}"))
+    with pytest.raises(MachineError, match=f"^chat_template: {template} has changed since the study began: "):
+        alone._train(study, 0, Observers([]))
+    study.release()
+    with pytest.raises(UserError, match=f"^study 's' began with other chat template: {template} was "):
+        check_study(space, layout, True, preflight(space).digests)
+    template.write_text(CHAT_TEMPLATE)
+    check_study(space, layout, True, preflight(space).digests)

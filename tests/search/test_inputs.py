@@ -44,8 +44,13 @@ def test_a_job_on_another_cluster_finds_its_files_under_the_same_path(tmp_path: 
     storage, kept = tmp_path / "runs", []
     for package in ("0123abcd", "fe"):
         folder = job(tmp_path, package)
-        known = {str(folder / "held-out.jsonl"): "d", f"model {folder / 'model'}": "m"}
-        space, digests = keep_inputs(space_in(folder), known, storage)
+        (folder / "own.jinja").write_text("chat")
+        known = {
+            str(folder / "held-out.jsonl"): "d",
+            f"model {folder / 'model'}": "m",
+            f"chat template {folder / 'own.jinja'}": "t",
+        }
+        space, digests = keep_inputs(space_in(folder, messages_column="m", chat_template="own.jinja"), known, storage)
         kept.append((space.fixed, space.distributions, space.points_to_evaluate, digests))
     assert kept[0] == kept[1]
     fixed, distributions, points, digests = kept[0]
@@ -54,10 +59,12 @@ def test_a_job_on_another_cluster_finds_its_files_under_the_same_path(tmp_path: 
     assert (model / "deep" / "weights").read_bytes() == b"\0\1"
     assert (Path(str(a)).name, Path(str(a)).read_text()) == ("a.jsonl", '{"prompt": "a", "completion": "x"}\n')
     assert points == ({"train_data": b},)
-    assert digests == {str(held_out): "d", f"model {model}": "m"}
+    template = fixed["chat_template"]
+    assert Path(template).read_text() == "chat"
+    assert digests == {str(held_out): "d", f"model {model}": "m", f"chat template {template}": "t"}
     assert all(Path(path).is_relative_to(storage / "inputs") for path in (model, held_out, str(a), str(b)))
     # One folder each, and nothing of the copying.
-    assert len(list((storage / "inputs").iterdir())) == 4
+    assert len(list((storage / "inputs").iterdir())) == 5
 
 
 def test_other_content_has_another_path(tmp_path: Path) -> None:

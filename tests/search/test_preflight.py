@@ -30,7 +30,7 @@ from bilora_ray.checking import before
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.recipe import read_recipe
-from bilora_ray.search.preflight import BEHIND_PADDING, POSITIONS, chat_notes, pinned, positions, preflight
+from bilora_ray.search.preflight import BEHIND_PADDING, POSITIONS, chat_notes, look, pinned, positions, preflight
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import checked_space, load_space
 from bilora_ray.search.study.layout import Layout
@@ -445,3 +445,36 @@ def test_every_base_that_is_searched_is_known_from_the_start(tiny: Tiny) -> None
     texts = [f"{key}={value}" for key, value in given.items()]
     digests = preflight(load_space(None, [*texts, "study.name=s"])).digests
     assert [key for key in digests if key.startswith("model ")] == [f"model {name}" for name in names]
+
+
+def test_every_data_that_is_searched_is_read_at_the_start(tiny: Tiny, tmp_path: Path) -> None:
+    rows = [{"prompt": "say red 1 times:", "completion": "red"}] * 4
+    files = [write_rows(tmp_path / f"{name}.jsonl", rows) for name in "ab"]
+    base = str(tiny.model("causal-lm"))
+    found = space(tiny, model_name_or_path=base, train_data=f"{{choice: [{', '.join(map(str, files))}]}}")
+    look(found)
+    began, layout = preflight(found).digests, Layout(tmp_path / "runs")
+    assert {str(file) for file in files} <= began.keys()
+    study = open_study(found, layout, began)
+    next_trial(study)
+    study.release()
+    write_rows(files[1], rows * 2)
+    with pytest.raises(UserError, match=f"^study 's' began with other data: {files[1]} was "):
+        check_study(found, layout, True, preflight(found).digests)
+    # A study of 0.1.0 knows of the first one alone.
+    study.study.set_user_attr("digests", {key: value for key, value in began.items() if key != str(files[1])})
+    check_study(found, layout, True, preflight(found).digests)
+    write_rows(files[1], [*rows, {"prompt": "a"}])
+    for refuses in (preflight, look):
+        with pytest.raises(UserError) as caught:
+            refuses(found)
+        line = f"{files[1]}, line 5: no column 'completion' (completion_template); columns: prompt"
+        assert str(caught.value) == line
+
+
+def test_every_template_that_is_searched_is_filled_at_the_start(tiny: Tiny) -> None:
+    templates = '{choice: ["{prompt}", "{question}"]}'
+    found = space(tiny, model_name_or_path=str(tiny.model("causal-lm")), prompt_template=templates)
+    for refuses in (preflight, look):
+        with pytest.raises(UserError, match=r", line 1: no column 'question'; columns: prompt, completion"):
+            refuses(found)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bilora_ray.config import SOURCES
-from bilora_ray.digests import BASE, BASE_MARK
+from bilora_ray.digests import MARKS
 from bilora_ray.errors import UserError
 from bilora_ray.paths import files_of, root
 from bilora_ray.search.space import Choice, Space
@@ -55,10 +55,9 @@ def keep_inputs(space: Space, digests: Mapping[str, str], storage_path: Path) ->
         fixed = {key: kept(key, value) for key, value in space.fixed.items()}
         points = tuple({key: kept(key, value) for key, value in point.items()} for point in space.points_to_evaluate)
         kept_digests = {
-            BASE_MARK + kept(BASE, source.removeprefix(BASE_MARK))
-            if source.startswith(BASE_MARK)
-            else kept("train_data", source): digest
+            mark + kept("train_data", source.removeprefix(mark)): digest
             for source, digest in digests.items()
+            for mark in [next(filter(source.startswith, MARKS.values()), "")]
         }
     except OSError as error:
         raise UserError(f"--storage-path {storage_path}: cannot be written ({error.strerror})") from None

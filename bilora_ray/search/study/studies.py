@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 
 from bilora_ray.checking import Settings, before, build, completed
 from bilora_ray.config import TrialConfig, takes_mapping
-from bilora_ray.digests import of_bases, of_data
+from bilora_ray.digests import BASE, CHAT_TEMPLATE, of_data, of_marked
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig, Space, StudyConfig
 from bilora_ray.search.study.layout import Layout
@@ -200,10 +200,13 @@ def _check_begun(study: optuna.Study, space: Space, layout: Layout, digests: Map
     _check_place(study, layout)
     _check_same(name, "space", _comparable(stored), _comparable(_described(space)))
     begun = study.user_attrs[DIGESTS]
-    _check_same(name, "data", of_data(begun), of_data(digests))
-    # Version 0.1.0 kept none of its bases.
-    bases = of_bases(digests)
-    _check_same(name, "base model", of_bases(begun), {base: bases[base] for base in of_bases(begun) if base in bases})
+    # Version 0.1.0 kept the first data that it searched, and no base.
+    for what, kept, found in (
+        ("data", of_data(begun), of_data(digests)),
+        ("base model", of_marked(BASE, begun), of_marked(BASE, digests)),
+        ("chat template", of_marked(CHAT_TEMPLATE, begun), of_marked(CHAT_TEMPLATE, digests)),
+    ):
+        _check_same(name, what, kept, {source: found[source] for source in kept if source in found})
     before, now = stored["study"]["num_trials"], space.study.num_trials
     if now < before:
         raise UserError(
