@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bilora_ray.errors import UserError
-from bilora_ray.paths import data_files
+from bilora_ray.paths import SourcesElsewhere, data_files
 from bilora_ray.search.cluster.inputs import keep_inputs
-from bilora_ray.search.cluster.upload import read_upload
+from bilora_ray.search.cluster.upload import check_upload, read_upload
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
 
@@ -26,7 +27,7 @@ def job(folder: Path, package: str) -> Path:
     return folder
 
 
-def space_in(folder: Path, **trial: Any) -> Space:
+def space_in(folder: Path, points: str = "[{train_data: b.jsonl}]", **trial: Any) -> Space:
     settings: dict[str, Any] = {
         "model_name_or_path": "model",
         "task": "causal-lm",
@@ -34,7 +35,7 @@ def space_in(folder: Path, **trial: Any) -> Space:
         "validation_data": "held-out.jsonl",
     }
     (folder / "space.yaml").write_text(
-        "study: {name: s, points_to_evaluate: [{train_data: b.jsonl}]}\ntrial:\n"
+        f"study: {{name: s, points_to_evaluate: {points}}}\ntrial:\n"
         + "".join(f"  {key}: {value}\n" for key, value in {**settings, **trial}.items())
     )
     return load_space(folder / "space.yaml")
@@ -136,3 +137,61 @@ def test_a_chat_template_comes_along(tmp_path: Path) -> None:
     kept = Path(space.fixed["chat_template"])
     assert kept.is_relative_to(tmp_path / "runs" / "inputs")
     assert (kept.name, kept.read_text()) == ("own.jinja", "x")
+
+
+def test_an_upload_that_leaves_an_image_of_a_folder_out_is_told(tmp_path: Path) -> None:
+    pictures = tmp_path / "pics"
+    for name in ("cat/x.png", "dog/y.png", "dog/.hidden.png", "dog/Thumbs.db"):
+        (pictures / name).parent.mkdir(parents=True, exist_ok=True)
+        (pictures / name).write_text("")
+    (tmp_path / ".gitignore").write_text("Thumbs.db\n.hidden.png\n")
+    assert read_upload(tmp_path).holds(pictures)
+    (tmp_path / ".gitignore").write_text("cat\n")
+    assert not read_upload(tmp_path).holds(pictures)
+
+
+def of_images(folder: Path, names: Sequence[str], **trial: Any) -> Space:
+    """A space whose table, in a folder of its own, names images; they need not be any here."""
+    (folder / "tables").mkdir()
+    (folder / "tables" / "rows.csv").write_text("image,label\n" + "".join(f"{name},a\n" for name in names))
+    for name in names:
+        path = folder / "tables" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+    data = {f"{split}_data": "tables/rows.csv" for split in ("train", "validation")}
+    return space_in(folder, points="[]", task="image-classification", **data, **trial)
+
+
+def test_the_images_that_a_table_names_come_along(tmp_path: Path) -> None:
+    folder, elsewhere = job(tmp_path, "1"), tmp_path / "shared.png"
+    names = ["imgs/a.png", "../others/b.png", str(elsewhere)]
+    space, _ = keep_inputs(of_images(folder, names), {}, tmp_path / "runs")
+    kept = Path(space.fixed["train_data"])
+    assert kept.is_relative_to(tmp_path / "runs" / "inputs")
+    assert [(kept.parent / name).read_text() for name in names] == names
+    assert len(list((tmp_path / "runs" / "inputs").rglob("*.png"))) == 2
+    (folder / "others" / "b.png").write_text("another")
+    again, _ = keep_inputs(load_space(folder / "space.yaml"), {}, tmp_path / "runs")
+    assert again.fixed["train_data"] != str(kept)
+
+
+def test_an_upload_that_leaves_an_image_of_a_table_out_is_told(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    outside = tmp_path.parent / "shared.png"
+    of_images(tmp_path, ["imgs/a.png", str(outside)])
+
+    def check() -> None:
+        sources = SourcesElsewhere()
+        space = load_space(tmp_path / "space.yaml", locate=sources)
+        check_upload(read_upload(tmp_path), space, sources.local)
+
+    check()
+    (tmp_path / ".gitignore").write_text("*.png")
+    with pytest.raises(UserError) as caught:
+        check()
+    where = f"{tmp_path / 'space.yaml'}: trial.train_data: tables/rows.csv"
+    assert str(caught.value) == (
+        f"{where}: the image {tmp_path / 'tables' / 'imgs' / 'a.png'} is outside the upload or ignored; put it below "
+        f"--working-dir {tmp_path}, or the table and its images on storage that all nodes share, with an absolute path"
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import hashlib
 import io
 import json
 import shutil
@@ -149,6 +150,21 @@ def test_the_digest_of_a_folder_is_of_its_names_and_sizes(folder: Path, tiny: Ti
     image = next(copy.rglob("*.png"))
     image.write_bytes(image.read_bytes() + b"\0")
     assert digest(copy) != before
+
+
+def test_the_digest_of_a_table_is_of_the_sizes_of_its_images_too(folder: Path, tiny: Tiny, tmp_path: Path) -> None:
+    def digest(path: Path) -> str:
+        return load_rows(settings(tiny, path)).digests["train_data"]
+
+    shutil.copytree(folder, tmp_path / "imgs")
+    names = sorted(f"imgs/{path.relative_to(folder)}" for path in folder.rglob("*.png"))
+    data = write_rows(tmp_path / "x.jsonl", [{"image": name, "label": name.split("/")[1]} for name in names])
+    before = digest(data)
+    assert digest(shutil.copytree(tmp_path, tmp_path.parent / "elsewhere") / "x.jsonl") == before
+    (tmp_path / names[-1]).write_bytes((tmp_path / names[-1]).read_bytes() + b"\0")
+    assert digest(data) != before
+    held = table(tmp_path / "x.parquet", [{"image": encoded(tmp_path / name), "label": name[5:8]} for name in names])
+    assert digest(held) == hashlib.sha256(held.read_bytes()).hexdigest()[:16]
 
 
 def test_an_image_that_is_in_both_splits_is_told_by_its_content(folder: Path, tiny: Tiny, tmp_path: Path) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from bilora_ray.digests import MARKS
 from bilora_ray.errors import UserError
 from bilora_ray.paths import files_of, root
 from bilora_ray.search.space import Choice, Space
+from bilora_ray.training.data.sources import image_files
 
 # Where Ray unpacks what a job was sent; the name follows the content of all of it.
 JOB_FOLDER = re.compile(r"/_ray_pkg_[0-9a-f]+/")
@@ -23,7 +25,7 @@ DIGEST_LENGTH = 16
 
 
 def keep_inputs(space: Space, digests: Mapping[str, str], storage_path: Path) -> tuple[Space, dict[str, str]]:
-    """Copy the model and data files that came with this job into the storage path.
+    """Copy the model and data files that came with this job into the storage path, and the images that tables name.
 
     The copy is named after its content, so a job that resumes the study, on another cluster and with other files
     beside them, finds them under the same path, and so does whoever takes an adapter later.
@@ -40,10 +42,15 @@ def keep_inputs(space: Space, digests: Mapping[str, str], storage_path: Path) ->
         UserError: the storage path cannot be written.
     """
 
+    config, copies = space.first_config(), dict[str, str]()
+
     def kept(key: str, value: Any) -> Any:
-        if key in SOURCES and isinstance(value, str) and JOB_FOLDER.search(value):
-            return str(_copy(Path(value), storage_path / "inputs"))
-        return value
+        if key not in SOURCES or not isinstance(value, str) or not JOB_FOLDER.search(value):
+            return value
+        if value not in copies:
+            images = image_files(value, config, key) if SOURCES[key] == "data" else []
+            copies[value] = str(_copy(Path(value), images, storage_path / "inputs"))
+        return copies[value]
 
     try:
         distributions = {
@@ -55,7 +62,7 @@ def keep_inputs(space: Space, digests: Mapping[str, str], storage_path: Path) ->
         fixed = {key: kept(key, value) for key, value in space.fixed.items()}
         points = tuple({key: kept(key, value) for key, value in point.items()} for point in space.points_to_evaluate)
         kept_digests = {
-            mark + kept("train_data", source.removeprefix(mark)): digest
+            mark + copies.get(name := source.removeprefix(mark), name): digest
             for source, digest in digests.items()
             for mark in [next(filter(source.startswith, MARKS.values()), "")]
         }
@@ -64,16 +71,21 @@ def keep_inputs(space: Space, digests: Mapping[str, str], storage_path: Path) ->
     return replace(space, fixed=fixed, distributions=distributions, points_to_evaluate=points), kept_digests
 
 
-def _copy(source: Path, inputs: Path) -> Path:
-    """The copy of a file, of a folder, or of all that a pattern matches, below the folder in which that begins."""
-    base = root(source)
-    target = inputs / _digest(source, base)
+def _copy(source: Path, images: Iterable[Path], inputs: Path) -> Path:
+    """The copy of a file, of a folder, or of all that a pattern matches, below the folder in which that begins.
+
+    The `images` of a table that came with the job are as far from it as they were.
+    """
+    named = (Path(os.path.normpath(image)) for image in images)
+    files = sorted({*files_of(source), *(image for image in named if JOB_FOLDER.search(str(image)))})
+    base = Path(os.path.commonpath([root(source), *(file.parent for file in files)]))
+    target = inputs / _digest(files, base)
     if not target.is_dir():
         inputs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=inputs) as scratch:
             fresh = Path(scratch, target.name)
             fresh.mkdir()
-            for file in files_of(source):
+            for file in files:
                 copy = fresh / file.relative_to(base)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copy)
@@ -85,10 +97,10 @@ def _copy(source: Path, inputs: Path) -> Path:
     return target / source.relative_to(base)
 
 
-def _digest(source: Path, base: Path) -> str:
-    """Of the names and the content of all files of a source."""
+def _digest(files: Iterable[Path], base: Path) -> str:
+    """Of the names and the content of all `files`."""
     whole = hashlib.sha256()
-    for path in files_of(source):
+    for path in files:
         with path.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()
         whole.update(f"{path.relative_to(base)}\0{content}\0".encode())

@@ -11,9 +11,11 @@ from pathlib import Path
 from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE, get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
+from bilora_ray.config import SOURCES
 from bilora_ray.errors import UserError, first_line
-from bilora_ray.paths import LocalSource, files_of
+from bilora_ray.paths import IMAGE_SUFFIXES, LocalSource, files_of
 from bilora_ray.search.space import Space
+from bilora_ray.training.data.sources import image_files
 
 # The dashboard refuses a larger request.
 LIMIT = 100 * 1024**2
@@ -43,10 +45,16 @@ class Upload:
         return sum(self.files.values()) + names + ENTRY * len(self.files) + END
 
     def holds(self, path: Path) -> bool:
-        """Whether a file is sent, all files that a pattern matches, or all right in a folder that are not hidden."""
-        if not path.is_dir():
-            return all(file in self.files for file in files_of(path))
-        return all(file in self.files for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
+        """Whether a file is sent, all files that a pattern matches, or all of a folder that could be read."""
+        is_folder = path.is_dir()
+        found = (file for file in files_of(path) if not is_folder or _is_read(file.relative_to(path)))
+        return all(file in self.files for file in found)
+
+
+def _is_read(file: Path) -> bool:
+    """Whether a model or data could have a folder's `file`: right in the folder or an image below it, not hidden."""
+    hidden = any(part.startswith(".") for part in file.parts)
+    return not hidden and (len(file.parts) == 1 or file.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def read_upload(working_dir: Path) -> Upload:
@@ -100,8 +108,21 @@ def check_upload(upload: Upload, space: Space, sources: Sequence[LocalSource]) -
     missing = [source for source in sources if not upload.holds(source.path)]
     if missing:
         raise UserError(f"{_listed(missing)}: {IGNORED}; take it out of that file, or put it {ELSEWHERE}")
+    for source in sources:
+        _check_images(upload, space, source)
     _check_size(upload)
     return space_file.relative_to(upload.folder)
+
+
+def _check_images(upload: Upload, space: Space, source: LocalSource) -> None:
+    """Refuse a table that names images by relative paths, of which one is not sent. Absolute ones are the cluster's."""
+    setting = source.where.rpartition(".")[2]
+    for image in image_files(str(source.path), space.first_config(), setting) if SOURCES[setting] == "data" else ():
+        path = Path(os.path.normpath(image))
+        is_relative = ".." in image.parts or image.is_relative_to(upload.folder)
+        if is_relative and path.is_file() and path not in upload.files:
+            cure = f"put it below --working-dir {upload.folder}, or the table and its images {ELSEWHERE}"
+            raise UserError(f"{source.where}: {source.name}: the image {path} is outside the upload or ignored; {cure}")
 
 
 def _listed(sources: Sequence[LocalSource]) -> str:

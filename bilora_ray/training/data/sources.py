@@ -246,7 +246,42 @@ def read_file(name: str, config: TrialConfig, setting: str, beginning: bool = Fa
     records = _reread(files, config, quotes) if is_large else list(_records(files, config, quotes))
     if next(iter(records), None) is None:
         raise UserError(f"{setting}: no rows in {name}")
-    return Source(records, _digest(files), sum(map(_size, files)))
+    digest = _digest(files)
+    if TASK_FACTS[config.task].reads_images:
+        digest = _with_images(digest, records, config)
+    return Source(records, digest, sum(map(_size, files)))
+
+
+def image_files(name: str, config: TrialConfig, setting: str) -> list[Path]:
+    """The files that hold the images of local data; none where no task reads any, or a table holds them itself.
+
+    Raises:
+        UserError: as `read_file`.
+    """
+    if not TASK_FACTS[config.task].reads_images:
+        return []
+    return list(_image_files(_local_records(name, config, setting), config))
+
+
+def _image_files(records: Iterable[Record], config: TrialConfig) -> Iterator[Path]:
+    for record in records:
+        value = record.columns.get(config.image_column)
+        path = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else value
+        if not (isinstance(path, str) and path):
+            return  # a table holds its images or names them, so that one row tells
+        yield Path(path)
+
+
+def _with_images(digest: str, records: Iterable[Record], config: TrialConfig) -> str:
+    """The `digest` of a table and the sizes of the images that it names: see `_image_folder`."""
+    sizes = "".join(f"{_size_of(path)}\0" for path in _image_files(records, config))
+    return hashlib.sha256(f"{digest}\0{sizes}".encode()).hexdigest()[:16] if sizes else digest
+
+
+def _size_of(path: Path) -> int:
+    with suppress(OSError, ValueError):  # who reads the row says what is wrong
+        return path.stat().st_size
+    return -1
 
 
 def _size(file: DataFile) -> int:
