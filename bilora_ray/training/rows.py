@@ -18,6 +18,7 @@ from bilora_ray.errors import UserError
 from bilora_ray.training.data import sources
 from bilora_ray.training.data.columns import filled, label_text_of
 from bilora_ray.training.data.formats import format_note, in_format
+from bilora_ray.training.data.labels import Labelled, RowLabels, labels_of_rows
 from bilora_ray.training.data.order import held_out, stratified
 from bilora_ray.training.data.sources import (
     BEGINNING,
@@ -65,7 +66,7 @@ def read_sources(config: TrialConfig, beginning: bool = False) -> dict[str, Sour
 
 
 def rows_of(sources: Mapping[str, Source], config: TrialConfig) -> Dataset:
-    """The rows of `sources`, each checked once.
+    """The rows of `sources`, each checked once, in a pass that also counts a large source's rows and their labels.
 
     Labels are those of all the training data, whatever is drawn of it, so that a label has the same index in
     every trial. The split and the draws depend on `config.resolved_split_seed`, the number of rows and, if they are to
@@ -151,12 +152,16 @@ def _label_names(sources: Mapping[str, Source], config: TrialConfig) -> Labels:
 
 
 def _rows(records: Collection[Record], config: TrialConfig, names: Labels) -> Collection[Row]:
-    row = TASKS[config.task].row
+    row, labels = TASKS[config.task].row, TASKS[config.task].labels
 
     def read() -> Iterator[Row]:
         return (row(record, config, names) for record in records)
 
-    return list(read()) if isinstance(records, list) else Reread(read, sum(1 for _ in read()))
+    if isinstance(records, list):
+        return list(read())
+    if labels is no_labels:
+        return Reread(read, sum(1 for _ in read()))
+    return Labelled(read, RowLabels.of(map(labels, read())))
 
 
 def _hold_out(rows: Collection[Row], config: TrialConfig) -> tuple[Collection[Row], Collection[Row]]:
@@ -175,7 +180,7 @@ def _draw(rows: Collection[Row], most: int | None, what: str, config: TrialConfi
 
 
 def _chosen(rows: Collection[Row], indices: Sequence[int]) -> Collection[Row]:
-    """The rows with these `indices`, in their own order. Of a large source a byte for each row is kept."""
+    """The rows with these `indices`, in their own order. Of a large source a byte for each row is kept, or five."""
     return _compressed(rows, _marked(indices, len(rows)), len(indices))
 
 
@@ -189,7 +194,11 @@ def _marked(indices: Iterable[int], count: int) -> bytearray:
 def _compressed(rows: Collection[Row], is_chosen: bytearray, count: int) -> Collection[Row]:
     if isinstance(rows, list):
         return list(compress(rows, is_chosen))
-    return Reread(lambda: compress(rows, is_chosen), count)
+
+    def read() -> Iterator[Row]:
+        return compress(rows, is_chosen)
+
+    return Labelled(read, rows.labels.chosen(is_chosen)) if isinstance(rows, Labelled) else Reread(read, count)
 
 
 def _groups(rows: Collection[Row], config: TrialConfig) -> Sequence[int]:
@@ -197,8 +206,7 @@ def _groups(rows: Collection[Row], config: TrialConfig) -> Sequence[int]:
     labels = TASKS[config.task].labels if config.stratify else no_labels
     if labels is no_labels:
         return array("i", [-1]) * len(rows)  # without a pass over them
-    counts = Counter(label for row in rows for label in labels(row))
-    return array("i", (min(labels(row), key=lambda label: (counts[label], label), default=-1) for row in rows))
+    return labels_of_rows(rows, labels).rarest()
 
 
 def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:

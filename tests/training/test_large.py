@@ -11,7 +11,7 @@ import sys
 import threading
 import tracemalloc
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from bilora_ray.search.study.studies import check_study, open_study
 from bilora_ray.training import loading
 from bilora_ray.training.data import sources
 from bilora_ray.training.data.cache import BATCH, Stored, Writer, cached
-from bilora_ray.training.data.sources import BEGINNING, Reread, read_file
+from bilora_ray.training.data.sources import BEGINNING, Record, Reread, read_file
 from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.rehearsal import rehearse
 from bilora_ray.training.rows import about, load_rows, notes
@@ -199,6 +199,79 @@ def test_no_row_of_a_large_file_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(dataset.train) == 4_500
     # A byte for each row of each split, and the order of the split while it is made: 16 bytes a row. Rows take 400.
     assert peak < 60 * 5_000
+
+
+LABELLED: dict[Task, list[Any]] = {
+    "sequence-classification": ["a", "b", "a", "c", "a", "b", "a"],
+    "multi-label-classification": [["a"], ["b", "a"], [], ["c", "b"], ["a"], [], ["b", "a", "c"]],
+}
+
+
+def of_labels(task: Task, folder: Path, **settings: Any) -> TrialConfig:
+    rows = [{"text": f"{i}", "label": LABELLED[task][i * i % 7]} for i in range(60)]
+    data = {"train_data": str(write_rows(folder / "train.jsonl", rows))}
+    if settings.pop("own_validation", False):
+        data["validation_data"] = str(write_rows(folder / "validation.jsonl", rows[:20]))
+    return TrialConfig(model_name_or_path="m", task=task, **data, **settings)
+
+
+@pytest.mark.parametrize("task", LABELLED)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"max_train_samples": 13, "max_eval_samples": 3, "validation_fraction": 0.3, "seed": 4},
+        {"max_train_samples": 13, "max_eval_samples": 5, "own_validation": True},
+        {"max_train_samples": 13, "max_eval_samples": 5, "own_validation": True, "stratify": False},
+    ],
+    ids=str,
+)
+def test_rows_of_labels_are_held_out_drawn_and_counted_as_ever(
+    task: Task, settings: dict[str, Any], tmp_path: Path, large: Large
+) -> None:
+    config = of_labels(task, tmp_path, **settings)
+    small = load_rows(config)
+    told = about(small, config), list(notes(small, config, 1))
+    large()
+    found = load_rows(config)
+    assert isinstance(found.train, Reread)
+    assert (list(found.train), list(found.validation)) == (small.train, small.validation)
+    assert (len(found.train), len(found.validation)) == (len(small.train), len(small.validation))
+    assert (about(found, config), list(notes(found, config, 1))) == told
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many records each pass over files gave that went to their end."""
+    found, records = list[int](), sources._records
+
+    def counted(*arguments: Any) -> Iterator[Record]:
+        each = list(records(*arguments))
+        yield from each
+        found.append(len(each))
+
+    monkeypatch.setattr(sources, "_records", counted)
+    return found
+
+
+@pytest.mark.parametrize("task", LABELLED)
+@pytest.mark.parametrize("drawn", [{}, {"max_train_samples": 13, "max_eval_samples": 3}], ids=str)
+def test_a_large_file_is_read_for_its_labels_and_to_check_it(
+    task: Task, drawn: dict[str, Any], tmp_path: Path, passes: list[int], large: Large
+) -> None:
+    config = of_labels(task, tmp_path, **drawn)
+    large()
+    about(load_rows(config), config)
+    assert passes == [60, 60]
+    passes.clear()
+    about(load_rows(config.model_copy(update={"label_names": ("a", "b", "c")})), config)
+    assert passes == [60]
+
+
+def test_a_trial_reads_a_large_file_twice_more_to_tokenize_it(tiny: Tiny, passes: list[int], large: Large) -> None:
+    large()
+    load_data(tiny.config("sequence-classification", validation_data=None))
+    assert passes == [44] * 4
 
 
 # A part of them

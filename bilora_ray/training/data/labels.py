@@ -7,17 +7,74 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import compress
+from typing import Any, TypeVar
 
 from bilora_ray.config import EXACT_MATCH, TrialConfig
 from bilora_ray.training.data.columns import MOST_NAMES, listed, plain
+from bilora_ray.training.data.sources import Reread
 from bilora_ray.training.metrics import F1, label_metrics, usual_average
+
+T = TypeVar("T")
 
 # More labels than these that are whole numbers, of few rows each, are measurements as a rule.
 MANY, FEW_ROWS = 20, 5
+
+
+@dataclass(frozen=True)
+class RowLabels:
+    """The labels of many rows, in 4 bytes for each.
+
+    Attributes:
+        of_row: the number of each row's set of labels.
+        sets: the indices of the labels of each set, by its number.
+    """
+
+    of_row: array[int]
+    sets: Sequence[tuple[int, ...]]
+
+    @classmethod
+    def of(cls, each: Iterable[tuple[int, ...]]) -> RowLabels:
+        """Of rows of which `each` has these labels."""
+        numbers: dict[tuple[int, ...], int] = {}
+        of_row = array("i", (numbers.setdefault(labels, len(numbers)) for labels in each))
+        return cls(of_row, tuple(numbers))
+
+    def chosen(self, is_chosen: bytearray) -> RowLabels:
+        """Those of the rows that are marked."""
+        return RowLabels(array("i", compress(self.of_row, is_chosen)), self.sets)
+
+    def counts(self) -> Counter[tuple[int, ...]]:
+        """How many rows have each set."""
+        return Counter({self.sets[number]: count for number, count in Counter(self.of_row).items()})
+
+    def rarest(self) -> array[int]:
+        """Of each row's labels that of the fewest rows, of no labels -1."""
+        counts = by_label(self.counts())
+        rarest = [min(labels, key=lambda label: (counts[label], label), default=-1) for labels in self.sets]
+        return array("i", (rarest[number] for number in self.of_row))
+
+
+class Labelled(Reread[T]):
+    """The rows of a large source with the labels that they had as they were checked: no pass is made for those.
+
+    Args:
+        read: see `Reread`.
+        labels: of each row.
+    """
+
+    def __init__(self, read: Callable[[], Iterator[T]], labels: RowLabels) -> None:
+        super().__init__(read, len(labels.of_row))
+        self.labels = labels
+
+
+def labels_of_rows(rows: Collection[Any], labels: Callable[[Any], tuple[int, ...]]) -> RowLabels:
+    """Those of `rows`, each of which has the `labels`."""
+    return rows.labels if isinstance(rows, Labelled) else RowLabels.of(map(labels, rows))
 
 
 @dataclass(frozen=True)
@@ -37,7 +94,8 @@ class LabelCounts:
     @classmethod
     def of(cls, dataset: Any, labels: Callable[[Any], tuple[int, ...]]) -> LabelCounts:
         """Those of a `tasks.base.Dataset`, whose rows have the `labels`."""
-        return cls(dataset.label_names, Counter(map(labels, dataset.train)), Counter(map(labels, dataset.validation)))
+        train, validation = (labels_of_rows(rows, labels).counts() for rows in (dataset.train, dataset.validation))
+        return cls(dataset.label_names, train, validation)
 
     def lines(self) -> Iterator[str]:
         """For each split the most frequent labels: all of them, or the first ten."""
