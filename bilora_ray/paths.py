@@ -59,10 +59,11 @@ def data_files(path: Path) -> list[Path]:
             is there by that very name goes before a pattern.
 
     Returns:
-        Those of a folder or pattern sorted by name, without hidden ones; at least one.
+        Those of a folder or pattern sorted by name, of a folder without hidden ones and companions; at least one.
 
     Raises:
-        UserError: there are none, they are of several kinds or splits, or the suffix of one is unknown.
+        UserError: there are none, the suffix of one is unknown, or those of a folder are of several kinds or splits, or
+            not all that it holds.
         OSError: the path cannot be looked at.
     """
     if path.is_dir():
