@@ -108,7 +108,8 @@ def _of_folder(folder: Path) -> list[Path]:
         raise UserError(f"{folder} holds files of several kinds; name one, as in {folder}/*{kinds[0]}")
     if names := splits_of(files, folder):
         raise UserError(f"{folder} holds files of several splits ({names}); name one, or a pattern as {folder}/*train*")
-    if others := [path.name for path in inside if path not in files and (path.is_file() or _holds_data(path))]:
+    read = set(files)
+    if others := [path.name for path in inside if path not in read and (not path.is_dir() or _holds_data(path))]:
         raise UserError(
             f"{folder} holds what is not read ({_first(others)}); name what is, as in {folder}/*{files[0].suffix}"
         )

@@ -97,6 +97,13 @@ def test_a_folder_and_a_pattern_of_data_are_absolute_too(name: str, base: Path) 
     assert absolute_sources({"train_data": name}, base, "W") == {"train_data": str(base / name)}
 
 
+def test_a_link_to_a_shard_that_is_gone_is_not_passed_over(base: Path) -> None:
+    (base / "data" / "part-1.jsonl").symlink_to(base / "gone")
+    folder = base / "data"
+    problem = f"holds what is not read (part-1.jsonl); name what is, as in {folder}/*.jsonl"
+    assert refused({"train_data": "data"}, base) == f"W.train_data: {folder} {problem}"
+
+
 def test_a_local_folder_goes_before_a_hub_name(base: Path) -> None:
     assert absolute_sources({"model_name_or_path": "model"}, base, "W") == {"model_name_or_path": str(base / "model")}
 
