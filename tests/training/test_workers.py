@@ -91,6 +91,10 @@ def check_alike(one: list[dict[str, float]], several: list[dict[str, float]], pa
         assert (tensor - others[name]).norm() <= 1e-3 * tensor.norm(), name
 
 
+# Whole copies are compared in the slow tests: parts of a model take the same way, and more.
+PARTED = [pytest.param(False, marks=pytest.mark.slow, id="ddp"), pytest.param(True, id="fsdp")]
+
+
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
 @pytest.mark.parametrize(
     "task", ["causal-lm", *(pytest.param(task, marks=pytest.mark.slow) for task in TASKS if task != "causal-lm")]
@@ -105,7 +109,7 @@ def test_two_workers_equal_one(task: Task, sharded: bool, tiny: Tiny, tmp_path: 
     check_alike(one, two[0], tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("sharded", PARTED)
 def test_interrupted_workers_go_on_exactly_and_generate_what_one_generates(
     sharded: bool, tiny: Tiny, tmp_path: Path
 ) -> None:
@@ -133,7 +137,7 @@ def remember_together(settings: dict[str, Any], folder: str, kinds: list[str], s
         assert reproducible(parts) == reproducible(whole), kind
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("sharded", PARTED)
 def test_interrupted_workers_remember_what_their_method_had(sharded: bool, tiny: Tiny, tmp_path: Path) -> None:
     settings = settings_of(tiny, "causal-lm", rows=3, method="lora", max_steps=4, lora_dropout=0.3)
     kinds = ["buffer of another dtype", "buffer of another shape", "scalar tensor", "schedule in a group", "generator"]
@@ -170,7 +174,7 @@ def once_and_twice(settings: dict[str, Any], folder: str, sharded: bool) -> None
     assert reproducible(fit_together(settings, f"{folder}/twice", 2, sharded)) == reproducible(once)
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("sharded", PARTED)
 def test_workers_pass_twice_with_the_same_dropout(sharded: bool, tiny: Tiny, tmp_path: Path) -> None:
     settings = settings_of(tiny, "causal-lm", rows=3, method="lora", max_steps=4, lora_dropout=0.5)
     together(2, once_and_twice, settings, str(tmp_path), sharded)
