@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import compress, islice
+from itertools import chain, compress, islice
 from typing import Any
 
 from bilora_ray.config import TrialConfig, template_columns
@@ -87,7 +87,7 @@ def rows_of(sources: Mapping[str, Source], config: TrialConfig) -> Dataset:
     digests = {key: source.digest for key, source in sources.items()}
     partial = {key: source.size for key, source in sources.items() if source.everything is not None}
     drawn = _draw(train, config.max_train_samples, "sample", config)
-    return Dataset(drawn, validation, names, digests, partial, config.format)
+    return Dataset(drawn, validation, None if names is None else tuple(names), digests, partial, config.format)
 
 
 def check_first_rows(config: TrialConfig) -> None:
@@ -143,6 +143,8 @@ def _check_task(config: TrialConfig) -> None:
 
 def _label_names(sources: Mapping[str, Source], config: TrialConfig) -> Labels:
     find, train = TASKS[config.task].label_names, sources["train_data"]
+    if config.label_names is not None:
+        return find(chain.from_iterable(source.records for source in sources.values()), config)
     if train.everything is None:
         return find(train.records, config)
     try:  # what is not among the first rows to train on may be among the others

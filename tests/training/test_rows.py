@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,29 @@ def test_given_labels_by_name_or_index(
     rows = classified(*labels)[: len(indices)]
     dataset = folder.load(rows, rows, task="sequence-classification", label_names=names)
     assert (dataset.label_names, labels_of(dataset)) == (names, indices)
+
+
+@pytest.mark.parametrize("kind", ["sequence-classification", "multi-label-classification", "causal-lm"])
+def test_given_labels_are_all_by_name_or_all_by_index(folder: Folder, kind: str) -> None:
+    """Of these names three are an index of another one."""
+    names = ("1", "2", "3", "7", "x")
+    settings = {"task": kind, "label_names": names, "prompt_template": "{text}", "completion_template": "{label}"}
+
+    def found(train: Sequence[Any], validation: Sequence[Any]) -> list[str]:
+        data = folder.load(classified(*train), classified(*validation), **settings)
+        if kind == "causal-lm":
+            return [row.completion for row in data.validation]  # type: ignore[attr-defined]
+        labels = [row.label for row in data.validation]  # type: ignore[attr-defined]
+        return [names[label if isinstance(label, int) else label[0]] for label in labels]
+
+    assert found([0, 1, 2, 3, 4], [1, 2, 3]) == ["2", "3", "7"]
+    assert found([1, 2, 3], ["0", 1, 2.0]) == ["1", "2", "3"]
+    assert found([1, 2, 3, 7, "x"], [1, "2", 3.0]) == ["1", "2", "3"]
+    assert found([4, 4], [4, 0]) == ["x", "1"]
+    rest = "train.jsonl, line 3 is none; all rows give names, or all indices"
+    line = f"label '0' is an index of label_names and no name, and 'x' of {rest}"
+    assert folder.error(classified(1, 0, "x"), classified(1), **settings) == f"train.jsonl, line 2: {line}"
+    assert folder.error(classified(1, 2, "x"), classified(0), **settings) == f"dev.jsonl, line 1: {line}"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import date, time
 from decimal import Decimal
@@ -36,6 +36,10 @@ WHOLE = re.compile(r"-?\d+\.0+")
 TRUTHS = frozenset({"true", "false"})
 # So many names are listed in a line.
 MOST_NAMES = 10
+
+
+class ByIndex(tuple[str, ...]):
+    """The names of labels that rows give by their indices, though some of these are names too."""
 
 
 def value_of(record: Record, column: str) -> Any:
@@ -163,15 +167,19 @@ def index_of(text: str, config: TrialConfig, names: tuple[str, ...], where: str,
     Raises:
         UserError: it is not among `names`; the line begins with `where`.
     """
-    known = _indices(names)
+    known = {} if isinstance(names, ByIndex) else _indices(names)
     for name in (text, plain(text)):
         if name in known:
             return known[name]
-    index = str(int(text == "true")) if is_bool else text
-    if config.label_names is not None and re.fullmatch(r"\d{1,9}", index) and int(index) < len(names):
+    index = str(int(text == "true")) if is_bool else plain(text)
+    if config.label_names is not None and _is_index(index, names):
         return int(index)
-    hint = "; -1 stands for no label" if text == "-1" else ""
+    hint = "; -1 stands for no label" if plain(text) == "-1" else ""
     raise UserError(f"{where}: label '{text}' is not among the labels ({listed(names)}){hint}")
+
+
+def _is_index(text: str, names: Sequence[str]) -> bool:
+    return bool(re.fullmatch(r"\d{1,9}", plain(text))) and int(plain(text)) < len(names)
 
 
 @lru_cache(maxsize=4)
@@ -188,18 +196,20 @@ def plain(name: str) -> str:
     return str(int(name.partition(".")[0])) if WHOLE.fullmatch(name) else name
 
 
-def names_of(labels: Mapping[str, str], config: TrialConfig) -> tuple[str, ...]:
+def names_of(found: Iterable[tuple[str, str]], config: TrialConfig) -> tuple[str, ...]:
     """The names of the labels in the order of their indices: those of the settings, or those that were found.
 
     Args:
-        labels: each label of the training data, with the place where it was found first.
+        found: each row's labels with its place, which are looked at only if they have to be.
         config: the settings.
 
     Raises:
-        UserError: there are fewer than two, one of them stands for no label, or `eval_f1` is of none of them.
+        UserError: there are fewer than two, one of them stands for no label, or `eval_f1` is of none of them; the rows
+            mix the names and the indices of those that the settings name.
     """
     if config.label_names is not None:
-        return config.label_names
+        return _given(found, config.label_names)
+    labels = _first_places(found)
     if not labels:
         raise UserError(f"train_data: {config.train_data} has no label; two or more are needed")
     if len(labels) < 2:
@@ -213,6 +223,36 @@ def names_of(labels: Mapping[str, str], config: TrialConfig) -> tuple[str, ...]:
     except ValueError as error:
         raise UserError(str(error)) from None
     return names
+
+
+def _first_places(found: Iterable[tuple[str, str]]) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for label, where in found:
+        labels.setdefault(label, where)
+    return labels
+
+
+def _given(found: Iterable[tuple[str, str]], names: tuple[str, ...]) -> tuple[str, ...]:
+    """`names`, by index if all labels are indices and not all are names: one way for all rows.
+
+    Only where the index of one is the name of another can it be told wrongly, and are the rows looked at.
+
+    Raises:
+        UserError: some labels are names and no indices, others are indices and no names.
+    """
+    if all(not _is_index(name, names) or int(plain(name)) == index for index, name in enumerate(names)):
+        return names
+    labels, known = _first_places(found), _indices(names)
+    unnamed = [label for label in labels if not {label, plain(label)} & known.keys() and _is_index(label, names)]
+    if not unnamed or len(unnamed) == len(labels):
+        return names
+    named = [label for label in labels if label not in unnamed and not _is_index(label, names)]
+    if not named:
+        return ByIndex(names)
+    line = (
+        f"label '{unnamed[0]}' is an index of label_names and no name, and '{named[0]}' of {labels[named[0]]} is none"
+    )
+    raise UserError(f"{labels[unnamed[0]]}: {line}; all rows give names, or all indices")
 
 
 def _check_unlabelled(labels: Mapping[str, str]) -> None:

@@ -62,11 +62,8 @@ class Measured:
 
 
 def _label_names(records: Iterable[Record], config: TrialConfig) -> Labels:
-    found: dict[str, str] = {}
-    for record in records if config.label_names is None else ():
-        for label in labels_of(record, config.label_column, config.label_delimiter):
-            found.setdefault(label, record.where)
-    return names_of(found, config)
+    each = ((labels_of(record, config.label_column, config.label_delimiter), record.where) for record in records)
+    return names_of(((label, where) for labels, where in each for label in labels), config)
 
 
 def _row(record: Record, config: TrialConfig, names: Labels) -> LabelledRow:

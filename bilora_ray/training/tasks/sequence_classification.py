@@ -65,10 +65,7 @@ class Measured:
 
 
 def _label_names(records: Iterable[Record], config: TrialConfig) -> Labels:
-    found: dict[str, str] = {}
-    for record in records if config.label_names is None else ():
-        found.setdefault(label_text_of(record, config.label_column), record.where)
-    return names_of(found, config)
+    return names_of(((label_text_of(record, config.label_column), record.where) for record in records), config)
 
 
 def _row(record: Record, config: TrialConfig, names: Labels) -> LabelledRow:

@@ -16,7 +16,7 @@ from bilora_ray.errors import UserError, nearest
 from bilora_ray.paths import model_file
 from bilora_ray.training.data.batches import eval_batches, in_row_order
 from bilora_ray.training.data.chat import Template
-from bilora_ray.training.data.columns import filled, label_of, listed, text_of
+from bilora_ray.training.data.columns import filled, label_of, label_text_of, listed, names_of, text_of
 from bilora_ray.training.data.formats import prompt_and_completion
 from bilora_ray.training.data.labels import LabelCounts, by_label, majority, positive_notes
 from bilora_ray.training.data.sources import Record
@@ -69,6 +69,15 @@ class TextRow:
     prompt: str
     completion: str
     where: str
+
+
+def text_label_names(records: Iterable[Record], config: TrialConfig) -> Labels:
+    """The labels that the settings name, if they do; see `names_of` for how rows give one that a template shows."""
+    column = config.label_column
+    shown = any(column in template_columns(text) for text in (config.prompt_template, config.completion_template))
+    if config.label_names is None or config.chat_column is not None or not shown:
+        return config.label_names
+    return names_of(((label_text_of(record, column), record.where) for record in records), config)
 
 
 def text_row(record: Record, config: TrialConfig, names: Labels) -> TextRow:
