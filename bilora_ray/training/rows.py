@@ -8,7 +8,6 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from itertools import chain, compress, islice
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 from bilora_ray.config import TrialConfig, template_columns
 from bilora_ray.errors import UserError
 from bilora_ray.training.data import sources
-from bilora_ray.training.data.columns import filled, label_text_of
+from bilora_ray.training.data.columns import WrongLabels, filled
 from bilora_ray.training.data.formats import format_note, in_format
 from bilora_ray.training.data.labels import Labelled, RowLabels, labels_of_rows
 from bilora_ray.training.data.order import held_out, stratified
@@ -103,27 +102,26 @@ def check_first_rows(config: TrialConfig) -> None:
     check_validation(config)
     found = first_records(config, FIRST_ROWS)
     config = _in_format(config, found)
+    train = found.get("train_data", [])
+    is_whole = config.label_names is None and 0 < len(train) < FIRST_ROWS
     for setting, records in found.items():
-        names = _first_labels(records, config)
-        if names == ():
-            continue
+        names = _first_labels(train if is_whole else records, config, is_whole)
         rows = [task.row(record, config, names) for record in records]
-        if setting == "validation_data":
+        is_drawn = config.stratify and config.max_eval_samples is not None
+        if setting == "validation_data" and not is_drawn:
             task.check(rows[: config.max_eval_samples], config)
         elif config.validation_data is None and config.validation_split is None and len(rows) == 1:
             _hold_out(rows, config)
 
 
-def _first_labels(records: Sequence[Record], config: TrialConfig) -> Labels:
-    """The labels of `records`, of which there may be fewer than of all; empty where they are none that can be told."""
+def _first_labels(records: Sequence[Record], config: TrialConfig, is_whole: bool) -> Labels:
+    """The labels of `records`: fewer than all, unless `is_whole`: these are all rows to train on."""
     try:
         return TASKS[config.task].label_names(records, config)
-    except UserError as error:
-        if any(str(error).startswith(record.where) for record in records):
+    except WrongLabels as error:  # the first rows of a sorted file have one label
+        if is_whole:
             raise
-    with suppress(UserError):  # the first rows of a sorted file have one label
-        return tuple({label_text_of(record, config.label_column): None for record in records})
-    return ()
+        return error.names
 
 
 def _in_format(config: TrialConfig, records: Mapping[str, Collection[Record]]) -> TrialConfig:

@@ -11,7 +11,7 @@ import pytest
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.training.rows import load_rows
+from bilora_ray.training.rows import check_first_rows, load_rows
 from bilora_ray.training.tasks.base import Dataset
 from bilora_ray.training.tasks.causal_lm import ChatRow
 from bilora_ray.training.tasks.sequence_classification import LabelledRow
@@ -279,3 +279,53 @@ def test_rows_are_read_without_heavy_imports(folder: Folder) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "\n"
+
+
+# At a look
+
+
+def looked(folder: Folder, rows: list[Any], validation: list[Any] | None = None, **settings: Any) -> str:
+    """What the first rows are refused for, the same as all of them; empty if they are not, and neither are all."""
+    found = []
+    for look in (check_first_rows, load_rows):
+        data = {"train_data": folder.write(rows)}
+        if validation is not None:
+            data["validation_data"] = folder.write(validation, "dev.jsonl")
+        try:
+            look(TrialConfig(**{"model_name_or_path": "m", "task": "sequence-classification", **data, **settings}))
+            found.append("")
+        except UserError as error:
+            found.append(str(error).replace(f"{folder.path}/", ""))
+    assert found[0] == found[1]
+    return found[0]
+
+
+def test_at_a_look_a_whole_file_has_its_labels(folder: Folder) -> None:
+    line = "train_data: every label in train.jsonl is 'a'; two or more are needed"
+    assert looked(folder, classified(*"aaaa")) == line
+    assert looked(folder, classified(*["a"] * 30, "b")) == ""
+    assert looked(folder, classified(*"ab"), classified("c")) == (
+        "dev.jsonl, line 1: label 'c' is not among the labels (a, b)"
+    )
+    assert looked(folder, classified(*["a"] * 30, "b"), classified(*"bb")) == ""
+    line = "positive_label: 'x' is not among the labels; allowed: a, b"
+    assert looked(folder, classified(*"ab"), positive_label="x") == line
+    assert looked(folder, classified(*"ab" * 10, "x"), positive_label="x", f1_average="binary") == ""
+
+
+@pytest.mark.parametrize("label", ["a", "", [], ["a"], '["a"]'])
+def test_at_a_look_rows_of_one_label_are_looked_at_all_the_same(folder: Folder, label: Any) -> None:
+    rows = classified(*[label] * 30, ["b"], ["c"])
+    settings = {"task": "multi-label-classification"}
+    assert looked(folder, rows, **settings) == ""
+    line = "train.jsonl, line 1: no column 'texts'; did you mean 'text'? columns: text, label"
+    assert looked(folder, rows, text_column="texts", **settings) == line
+
+
+def test_at_a_look_rows_that_may_not_be_drawn_are_not_judged(folder: Folder) -> None:
+    answers = [{"prompt": "p", "completion": "none"}] + [{"prompt": "p", "completion": "# a"}] * 40
+    judged = {"task": "causal-lm", "predict_with_generate": True, "answer_pattern": "# (.+)"}
+    line = "dev.jsonl, line 1: answer_pattern matches nothing in the completion"
+    assert looked(folder, answers, answers, **judged) == line
+    assert looked(folder, answers, answers, max_eval_samples=3, stratify=False, **judged) == line
+    assert looked(folder, answers, answers, max_eval_samples=3, **judged) == ""

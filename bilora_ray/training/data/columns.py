@@ -38,6 +38,14 @@ TRUTHS = frozenset({"true", "false"})
 MOST_NAMES = 10
 
 
+class WrongLabels(UserError):
+    """What is wrong with the labels of all rows, and need not be with those of some; `names` are those there are."""
+
+    def __init__(self, line: str, names: Iterable[str] = ()) -> None:
+        super().__init__(line)
+        self.names = tuple(names)
+
+
 class ByIndex(tuple[str, ...]):
     """The names of labels that rows give by their indices, though some of these are names too."""
 
@@ -204,16 +212,18 @@ def names_of(found: Iterable[tuple[str, str]], config: TrialConfig) -> tuple[str
         config: the settings.
 
     Raises:
-        UserError: there are fewer than two, one of them stands for no label, or `eval_f1` is of none of them; the rows
-            mix the names and the indices of those that the settings name.
+        WrongLabels: there are fewer than two, or `eval_f1` is of none of them.
+        UserError: one of them stands for no label; the rows mix the names and the indices of those that the settings
+            name.
     """
     if config.label_names is not None:
         return _given(found, config.label_names)
     labels = _first_places(found)
     if not labels:
-        raise UserError(f"train_data: {config.train_data} has no label; two or more are needed")
+        raise WrongLabels(f"train_data: {config.train_data} has no label; two or more are needed")
     if len(labels) < 2:
-        raise UserError(f"train_data: every label in {config.train_data} is '{min(labels)}'; two or more are needed")
+        every = f"every label in {config.train_data} is '{min(labels)}'"
+        raise WrongLabels(f"train_data: {every}; two or more are needed", labels)
     whole = all(INTEGER.fullmatch(name) for name in labels)
     names = tuple(sorted(labels, key=lambda name: (int(name), name) if whole else name))
     if config.check_labels:
@@ -221,7 +231,7 @@ def names_of(found: Iterable[tuple[str, str]], config: TrialConfig) -> tuple[str
     try:
         config.check_f1(names)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        raise WrongLabels(str(error), names) from None
     return names
 
 
