@@ -101,6 +101,9 @@ def check_first_rows(config: TrialConfig) -> None:
     _check_task(config)
     check_validation(config)
     found = first_records(config, FIRST_ROWS)
+    if any(len(records) == FIRST_ROWS for records in found.values()):
+        # What -1, 0 or false means is told by all labels.
+        config = config.model_copy(update={"check_labels": False})
     config = _in_format(config, found)
     train = found.get("train_data", [])
     is_whole = config.label_names is None and 0 < len(train) < FIRST_ROWS

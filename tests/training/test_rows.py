@@ -308,6 +308,11 @@ def test_at_a_look_a_whole_file_has_its_labels(folder: Folder) -> None:
         "dev.jsonl, line 1: label 'c' is not among the labels (a, b)"
     )
     assert looked(folder, classified(*["a"] * 30, "b"), classified(*"bb")) == ""
+    assert looked(folder, classified(-1, 0, 1)).startswith("train.jsonl, line 1: label '-1' beside labels from 0 on")
+    assert looked(folder, classified(*[-1, 0, 1] * 9, "a")) == ""
+    answers = [{"prompt": "p", "completion": "c", "label": number % 2} for number in range(30)]
+    assert looked(folder, answers[:9], task="causal-lm").startswith("train.jsonl, line 1: label 0 marks an answer")
+    assert looked(folder, [*answers, {**answers[0], "label": 2}], task="causal-lm") == ""
     line = "positive_label: 'x' is not among the labels; allowed: a, b"
     assert looked(folder, classified(*"ab"), positive_label="x") == line
     assert looked(folder, classified(*"ab" * 10, "x"), positive_label="x", f1_average="binary") == ""
