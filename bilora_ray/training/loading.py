@@ -107,7 +107,7 @@ def load_data(
     # Of the two seeds one decides them.
     decisive = config.model_copy(update={**WITHOUT_EFFECT, "seed": 0, "split_seed": config.resolved_split_seed})
     sources = (config.train_data, config.validation_data, config.chat_template)
-    key = (decisive, beginning, splits, *map(stamps_of, sources))
+    key = (decisive, beginning, splits, *(stamps_of(source, config) for source in sources))
     if key not in _kept:
         _kept.clear()  # before there is another: they may be large
         _kept[key] = _load(decisive, shared, beginning, splits)

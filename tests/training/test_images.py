@@ -160,9 +160,10 @@ def test_the_digest_of_a_table_is_of_the_sizes_of_its_images_too(folder: Path, t
     names = sorted(f"imgs/{path.relative_to(folder)}" for path in folder.rglob("*.png"))
     data = write_rows(tmp_path / "x.jsonl", [{"image": name, "label": name.split("/")[1]} for name in names])
     before = digest(data)
+    assert load_data(settings(tiny, data)).digests["train_data"] == before
     assert digest(shutil.copytree(tmp_path, tmp_path.parent / "elsewhere") / "x.jsonl") == before
     (tmp_path / names[-1]).write_bytes((tmp_path / names[-1]).read_bytes() + b"\0")
-    assert digest(data) != before
+    assert digest(data) == load_data(settings(tiny, data)).digests["train_data"] != before
     held = table(tmp_path / "x.parquet", [{"image": encoded(tmp_path / name), "label": name[5:8]} for name in names])
     assert digest(held) == hashlib.sha256(held.read_bytes()).hexdigest()[:16]
 

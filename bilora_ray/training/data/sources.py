@@ -375,12 +375,13 @@ def stamp_of(path: Path) -> Stamp:
     return found.st_mtime_ns, found.st_size
 
 
-def stamps_of(name: str | None) -> tuple[Stamp, ...]:
-    """Those of all files below a local source; none of one that is elsewhere or not there."""
+def stamps_of(name: str | None, config: TrialConfig) -> tuple[Stamp, ...]:
+    """Those of all files below a local source and of its images; none of one that is elsewhere or not there."""
     if name is None or not _is_file(name):
         return ()
     with suppress(OSError, UserError):  # who reads it says what is wrong
-        return tuple(stamp_of(file) for file in files_of(Path(loadable(name)).expanduser()))
+        images = image_files(name, config, "train_data")
+        return tuple(stamp_of(file) for file in (*files_of(Path(loadable(name)).expanduser()), *images))
     return ()
 
 
