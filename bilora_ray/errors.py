@@ -51,7 +51,7 @@ MISFIT = re.compile(
     r"|does not require grad|inplace operation|through the graph a second time",
     re.IGNORECASE,
 )
-OF_A_DEVICE = re.compile(r"\b(CUDA|CUBLAS|cuDNN|NCCL|HIP|gloo)\b", re.IGNORECASE)
+OF_A_DEVICE = re.compile(r"\b(CUDA|CUBLAS|cuDNN|NCCL|HIP|gloo|DefaultCPUAllocator)\b", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -154,13 +154,23 @@ def not_again() -> Iterator[None]:
     except (TrialFailure, UserError, OSError):
         raise
     except Exception as error:
-        if not isinstance(error, SAME_AGAIN) and not _is_misfit(error):
+        if not comes_again(error):
             raise
         raise TrialFailure(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def comes_again(error: Exception) -> bool:
+    """Whether `error` is of the code or of what it was given, so that a second start would raise it too."""
+    return isinstance(error, SAME_AGAIN) or _is_misfit(error)
+
+
+def is_of_device(error: Exception) -> bool:
+    """Whether torch says what a device could not do, or another worker: it may do it another time."""
+    return isinstance(error, RuntimeError) and bool(OF_A_DEVICE.search(str(error)))
 
 
 def _is_misfit(error: Exception) -> bool:
     """Whether what torch, or the `tokenizers` library, says is of what it was given."""
     if type(error) is Exception:  # as what is written in Rust raises it
         return True
-    return type(error) is RuntimeError and bool(MISFIT.search(str(error)) and not OF_A_DEVICE.search(str(error)))
+    return type(error) is RuntimeError and bool(MISFIT.search(str(error))) and not is_of_device(error)

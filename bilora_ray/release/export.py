@@ -63,7 +63,7 @@ def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> lis
         readable(unfinished)
         gc.collect()  # a base model may be half of the memory
         written = {"model_name_or_path": str(unfinished), "model_revision": None}
-        lost = difference(wanted, _logits(None, config.model_copy(update=written)))
+        lost = difference(wanted, _logits(None, config.model_copy(update=written)), config)
         if not lost <= tolerance(config):
             without = f", or train without {' and '.join(tied)} among target_modules" if tied else ""
             raise UserError(
@@ -114,7 +114,7 @@ def _told_of_quantization(adapter: Path, config: TrialConfig, wanted: Tensor) ->
 
     line = f"quantization: the adapter was trained on {config.quantization} weights and is merged into whole ones"
     try:
-        lost = difference(_logits(adapter, config), wanted)
+        lost = difference(_logits(adapter, config), wanted, config)
     except UserError as error:
         return f"{line}; what that changes was not measured ({error})"
     return f"{line}, which moves the logits by {lost:.2%}"

@@ -16,7 +16,7 @@ from bilora_ray.training import model as models
 from bilora_ray.training.data.batches import eval_batches
 from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.loading import Loaded, load_data
-from bilora_ray.training.probe.passes import check_tokens
+from bilora_ray.training.probe.passes import check_passes, check_tokens
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Example, Model, Prediction, on_device
 
@@ -62,6 +62,7 @@ def load_adapted(adapter: Path | None, config: TrialConfig) -> tuple[Model, Load
     model: Model
     model, fresh = models.load_base(config, data.tokenizer, data.label_names)
     check_tokens(model, config, data.tokenizer, data.validation)
+    check_passes(model, config, data.tokenizer, training=False)
     if adapter is not None:
         return models.load_adapter(model, adapter), data, [*([other] if other else []), *data.notes]
     missing = f"its files hold no weights of {', '.join(fresh)}"

@@ -39,7 +39,7 @@ from bilora_ray.training.evaluate import evaluate
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.metrics import IGNORED
-from bilora_ray.training.probe.passes import check_tokens
+from bilora_ray.training.probe.passes import check_passes, check_tokens
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Example, balanced, cross_entropy
 
@@ -110,6 +110,8 @@ class Run:
         self.weights_of_classes = torch.tensor(self.class_weights or (), device=models.device())
         base, fresh = models.load_base(config, self.data.tokenizer, self.data.label_names, workers)
         check_tokens(base, config, self.data.tokenizer, chain(self.data.train, self.data.validation))
+        if not workers.sharded:  # whose other workers have no weights yet
+            check_passes(base, config, self.data.tokenizer)
         self.model = models.add_primary(base, config, fresh)
         self.optimizer = models.build_optimizer(self.model, config, self._place)
         if config.gradient_checkpointing:

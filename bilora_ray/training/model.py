@@ -27,14 +27,14 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.pytorch_utils import Conv1D
 
 from bilora_ray.config import TASK_FACTS, TrialConfig
-from bilora_ray.errors import SAME_AGAIN, UserError, first_line, refusal
+from bilora_ray.errors import SAME_AGAIN, UserError, comes_again, first_line, is_of_device, refusal
 from bilora_ray.method import MethodAdamW, build_method, settings_of
 from bilora_ray.method.base import Place
 from bilora_ray.method.registry import stay
 from bilora_ray.paths import is_cached, kind_of, loadable
 from bilora_ray.training.data.chat import use_template
 from bilora_ray.training.distributed.workers import ALONE, Workers
-from bilora_ray.training.probe.passes import DEVICE_ERRORS, check_passes, reads_tokens
+from bilora_ray.training.probe.passes import reads_tokens
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Processor, check_positions
 
@@ -118,8 +118,6 @@ def load_base(
         _keep_fp32(model.get_submodule(name), amid=False)
     if TASK_FACTS[config.task].reads_images:
         _round_images(model, DTYPE[config.precision], but=_heads(model, config))
-    if not workers.sharded:
-        check_passes(model, config, tokenizer)
     return model, fresh
 
 
@@ -144,12 +142,17 @@ def load_stand_in(
     config: TrialConfig, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str] | None
 ) -> PreTrainedModel:
     """As `load_base`, but with random weights, float32 and plain attention: what it does with a row is the model's."""
-    plain = config.model_copy(update={"precision": "fp32", "quantization": None, "attn_implementation": None})
+    config = plain(config)
     torch.manual_seed(config.seed)
     with _naming_the_model(config):
-        model = _without_weights(plain, _base_arguments(plain, label_names), device())
+        model = _without_weights(config, _base_arguments(config, label_names), device())
     _pad_as(model, tokenizer)
     return model.eval()
+
+
+def plain(config: TrialConfig) -> TrialConfig:
+    """`config` for a stand-in: what it computes is not rounded as a trial's."""
+    return config.model_copy(update={"precision": "fp32", "quantization": None, "attn_implementation": None})
 
 
 def _base_arguments(config: TrialConfig, label_names: Sequence[str] | None) -> dict[str, Any]:
@@ -284,9 +287,9 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """
     try:
         return PeftModel.from_pretrained(model, str(adapter))
-    except DEVICE_ERRORS:
-        raise
-    except (KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+    except Exception as error:
+        if not isinstance(error, OSError | SafetensorError) and not comes_again(error):
+            raise
         raise refusal(f"{adapter}: is no adapter of this base model ({first_line(error)})", error) from error
 
 
@@ -388,11 +391,13 @@ def _naming_the_model(config: TrialConfig) -> Iterator[None]:
         raise UserError(f"model_name_or_path: no such folder: {name}")
     try:
         yield
-    except (UserError, *DEVICE_ERRORS):
+    except UserError:
         raise
     except ImportError as error:
         raise UserError(_missing(error, config)) from error
     except Exception as error:  # of which type depends on the library, and on the model's own code
+        if is_of_device(error):
+            raise
         if "Unrecognized configuration class" in str(error):  # the class's name would follow, and all that are known
             raise UserError(f"task: '{name}' is no model for {config.task}") from error
         raise refusal(f"model_name_or_path: cannot load '{name}' ({first_line(error)})", error) from error

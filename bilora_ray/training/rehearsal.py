@@ -70,7 +70,7 @@ def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
 
 def _read(config: TrialConfig, data: Loaded) -> None:
     model, task = models.load_stand_in(config, data.tokenizer, data.label_names), TASKS[config.task]
-    check_passes(model, config, data.tokenizer)
+    check_passes(model, models.plain(config), data.tokenizer)
     rows = nlargest(min(2, config.per_device_train_batch_size), islice(data.train, READ), key=attrgetter("length"))
     with reading(config):
         task.loss(model, on_device(task.collate(rows, data.tokenizer), model))

@@ -82,6 +82,17 @@ def test_weights_that_do_not_come_back_are_found(tiny: Tiny, tmp_path: Path, mon
     assert not (tmp_path / "merged").exists()
 
 
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_number_of_which_little_is_left_is_merged_too(seed: int, tiny: Tiny, tmp_path: Path) -> None:
+    base = build("sequence-classification", "bert", tiny, tmp_path / "base", hidden_size=64)
+    config = tiny.config("regression", model_name_or_path=str(base), max_length=48, precision="bf16", seed=seed)
+    run_fit(config.model_copy(update={"max_steps": 2, "learning_rate": 1e-3}), tmp_path / "trial")
+    adapter = TrialFolder(tmp_path / "trial").best_adapter()
+    assert adapter is not None
+    (note,) = export_merged(adapter, tmp_path / "merged", {})
+    assert float(note.rpartition(" ")[2].removesuffix("%")) < 10
+
+
 def test_what_rounding_takes_is_told(tiny: Tiny, tmp_path: Path) -> None:
     adapter = adapter_of("causal-lm", "llama", tiny, tmp_path, ("q_proj",), precision="bf16")
     (note,) = export_merged(adapter, tmp_path / "merged", {})

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from families import build
 from tiny_trials import Tiny, evaluate_adapter, run_fit, write_rows
 from transformers import AutoConfig, AutoTokenizer
 
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.recipe import RECIPE, evaluation_config
+from bilora_ray.release.export import export_merged
+from bilora_ray.training.evaluate import load_adapted
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import fit
+from bilora_ray.training.model import load_base, load_tokenizer
+from bilora_ray.training.probe.passes import check_passes, reading
 from bilora_ray.training.rehearsal import rehearse
+
+CLASSES: Task = "sequence-classification"
 
 
 def line_of(config: TrialConfig, folder: Path) -> str:
@@ -54,6 +64,73 @@ def test_a_model_that_reads_padding_gets_one_row_a_batch(family: str, tiny: Tiny
         "per_device_eval_batch_size: "
     )
     rehearse(config.model_copy(update=sizes))
+
+
+def heads_of(config: TrialConfig, count: int) -> Iterator[Callable[[], None]]:
+    """A look at the base model of `config` with one of `count` heads that started at random."""
+    tokenizer = load_tokenizer(config)
+    model, _ = load_base(config, tokenizer, ("bad", "good") if config.task == CLASSES else None)
+    for seed in range(count):
+        torch.manual_seed(seed)
+        torch.nn.init.normal_(model.get_submodule("classifier").get_parameter("weight"), std=0.02)
+        yield lambda: check_passes(model, config, tokenizer)
+
+
+@pytest.mark.parametrize("task", [CLASSES, "regression"])
+def test_what_bf16_rounds_is_no_other_way_to_read(task: Task, tiny: Tiny, tmp_path: Path) -> None:
+    base = build(CLASSES, "bert", tiny, tmp_path / "base", hidden_size=64, num_hidden_layers=12)
+    for look in heads_of(settings(tiny, task, base, precision="bf16"), 60):
+        look()
+
+
+@pytest.mark.parametrize("task", [CLASSES, "regression"])
+def test_no_head_hides_that_padding_is_read(task: Task, tiny: Tiny, tmp_path: Path) -> None:
+    base = build(CLASSES, "fnet", tiny, tmp_path / "base")
+    for look in heads_of(settings(tiny, task, base), 40):
+        with pytest.raises(UserError, match="reads a row in another way beside a longer one"):
+            look()
+
+
+def test_a_dry_run_finds_in_fp32_what_bf16_would_hide(tiny: Tiny, tmp_path: Path) -> None:
+    base = build(CLASSES, "convbert", tiny, tmp_path / "base")
+    with pytest.raises(UserError, match="reads a row in another way beside a longer one"):
+        rehearse(settings(tiny, "regression", base, precision="bf16"))
+
+
+def with_settings(adapter: Path, **changes: Any) -> Path:
+    """`adapter`, as if it was trained with other settings."""
+    recipe = json.loads((adapter / RECIPE).read_text())
+    (adapter / RECIPE).write_text(json.dumps({**recipe, "settings": recipe["settings"] | changes}))
+    return adapter
+
+
+def test_an_old_adapter_of_a_model_that_reads_padding_is_measured_and_merged(tiny: Tiny, tmp_path: Path) -> None:
+    base = build(CLASSES, "fnet", tiny, tmp_path / "base")
+    one = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1}
+    run_fit(settings(tiny, CLASSES, base, target_modules=("dense",), **one), tmp_path / "trial")
+    adapter = TrialFolder(tmp_path / "trial").best_adapter()
+    assert adapter is not None
+    with_settings(adapter, per_device_train_batch_size=8, per_device_eval_batch_size=32)
+    with pytest.raises(UserError) as error:
+        load_adapted(adapter, evaluation_config(adapter, {}))
+    assert str(error.value) == (
+        f"per_device_eval_batch_size: '{base}' reads a row in another way beside a longer one; needs "
+        "per_device_eval_batch_size of 1"
+    )
+    load_adapted(adapter, evaluation_config(adapter, {"per_device_eval_batch_size": 1}))
+    assert export_merged(adapter, tmp_path / "merged", {}) == []
+
+
+def test_an_evaluation_does_not_ask_what_a_model_could_learn(tiny: Tiny, tmp_path: Path) -> None:
+    base = build("causal-lm", "bert", tiny, tmp_path / "base", is_decoder=False)
+    load_adapted(None, settings(tiny, "causal-lm", base))
+
+
+def test_what_a_device_says_at_a_row_is_not_the_models_fault(tiny: Tiny) -> None:
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    with pytest.raises(RuntimeError) as caught, reading(tiny.config("causal-lm")):
+        raise error
+    assert caught.value is error
 
 
 def test_a_model_that_does_not_leave_padding_out_writes_alone(tiny: Tiny, tmp_path: Path) -> None:
@@ -102,6 +179,13 @@ def test_a_token_needs_an_embedding(where: str, task: Task, tiny: Tiny, tmp_path
         f"model_name_or_path: the tokenizer of {base} makes token {token[0]} ('{token[1]}'), and the model has "
         f"embeddings of {known}; save it with model.resize_token_embeddings(len(tokenizer)) in a folder, and name that"
     )
+
+
+def test_a_number_is_no_token(tiny: Tiny, tmp_path: Path) -> None:
+    base = build(CLASSES, "bert", tiny, tmp_path / "base")
+    with_tokens(base, "<x>")
+    data = str(write_rows(tmp_path / "rows.jsonl", [{"text": "red", "label": label} for label in (5e4, 1.5, 2)]))
+    rehearse(settings(tiny, "regression", base, train_data=data, validation_data=data))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "qwen3"])

@@ -313,6 +313,12 @@ def test_what_is_no_number_is_refused(value: Any, tmp_path: Path) -> None:
     assert refused(tmp_path, "regression", [1, value]) == line
 
 
+@pytest.mark.parametrize("value", [1e39, "-3.5e38", 10**40])
+def test_a_number_that_float32_cannot_hold_is_refused(value: Any, tmp_path: Path) -> None:
+    line = f"rows.jsonl, line 2: column 'label': {value!r} is more than float32 can hold; scale the labels"
+    assert refused(tmp_path, "regression", [1, value]) == line
+
+
 def test_each_draw_of_sets_has_the_share_of_the_rarest_labels(tmp_path: Path) -> None:
     sets = [["a"]] * 40 + [["a", "b"]] * 20 + [["a", "c"]] * 10 + [[]] * 10
     dataset, _ = rows_of(tmp_path, "multi-label-classification", sets, max_eval_samples=16, max_train_samples=8)

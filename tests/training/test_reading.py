@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from tiny_trials import Tiny, run_fit
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,6 +22,7 @@ from bilora_ray.training import loading
 from bilora_ray.training.checkpoint import load_checkpoint
 from bilora_ray.training.evaluate import load_adapted
 from bilora_ray.training.folder import TENSORS, TrialFolder
+from bilora_ray.training.model import load_adapter, load_base, load_tokenizer
 from bilora_ray.training.rehearsal import rehearse
 
 CONFIGURATION = "from transformers import LlamaConfig\nclass Mine(LlamaConfig):\n    model_type = 'mine'\n"
@@ -105,15 +107,27 @@ def test_a_disk_or_network_that_fails_is_the_machines(
     assert str(caught.value) == f"model_name_or_path: cannot load '{copied.model_name_or_path}' ({reason})"
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+@pytest.mark.parametrize("reader", [AutoModelForCausalLM, PeftModel])
 def test_what_the_device_says_is_not_the_models_fault(
-    copied: TrialConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    reader: Any, error: RuntimeError, copied: TrialConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*_: object, **__: object) -> None:
-        raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+        raise error
 
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", failing)
-    with pytest.raises(torch.AcceleratorError):
-        run_fit(copied, tmp_path / "trial")
+    monkeypatch.setattr(reader, "from_pretrained", failing)
+    with pytest.raises(RuntimeError) as caught:
+        load_adapter(load_base(copied, load_tokenizer(copied), None)[0], Path("adapter"))
+    assert caught.value is error
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")

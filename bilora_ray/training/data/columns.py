@@ -10,6 +10,7 @@ import json
 import math
 import re
 import string
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -151,7 +152,7 @@ def _json_list(text: str, where: str) -> list[Any]:
 
 
 def number_of(record: Record, column: str) -> float:
-    """The label in `column` as a number. UserError if it is none, or not finite."""
+    """The label in `column` as a number. UserError if it is none, or not finite, or float32 cannot hold it."""
     value = value_of(record, column)
     number = math.nan
     if isinstance(value, str | int | float | Decimal) and not isinstance(value, bool) and "_" not in str(value):
@@ -159,6 +160,8 @@ def number_of(record: Record, column: str) -> float:
             number = float(value)
     if not math.isfinite(number):
         raise UserError(f"{record.where}: column '{column}' must be a finite number, not {value!r}")
+    if not math.isfinite(array("f", [number])[0]):
+        raise UserError(f"{record.where}: column '{column}': {value!r} is more than float32 can hold; scale the labels")
     return number
 
 

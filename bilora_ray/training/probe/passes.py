@@ -15,17 +15,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from bilora_ray.config import TASK_FACTS, TrialConfig
-from bilora_ray.errors import SAME_AGAIN, UserError, first_line
+from bilora_ray.errors import UserError, comes_again, first_line
 from bilora_ray.training.metrics import IGNORED
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Example, Model, on_device, padded, stacked
 
 # Tokens of a long row and of a short one, beside their special ones.
 LONG, SHORT = 12, 5
-# By how much two passes over the same may differ, as a share of the logits' spread: sums in another order, no more.
+# So many rows tell what is done with a row where that is a number or two: of one they may be anything by chance.
+MANY = 16
+# By how much two passes over the same may differ, as a share as in `difference`: sums in another order, no more.
 EXACT, COARSE = 5e-3, 0.1
-# What the device tells, whatever it was asked for: not the model's fault. Older versions of torch know the first alone.
-DEVICE_ERRORS = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,16 @@ class Probe:
 
     @cached_property
     def words(self) -> list[int]:
-        """2 x LONG tokens that are not special, the same for each model of this vocabulary."""
+        """Tokens that are not special, the same for each model of this vocabulary."""
         special = set(self.tokenizer.all_special_ids)
         known = min(len(self.tokenizer), _embeddings(self.model, self.tokenizer))
-        return Random(0).choices([token for token in range(known) if token not in special], k=2 * LONG)
+        return Random(0).choices([token for token in range(known) if token not in special], k=MANY * SHORT)
+
+    @cached_property
+    def short(self) -> list[list[int]]:
+        """Texts of SHORT tokens: one, or MANY where a row has but a few logits."""
+        count = MANY if TASKS[self.config.task].heads else 1
+        return [self.words[start : start + SHORT] for start in range(0, count * SHORT, SHORT)]
 
     @cached_property
     def frame(self) -> tuple[list[int], list[int]]:
@@ -86,15 +92,14 @@ class Probe:
 
     def reads_ahead(self) -> bool:
         """Whether a later token changes what is made of an earlier one."""
-        first, second = self.logits(self.words[:LONG], self.words[:SHORT] + self.words[LONG + SHORT :])
+        first, second = self.logits(self.words[:LONG], self.words[:SHORT] + self.words[LONG + SHORT : 2 * LONG])
         known = len(self.frame[0]) + SHORT
         return self._apart(first[:known], second[:known])
 
     def minds_padding(self) -> bool:
-        """Whether a row is another one beside a longer row."""
-        short = self.words[:SHORT]
-        (alone,), (beside, _) = self.logits(short), self.logits(short, self.words[:LONG])
-        return self._apart(alone, beside)
+        """Whether rows are other ones beside a longer row."""
+        alone, (*beside, _) = self.logits(*self.short), self.logits(*self.short, self.words[:LONG])
+        return self._apart(torch.stack(alone), torch.stack(beside))
 
     def writes_by_padding(self) -> bool:
         """Whether a prompt is gone on with in another way beside a longer one."""
@@ -102,22 +107,30 @@ class Probe:
         return self._apart(self.next_tokens(short)[0], self.next_tokens(short, self.words[:LONG])[0])
 
     def _apart(self, one: Tensor, other: Tensor) -> bool:
-        return not difference(one, other) <= tolerance(self.config)
+        return not difference(one, other, self.config) <= tolerance(self.config)
 
 
 def tolerance(config: TrialConfig) -> float:
     """The `difference` of two computations that is no more than rounding."""
-    return EXACT if config.precision == "fp32" and config.quantization is None else COARSE
+    return EXACT if _is_exact(config) else COARSE
 
 
-def difference(one: Tensor, other: Tensor) -> float:
-    """How far `other` is from `one`, as a share of the spread of `one`: roots of mean squares."""
-    spread = (one - one.mean()).norm() if one.numel() > 1 else one.norm()
-    return float((one - other).norm() / spread.clamp_min(torch.finfo(torch.float32).tiny))
+def difference(one: Tensor, other: Tensor, config: TrialConfig) -> float:
+    """How far logits are from those of `one`, as a share of the spread of these: roots of mean squares.
+
+    What a head says of rows may be far from 0 and hardly spread, and rounding takes its share of what there is: where
+    that is not little, the share is of the logits' size.
+    """
+    middle = 0.0 if TASKS[config.task].heads and not _is_exact(config) else one.mean()
+    return float((one - other).norm() / (one - middle).norm().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _is_exact(config: TrialConfig) -> bool:
+    return config.precision == "fp32" and config.quantization is None
 
 
 def logits_of(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """All that `model` makes of two rows that are made up, as one row of numbers: float32, on the CPU.
+    """All that `model` makes of rows that are made up, as one row of numbers: float32, on the CPU.
 
     The rows are the same for each model with one vocabulary, or one image processor.
     """
@@ -125,14 +138,20 @@ def logits_of(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerB
     with torch.no_grad():
         if reads_tokens(model):
             probe = Probe(model, config, tokenizer)
-            return torch.cat([part.flatten() for part in probe.logits(probe.words[:LONG], probe.words[LONG:][:SHORT])])
-        noise = torch.randint(256, (2, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+            return torch.cat([part.flatten() for part in probe.logits(probe.words[:LONG], *probe.short)])
+        noise = torch.randint(256, (MANY, 64, 64, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         batch = tokenizer(images=[image.numpy() for image in noise], return_tensors="pt")
         return model(pixel_values=batch["pixel_values"].to(model.device)).logits.float().cpu().flatten()
 
 
-def check_passes(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_passes(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase, training: bool = True) -> None:
     """Look at how `model`, in evaluation mode, reads rows that are made up; what reads no tokens is not looked at.
+
+    Args:
+        model: as it is loaded.
+        config: the settings.
+        tokenizer: the model's own.
+        training: whether it is to learn; else it is measured only, and what is learned from is not looked at.
 
     Raises:
         UserError: it can read none, or no padding; it is to go on with a text and sees what comes; or a row is another
@@ -142,7 +161,7 @@ def check_passes(model: Model, config: TrialConfig, tokenizer: PreTrainedTokeniz
         return
     check_tokens(model, config, tokenizer, ())
     with reading(config):
-        problem = _problem(Probe(model, config, tokenizer))
+        problem = _problem(Probe(model, config, tokenizer), training)
     if problem is not None:
         setting, line = problem
         raise UserError(f"{setting}: '{config.model_name_or_path}' {line}")
@@ -154,7 +173,13 @@ def check_tokens(
     """UserError if there is a token in `examples`, or the padding's, that `model` has no embedding of."""
     if not reads_tokens(model) or len(tokenizer) <= (known := _embeddings(model, tokenizer)):
         return
-    ids = (ids for example in examples for ids in (example.input_ids, example.labels, example.prompt_ids) if ids)
+    learned = TASK_FACTS[config.task].generates  # else labels are indices, or numbers
+    ids = (
+        ids
+        for example in examples
+        for ids in (example.input_ids, example.labels if learned else None, example.prompt_ids)
+        if ids
+    )
     highest = max(map(max, ids), default=0)
     for token in (tokenizer.pad_token_id, highest):
         if token >= known:
@@ -184,27 +209,27 @@ def reading(config: TrialConfig) -> Iterator[None]:
     try:
         with torch.no_grad():  # of what a model keeps from a pass in inference mode, nothing could be learned later
             yield
-    except DEVICE_ERRORS:
-        raise
-    except (*SAME_AGAIN, RuntimeError) as error:
+    except Exception as error:
+        if not comes_again(error):
+            raise
         line = f"model_name_or_path: '{config.model_name_or_path}' cannot read a row ({first_line(error)})"
         raise UserError(line) from error
 
 
-def _problem(probe: Probe) -> tuple[str, str] | None:
+def _problem(probe: Probe, training: bool) -> tuple[str, str] | None:
     config = probe.config
     continues = TASKS[config.task].continues
-    if continues and probe.reads_ahead():
+    if training and continues and probe.reads_ahead():
         return "model_name_or_path", (
             f"sees the tokens that it is to predict, as an encoder does; {config.task} needs a decoder "
             "(a BERT is one with is_decoder: true in its config.json)"
         )
-    sizes = {key: getattr(config, key) for key in ("per_device_train_batch_size", "per_device_eval_batch_size")}
-    several = [key for key, size in sizes.items() if size > 1]
+    evaluated = "per_device_eval_batch_size"
+    sizes = ["per_device_train_batch_size", evaluated] if training else [evaluated]
+    several = [key for key in sizes if getattr(config, key) > 1]
     # What a row that is padded at its right holds is not seen from before it.
     if not continues and several and probe.minds_padding():
         return several[0], f"reads a row in another way beside a longer one; needs {' and '.join(sizes)} of 1"
-    evaluated = "per_device_eval_batch_size"
     if config.predict_with_generate and evaluated in several and probe.writes_by_padding():
         return evaluated, f"goes on in another way beside a longer prompt; predict_with_generate needs {evaluated} of 1"
     return None
