@@ -90,6 +90,7 @@ def preflight(space: Space, dry_run: bool = False) -> Checked:
     digests |= _others(space)
     told = (
         *_unpinned(config),
+        *_unlooked_at(space),
         *_new_head(config, rows.label_names),
         *notes(rows, space.with_step(max), space.resources.workers),
     )
@@ -125,6 +126,13 @@ def chat_notes(checked: Checked) -> tuple[str, ...]:
     from bilora_ray.training.rehearsal import notes_of_first
 
     return notes_of_first(checked.config, checked.rows)
+
+
+def _unlooked_at(space: Space) -> Iterator[str]:
+    """A line where no worker has a whole model to look at: see `probe.passes.check_passes`."""
+    if space.resources.parallelism == "fsdp":
+        looks = "whether the base model sees ahead or reads padding"
+        yield f"parallelism: no trial of fsdp looks {looks}; a dry run does, of models of up to 500 million parameters"
 
 
 def _unpinned(config: TrialConfig) -> Iterator[str]:

@@ -478,3 +478,9 @@ def test_every_template_that_is_searched_is_filled_at_the_start(tiny: Tiny) -> N
     for refuses in (preflight, look):
         with pytest.raises(UserError, match=r", line 1: no column 'question'; columns: prompt, completion"):
             refuses(found)
+
+
+def test_a_model_in_parts_is_not_looked_at_and_that_is_told(tiny: Tiny) -> None:
+    told = preflight(space(tiny, "resources.workers=2", "resources.parallelism=fsdp")).notes
+    assert [note.partition(":")[0] for note in told] == ["parallelism"]
+    assert preflight(space(tiny, "resources.workers=2")).notes == ()
