@@ -481,6 +481,7 @@ def test_every_template_that_is_searched_is_filled_at_the_start(tiny: Tiny) -> N
 
 
 def test_a_model_in_parts_is_not_looked_at_and_that_is_told(tiny: Tiny) -> None:
-    told = preflight(space(tiny, "resources.workers=2", "resources.parallelism=fsdp")).notes
+    local = {"model_name_or_path": str(tiny.model("causal-lm"))}
+    told = preflight(space(tiny, "resources.workers=2", "resources.parallelism=fsdp", **local)).notes
     assert [note.partition(":")[0] for note in told] == ["parallelism"]
-    assert preflight(space(tiny, "resources.workers=2")).notes == ()
+    assert preflight(space(tiny, "resources.workers=2", **local)).notes == ()
