@@ -95,7 +95,7 @@ def check_alike(one: list[dict[str, float]], several: list[dict[str, float]], pa
 PARTED = [pytest.param(False, marks=pytest.mark.slow, id="ddp"), pytest.param(True, id="fsdp")]
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("sharded", PARTED)
 @pytest.mark.parametrize(
     "task", ["causal-lm", *(pytest.param(task, marks=pytest.mark.slow) for task in TASKS if task != "causal-lm")]
 )
@@ -137,7 +137,8 @@ def remember_together(settings: dict[str, Any], folder: str, kinds: list[str], s
         assert reproducible(parts) == reproducible(whole), kind
 
 
-@pytest.mark.parametrize("sharded", PARTED)
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp"])
 def test_interrupted_workers_remember_what_their_method_had(sharded: bool, tiny: Tiny, tmp_path: Path) -> None:
     settings = settings_of(tiny, "causal-lm", rows=3, method="lora", max_steps=4, lora_dropout=0.3)
     kinds = ["buffer of another dtype", "buffer of another shape", "scalar tensor", "schedule in a group", "generator"]
