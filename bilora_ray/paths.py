@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from glob import glob
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -186,7 +187,17 @@ def locate_here(name: str, base: Path, where: str, is_data: bool) -> str:
         raise UserError(f"{where}: {name}: {getattr(error, 'strerror', None) or error}") from None
     if kind == "local" or not HUB_NAME.fullmatch(name):
         raise UserError(f"{where}: no such {'file' if is_data else 'folder'}: {path}")
+    if is_data and (close := _misspelt(path)):
+        raise UserError(f"{where}: no such file: {path}; did you mean '{close}'?")
     return name
+
+
+def _misspelt(path: Path) -> str | None:
+    """The file of data that `path` may be meant for: a name with another suffix could be one of the Hub."""
+    if not path.suffix or not path.parent.is_dir():
+        return None
+    beside = [file.name for file in path.parent.iterdir() if data_suffix(file.name)]
+    return next(iter(get_close_matches(path.name, beside, n=1, cutoff=0.8)), None)
 
 
 def _is_here(path: Path, is_data: bool) -> bool:

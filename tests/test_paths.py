@@ -9,7 +9,7 @@ import pytest
 from bilora_ray.builtin import path as built_in
 from bilora_ray.config import SOURCES
 from bilora_ray.errors import UserError
-from bilora_ray.paths import cached_commit, have_home, kind_by_name, kind_of, loadable
+from bilora_ray.paths import cached_commit, have_home, kind_by_name, kind_of, loadable, locate_here
 from bilora_ray.search.space_file import absolute_sources
 
 DATA = ("train_data", "validation_data")
@@ -221,3 +221,13 @@ def test_a_process_without_a_home_is_given_one_in_which_nobody_writes(monkeypatc
     monkeypatch.setattr("pwd.getpwuid", unknown)
     have_home()
     assert os.environ["HOME"] == "/"
+
+
+def test_a_misspelt_suffix_is_no_name_of_the_hub_where_the_file_is_there(tmp_path: Path) -> None:
+    (tmp_path / "chat.jsonl").write_text("{}")
+    with pytest.raises(UserError) as caught:
+        locate_here("chat.jsnol", tmp_path, "W", True)
+    assert str(caught.value) == f"W: no such file: {tmp_path}/chat.jsnol; did you mean 'chat.jsonl'?"
+    assert locate_here("org/chat.jsnol", tmp_path, "W", True) == "org/chat.jsnol"
+    assert locate_here("squad", tmp_path, "W", True) == "squad"
+    assert locate_here("other.data", tmp_path, "W", True) == "other.data"

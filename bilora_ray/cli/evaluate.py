@@ -72,9 +72,11 @@ def command(
 
     own_rows = data is None and "validation_data" not in given
     notes = list(check_template(config, before))
-    if own_rows and before:
+    if before and (own_rows or data is not None):
         now = {setting: source.digest for setting, source in read_sources(config).items()}
-        notes += check_rows(config, before, now)
+        notes += check_rows(config, before, now) if own_rows else ()
+        if data is not None and not base_model and now["train_data"] == before.get("train_data"):
+            notes.append(f"--data: {data} is what was trained on, so that this says nothing of other rows")
     with telling_of_gpu_memory("; take a smaller one: --set per_device_eval_batch_size=N"):
         model, loaded, told = load_adapted(None if base_model or is_merged(adapter) else adapter, config)
         config = config.model_copy(update={"label_names": loaded.label_names, "format": loaded.format})

@@ -169,6 +169,16 @@ def test_rows_of_a_file_that_has_grown_are_not_called_held_out(tiny: Tiny, here:
     ran(f"evaluate {adapter} --data own.jsonl")
 
 
+def test_the_rows_that_were_trained_on_are_known_wherever_they_are(tiny: Tiny, here: Path) -> None:
+    adapter = trained_on_a_file(tiny, here)
+    shutil.copy(here / "own.jsonl", here / "test.jsonl")
+    line = "--data: test.jsonl is what was trained on, so that this says nothing of other rows"
+    assert f"Note: {line}\n" in evaluate(adapter, "--data", "test.jsonl").stderr
+    assert "Note" not in evaluate(adapter, "--data", "test.jsonl", "--base-model").stderr
+    append_row(here / "test.jsonl")
+    assert "Note" not in evaluate(adapter, "--data", "test.jsonl").stderr
+
+
 def test_a_training_file_that_was_moved_is_known_by_its_content(tiny: Tiny, here: Path) -> None:
     adapter = trained_on_a_file(tiny, here)
     before = ran(f"evaluate {adapter} --json")

@@ -534,13 +534,13 @@ ENCODING_CASES = [
     Case(
         "UTF-8, with encoding: cp1252",
         file("d.csv", CAFE),
-        Refused("encoding: {} is UTF-8, not cp1252; leave encoding out, or convert the other file"),
+        Refused("encoding: {} is UTF-8, not cp1252; encoding: utf-8 reads it, if no other file needs that one"),
         {"encoding": "cp1252"},
     ),
     Case(
         "UTF-8 whose first letter beyond ASCII is late, with encoding: cp1252",
         file("d.csv", "a,b\n" + "1,x\n" * 9999 + "1,café\n"),
-        Refused("encoding: {} is UTF-8, not cp1252; leave encoding out, or convert the other file"),
+        Refused("encoding: {} is UTF-8, not cp1252; encoding: utf-8 reads it, if no other file needs that one"),
         {"encoding": "cp1252"},
     ),
     Case(

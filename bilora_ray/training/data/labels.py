@@ -124,8 +124,8 @@ def most_frequent(sets: Counter[tuple[int, ...]]) -> tuple[int, ...]:
 def majority(counts: LabelCounts, config: TrialConfig) -> str:
     """What the metric of the settings is without learning, where each row has one label.
 
-    Of a metric of labels that is to say the most frequent training label of every row; of the loss, to give each label
-    the probability that its share of the training rows is.
+    Of a metric of labels that is to say the most frequent training label of every row, or the one that a binary F1 is
+    of; of the loss, to give each label the probability that its share of the training rows is.
     """
     if config.metric == "eval_loss":
         rows, measured = counts.train.total(), counts.validation.items()
@@ -138,6 +138,8 @@ def majority(counts: LabelCounts, config: TrialConfig) -> str:
     reference = [found for (found,) in counts.validation.elements()]
     named = config.model_copy(update={"label_names": tuple(counts.names)})
     f1 = F1.of(named, usual_average(len(counts.names)))
+    if config.metric == "eval_f1" and f1.average == "binary":
+        label = f1.positive  # to say another one always has no F1 at all
     metrics = label_metrics([label] * len(reference), reference, len(counts.names), f1)
     # What is written is right where it is the label.
     metrics[EXACT_MATCH] = metrics["eval_accuracy"]

@@ -149,7 +149,7 @@ def _check_named(text: bytes, encoding: str, file: DataFile) -> None:
     with suppress(UnicodeDecodeError):
         codecs.getincrementaldecoder("utf-8")().decode(text)
         raise UserError(
-            f"encoding: {file.name} is UTF-8, not {encoding}; leave encoding out, or convert the other file"
+            f"encoding: {file.name} is UTF-8, not {encoding}; encoding: utf-8 reads it, if no other file needs that one"
         )
 
 
