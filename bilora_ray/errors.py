@@ -153,7 +153,7 @@ def not_again() -> Iterator[None]:
         yield
     except (TrialFailure, UserError, OSError):
         raise
-    except Exception as error:
+    except Exception as error:  # a model's own code may raise any; what another start may mend is raised again
         if not comes_again(error):
             raise
         raise TrialFailure(f"{type(error).__name__}: {first_line(error)}") from error

@@ -287,7 +287,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
     """
     try:
         return PeftModel.from_pretrained(model, str(adapter))
-    except Exception as error:
+    except Exception as error:  # of PEFT, torch or the model's own code; what is a device's is raised again
         if not isinstance(error, OSError | SafetensorError) and not comes_again(error):
             raise
         raise refusal(f"{adapter}: is no adapter of this base model ({first_line(error)})", error) from error

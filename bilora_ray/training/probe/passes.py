@@ -209,7 +209,7 @@ def reading(config: TrialConfig) -> Iterator[None]:
     try:
         with torch.no_grad():  # of what a model keeps from a pass in inference mode, nothing could be learned later
             yield
-    except Exception as error:
+    except Exception as error:  # a model's own code may raise any; what another start may mend is raised again
         if not comes_again(error):
             raise
         line = f"model_name_or_path: '{config.model_name_or_path}' cannot read a row ({first_line(error)})"
