@@ -243,8 +243,7 @@ class Template:
 
     @cached_property
     def _special(self) -> frozenset[int]:
-        added = {number for number, token in self.tokenizer.added_tokens_decoder.items() if token.special}
-        return frozenset(added | set(self.tokenizer.all_special_ids))
+        return all_special(self.tokenizer)
 
     @cached_property
     def _special_in_answers(self) -> frozenset[int]:
@@ -300,6 +299,12 @@ class Template:
         """Whether TOLD, which is in one of `messages`, is not in what is written of them."""
         text = self._tried(*map(self._in_shape, messages))
         return bool(text) and TOLD not in text
+
+
+def all_special(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The special tokens of a tokenizer, those that were added to it too."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset(added | set(tokenizer.all_special_ids))
 
 
 def use_template(tokenizer: PreTrainedTokenizerBase, config: TrialConfig) -> None:

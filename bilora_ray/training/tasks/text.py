@@ -15,7 +15,7 @@ from bilora_ray.config import EXACT_MATCH, LABEL_METRICS, TrialConfig, template_
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.paths import model_file
 from bilora_ray.training.data.batches import eval_batches, in_row_order
-from bilora_ray.training.data.chat import Template
+from bilora_ray.training.data.chat import Template, all_special
 from bilora_ray.training.data.columns import filled, label_of, label_text_of, listed, names_of, text_of
 from bilora_ray.training.data.formats import prompt_and_completion
 from bilora_ray.training.data.labels import LabelCounts, by_label, majority, positive_notes
@@ -372,19 +372,14 @@ def _decoded(rows: list[list[int]], tokenizer: PreTrainedTokenizerBase, kept: Ab
     """The text of each row, without special tokens but those that are `kept`."""
     if not kept:
         return tokenizer.batch_decode(rows, skip_special_tokens=True)
-    dropped = _all_special(tokenizer) - kept
+    dropped = all_special(tokenizer) - kept
     return tokenizer.batch_decode([[token for token in row if token not in dropped] for row in rows])
 
 
 def _special(rows: Iterable[list[int]], tokenizer: PreTrainedTokenizerBase) -> AbstractSet[int]:
     """The special tokens that are a part of texts, so that what is written is not judged without them."""
     around = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    return {token for row in rows for token in row} & (_all_special(tokenizer) - around)
-
-
-def _all_special(tokenizer: PreTrainedTokenizerBase) -> AbstractSet[int]:
-    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)
+    return {token for row in rows for token in row} & (all_special(tokenizer) - around)
 
 
 def _greedy(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase, continues: bool) -> GenerationConfig:
