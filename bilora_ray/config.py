@@ -116,8 +116,12 @@ class TrialConfig(Settings):
     model_revision: str | None = setting(None, "Hub revision (branch, tag or commit)", decides="model")
     trust_remote_code: bool = setting(False, "run model code that comes from the Hub", decides="model", searched=False)
     task: Task = setting(..., "what is learned", decides="model", searched=False)
-    precision: Literal["fp32", "bf16"] = setting(
-        "fp32", "base weights and activations; adapters stay fp32", decides="memory", shown=("card",)
+    precision: Literal["auto", "fp32", "bf16"] = setting(
+        "auto",
+        "base weights and activations; adapters stay fp32. auto: bf16 on GPUs that have it, decided once a study",
+        decides="memory",
+        shown=("card",),
+        before="fp32",
     )
     quantization: Literal["nf4", "int8"] | None = setting(
         None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from bilora_ray.errors import GO_ON, MachineError, TrialFailure, UserError, not_again
 from bilora_ray.records import Status
@@ -30,8 +31,12 @@ def train(
         UserError: the study or MLflow are not there as said, or the trial met bad input.
         MachineError: a disk or the network failed, and the trial can go on once that is mended.
     """
+    from bilora_ray.training.compute.precision import of_machine
+
     with naming_the_database(layout, then=""):
         check_study(space, layout, resume, digests)
+    if space.fixed.get("precision") == "auto":  # of a study that begins: it is decided once
+        space = replace(space, fixed={**space.fixed, "precision": of_machine()})
     with (
         naming_the_database(layout),
         running_study(layout, space.study.name),

@@ -21,6 +21,8 @@ from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Dataset, check_positions
 
 HUB_TIMEOUT_S = 10
+# Is decided when a study begins, and stays so.
+AUTO = ("precision", "auto")
 # What `config.json` calls the positions of some kinds of models, which transformers has another name for.
 POSITIONS = {
     "codegen": "n_positions",
@@ -210,7 +212,8 @@ def pinned(space: Space, resumed_in: Layout | None) -> Space:
 
 def _newer_settings(space: Space, before: Mapping[str, Any] | None) -> dict[str, Any]:
     """The values of settings that not every version had, where `space` has none: those of the study from `before`."""
-    absent = checking.before(TrialConfig).keys() - space.fixed.keys() - space.distributions.keys()
+    given = {key for key, value in space.fixed.items() if (key, value) != AUTO} | space.distributions.keys()
+    absent = checking.before(TrialConfig).keys() - given
     return {key: TrialConfig.model_fields[key].default if before is None else before[key] for key in absent}
 
 

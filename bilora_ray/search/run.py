@@ -18,6 +18,7 @@ from ray.tune.progress_reporter import ProgressReporter
 from bilora_ray.errors import MachineError
 from bilora_ray.runners import runner_for
 from bilora_ray.search.cluster.cluster import capacity, check_address, check_dashboard, cluster, is_own
+from bilora_ray.search.cluster.gpus import decided
 from bilora_ray.search.cluster.shared_storage import check_shared
 from bilora_ray.search.cluster.watchdog import head_watched
 from bilora_ray.search.session import Observers, Session, Watcher, session
@@ -80,6 +81,7 @@ def search(
             check_shared(layout.storage_path)
             if nested:
                 check_dashboard(ray_address)
+        space = decided(space, is_own(ray_address))
         running = stack.enter_context(session(space, layout, mlflow_uri, digests, watcher))
         if is_own(ray_address):
             stack.enter_context(cluster(ray_address, nested))

@@ -200,6 +200,8 @@ def _distribution(section: str, key: str, value: dict[str, Any]) -> Distribution
         raise UserError(f"{where}: must have one value: trials that differ in it cannot be compared")
     if "choice" in value:
         choice = build(Choice, value, where).choice
+        if key == "precision" and "auto" in choice:
+            raise UserError(f"{where}: auto is the one or the other, so a choice is among bf16 and fp32")
         return Choice(choice=tuple(coerce(key, item, where) for item in choice))
     if "low" in value or "high" in value:
         found = build(Range, value, where)

@@ -13,6 +13,7 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.digests import check_base
 from bilora_ray.recipe import known_of
 from bilora_ray.training import model as models
+from bilora_ray.training.compute.precision import use_tensor_cores
 from bilora_ray.training.data.batches import eval_batches
 from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.loading import Loaded, load_data
@@ -57,6 +58,7 @@ def load_adapted(adapter: Path | None, config: TrialConfig) -> tuple[Model, Load
     Raises:
         UserError: the data or the base model are not as `config` says, or the adapter is not the base model's.
     """
+    use_tensor_cores()
     data = load_data(config, splits=("validation",))
     other = None if adapter is None else check_base(config, known_of(adapter))
     model: Model

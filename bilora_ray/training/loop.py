@@ -31,6 +31,7 @@ from bilora_ray.paths import cached_commit
 from bilora_ray.recipe import PAD, TEMPLATE, write_recipe
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import load_checkpoint, save_checkpoint
+from bilora_ray.training.compute.precision import resolved, use_tensor_cores
 from bilora_ray.training.data.batches import train_batch
 from bilora_ray.training.data.truncation import Truncation
 from bilora_ray.training.distributed.parallel import Network, collected, shard
@@ -94,11 +95,13 @@ class Run:
         workers: Workers = ALONE,
         digests: Mapping[str, str] | None = None,
     ) -> None:
-        self.config = config
+        begun = workers.gather(folder.state())[0].get("settings", {}).get("precision")
+        self.config = config = resolved(config, workers, begun)
         self.task = TASKS[config.task]
         self.folder = folder
         self.workers = workers
         folder.make()
+        use_tensor_cores()
         if torch.cuda.is_available():  # this process may have had another trial before
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()

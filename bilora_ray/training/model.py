@@ -32,6 +32,7 @@ from bilora_ray.method import MethodAdamW, build_method, settings_of
 from bilora_ray.method.base import Place
 from bilora_ray.method.registry import stay
 from bilora_ray.paths import is_cached, kind_of, loadable
+from bilora_ray.training.compute.precision import dtype_of
 from bilora_ray.training.data.chat import use_template
 from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.probe.passes import reads_tokens
@@ -46,7 +47,6 @@ PACKS = "support_avx512bf16_for_cpu"
 NOWHERE = torch.device("meta")
 # What models call the parts that look back at a text.
 ATTENTION = re.compile(r"att(entio)?n\w*\.", re.IGNORECASE)
-DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def device() -> torch.device:
@@ -117,7 +117,7 @@ def load_base(
     for name in _heads(model, config):
         _keep_fp32(model.get_submodule(name), amid=False)
     if TASK_FACTS[config.task].reads_images:
-        _round_images(model, DTYPE[config.precision], but=_heads(model, config))
+        _round_images(model, dtype_of(config), but=_heads(model, config))
     return model, fresh
 
 
@@ -156,7 +156,7 @@ def plain(config: TrialConfig) -> TrialConfig:
 
 
 def _base_arguments(config: TrialConfig, label_names: Sequence[str] | None) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"dtype": DTYPE[config.precision], **_hub_arguments(config)}
+    arguments: dict[str, Any] = {"dtype": dtype_of(config), **_hub_arguments(config)}
     if config.attn_implementation is not None:
         arguments["attn_implementation"] = config.attn_implementation
     return arguments | TASKS[config.task].model_arguments(None if label_names is None else tuple(label_names))
@@ -240,7 +240,7 @@ def _quantization(config: TrialConfig) -> BitsAndBytesConfig:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=DTYPE[config.precision],
+        bnb_4bit_compute_dtype=dtype_of(config),
     )
 
 

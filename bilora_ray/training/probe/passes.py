@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bilora_ray.config import TASK_FACTS, TrialConfig
 from bilora_ray.errors import UserError, comes_again, first_line
+from bilora_ray.training.compute.precision import dtype_of
 from bilora_ray.training.metrics import IGNORED
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Example, Model, on_device, padded, stacked
@@ -126,7 +127,7 @@ def difference(one: Tensor, other: Tensor, config: TrialConfig) -> float:
 
 
 def _is_exact(config: TrialConfig) -> bool:
-    return config.precision == "fp32" and config.quantization is None
+    return dtype_of(config) == torch.float32 and config.quantization is None
 
 
 def logits_of(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
