@@ -137,6 +137,20 @@ def check_unchanged(config: TrialConfig, before: Mapping[str, str], now: Mapping
             raise MachineError(f"{setting}: {_changed(config, setting, 'the study began', digest, now[setting])}")
 
 
+def changed(config: TrialConfig, before: Mapping[str, str], now: Mapping[str, str]) -> Iterator[str]:
+    """Lines about what is another than when a study began, one of whose trials is trained anew.
+
+    Args:
+        config: the settings.
+        before: setting -> digest as it began.
+        now: setting -> digest.
+    """
+    for setting, digest in before.items():
+        if now.get(setting) not in (None, digest):
+            source = source_of(config, setting).removeprefix(MARKS.get(setting, ""))
+            yield f"{setting}: {source} has changed since the study began, so that the two trials cannot be compared"
+
+
 def check_base(config: TrialConfig, recipe: Mapping[str, Any]) -> str | None:
     """Whether the base model of `config` is the one that an adapter was trained on, as far as its `recipe` tells.
 

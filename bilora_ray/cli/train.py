@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -26,12 +27,16 @@ from bilora_ray.cli.options import (
     where_adapter_is,
 )
 from bilora_ray.cli.progress import SearchProgress
+from bilora_ray.digests import by_setting, changed
 from bilora_ray.errors import UserError
 from bilora_ray.paths import have_home
 from bilora_ray.search.cluster.protection import check_mlflow
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import checked_space, load_space, parse_override
 from bilora_ray.search.study.layout import Layout
+
+if TYPE_CHECKING:
+    from bilora_ray.search.study.view import StudyView
 
 EPILOG = """\b
 Examples:
@@ -81,11 +86,12 @@ def command(
     layout = Layout(absolute(storage_path), study_database)
     single = {"name": json.dumps(name), "num_trials": 1, "scheduler": "none", "points_to_evaluate": "[]"}
     found_out: tuple[str, ...] = ()
+    origin: StudyView | None = None
     overrides += tuple(f"study.{key}={value}" for key, value in single.items())
     if study is not None:
         if space_path is not None:
             raise UserError("--study: --space says the settings already; give one of the two")
-        space, best = _space_of(layout, study, number, overrides)
+        space, best, origin = _space_of(layout, study, number, overrides)
         # Which trial is the best one may have changed by the time of a resume.
         found_out = () if number is not None else (f"--trial={best}",)
     elif number is not None:
@@ -104,8 +110,10 @@ def command(
     space = pinned(space, layout if resume else None)
     checked = preflight(space)
     quiet()
-    objective = space.trial_config({}).objective
-    watcher = SearchProgress(1, objective, (*checked.notes, *chat_notes(checked)), checked.labels)
+    config = space.trial_config({})
+    objective, before = config.objective, {} if origin is None else origin.digests_for(config)
+    told = changed(config, before, by_setting(checked.digests, config))
+    watcher = SearchProgress(1, objective, (*told, *checked.notes, *chat_notes(checked)), checked.labels)
     try:
         trained = train(space, layout, resume=resume, mlflow_uri=mlflow_uri, digests=checked.digests, watcher=watcher)
     except KeyboardInterrupt:
@@ -120,8 +128,8 @@ def command(
         print_next(name, storage_path, study_database, where_adapter_is(trained, record), mlflow_uri)
 
 
-def _space_of(layout: Layout, study: str, number: int | None, overrides: Sequence[str]) -> tuple[Space, int]:
-    """The settings of a trial of `study`, the best as a rule, with `overrides` on top; and the trial's number."""
+def _space_of(layout: Layout, study: str, number: int | None, overrides: Sequence[str]) -> tuple[Space, int, StudyView]:
+    """The settings of a trial of `study`, the best as a rule, with `overrides` on top; its number; the study."""
     from bilora_ray.search.study.storage import naming_the_database
     from bilora_ray.search.study.studies import load_study
 
@@ -138,4 +146,5 @@ def _space_of(layout: Layout, study: str, number: int | None, overrides: Sequenc
         "resources": found.space.resources.model_dump(),
     }
     click.echo(f"Settings of trial {record.number} of study '{study}'", err=True)
-    return checked_space(sections, Path(f"study '{study}', trial {record.number}"), overrides), record.number
+    space = checked_space(sections, Path(f"study '{study}', trial {record.number}"), overrides)
+    return space, record.number, found

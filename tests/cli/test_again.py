@@ -42,6 +42,16 @@ def trained(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     bilora_ray("train", "--name=once", "--set=study.project=mine", *sets)
 
 
+def test_a_file_that_has_changed_since_is_told(trained: None, tiny: Tiny, tmp_path: Path) -> None:
+    data = Path(tiny.config("causal-lm").train_data)
+    (tmp_path / "rows.jsonl").write_text(data.read_text())
+    first = ("train", "--study=once", "--set=train_data=rows.jsonl")
+    assert "has changed" not in CliRunner().invoke(main, [*first, "--name=two"]).stderr  # another file is none that changed
+    (tmp_path / "rows.jsonl").write_text("".join(data.read_text().splitlines(keepends=True)[1:]))
+    said = " ".join(CliRunner().invoke(main, ["train", "--study=two", "--name=three"]).stderr.split())
+    assert f"Note: train_data: {tmp_path / 'rows.jsonl'} has changed since the study began" in said
+
+
 def test_a_run_is_listed_trained_anew_and_measured_merged(trained: None) -> None:
     first = best_of("once")
     listed = {"num_trials": 1, "ended": 1, "metric": "eval_loss"}

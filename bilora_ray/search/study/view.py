@@ -58,7 +58,11 @@ class StudyView:
 
     def digests(self, number: int) -> dict[str, str]:
         """Setting -> digest of the data and the base that trial `number` must find, as far as the study knows it."""
-        return by_setting(self.study.user_attrs[DIGESTS], self.config(number))
+        return self.digests_for(self.config(number))
+
+    def digests_for(self, config: TrialConfig) -> dict[str, str]:
+        """As `digests`, of what a trial with `config` reads: what the study knows of it."""
+        return by_setting(self.study.user_attrs[DIGESTS], config)
 
     def folder(self, number: int) -> TrialFolder:
         """Where trial `number` keeps its checkpoints and its best adapter."""
