@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.training.compute.generation import ends, stops
 from bilora_ray.training.data.chat import Template, Turn
 from bilora_ray.training.data.formats import format_note, in_format
 from bilora_ray.training.data.sources import Record
@@ -39,7 +40,6 @@ from bilora_ray.training.loading import Prepared, prepare
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Dataset
 from bilora_ray.training.tasks.causal_lm import ChatRow
-from bilora_ray.training.tasks.text import ends, stops
 
 CHATML = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"

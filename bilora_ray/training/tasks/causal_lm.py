@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.training.compute.generation import stops
 from bilora_ray.training.data.chat import Template, Turn
 from bilora_ray.training.data.formats import messages_of, tools_of
 from bilora_ray.training.data.sources import BEGINNING, Record
@@ -41,7 +42,6 @@ from bilora_ray.training.tasks.text import (
     metrics,
     most_new_tokens,
     predict,
-    stops,
     target_count,
     text_about,
     text_label_names,

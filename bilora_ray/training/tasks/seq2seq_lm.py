@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from bilora_ray.config import TrialConfig
+from bilora_ray.training.compute.generation import stops
 from bilora_ray.training.tasks.base import Cut, Encoded, Example, Model, Task, cross_entropy
 from bilora_ray.training.tasks.text import (
     TextRow,
@@ -27,7 +28,6 @@ from bilora_ray.training.tasks.text import (
     metrics,
     predict,
     set_languages,
-    stops,
     target_count,
     target_ids,
     text_about,

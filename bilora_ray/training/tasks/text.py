@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.config import EXACT_MATCH, LABEL_METRICS, TrialConfig, template_columns
 from bilora_ray.errors import UserError, nearest
-from bilora_ray.paths import model_file
+from bilora_ray.training.compute.generation import alone, greedy, preferences
 from bilora_ray.training.data.batches import eval_batches, in_row_order
 from bilora_ray.training.data.chat import Template, all_special
 from bilora_ray.training.data.columns import filled, label_of, label_text_of, listed, names_of, text_of
@@ -35,31 +33,9 @@ from bilora_ray.training.tasks.base import Cut, Dataset, Example, Labels, Model,
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from bilora_ray.training.distributed.workers import Workers
-
-
-# What a `generation_config.json` may hold that decides what is written -> the value with which it does nothing.
-GREEDY: dict[str, Any] = {
-    "bad_words_ids": None,
-    "begin_suppress_tokens": None,
-    "do_sample": False,
-    "encoder_no_repeat_ngram_size": 0,
-    "encoder_repetition_penalty": 1.0,
-    "exponential_decay_length_penalty": None,
-    "forced_eos_token_id": None,
-    "guidance_scale": 1.0,
-    "min_length": 0,
-    "min_new_tokens": 0,
-    "no_repeat_ngram_size": 0,
-    "num_beams": 1,
-    "penalty_alpha": None,
-    "repetition_penalty": 1.0,
-    "sequence_bias": None,
-    "stop_strings": None,
-    "suppress_tokens": None,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +80,7 @@ def check_answers(rows: Iterable[Any], config: TrialConfig) -> None:
 
 def text_notes(dataset: Dataset, config: TrialConfig, validation_data: str) -> Iterator[str]:
     """Completions that teach nothing, and what of a base is left out of account where its texts are judged."""
-    if config.predict_with_generate and (other := _preferences(config)):
+    if config.predict_with_generate and (other := preferences(config)):
         yield f"predict_with_generate: texts are written greedily, without the base's own {other}"
     if config.chat_column is None and not template_columns(config.completion_template):
         yield "completion_template: names no column, so that every row has the same completion"
@@ -114,19 +90,6 @@ def text_notes(dataset: Dataset, config: TrialConfig, validation_data: str) -> I
     for setting, kind, rows in splits:
         if empty := _empty(rows):
             yield f"{setting}: {empty} of {len(rows)} {kind} rows have an empty completion"
-
-
-def _preferences(config: TrialConfig) -> str:
-    """What the base's files say of generation that would write other texts; nothing where they cannot be read here."""
-    for file in ("generation_config.json", "config.json"):  # the latter held it before there was the former
-        try:
-            path = model_file(config.model_name_or_path, config.model_revision, file)
-            found = json.loads(path.read_text(encoding="utf-8")).items()
-        except (OSError, ValueError, AttributeError):
-            continue
-        told = sorted((key, value) for key, value in found if key in GREEDY and value not in (None, GREEDY[key]))
-        return ", ".join(key if isinstance(value, list) else f"{key} ({json.dumps(value)})" for key, value in told)
-    return ""
 
 
 def text_about(dataset: Dataset, config: TrialConfig) -> Iterator[str]:
@@ -307,7 +270,8 @@ def _texts(
     what it writes begins behind them.
     """
 
-    greedy = _greedy(model, config, tokenizer, continues)
+    beginning = {} if continues else _beginning(model, config, tokenizer)
+    generation = greedy(model, config, tokenizer, most_new_tokens(config, continues), beginning)
     template = Template.of(tokenizer, config) if config.chat_column is not None else None
 
     def generate(rows: Sequence[int]) -> list[str]:
@@ -315,14 +279,14 @@ def _texts(
         prompts = on_device(prompts, model)
         # Every forward pass gathers the weights, so whose texts are done goes on with those whose aren't.
         synced = workers.sharded and workers.world_size > 1
-        output = model.generate(**prompts, generation_config=greedy, synced_gpus=synced)
+        output = model.generate(**prompts, generation_config=generation, synced_gpus=synced)
         ids = output[:, prompts["input_ids"].shape[1] if continues else 0 :].tolist()
         return _decoded(ids, tokenizer, kept) if template is None else [template.answer(one, kept) for one in ids]
 
     kept = _special(_ids_alone([example.reference for example in examples], tokenizer, continues), tokenizer)
     lengths = [len(example.prompt_ids or ()) for example in examples]
     batches = eval_batches(lengths, config.per_device_eval_batch_size)
-    with _alone(greedy, model):
+    with alone(generation, model):
         return in_row_order(batches, [text for part in workers.map(generate, batches) for text in part])
 
 
@@ -382,28 +346,6 @@ def _special(rows: Iterable[list[int]], tokenizer: PreTrainedTokenizerBase) -> A
     return {token for row in rows for token in row} & (all_special(tokenizer) - around)
 
 
-def _greedy(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase, continues: bool) -> GenerationConfig:
-    """How a text is written for an evaluation: greedily, whatever the base's own file prefers.
-
-    Of that file counts what is the model's form: with what a text ends, and how its keys and values are kept.
-    """
-    from transformers import GenerationConfig
-
-    own = model.generation_config
-    return GenerationConfig(
-        max_new_tokens=most_new_tokens(config, continues),
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=own.bos_token_id,
-        eos_token_id=ends(model, tokenizer, config),
-        use_cache=own.use_cache,
-        # Marian's models were trained with padding that they must not write.
-        bad_words_ids=[word for word in own.bad_words_ids or () if word == [tokenizer.pad_token_id]] or None,
-        **({} if continues else _beginning(model, config, tokenizer)),
-    )
-
-
 def _beginning(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """What a decoder reads before it writes, and what it must write first: as in training, the form of a target."""
     import torch
@@ -417,36 +359,3 @@ def _beginning(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizer
     else:
         start = int(shift(torch.tensor(target_ids(["a"], tokenizer)))[0, 0])
     return {"decoder_start_token_id": start} | ({"forced_bos_token_id": first[0]} if first else {})
-
-
-@contextmanager
-def _alone(generation: GenerationConfig, model: Model) -> Iterator[None]:
-    """Have `generation` be all that `model` knows of writing: what it leaves open, transformers takes from the own."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own = base.generation_config
-    base.generation_config = generation
-    try:
-        yield
-    finally:
-        base.generation_config = own
-
-
-def ends(model: Model, tokenizer: PreTrainedTokenizerBase, config: TrialConfig) -> list[int]:
-    """The tokens that end a text: the tokenizer's, which training appends, and the model's own.
-
-    Of a chat the first that its template writes after a turn too, if none of the others is among those.
-    """
-    known = {tokenizer.eos_token_id, *_own_ends(model)}
-    of_turns = Template.of(tokenizer, config).ends if config.chat_column is not None else ()
-    return sorted({*known, *(of_turns[:1] if known.isdisjoint(of_turns) else ())} - {None})
-
-
-def stops(model: Model, tokenizer: PreTrainedTokenizerBase, config: TrialConfig) -> list[int]:
-    """The `ends`, where the model that serves them would not know one: it would go on behind what was learned."""
-    found, own = ends(model, tokenizer, config), _own_ends(model)
-    return [] if set(found) <= set(own) else found
-
-
-def _own_ends(model: Model) -> list[int | None]:
-    own = model.generation_config.eos_token_id
-    return own if isinstance(own, list) else [own]
