@@ -324,6 +324,13 @@ class TrialConfig(Settings):
     )
     per_device_train_batch_size: Int = setting(8, "rows of one forward pass", ge=1, decides="training", shown=("card",))
     per_device_eval_batch_size: Int = setting(32, "rows of one evaluation pass", ge=1, decides="memory")
+    per_device_generation_batch_size: Int | None = setting(
+        None,
+        "texts that are written at once; absent: as many as there is memory for, and one where an evaluation pass has "
+        "one row",
+        ge=1,
+        decides="memory",
+    )
     gradient_accumulation_steps: Int = setting(
         1, "forward passes of one optimizer step", ge=1, decides="training", shown=("card",)
     )
@@ -478,6 +485,11 @@ class TrialConfig(Settings):
     def objective(self) -> Objective:
         """What the trial is judged by."""
         return Objective(self.metric, self.metric not in MINIMIZED)
+
+    @property
+    def writes_several(self) -> bool:
+        """Whether prompts are padded, since several texts are written at once."""
+        return (self.per_device_generation_batch_size or self.per_device_eval_batch_size) > 1
 
     def step_rows(self, workers: int) -> int:
         """Training rows of one optimizer step of so many workers."""

@@ -180,6 +180,7 @@ def test_integers_are_known_and_so_are_numbers() -> None:
         "max_steps",
         "per_device_train_batch_size",
         "per_device_eval_batch_size",
+        "per_device_generation_batch_size",
         "gradient_accumulation_steps",
         "seed",
         "max_new_tokens",

@@ -50,7 +50,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any] | None]] = {
         {"target_modules": ("dt_proj", "in_proj", "x_proj")},
     ),
     "mamba2": ("; what can have one: target_modules: [in_proj]", {"target_modules": ("in_proj",)}),
-    "rwkv": ("predict_with_generate needs per_device_eval_batch_size of 1", {"per_device_eval_batch_size": 1}),
+    "rwkv": (
+        "predict_with_generate needs per_device_generation_batch_size of 1",
+        {"per_device_generation_batch_size": 1},
+    ),
     **dict.fromkeys(("convbert", "fnet", "prophetnet"), (READS, ALONE)),
     # Its cache fails in a pass that is not the first of a text.
     "recurrent_gemma": ("cannot read a row (`get_seq_length` can only be called on Attention layers", None),

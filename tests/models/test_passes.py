@@ -137,10 +137,11 @@ def test_a_model_that_does_not_leave_padding_out_writes_alone(tiny: Tiny, tmp_pa
     base = build("causal-lm", "rwkv", tiny, tmp_path / "base")
     config = settings(tiny, "causal-lm", base, predict_with_generate=True, max_new_tokens=4)
     assert line_of(config, tmp_path / "trial") == (
-        f"per_device_eval_batch_size: '{base}' goes on in another way beside a longer prompt; predict_with_generate "
-        "needs per_device_eval_batch_size of 1"
+        f"per_device_generation_batch_size: '{base}' goes on in another way beside a longer prompt; "
+        "predict_with_generate needs per_device_generation_batch_size of 1"
     )
-    for allowed in ({"per_device_eval_batch_size": 1}, {"predict_with_generate": False}):
+    one = ({"per_device_generation_batch_size": 1}, {"per_device_eval_batch_size": 1})
+    for allowed in (*one, {"predict_with_generate": False}):
         rehearse(config.model_copy(update=allowed))
 
 

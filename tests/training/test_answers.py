@@ -12,7 +12,7 @@ import pytest
 import torch
 from tiny_trials import Tiny, write_rows
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, GPT2Config, PreTrainedTokenizerFast
 
 from bilora_ray.builtin import path as builtin_path
 from bilora_ray.config import Task, TrialConfig
@@ -32,7 +32,8 @@ WORDS = ("<pad>", "<s>", "</s>", "<unk>", *"abcd", "answer:", "good", "bad")
 class Parrot:
     """A model that writes after each prompt what it was told to, and then the end."""
 
-    device = "cpu"
+    config = GPT2Config()
+    device, dtype = torch.device("cpu"), torch.float32
     generation_config = GenerationConfig()
 
     def __init__(self, said: Mapping[str, str], tokenizer: Any) -> None:

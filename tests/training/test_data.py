@@ -1,5 +1,6 @@
 """Examples and batches with tokenizers small enough to read: one word is one token."""
 
+from array import array
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from bilora_ray.training.data.batches import eval_batches, in_row_order, train_b
 from bilora_ray.training.data.truncation import MOST_LEARNED, Truncation, is_gone
 from bilora_ray.training.loading import Prepared, prepare
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Dataset, Row
+from bilora_ray.training.tasks.base import Dataset, Row, padded
 from bilora_ray.training.tasks.sequence_classification import LabelledRow
-from bilora_ray.training.tasks.text import TextRow, collate_prompts
+from bilora_ray.training.tasks.text import TextRow
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghij"]
 PAD, BOS, EOS = 0, 1, 2
@@ -361,7 +362,7 @@ def test_collate_pads_at_the_right_and_prompts_at_the_left() -> None:
     assert batch["attention_mask"].tolist() == [[1] * 6, [1, 1, 1, 1, 0, 0]]
     assert batch["labels"].tolist() == [[-100] * 4 + [D, EOS], [-100, -100, E, EOS, -100, -100]]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
-    prompts = collate_prompts(examples, PAD, left=True)
+    prompts = padded([example.prompt_ids or array("i") for example in examples], PAD, left=True)
     assert prompts["input_ids"].tolist() == [[BOS, A, B, C], [PAD, PAD, BOS, A]]
     assert prompts["attention_mask"].tolist() == [[1] * 4, [0, 0, 1, 1]]
     assert TASKS["causal-lm"].target_count(examples) == 4
@@ -374,7 +375,7 @@ def test_collate_seq2seq_and_classification() -> None:
     assert batch["input_ids"].tolist() == [[A, B, C, EOS], [A, EOS, PAD, PAD]]
     assert batch["labels"].tolist() == [[D, EOS, -100], [E, B, EOS]]
     assert TASKS["seq2seq-lm"].target_count(examples) == 5
-    prompts = collate_prompts(examples, PAD, left=False)
+    prompts = padded([example.prompt_ids or array("i") for example in examples], PAD)
     assert torch.equal(prompts["input_ids"], batch["input_ids"])
     labelled: list[Row] = [LabelledRow("a", None, 1, "w"), LabelledRow("b c", None, 0, "w")]
     examples = prepared(labelled, task="sequence-classification").train

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.paths import model_file
+from bilora_ray.training.data.batches import eval_batches, in_row_order
 from bilora_ray.training.data.chat import Template
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+    from bilora_ray.training.distributed.workers import Workers
 
 # A transformers model or a PEFT model around one.
 Model = Any
+# A step of so many texts takes a GPU hardly longer than that of one: it reads the weights once.
+MOST_ROWS = 256
+# Bytes that texts may take on a CPU, where more at once are not faster.
+CPU_BYTES = 2**28
+# Of what is free on a GPU: the rest is for logits, and for a layer's keys and values while they are copied.
+SAFE_SHARE = 0.5
+
 # What a `generation_config.json` may hold that decides what is written -> the value with which it does nothing.
 GREEDY: dict[str, Any] = {
     "bad_words_ids": None,
@@ -84,6 +96,97 @@ def greedy(
         bad_words_ids=[word for word in own.bad_words_ids or () if word == [tokenizer.pad_token_id]] or None,
         **beginning,
     )
+
+
+def write(
+    model: Model,
+    prompts: Sequence[array[int]],
+    generation: GenerationConfig,
+    collate: Callable[[Sequence[array[int]]], dict[str, Tensor]],
+    config: TrialConfig,
+    workers: Workers,
+    *,
+    continues: bool,
+) -> list[list[int]]:
+    """The tokens that `model` writes after each of `prompts`, to the end of the longest text of a batch.
+
+    Args:
+        model: in evaluation mode.
+        prompts: token ids.
+        generation: see `greedy`.
+        collate: prompts -> `input_ids` and `attention_mask` (prompts, length), padded, where `model` computes.
+        config: how many at once.
+        workers: who share the batches.
+        continues: whether a text goes on with its prompt, so that it begins behind the last position.
+    """
+
+    def generate(rows: Sequence[int]) -> list[list[int]]:
+        inputs = collate([prompts[row] for row in rows])
+        # Every forward pass gathers the weights, so whose texts are done goes on with those whose aren't.
+        synced = workers.sharded and workers.world_size > 1
+        output = model.generate(**inputs, generation_config=generation, synced_gpus=synced)
+        written: list[list[int]] = output[:, inputs["input_ids"].shape[1] if continues else 0 :].tolist()
+        return written
+
+    lengths = [len(prompt) for prompt in prompts]
+    batches = eval_batches(lengths, rows_at_once(model, lengths, generation.max_new_tokens, config, workers))
+    with alone(generation, model):
+        return in_row_order(batches, [ids for part in workers.map(generate, batches) for ids in part])
+
+
+def rows_at_once(
+    model: Model, lengths: Sequence[int], most_new_tokens: int, config: TrialConfig, workers: Workers
+) -> int:
+    """How many texts are written at once: what is asked for, or as many as help and have room; the same on each worker.
+
+    A power of two, so that a little memory more or less makes no other batches. It is no less than the rows of an
+    evaluation pass, and these where the shape of `model` is not told in the usual words.
+
+    Args:
+        model: where it computes.
+        lengths: tokens of the prompts.
+        most_new_tokens: of a text.
+        config: the settings.
+        workers: who share the work. Each should get a part of it.
+    """
+    asked, least = config.per_device_generation_batch_size, config.per_device_eval_batch_size
+    if asked is not None or not config.writes_several or not lengths:
+        return asked or least
+    a_row = _bytes_of_a_row(model, max(lengths), most_new_tokens)
+    room = min(workers.gather(_room(model)))
+    fitting = 2 ** ((room // a_row).bit_length() - 1) if 0 < a_row <= room else least
+    return max(least, min(fitting, MOST_ROWS, -(-len(lengths) // workers.planned)))
+
+
+def _bytes_of_a_row(model: Model, prompt: int, new: int) -> int:
+    """Keys and values of a prompt and a text, which a decoder with an encoder keeps too, and what its pass needs.
+
+    That is of one layer, and of the prompt. 0 where a model has no such layers, or calls them by other names.
+    """
+    shape = model.config.get_text_config(decoder=True)
+    heads, hidden, layers = (
+        getattr(shape, key, None) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers")
+    )
+    if not (heads and hidden and layers):
+        return 0
+    width = getattr(shape, "head_dim", None) or hidden // heads
+    inner = getattr(shape, "intermediate_size", None) or 4 * hidden
+    kept = 2 * layers * (getattr(shape, "num_key_value_heads", None) or heads) * width
+    return int(model.dtype.itemsize * (kept * (prompt + new) + (4 * hidden + 3 * inner) * prompt))
+
+
+def _room(model: Model) -> int:
+    """Bytes that texts may take where `model` computes; of a GPU's, what no other process has and no tensor of ours."""
+    import torch
+
+    if model.device.type != "cuda":
+        return CPU_BYTES
+    free, total = torch.cuda.mem_get_info(model.device)
+    used = torch.cuda.memory_allocated(model.device)
+    # What the allocator keeps is ours to use; a trial with a part of a GPU has no more than its part.
+    free += torch.cuda.memory_reserved(model.device) - used
+    own = int(total * torch.cuda.get_per_process_memory_fraction(model.device))
+    return int(SAFE_SHARE * max(min(free, own - used), 0))
 
 
 @contextmanager

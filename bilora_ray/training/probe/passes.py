@@ -231,6 +231,7 @@ def _problem(probe: Probe, training: bool) -> tuple[str, str] | None:
     # What a row that is padded at its right holds is not seen from before it.
     if not continues and several and probe.minds_padding():
         return several[0], f"reads a row in another way beside a longer one; needs {' and '.join(sizes)} of 1"
-    if config.predict_with_generate and evaluated in several and probe.writes_by_padding():
-        return evaluated, f"goes on in another way beside a longer prompt; predict_with_generate needs {evaluated} of 1"
+    if config.predict_with_generate and config.writes_several and probe.writes_by_padding():
+        written = "per_device_generation_batch_size"
+        return written, f"goes on in another way beside a longer prompt; predict_with_generate needs {written} of 1"
     return None

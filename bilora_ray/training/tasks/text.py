@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bilora_ray.config import EXACT_MATCH, LABEL_METRICS, TrialConfig, template_columns
 from bilora_ray.errors import UserError, nearest
-from bilora_ray.training.compute.generation import alone, greedy, preferences
-from bilora_ray.training.data.batches import eval_batches, in_row_order
+from bilora_ray.training.compute.generation import greedy, preferences, write
 from bilora_ray.training.data.chat import Template, all_special
 from bilora_ray.training.data.columns import filled, label_of, label_text_of, listed, names_of, text_of
 from bilora_ray.training.data.formats import prompt_and_completion
@@ -179,13 +178,6 @@ def collate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> 
     return {**batch, "labels": stacked([example.labels for example in examples], IGNORED)}
 
 
-def collate_prompts(examples: Sequence[Example], pad_token_id: int, left: bool) -> dict[str, Tensor]:
-    """A batch to generate from: `input_ids` and `attention_mask` (batch, length), int64."""
-    prompts = [example.prompt_ids for example in examples if example.prompt_ids is not None]
-    assert len(prompts) == len(examples), "only validation examples have prompts"
-    return padded(prompts, pad_token_id, left)
-
-
 def target_count(labels: Iterable[array[int]]) -> int:
     """How many of all `labels` are to be predicted."""
     return sum(len(tokens) - tokens.count(IGNORED) for tokens in labels)
@@ -270,24 +262,18 @@ def _texts(
     what it writes begins behind them.
     """
 
+    def collated(prompts: Sequence[array[int]]) -> dict[str, Tensor]:
+        return on_device(padded(prompts, tokenizer.pad_token_id, left=continues), model)
+
     beginning = {} if continues else _beginning(model, config, tokenizer)
     generation = greedy(model, config, tokenizer, most_new_tokens(config, continues), beginning)
-    template = Template.of(tokenizer, config) if config.chat_column is not None else None
-
-    def generate(rows: Sequence[int]) -> list[str]:
-        prompts = collate_prompts([examples[row] for row in rows], tokenizer.pad_token_id, left=continues)
-        prompts = on_device(prompts, model)
-        # Every forward pass gathers the weights, so whose texts are done goes on with those whose aren't.
-        synced = workers.sharded and workers.world_size > 1
-        output = model.generate(**prompts, generation_config=generation, synced_gpus=synced)
-        ids = output[:, prompts["input_ids"].shape[1] if continues else 0 :].tolist()
-        return _decoded(ids, tokenizer, kept) if template is None else [template.answer(one, kept) for one in ids]
-
+    prompts = [example.prompt_ids or array("i") for example in examples]
+    ids = write(model, prompts, generation, collated, config, workers, continues=continues)
     kept = _special(_ids_alone([example.reference for example in examples], tokenizer, continues), tokenizer)
-    lengths = [len(example.prompt_ids or ()) for example in examples]
-    batches = eval_batches(lengths, config.per_device_eval_batch_size)
-    with alone(generation, model):
-        return in_row_order(batches, [text for part in workers.map(generate, batches) for text in part])
+    if config.chat_column is None:
+        return _decoded(ids, tokenizer, kept)
+    template = Template.of(tokenizer, config)
+    return [template.answer(tokens, kept) for tokens in ids]
 
 
 def answers_lost(
