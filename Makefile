@@ -5,12 +5,16 @@ BIN := $(VENV)/bin
 SECONDS ?= 600
 SEED ?= 1
 
-.PHONY: help setup quickstart test test-slow chaos lint types audit clean
+# Of `make gpu`.
+TABLE ?= benchmarks/results/step_time_gpu.md
+
+.PHONY: help setup quickstart test test-slow gpu chaos lint types audit clean
 
 help:
 	@echo "make quickstart   set up and search the embedded default: minutes, no network but the package registry"
 	@echo "make test         set up and run the tests: minutes"
 	@echo "make test-slow    the slow tests: kills, lost nodes, PostgreSQL, real data"
+	@echo "make gpu          tests and benchmark of a GPU, with the torch, transformers and PEFT of PYTHON=python3"
 	@echo "make chaos        searches under random kills for SECONDS=600, as SEED=1 has it; a table of what was lost"
 	@echo "make lint types   ruff and mypy"
 	@echo "make audit        look the pinned dependencies up among the known advisories; needs a network"
@@ -33,6 +37,11 @@ test: setup
 
 test-slow: setup
 	$(BIN)/pytest -m slow
+
+# With what is there: a machine with a GPU has its own torch, and need have neither Ray nor MLflow.
+gpu:
+	$(PYTHON) -m pytest -m gpu tests/gpu
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) benchmarks/step_time.py --device cuda --output $(TABLE)
 
 chaos: setup
 	PYTHONPATH="$(CURDIR)/tests:$$PYTHONPATH" $(BIN)/python -m chaos.storm --seconds $(SECONDS) --seed $(SEED)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 
-import datasets
 import huggingface_hub
 import transformers
 
@@ -17,7 +17,8 @@ def quiet() -> None:
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    # It reads this at its import, which takes long, and only who reads the Hub's data comes to it.
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     huggingface_hub.logging.set_verbosity_error()
     # It says at its import which kernels it does without.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
