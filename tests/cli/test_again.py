@@ -46,7 +46,8 @@ def test_a_file_that_has_changed_since_is_told(trained: None, tiny: Tiny, tmp_pa
     data = Path(tiny.config("causal-lm").train_data)
     (tmp_path / "rows.jsonl").write_text(data.read_text())
     first = ("train", "--study=once", "--set=train_data=rows.jsonl")
-    assert "has changed" not in CliRunner().invoke(main, [*first, "--name=two"]).stderr  # another file is none that changed
+    # Another file is none that has changed.
+    assert "has changed" not in CliRunner().invoke(main, [*first, "--name=two"]).stderr
     (tmp_path / "rows.jsonl").write_text("".join(data.read_text().splitlines(keepends=True)[1:]))
     said = " ".join(CliRunner().invoke(main, ["train", "--study=two", "--name=three"]).stderr.split())
     assert f"Note: train_data: {tmp_path / 'rows.jsonl'} has changed since the study began" in said
