@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,7 +42,20 @@ def of_base(config: TrialConfig) -> str | None:
     if kind_of(name, is_data=False) == "hub":
         return revision if COMMIT.fullmatch(revision or "") else None
     folder = Path(loadable(name))
-    return _of_folder(folder) if folder.is_dir() else None
+    return _of_folder(folder, _stamp(folder)) if folder.is_dir() else None
+
+
+def stamp_of_base(config: TrialConfig) -> object | None:
+    """What tells the base model of `config` from the same one after a file of it was written again, without a read.
+
+    Returns:
+        None where it is not known: the folder is away, or the commit was not looked up.
+    """
+    name, revision = config.model_name_or_path, config.model_revision
+    if kind_of(name, is_data=False) == "hub":
+        return revision if COMMIT.fullmatch(revision or "") else None
+    folder = Path(loadable(name))
+    return _stamp(folder) if folder.is_dir() else None
 
 
 def of_template(config: TrialConfig) -> str | None:
@@ -53,11 +67,22 @@ def of_template(config: TrialConfig) -> str | None:
     return hashlib.sha256(text.encode()).hexdigest()[:LENGTH]
 
 
-def _of_folder(folder: Path) -> str:
+def _files_of(folder: Path) -> list[Path]:
+    """The files of a model's folder that a model is made from."""
+    known = READ_WHOLE | {WEIGHTS}
+    return [path for path in sorted(folder.iterdir()) if path.suffix in known and path.is_file()]
+
+
+def _stamp(folder: Path) -> tuple[object, ...]:
+    stats = [(path.name, path.stat()) for path in _files_of(folder)]
+    return tuple((name, one.st_ino, one.st_size, one.st_mtime_ns, one.st_ctime_ns) for name, one in stats)
+
+
+@lru_cache(maxsize=16)
+def _of_folder(folder: Path, stamp: tuple[object, ...]) -> str:
+    """Tokenizers and vocabularies take some tenths of a second, and a process asks for them before each trial."""
     whole = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in READ_WHOLE | {WEIGHTS} or not path.is_file():
-            continue
+    for path in _files_of(folder):
         part = hashlib.sha256()
         if path.suffix == WEIGHTS:
             _read_weights(path, part)

@@ -41,7 +41,8 @@ def run_trial(task: Mapping[str, Any]) -> None:
             _keep_to_share(task[RESOURCES]["gpus_per_worker"])
             folder = folder_of(trial)
             with folder.lock(ORPHAN_WAIT_S):
-                fit(TrialConfig(**trial[SETTINGS]), folder, telling(tune.report, trial), digests=trial[DIGESTS])
+                config, report = TrialConfig(**trial[SETTINGS]), telling(tune.report, trial)
+                fit(config, folder, report, digests=trial[DIGESTS], keep_base=True)
     except EXPECTED as error:
         tune.report(explained(trial, error))
 

@@ -11,6 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -86,6 +87,7 @@ class Run:
         folder: where checkpoints and the best adapter go.
         workers: who train it together. Each has such a state, and the first one writes.
         digests: see `fit`.
+        keep_base: see `fit`.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Run:
         folder: TrialFolder,
         workers: Workers = ALONE,
         digests: Mapping[str, str] | None = None,
+        keep_base: bool = False,
     ) -> None:
         begun = workers.gather(folder.state())[0].get("settings", {}).get("precision")
         self.config = config = resolved(config, workers, begun)
@@ -111,11 +114,9 @@ class Run:
         check_unchanged(config, digests or {}, self.digests)
         self.class_weights = self._class_weights()
         self.weights_of_classes = torch.tensor(self.class_weights or (), device=models.device())
-        base, fresh = models.load_base(config, self.data.tokenizer, self.data.label_names, workers)
-        check_tokens(base, config, self.data.tokenizer, chain(self.data.train, self.data.validation))
-        if not workers.sharded:  # whose other workers have no weights yet
-            check_passes(base, config, self.data.tokenizer)
-        self.model = models.add_primary(base, config, fresh)
+        self.base = models.take_base(config, self.data.tokenizer, self.data.label_names, workers, keep_base)
+        self._check_base()
+        self.model = models.add_primary(self.base.begin(), config, self.base.fresh)
         self.optimizer = models.build_optimizer(self.model, config, self._place)
         if config.gradient_checkpointing:
             models.enable_gradient_checkpointing(self.model)
@@ -199,6 +200,15 @@ class Run:
         if self.workers.is_first:
             self.folder.keep_only(progress.step, progress.best_step or progress.step)
         return metrics
+
+    def _check_base(self) -> None:
+        model, config, tokenizer = self.base.model, self.config, self.data.tokenizer
+        check_tokens(model, config, tokenizer, chain(self.data.train, self.data.validation))
+        # All of the settings that its passes are looked at for, beside those that it is loaded by.
+        read = (config.per_device_train_batch_size, config.per_device_eval_batch_size, config.predict_with_generate)
+        if not self.workers.sharded and read not in self.base.passed:  # whose other workers have no weights yet
+            check_passes(model, config, tokenizer)
+            self.base.passed.add(read)
 
     def _settings(self) -> dict[str, Any]:
         return {**self.config.model_dump(mode="json"), "workers": self.workers.planned}
@@ -333,6 +343,7 @@ def fit(
     report: Report,
     workers: Workers = ALONE,
     digests: Mapping[str, str] | None = None,
+    keep_base: bool = False,
 ) -> Progress:
     """Train one trial, or go on with it, and keep its best adapter in `folder`.
 
@@ -345,6 +356,7 @@ def fit(
             one is told decides.
         digests: setting -> digest that what it names must have: this trial is to be compared with others, which had
             those rows and that base. What is not there may be anything.
+        keep_base: whether to keep the base model in memory for the next trial of this process.
 
     Returns:
         What was done, with the best value and its step. A trial that was ended by a report has its checkpoint: it can
@@ -357,16 +369,28 @@ def fit(
         TrialFailure: the loss became NaN or infinite, or memory ran out.
     """
     try:
-        run = Run(config, folder, workers, digests)
+        run = Run(config, folder, workers, digests, keep_base)
         run.resume()
-        goes_on = all(workers.gather(report(metrics))[0] is not False for metrics in run.progress.history)
-        while goes_on and run.progress.step < run.max_steps:
-            run.train_step()
-            if run.evaluation_due():
-                goes_on = workers.gather(report(run.evaluate()))[0] is not False
+        with _ending(run):
+            goes_on = all(workers.gather(report(metrics))[0] is not False for metrics in run.progress.history)
+            while goes_on and run.progress.step < run.max_steps:
+                run.train_step()
+                if run.evaluation_due():
+                    goes_on = workers.gather(report(run.evaluate()))[0] is not False
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"out of GPU memory: {str(error).splitlines()[0]}") from error
     return run.progress
+
+
+@contextmanager
+def _ending(run: Run) -> Iterator[None]:
+    """Has the base of `run` back after the block, unless it ended amid a step."""
+    try:
+        yield
+    except (NonFiniteLoss, SystemExit):  # with the latter Tune ends a trial, out of a report
+        run.base.end()
+        raise
+    run.base.end()
 
 
 def share_of(share: float, count: int) -> int:

@@ -32,6 +32,7 @@ from bilora_ray.method import MethodAdamW, build_method, settings_of
 from bilora_ray.method.base import Place
 from bilora_ray.method.registry import stay
 from bilora_ray.paths import is_cached, kind_of, loadable
+from bilora_ray.training.compute.bases import Base, key_of, take
 from bilora_ray.training.compute.precision import dtype_of
 from bilora_ray.training.data.chat import use_template
 from bilora_ray.training.distributed.workers import ALONE, Workers
@@ -78,6 +79,28 @@ def load_processor(config: TrialConfig) -> Processor:
         return load_tokenizer(config)
     with _naming_the_model(config):
         return _from_pretrained(AutoImageProcessor, config, {**_hub_arguments(config), "backend": "pil"})
+
+
+def take_base(
+    config: TrialConfig, tokenizer: Processor, label_names: Sequence[str] | None, workers: Workers, keep: bool
+) -> Base:
+    """As `load_base`; if the last trial of this process has kept the same base, nothing is loaded.
+
+    Args:
+        config: the settings.
+        tokenizer: the base's own.
+        label_names: names by label index; None where the task has no labels.
+        workers: who train the trial. A base of which each has a part is not kept.
+        keep: whether to keep it for the next trial of this process, once this one has ended.
+
+    Raises:
+        UserError, MachineError: as `load_base`.
+    """
+    kept = keep and not workers.sharded
+    key = key_of(config, label_names, getattr(tokenizer, "pad_token_id", None), device()) if kept else None
+    base = take(key, config.seed, partial(load_base, config, tokenizer, label_names, workers))
+    _check_positions(base.model, config)
+    return base
 
 
 def load_base(
