@@ -81,7 +81,10 @@ def search(
             check_shared(layout.storage_path)
             if nested:
                 check_dashboard(ray_address)
-        space = decided(space, is_own(ray_address))
+        if space.fixed.get("precision") == "auto":
+            space = decided(space, is_own(ray_address))
+            if space.resources.gpus_per_worker:
+                watcher.say(f"precision: auto is {space.fixed['precision']} on these GPUs, for all trials")
         running = stack.enter_context(session(space, layout, mlflow_uri, digests, watcher))
         if is_own(ray_address):
             stack.enter_context(cluster(ray_address, nested))

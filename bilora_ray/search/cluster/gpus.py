@@ -21,7 +21,7 @@ SHARE = 0.001
 
 
 def decided(space: Space, own: bool) -> Space:
-    """`space` with the precision that its trials will compute in, for those that have GPUs: bf16 if all GPUs have it.
+    """`space` with the precision that its trials will compute in: bf16 if they have GPUs, all of which have it.
 
     Args:
         space: the space.
@@ -30,8 +30,6 @@ def decided(space: Space, own: bool) -> Space:
     Raises:
         UserError: a machine with GPUs does not say what they are.
     """
-    if space.fixed.get("precision") != "auto":
-        return space
     found = {"fp32"}
     if space.resources.gpus_per_worker:
         found = {_of_machine()} if own else _of_cluster()
