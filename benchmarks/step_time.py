@@ -11,6 +11,8 @@ Two baselines, because a fused forward pass is faster than PEFT's whatever the m
   folded into the rank-sized activations). It exists only here, to show how much of a ratio is due to the fusing.
 
     python benchmarks/step_time.py --model llama --hidden 1024 --steps 40
+
+With `--device cuda`, or with `--shapes`, it is another comparison, of shapes that people train: see `gpu_steps.py`.
 """
 
 from __future__ import annotations
@@ -220,7 +222,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["lora", "lora-fused", "bilora"], help="contenders")
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size, a multiple of 64")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=512, help="tokens a step, a multiple of 128")
+    parser.add_argument("--tokens", help="tokens a step, a multiple of 128 (512); of --shapes 4x1024,4x256,4x64")
     parser.add_argument("--steps", type=int, default=40, help="measured steps of each contender")
     parser.add_argument("--warmup", type=int, default=5, help="steps of each contender before those")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
@@ -229,14 +231,26 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--shapes", help="0.5b,1b,8b, or some of them")
+    parser.add_argument("--contenders", default="peft-autocast,lora,bilora,lora-sam", help="of --shapes")
+    parser.add_argument("--compile", default="", help="those of --shapes that run with compiled blocks too")
+    parser.add_argument("--precisions", default="0.5b:8x512", help="the shape that runs in each precision; '' for none")
+    parser.add_argument("--output", help="a file that gets the table of --shapes")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     device = torch.device(arguments.device)
+    if arguments.shapes or device.type == "cuda":
+        import gpu_steps
+
+        arguments.shapes = arguments.shapes or "0.5b,1b,8b"
+        arguments.tokens = arguments.tokens or "4x1024,4x256,4x64"
+        gpu_steps.main(arguments, device, SETTINGS, machine(device))
+        return
     ratios: list[Ratio] = []
     for model in arguments.model:
         base = build_base(model, arguments.hidden, arguments.layers).to(device, getattr(torch, arguments.dtype))
-        batch = build_batch(model, arguments.tokens, device)
+        batch = build_batch(model, int(arguments.tokens or 512), device)
         steps = {name: contender(name, base, batch) for name in arguments.methods}
         for clock, seconds in measure(steps, arguments.steps, arguments.warmup, device).items():
             ratios += compare(model, clock, seconds, [name for name in ("lora", "lora-fused") if name in steps])
