@@ -105,8 +105,10 @@ def _gram(factors: Sequence[Tensor]) -> _Gram:
     """Inner products of the rows of each r x k factor. A caller's autocast would round them: c could overshoot rho."""
     parts = [_columns(factor.detach()) for factor in factors]
     rows = torch.stack([part for part, _ in parts])
+    # As TF32 would, which a GPU may have been told to use for products of float32: float64 knows no such thing.
+    wide = rows.double() if rows.is_cuda else rows
     with torch.autocast(rows.device.type, enabled=False):
-        return _Gram(rows @ rows.mT, parts[0][1])
+        return _Gram((wide @ wide.mT).to(rows.dtype), parts[0][1])
 
 
 def _columns(factor: Tensor) -> tuple[Tensor, ProcessGroup | None]:
