@@ -91,8 +91,13 @@ NAMES: dict[str, tuple[str, ...]] = {
         "peft.tuners.lora.tp_layer.LoraParallelLinear",
         "peft.utils.other.TrainableTokensWrapper",
     ),
-    "the layer with the perturbation, to compute what PEFT's own would": (
-        "peft.tuners.lora.Linear._cast_input_dtype",
+    "the layers of both methods, to call a base layer that somebody looks at": (
+        "torch.nn.Linear._backward_hooks",
+        "torch.nn.Linear._backward_pre_hooks",
+        "torch.nn.Linear._forward_hooks",
+        "torch.nn.Linear._forward_pre_hooks",
+    ),
+    "the layers of both methods, to compute what PEFT's own would": (
         "peft.tuners.lora.Linear.active_adapters",
         "peft.tuners.lora.Linear.base_layer",
         "peft.tuners.lora.Linear.disable_adapters",
@@ -185,4 +190,5 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "ray.train.ControllerError": _made("ray.train.ControllerError", ValueError()),
     "ray.train.WorkerGroupError": _made("ray.train.WorkerGroupError", "", {}),
     "ray.tune.experiment.Trial": _made("ray.tune.experiment.Trial", "none", stub=True),
+    "torch.nn.Linear": _made("torch.nn.Linear", 1, 1),
 }

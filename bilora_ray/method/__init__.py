@@ -12,6 +12,7 @@ from bilora_ray.method.adapters import (
     auxiliary_parameters,
     detach_auxiliary,
     export_primary,
+    fuse,
     has_auxiliary,
     primary_parameters,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "build_method",
     "detach_auxiliary",
     "export_primary",
+    "fuse",
     "has_auxiliary",
     "perturbation_norm",
     "primary_parameters",

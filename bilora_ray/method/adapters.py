@@ -20,7 +20,15 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 
-from bilora_ray.method.layers import AUXILIARY, PRIMARY, PerturbedLayer, perturbed
+from bilora_ray.method.layers import (
+    AUXILIARY,
+    PRIMARY,
+    FusedLayer,
+    PerturbedLayer,
+    gains_by_fusing,
+    mixed,
+    plain_class_of,
+)
 from bilora_ray.method.radius import Factors
 
 # Layers whose weight change is not the single product B A that the radius is measured on.
@@ -59,7 +67,7 @@ def attach_auxiliary(model: PeftModel, rank: int) -> None:
         parameter.requires_grad_(True)
     for _, layer in layers:
         layer.set_requires_grad(AUXILIARY)
-        layer.__class__ = perturbed(type(layer))
+        layer.__class__ = mixed(PerturbedLayer, plain_class_of(layer))
 
 
 def detach_auxiliary(model: PeftModel) -> None:
@@ -68,6 +76,17 @@ def detach_auxiliary(model: PeftModel) -> None:
     for layer in layers.values():
         layer.__class__ = layer.plain_class  # type: ignore[assignment] # mypy sees the mixin only
     model.delete_adapter(AUXILIARY)
+
+
+def fuse(model: PeftModel) -> PeftModel:
+    """Have the layers of a model with the primary alone compute as Bi-LoRA's do, in place; others stay PEFT's own.
+
+    With an fp32 base it computes what PEFT does, to the bit where alpha / r is a power of two.
+    """
+    for _, layer in _adapted(model):
+        if gains_by_fusing(layer):
+            layer.__class__ = mixed(FusedLayer, type(layer))
+    return model
 
 
 def has_auxiliary(model: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from peft import PeftModel
 from torch import nn
 
-from bilora_ray.method.adapters import has_auxiliary
+from bilora_ray.method.adapters import fuse, has_auxiliary
 from bilora_ray.method.base import MethodAdamW, Place, descent_group
 
 
@@ -34,5 +34,6 @@ def build(
     model: PeftModel, place: Place, *, learning_rate: float, weight_decay: float, max_grad_norm: float | None
 ) -> LoraAdamW:
     """Plain LoRA on the primary adapter. ValueError if there is nothing to train."""
+    fuse(model)
     place(model)
     return LoraAdamW(model, learning_rate=learning_rate, weight_decay=weight_decay, max_grad_norm=max_grad_norm)

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bilora_ray.config import TASK_FACTS, TrialConfig
 from bilora_ray.errors import SAME_AGAIN, UserError, comes_again, first_line, is_of_device, refusal
-from bilora_ray.method import MethodAdamW, build_method, settings_of
+from bilora_ray.method import MethodAdamW, build_method, fuse, settings_of
 from bilora_ray.method.base import Place
 from bilora_ray.method.registry import stay
 from bilora_ray.paths import is_cached, kind_of, loadable
@@ -302,14 +302,14 @@ def add_primary(model: PreTrainedModel, config: TrialConfig, fresh: Sequence[str
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """`model` with the exported `adapter`.
+    """`model` with the exported `adapter`, whose layers compute as they did in training.
 
     Raises:
         UserError: the adapter's files are torn, or of another model.
         MachineError: they cannot be read now.
     """
     try:
-        return PeftModel.from_pretrained(model, str(adapter))
+        return fuse(PeftModel.from_pretrained(model, str(adapter)))
     except Exception as error:  # of PEFT, torch or the model's own code; what is a device's is raised again
         if not isinstance(error, OSError | SafetensorError) and not comes_again(error):
             raise
