@@ -334,6 +334,13 @@ class TrialConfig(Settings):
     gradient_accumulation_steps: Int = setting(
         1, "forward passes of one optimizer step", ge=1, decides="training", shown=("card",)
     )
+    tokens_per_pass: Int | None = setting(
+        None,
+        "positions of one forward pass of training at the most, padding too; absent: per_device_train_batch_size rows "
+        "as long as the longest of the step",
+        ge=1,
+        decides="memory",
+    )
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time", decides="training")
     seed: Int = setting(
         0,

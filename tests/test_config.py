@@ -182,6 +182,7 @@ def test_integers_are_known_and_so_are_numbers() -> None:
         "per_device_eval_batch_size",
         "per_device_generation_batch_size",
         "gradient_accumulation_steps",
+        "tokens_per_pass",
         "seed",
         "max_new_tokens",
     ]

@@ -13,8 +13,9 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.digests import check_base
 from bilora_ray.recipe import known_of
 from bilora_ray.training import model as models
+from bilora_ray.training.compute.cutting import Budget, cut
 from bilora_ray.training.compute.precision import use_tensor_cores
-from bilora_ray.training.data.batches import eval_batches
+from bilora_ray.training.data.batches import longest_first
 from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.probe.passes import check_passes, check_tokens
@@ -102,5 +103,8 @@ def _losses(
         batch = task.collate([examples[row] for row in rows], tokenizer)
         return task.measure(*task.forward(model, on_device(batch, model)))
 
-    batches = eval_batches([example.length for example in examples], config.per_device_eval_batch_size)
+    sides = [task.sides(example) for example in examples]
+    order = longest_first([sum(side) for side in sides])
+    parts = cut([sides[row] for row in order], Budget(config.per_device_eval_batch_size), models.device().type)
+    batches = [[order[place] for place in part] for part in parts]
     return task.metrics(workers.map(measure, batches), config)

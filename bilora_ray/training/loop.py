@@ -32,6 +32,7 @@ from bilora_ray.paths import cached_commit
 from bilora_ray.recipe import PAD, TEMPLATE, write_recipe
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import load_checkpoint, save_checkpoint
+from bilora_ray.training.compute.cutting import Budget, cut
 from bilora_ray.training.compute.precision import resolved, use_tensor_cores
 from bilora_ray.training.data.batches import train_batch
 from bilora_ray.training.data.truncation import Truncation
@@ -246,8 +247,7 @@ class Run:
     def _backward(self, examples: list[Example]) -> torch.Tensor:
         """The mean loss over the target tokens or rows of `examples`, weighted if so set, with its gradient."""
         self.optimizer.zero_grad()
-        size = self.config.per_device_train_batch_size
-        passes = self.workers.share([examples[start : start + size] for start in range(0, len(examples), size)])
+        passes = self.workers.share(self._cut(examples))
         # Known without asking a GPU, or another worker, for a number: that is to wait for it.
         targets = self._targets(examples)
         total = torch.zeros((), device=models.device())
@@ -260,6 +260,12 @@ class Run:
                 (loss * self.workers.world_size).backward()
             total += loss.detach()
         return self.workers.total(total)
+
+    def _cut(self, examples: list[Example]) -> list[list[Example]]:
+        sides = [self.task.sides(example) for example in examples]
+        budget = Budget(self.config.per_device_train_batch_size, self.config.tokens_per_pass)
+        parts = cut(sides, budget, models.device().type, self.workers.world_size)
+        return [[examples[row] for row in part] for part in parts]
 
     def _targets(self, examples: list[Example]) -> float:
         """How much `examples` count in a mean loss: their targets, or the weights of these."""

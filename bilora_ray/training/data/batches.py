@@ -24,9 +24,14 @@ def _epoch(num_rows: int, seed: int, epoch: int) -> Sequence[int]:
     return shuffled(num_rows, "epoch", seed, epoch)
 
 
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """Row indices by length: too little memory shows at once."""
+    return sorted(range(len(lengths)), key=lambda row: -lengths[row])
+
+
 def eval_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Row indices of batches of like `lengths`, longest first: little padding, and too little memory shows at once."""
-    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    """Row indices of batches of like `lengths`, longest first: little padding."""
+    order = longest_first(lengths)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 

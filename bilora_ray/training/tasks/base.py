@@ -133,6 +133,11 @@ def no_labels(row: Any) -> tuple[int, ...]:
     return ()
 
 
+def read_alone(example: Example) -> tuple[int, ...]:
+    """What is read, where nothing is written beside it."""
+    return (example.length,)
+
+
 def decoded_input(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text that is read, with special tokens."""
     return str(tokenizer.decode(example.input_ids.tolist()))
@@ -186,6 +191,7 @@ class Task:
         measure: logits and targets of one batch -> what `metrics` needs of them, with no tensor in it.
         metrics: what `measure` gave, by batch, and the settings, with the names of the labels -> metrics by name.
         predict: what a model makes of examples, for people to read.
+        sides: how many positions an example has in each part of the model: encoder and decoder are padded apart.
         read: what is read of an example, for people to read.
         learned: what is learned of an example, for people to read.
         label_names: records of the training data -> names by label index.
@@ -219,6 +225,7 @@ class Task:
         [Model, Sequence[Example], TrialConfig, Processor, Labels, Workers],
         list[Prediction],
     ]
+    sides: Callable[[Example], tuple[int, ...]] = read_alone
     read: Callable[[Example, Processor], str] = decoded_input
     learned: Callable[[Example, Processor, Labels], str] = decoded_labels
     label_names: Callable[[Iterable[Record], TrialConfig], Labels] = given_labels

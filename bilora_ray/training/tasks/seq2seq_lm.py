@@ -74,6 +74,10 @@ def _target_count(examples: Sequence[Example]) -> int:
     return target_count(example.labels for example in examples)
 
 
+def _sides(example: Example) -> tuple[int, ...]:
+    return example.length, len(example.labels)
+
+
 def _loss(model: Model, batch: dict[str, Tensor]) -> Tensor:
     """The model's own, with what the routers of experts may add to it, unless that is not float32."""
     output = model(**batch)
@@ -101,6 +105,7 @@ TASK = Task(
     check=check_answers,
     about=text_about,
     notes=text_notes,
+    sides=_sides,
     generated=partial(generated, continues=False),
     stops=stops,
 )

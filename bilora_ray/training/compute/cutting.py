@@ -1,0 +1,119 @@
+"""How rows are cut into forward passes: rows of like length together, and no pass with more positions than it may have.
+
+A pass is padded to its longest row, so that rows of one length waste nothing. But a pass also costs something whatever
+is in it: the cut that is taken costs least of all, in positions. It follows from the lengths, the limits and the kind
+of device, and from no clock, so that a trial that goes on cuts as it did.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# How many tokens of a row each part of a model reads: one number, or an encoder's and a decoder's.
+Sides = tuple[int, ...]
+# So many positions take as long as what a pass costs beside them. CPU: measured on one thread, 95 for the quickstart's
+# model and 25 to 28 for hidden sizes of 256 and 512. GPU: a roofline's 700 for an 8B, 1,700 for a 1B.
+OVERHEAD = {"cpu": 128, "cuda": 1024}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a pass may hold. One row is always allowed.
+
+    Attributes:
+        rows: so many rows, each as long as the longest of all; 1: each row is a pass of its own.
+        positions: so many positions instead, padding too.
+        proven: no more positions than these in any case, for more ran out of memory.
+    """
+
+    rows: int
+    positions: int | None = None
+    proven: int | None = None
+
+    def limits(self, sides: Sequence[Sides]) -> tuple[list[int], int]:
+        """How many positions a pass over some of these rows may have, by side and of all sides."""
+        of_side = [sys.maxsize if self.positions else self.rows * max(side) for side in zip(*sides, strict=True)]
+        return of_side, min(self.positions or sys.maxsize, self.proven or sys.maxsize)
+
+
+def cut(sides: Sequence[Sides], budget: Budget, device: str, workers: int = 1) -> list[list[int]]:
+    """Indices of rows by pass, the longest rows first; if there is one pass, in the order that they have.
+
+    Args:
+        sides: of each row.
+        budget: what a pass may hold.
+        device: torch's name of its kind.
+        workers: who share the passes. All get equally many if there are rows enough, and as even ones as can be.
+    """
+    if budget.rows == 1:
+        return [[row] for row in range(len(sides))]
+    order = sorted(range(len(sides)), key=lambda row: -sum(sides[row]))
+    lengths, (of_side, of_all) = [sides[row] for row in order], budget.limits(sides)
+    starts = _cheapest(lengths, of_side, of_all, OVERHEAD.get(device, OVERHEAD["cuda"]))
+    if workers > 1:
+        count = min(-(-len(starts) // workers) * workers, len(sides))
+        starts = _even(lengths, of_side, of_all, count)
+    elif len(starts) == 1:
+        return [list(range(len(sides)))]
+    return [order[start:end] for start, end in zip(starts, [*starts[1:], len(order)], strict=True)]
+
+
+def positions(sides: Sequence[Sides]) -> int:
+    """How many positions a pass over rows of these `sides` has, padding too."""
+    return len(sides) * sum(map(max, zip(*sides, strict=True)))
+
+
+def _cheapest(lengths: Sequence[Sides], of_side: list[int], of_all: int, overhead: int) -> list[int]:
+    """Where each pass begins, of the cut whose positions and overheads add up to the least.
+
+    Of equally good ones it has fuller passes first.
+    """
+    import numpy
+
+    rows = numpy.array(lengths)
+    costs, begins, begin = numpy.zeros(len(rows) + 1), [0], 0
+    for end in range(1, len(rows) + 1):
+        # A last pass from each row on, back from `end`, but not from before what the pass before could reach.
+        longest = numpy.maximum.accumulate(rows[begin:end][::-1])
+        counts = numpy.arange(1, end - begin + 1)
+        held = counts[:, None] * longest
+        allowed = (held <= of_side).all(1) & (held.sum(1) <= of_all) | (counts == 1)
+        counts, held = counts[allowed], held[allowed]
+        found = costs[end - counts] + held.sum(1)
+        best = int(found.argmin())
+        costs[end] = found[best] + overhead
+        begins.append(end - int(counts[best]))
+        begin = end - int(counts[-1])
+    starts, end = [], len(rows)
+    while end:
+        end = begins[end]
+        starts.append(end)
+    return starts[::-1]
+
+
+def _even(lengths: Sequence[Sides], of_side: list[int], of_all: int, count: int) -> list[int]:
+    """Where each pass begins if there are `count`, or fewer, and the largest of them is as small as can be."""
+    low, high = 0, min(of_all, positions(lengths))
+    while high - low > 1:
+        middle = (low + high) // 2
+        if len(_filled(lengths, of_side, middle)) > count:
+            low = middle
+        else:
+            high = middle
+    return _filled(lengths, of_side, high)
+
+
+def _filled(lengths: Sequence[Sides], of_side: list[int], of_all: int) -> list[int]:
+    """Where each pass begins if each takes as many rows as these limits let it."""
+    starts = [0]
+    longest = lengths[0]
+    for row, sides in enumerate(lengths):
+        count, wider = row - starts[-1] + 1, tuple(map(max, longest, sides))
+        held = [count * side for side in wider]
+        if count > 1 and (sum(held) > of_all or any(map(int.__gt__, held, of_side))):
+            starts.append(row)
+            wider = sides
+        longest = wider
+    return starts
