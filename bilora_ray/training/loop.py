@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -27,24 +27,22 @@ from bilora_ray.digests import BASE, CHAT_TEMPLATE, check_unchanged, of_base, of
 from bilora_ray.errors import NonFiniteLoss, OutOfMemory, UserError
 from bilora_ray.files import atomic_folder, temporary_folder
 from bilora_ray.method import export_primary, primary_parameters
-from bilora_ray.method.base import Closure
 from bilora_ray.paths import cached_commit
 from bilora_ray.recipe import PAD, TEMPLATE, write_recipe
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import load_checkpoint, save_checkpoint
-from bilora_ray.training.compute.cutting import Budget, cut
+from bilora_ray.training.compute.gradients import Gradients, LateLosses
 from bilora_ray.training.compute.precision import resolved, use_tensor_cores
 from bilora_ray.training.data.batches import train_batch
 from bilora_ray.training.data.truncation import Truncation
 from bilora_ray.training.distributed.parallel import Network, collected, shard
-from bilora_ray.training.distributed.workers import ALONE, Workers, drawing_again, random_states, seed_worker
+from bilora_ray.training.distributed.workers import ALONE, Workers, seed_worker
 from bilora_ray.training.evaluate import evaluate
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import Loaded, load_data
-from bilora_ray.training.metrics import IGNORED
 from bilora_ray.training.probe.passes import check_passes, check_tokens
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Example, balanced, cross_entropy
+from bilora_ray.training.tasks.base import Example
 
 # Takes an evaluation, and says whether the trial shall go on. To say nothing, as 0.1.0 had it, is yes.
 Report = Callable[[dict[str, float]], bool]
@@ -113,8 +111,6 @@ class Run:
         self.config = config.model_copy(update={"format": self.data.format})
         self.digests = {**self.data.digests, BASE: of_base(config), CHAT_TEMPLATE: of_template(config)}
         check_unchanged(config, digests or {}, self.digests)
-        self.class_weights = self._class_weights()
-        self.weights_of_classes = torch.tensor(self.class_weights or (), device=models.device())
         self.base = models.take_base(config, self.data.tokenizer, self.data.label_names, workers, keep_base)
         self._check_base()
         self.model = models.add_primary(self.base.begin(), config, self.base.fresh)
@@ -122,6 +118,7 @@ class Run:
         if config.gradient_checkpointing:
             models.enable_gradient_checkpointing(self.model)
         self.network = Network(self.model, workers)
+        self.gradients = Gradients(self.config, self.data, self.network, self.optimizer, workers)
         self.step_rows = config.step_rows(workers.planned)
         self.max_steps = config.max_steps or share_of(config.num_train_epochs, self.steps_per_epoch)
         self.eval_every = _eval_every(config.eval_steps, self.max_steps)
@@ -134,6 +131,7 @@ class Run:
         # Methods draw differently many numbers while they are built; dropout must not depend on that.
         seed_worker(config.seed, workers.rank)
         self.learning_rate = 0.0
+        self.losses = LateLosses()
         self.progress = Progress()
         self.window = Window()
 
@@ -161,15 +159,16 @@ class Run:
         self.progress.resumed_at.append(self.progress.step)
 
     def train_step(self) -> None:
-        """One optimizer step over `step_rows` rows. NonFiniteLoss if the loss is NaN or infinite."""
+        """One optimizer step over `step_rows` rows. NonFiniteLoss if the loss of the step before is NaN or infinite."""
         started = time.perf_counter()
         self.model.train()
         self.learning_rate = self.schedule.get_last_lr()[0]
         examples = self._next_rows()
-        loss = self.optimizer.step(self._closure(examples))
+        loss = self.optimizer.step(self.gradients.closure(examples))
         assert loss is not None
         self.schedule.step()
         self.progress.step += 1
+        self.losses.add(self.progress.step, loss)
         self.window.losses.append(loss.detach())
         self.window.tokens += sum(example.length for example in examples)
         self.window.seconds += time.perf_counter() - started
@@ -183,7 +182,11 @@ class Run:
 
         Returns:
             The metrics to report. `train_loss` is at the perturbed weight, `eval_loss` is not: do not compare them.
+
+        Raises:
+            NonFiniteLoss: a loss is NaN or infinite; then nothing is written.
         """
+        self.losses.check_all()
         metrics = self._metrics()
         self.network.reshard()
         progress = self.progress
@@ -222,73 +225,9 @@ class Run:
         rows = train_batch(len(self.data.train), self.step_rows, self.config.seed, epoch, index)
         return [self.data.train[row] for row in rows]
 
-    def _closure(self, examples: list[Example]) -> Closure:
-        """What a method calls as often as it needs in one step: the loss of `examples`, with its gradient.
-
-        Each call sees the same dropout. Only the first one waits for the number: where it is finite and a later one
-        is not, the next step or evaluation shows it.
-        """
-        before = random_states()
-        called = False
-
-        def closure() -> torch.Tensor:
-            nonlocal called
-            if called:
-                with drawing_again(before):
-                    return self._backward(examples)
-            called = True
-            loss = self._backward(examples)
-            if not math.isfinite(value := float(loss)):
-                raise NonFiniteLoss(self.progress.step + 1, value)
-            return loss
-
-        return closure
-
-    def _backward(self, examples: list[Example]) -> torch.Tensor:
-        """The mean loss over the target tokens or rows of `examples`, weighted if so set, with its gradient."""
-        self.optimizer.zero_grad()
-        passes = self.workers.share(self._cut(examples))
-        # Known without asking a GPU, or another worker, for a number: that is to wait for it.
-        targets = self._targets(examples)
-        total = torch.zeros((), device=models.device())
-        for number, (part, counts) in enumerate(passes, start=1):
-            weight = counts * self._targets(part) / targets
-            batch = {key: tensor.to(models.device(), non_blocking=True) for key, tensor in self._batch(part).items()}
-            with self.network.accumulating(last=number == len(passes)):
-                loss = self._loss(batch) * weight
-                # Workers share the mean of their gradients; the loss is a sum over them.
-                (loss * self.workers.world_size).backward()
-            total += loss.detach()
-        return self.workers.total(total)
-
-    def _cut(self, examples: list[Example]) -> list[list[Example]]:
-        sides = [self.task.sides(example) for example in examples]
-        budget = Budget(self.config.per_device_train_batch_size, self.config.tokens_per_pass)
-        parts = cut(sides, budget, models.device().type, self.workers.world_size)
-        return [[examples[row] for row in part] for part in parts]
-
-    def _targets(self, examples: list[Example]) -> float:
-        """How much `examples` count in a mean loss: their targets, or the weights of these."""
-        if self.class_weights is None:
-            return self.task.target_count(examples)
-        return math.fsum(self.class_weights[label] for label in _classes(examples))
-
-    def _loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        if self.class_weights is None:
-            return self.task.loss(self.network, batch)
-        return cross_entropy(*self.task.forward(self.network, batch), self.weights_of_classes)
-
-    def _class_weights(self) -> list[float] | None:
-        if self.config.class_weights is None:
-            return None
-        return balanced(_classes(self.data.train), len(self.data.label_names or ()))
-
     def _place(self, model: PeftModel) -> None:
         if self.workers.sharded:
             shard(model, self.workers)
-
-    def _batch(self, examples: list[Example]) -> dict[str, torch.Tensor]:
-        return self.task.collate(examples, self.data.tokenizer)
 
     def _metrics(self) -> dict[str, float]:
         window, step = self.window, self.progress.step
@@ -336,11 +275,6 @@ class Run:
             with atomic_folder(path) as unfinished:
                 for file in written.iterdir():
                     shutil.copyfile(file, unfinished / file.name)
-
-
-def _classes(examples: Iterable[Example]) -> Iterator[int]:
-    """The classes that a task with classes predicts."""
-    return (label for example in examples for label in example.labels if label != IGNORED)
 
 
 def fit(

@@ -177,7 +177,7 @@ def weighted_trial(tiny: Tiny, folder: Path, **settings: Any) -> Run:
 
 def gradient_of(run: Run, workers: Workers) -> tuple[float, torch.Tensor]:
     run.workers = workers
-    loss = run._backward(list(run.data.train))
+    loss = run.gradients._backward(list(run.data.train))
     grads = [parameter.grad for parameter in primary_parameters(run.model).values()]
     return float(loss), torch.cat([grad.flatten().clone() for grad in grads if grad is not None])
 
@@ -192,7 +192,7 @@ def test_the_weighted_loss_is_the_weighted_mean_however_rows_are_shared(
     run.model.eval()  # which draws nothing
     labels = torch.tensor([example.labels[0] for example in run.data.train])
     weights = torch.tensor(compute_class_weight("balanced", classes=numpy.arange(3), y=labels.numpy()))
-    assert run.class_weights == pytest.approx(weights.tolist())
+    assert run.gradients.class_weights == pytest.approx(weights.tolist())
     rows = (torch.tensor([example.input_ids.tolist()]) for example in run.data.train)
     logits = torch.cat([run.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for ids in rows])
     losses = functional.cross_entropy(logits, labels, reduction="none").double()

@@ -120,7 +120,7 @@ def test_the_gradient_is_that_of_one_pass(
         run = exact(Run(tiny.config(task, **settings), TrialFolder(tmp_path / name)))
         parts: list[int] = []
         run.model.register_forward_pre_hook(lambda *_, parts=parts: parts.append(1))
-        run._closure(run._next_rows())()
+        run.gradients.closure(run._next_rows())()
         assert (len(parts) > 1) is (name != "one") or task == "image-classification"
         gradients.append({name: p.grad for name, p in run.model.named_parameters() if p.grad is not None})
     one, *others = gradients
@@ -136,8 +136,8 @@ def exact(run: Run) -> Run:
     for module in run.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    original: Any = run._batch
-    run._batch = lambda rows: {  # type: ignore[method-assign]
+    original: Any = run.gradients.batch
+    run.gradients.batch = lambda rows: {  # type: ignore[method-assign]
         key: tensor.double() if tensor.is_floating_point() else tensor for key, tensor in original(rows).items()
     }
     return run
