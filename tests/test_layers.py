@@ -43,6 +43,7 @@ DEPTH = {
     "addresses": 16,
     "errors": 16,
     "files": 16,
+    "garbage": 16,
     "quiet": 16,
     "records": 16,
 }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import importlib
 import os
 import signal
@@ -17,6 +19,7 @@ import click
 
 from bilora_ray import __version__
 from bilora_ray.errors import UserError, first_line, nearest
+from bilora_ray.garbage import seldom_collected
 
 # Verb -> its line in `bilora-ray --help`. The module of a verb is imported only when it is called.
 COMMANDS = {
@@ -50,6 +53,9 @@ PACKAGES = (
     "torch",
     "transformers",
 )
+
+# Python would look through all objects once more, for a second, before the system frees them at once.
+atexit.register(gc.freeze)
 
 EPILOG = """\b
 Start here:
@@ -94,7 +100,7 @@ class LazyGroup(click.Group):
 
     def invoke(self, ctx: click.Context) -> object:
         """Read a command's options and run it."""
-        with _one_line(), _heeding_sigterm():
+        with _one_line(), _heeding_sigterm(), seldom_collected():
             _check_packages()
             return super().invoke(ctx)
 

@@ -20,6 +20,7 @@ from bilora_ray.runners.task import (
     Runner,
     explained,
     folder_of,
+    import_training,
     telling,
     the_only,
 )
@@ -89,9 +90,7 @@ def _train_on_worker(task: Mapping[str, Any]) -> None:
         from ray import train
         from ray.train.torch import get_device
 
-        from bilora_ray.quiet import quiet
-
-        quiet()
+        import_training()
         from bilora_ray.training.distributed.workers import Workers
         from bilora_ray.training.loop import fit
 

@@ -17,6 +17,7 @@ from bilora_ray.runners.task import (
     Runner,
     explained,
     folder_of,
+    import_training,
     telling,
     the_only,
 )
@@ -33,9 +34,7 @@ def run_trial(task: Mapping[str, Any]) -> None:
     trial = the_only(task)
     try:
         with not_again():  # nor what an import raises
-            from bilora_ray.quiet import quiet
-
-            quiet()
+            import_training()
             from bilora_ray.training.loop import fit
 
             _keep_to_share(task[RESOURCES]["gpus_per_worker"])

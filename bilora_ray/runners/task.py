@@ -11,6 +11,7 @@ from ray.util import get_node_ip_address
 from safetensors import SafetensorError
 
 from bilora_ray.errors import MachineError, TrialFailure, UserError, first_line
+from bilora_ray.garbage import importing
 from bilora_ray.training.folder import TrialFolder
 
 # The keys of a task: the trials that run together, and what they get. Those of each of its trials.
@@ -36,6 +37,15 @@ class Runner:
     run: Callable[[Mapping[str, Any]], None]
     own: Callable[[Mapping[str, Any]], dict[str, float]]
     starts_workers: bool
+
+
+def import_training() -> None:
+    """Import what `fit` needs, in silence: seconds, the first time in a process. Raises whatever an import raises."""
+    with importing():
+        from bilora_ray.quiet import quiet
+
+        quiet()
+        import bilora_ray.training.loop  # noqa: F401 - to have it
 
 
 def the_only(task: Mapping[str, Any]) -> Mapping[str, Any]:
