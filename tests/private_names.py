@@ -38,6 +38,14 @@ NAMES: dict[str, tuple[str, ...]] = {
         "ray.job_submission.JobSubmissionClient.get_address",
     ),
     "the search, to keep AWS secrets out of Ray's logs": ("ray.tune.execution.class_cache.ENV_VARS_TO_PROPAGATE",),
+    "the search, to run trials in processes that Ray has started already": (
+        "ray.tune.execution.class_cache.DEFAULT_ENV_VARS",
+    ),
+    "a Ray cluster of our own, not to wait for the end of its autoscaler": (
+        "ray._private.node.Node.kill_monitor",
+        "ray._private.ray_constants.PROCESS_TYPE_MONITOR",
+        "ray._private.worker._global_node",
+    ),
     "the search, to keep Tune silent": ("ray.tune.progress_reporter.ProgressReporter.should_report",),
     "the scheduler, to decide about a trial whose process died and to end a search that cannot go on": (
         "ray.tune.execution.tune_controller.TuneController.request_stop_experiment",

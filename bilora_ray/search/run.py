@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import ray
 from ray import tune
-from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
+from ray.tune.execution.class_cache import DEFAULT_ENV_VARS, ENV_VARS_TO_PROPAGATE
 from ray.tune.progress_reporter import ProgressReporter
 
 from bilora_ray.errors import MachineError
@@ -88,6 +88,7 @@ def search(
         running = stack.enter_context(session(space, layout, mlflow_uri, digests, watcher))
         if is_own(ray_address):
             stack.enter_context(cluster(ray_address, nested))
+            stack.enter_context(_environment_inherited())
         stack.enter_context(head_watched(lambda: _end(running, ray_address)))
         study, observers = running.study, running.observers()
         concurrent = space.study.max_concurrent or capacity(space.resources, ray.cluster_resources())
@@ -147,6 +148,22 @@ def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> Non
     if study.in_hand():
         numbers = ", ".join(map(str, study.in_hand()))
         raise MachineError(f"Ray ended trials that are not done ({numbers}); go on with --resume")
+
+
+@contextmanager
+def _environment_inherited() -> Iterator[None]:
+    """Have Tune tell the trials' processes nothing of the environment, of which those of our own cluster have all.
+
+    With nothing to be told, a trial gets a process that Ray has started already.
+    """
+    told, default = set(ENV_VARS_TO_PROPAGATE), dict(DEFAULT_ENV_VARS)
+    ENV_VARS_TO_PROPAGATE.clear()
+    DEFAULT_ENV_VARS.clear()
+    try:
+        yield
+    finally:
+        ENV_VARS_TO_PROPAGATE.update(told)
+        DEFAULT_ENV_VARS.update(default)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from ray.util.state.exception import RayStateApiException
 
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.runners.nested import ON_HEAD, name_cluster
-from bilora_ray.search.cluster.own_ray import check_room, private_ray
+from bilora_ray.search.cluster.own_ray import check_room, kill_monitor, private_ray
 from bilora_ray.search.cluster.shared_storage import ANSWER_TIMEOUT_S
 from bilora_ray.search.space import ResourceConfig
 
@@ -97,6 +97,8 @@ def cluster(address: str | None, nested: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
+            if own:
+                kill_monitor()
             ray.shutdown()
 
 

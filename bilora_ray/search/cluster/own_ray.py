@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from ray._private import ray_constants
+from ray._private import ray_constants, worker
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined] # compiled
 
 from bilora_ray.errors import UserError
@@ -49,6 +49,13 @@ def private_ray() -> Iterator[None]:
             else:
                 os.environ[key] = value
         _forget_token()
+
+
+def kill_monitor() -> None:
+    """Kill what would ask a cloud for more nodes: Ray asks it to end, and waits a second for that in vain."""
+    node = worker._global_node
+    if node is not None and ray_constants.PROCESS_TYPE_MONITOR in node.all_processes:
+        node.kill_monitor(check_alive=False)
 
 
 def check_room() -> None:
