@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from bilora_ray.method import METHODS, build_method, settings_of
 from bilora_ray.training import model as models
-from bilora_ray.training.probe.roofline import matmul_rate, operations, wait
+from bilora_ray.training.probe.roofline import Marks, matmul_rate, operations, wait
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Example
 
@@ -87,32 +87,6 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
         vocab_size=256,
     ),
 }
-
-
-@dataclass
-class Marks:
-    """Moments of a step on a device, each with the name of what ended there."""
-
-    device: torch.device
-    found: list[tuple[str, Any]] = field(default_factory=list)
-
-    def mark(self, name: str) -> None:
-        """Note the moment when the device has come here."""
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.found.append((name, event))
-        else:
-            self.found.append((name, time.perf_counter()))
-
-    def milliseconds(self) -> dict[str, float]:
-        """By name, those of all that ended under it. The device must be done."""
-        total: dict[str, float] = {}
-        for (_, before), (name, after) in zip(self.found, self.found[1:], strict=False):
-            lasted = before.elapsed_time(after) if self.device.type == "cuda" else 1e3 * (after - before)
-            total[name] = total.get(name, 0.0) + lasted
-        self.found.clear()
-        return total
 
 
 # The batches of both kinds of steps, by whose they are.
@@ -342,7 +316,7 @@ class Race:
         for _ in range(repeats):
             each.step(data, self.marks)
         wait(device)
-        each.phases.append({name: value / repeats for name, value in self.marks.milliseconds().items()})
+        each.phases.append({name: 1e3 * value / repeats for name, value in self.marks.seconds().items()})
         if device.type == "cuda":
             others = sum(other.state for other in self.contenders if other is not each)
             each.peak = max(each.peak, torch.cuda.max_memory_allocated(device) - others)

@@ -23,6 +23,7 @@ DEPTH = {
     "search.space": 4,
     "runners": 5,
     "release": 5,
+    "training.probe.profile": 5,
     "training": 6,
     "training.probe": 7,
     "training.rows": 7,

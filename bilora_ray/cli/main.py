@@ -27,6 +27,7 @@ COMMANDS = {
     "tune": "Search a space file for the best adapter.",
     "submit": "Run a search as a job of a Ray cluster.",
     "train": "Train one adapter, without a search.",
+    "profile": "Say where the time and the memory of a trial go, by some of its steps.",
     "show": "Show a study: its trials, the best settings, what mattered.",
     "export": "Copy a trial's adapter out, or merge it into its base model.",
     "evaluate": "Measure an exported adapter on a data file.",

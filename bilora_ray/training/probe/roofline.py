@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +15,39 @@ SQUARE = {"cuda": 8192}
 SMALL_SQUARE = 1024
 # Products that are timed; the fastest counts.
 PRODUCTS = 6
+
+
+@dataclass
+class Marks:
+    """Moments on a device, each with the name of what ended there: on a GPU events, for which nobody waits.
+
+    What the host does while a GPU is busy takes no time so; what a GPU waits for does.
+
+    Attributes:
+        device: the device.
+        found: name and moment, in order.
+    """
+
+    device: torch.device
+    found: list[tuple[str, Any]] = field(default_factory=list)
+
+    def mark(self, name: str) -> None:
+        """Note that what is called `name` has ended."""
+        moment: Any = time.perf_counter()
+        if self.device.type == "cuda":
+            moment = torch.cuda.Event(enable_timing=True)
+            moment.record()
+        self.found.append((name, moment))
+
+    def seconds(self) -> dict[str, float]:
+        """Those of all that ended under a name, by name; of the first mark nothing is known. It waits, and forgets."""
+        wait(self.device)
+        total: dict[str, float] = {}
+        for (_, before), (name, after) in zip(self.found, self.found[1:], strict=False):
+            lasted = before.elapsed_time(after) / 1e3 if self.device.type == "cuda" else after - before
+            total[name] = total.get(name, 0.0) + lasted
+        self.found.clear()
+        return total
 
 
 def wait(device: torch.device) -> None:

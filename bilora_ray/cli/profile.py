@@ -1,0 +1,102 @@
+"""`bilora-ray profile`: some steps of a trial, and where their time and memory go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bilora_ray.cli.options import json_option, print_json, set_option, space_option, telling_of_gpu_memory
+from bilora_ray.cli.tables import duration
+from bilora_ray.errors import TrialFailure, UserError
+from bilora_ray.paths import have_home
+from bilora_ray.search.space import Space, Value
+from bilora_ray.search.space_file import load_space
+
+if TYPE_CHECKING:
+    from bilora_ray.training.probe.profile import Profile
+
+EPILOG = """\b
+Examples:
+  bilora-ray profile --space search_spaces/quickstart.yaml
+  bilora-ray profile --space search_spaces/llama.yaml --set gradient_checkpointing=false --json
+"""
+MIB, GIB = 2**20, 2**30
+
+
+@click.command(epilog=EPILOG)
+@space_option
+@set_option
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=10, show_default=True, metavar="N", help="Steps that are timed."
+)
+@json_option
+def command(space_path: Path, overrides: tuple[str, ...], steps: int, as_json: bool) -> None:
+    """Run some steps and one evaluation of a trial, and say where the time and the memory go.
+
+    It is the trial with the first of the points_to_evaluate, and with the first choice or the low end of what those
+    leave open. A worker's part of it is run, in this process. No study is touched.
+    """
+    space = load_space(space_path, overrides)
+    have_home()
+
+    from bilora_ray.quiet import quiet
+    from bilora_ray.search.preflight import pinned, preflight
+
+    space = pinned(space, None)
+    preflight(space)
+    quiet()
+    from bilora_ray.training.probe.profile import WARM_UP, profile
+
+    click.echo(f"Running {WARM_UP} steps to warm up, {steps} that are timed, and one evaluation", err=True)
+    try:
+        with telling_of_gpu_memory():
+            found = profile(space.trial_config(_first(space)), steps)
+    except TrialFailure as error:
+        raise UserError(f"the trial failed: {error}") from None
+    if as_json:
+        print_json(found.as_dict())
+    else:
+        _print(found)
+
+
+def _first(space: Space) -> dict[str, Value]:
+    open_ = {key: distribution.ends()[0] for key, distribution in space.distributions.items()}
+    return {**open_, **(space.points_to_evaluate[0] if space.points_to_evaluate else {})}
+
+
+def _print(found: Profile) -> None:
+    click.secho(f"{found.device}, {found.precision}", bold=True)
+    padding = f"{found.padding:.0%} of the positions are padding"
+    for what, line in (
+        ("speed", f"{found.tokens_per_second:,.0f} tokens/s, {found.positions_per_second:,.0f} positions/s: {padding}"),
+        ("step", f"{_time(found.step_seconds)}, of {found.step_rows} rows; forward passes: {found.passes:.3g}"),
+        ("trial", f"about {_time(found.trial_seconds)}: {found.trial_steps} steps, {found.evaluations} evaluations"),
+        ("start", f"{_time(found.start_seconds)}, before the first step"),
+        (
+            "arithmetic",
+            f"{found.utilisation:.0%} of the {found.device_rate / 1e12:.3g} TFLOP/s of a large product here",
+        ),
+    ):
+        click.echo(f"  {what:<20} {line}")
+    click.secho("Time of the trial", bold=True)
+    for part, share in sorted(found.shares.items(), key=lambda item: -item[1]):
+        click.echo(f"  {part:<20} {share:>6.1%}  {'#' * round(40 * share)}")
+    click.secho("Memory", bold=True)
+    for kind, size in found.memory.items():
+        click.echo(f"  {kind.replace('_', ' '):<20} {_size(size):>10}")
+    click.secho("What would gain most, by estimate", bold=True)
+    for suggestion in found.suggestions:
+        value = {None: "null", True: "true", False: "false"}.get(suggestion.value, suggestion.value)
+        click.echo(f"  {suggestion.setting}: {value}  {suggestion.speedup:.2f} x  {suggestion.reason}")
+    if not found.suggestions:
+        click.echo("  nothing that is known of")
+
+
+def _time(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s" if seconds < 10 else duration(seconds)
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"

@@ -1,0 +1,169 @@
+"""Which settings would make a trial faster, by estimate: each with what the estimate stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bilora_ray.config import TrialConfig
+
+# Of the memory that is free, the share that a suggestion may want.
+SPARE = 0.8
+# Less of a gain than this is none.
+LEAST = 1.02
+MOST = 3
+# Compiled blocks beside eager ones: forward and backward of a Llama, by a roofline of one on an H100.
+COMPILED = 1.25
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A setting with the value that it could have.
+
+    Attributes:
+        setting: with its value, as in a space file.
+        value: the same value.
+        speedup: the trial's time over what it would take, by estimate.
+        reason: what the estimate stands on.
+    """
+
+    setting: str
+    value: Any
+    speedup: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a profile has seen of a trial. Seconds and operations are of all of it, bytes of one moment.
+
+    Attributes:
+        config: the settings.
+        device: its kind.
+        seconds: by part.
+        passes: forward passes of a step.
+        padding: the share of the positions that holds no token.
+        operations: that its steps need.
+        rate: operations a second that a large product reaches.
+        rate_of_bf16: those of one in bf16 on a GPU that has it; None elsewhere, or where the trial is in bf16.
+        memory: by kind.
+        with_doubled_passes: seconds of its steps where each pass has twice the rows; None where that is not known.
+        kept_if_not_recomputed: bytes that a pass would keep without checkpointing; None where there is none.
+        rows_to_evaluate: validation rows.
+    """
+
+    config: TrialConfig
+    device: str
+    seconds: Mapping[str, float]
+    passes: float
+    padding: float
+    operations: float
+    rate: float
+    rate_of_bf16: float | None
+    memory: Mapping[str, int]
+    with_doubled_passes: float | None
+    kept_if_not_recomputed: int | None
+    rows_to_evaluate: int
+
+    @property
+    def computing(self) -> float:
+        """Seconds of forward and backward passes."""
+        return self.seconds["forward"] + self.seconds["backward"]
+
+
+# What is saved of the trial's seconds, and the rest of a suggestion.
+Found = Iterator[tuple[str, Any, float, str]]
+
+
+def suggestions(seen: Seen) -> tuple[Suggestion, ...]:
+    """Those that would gain most, the best first."""
+    total = sum(seen.seconds.values())
+    found = [
+        Suggestion(setting, value, total / (total - saved), reason)
+        for look in LOOKS
+        for setting, value, saved, reason in look(seen)
+        if saved < total
+    ]
+    best = sorted(found, key=lambda suggestion: -suggestion.speedup)[:MOST]
+    return tuple(suggestion for suggestion in best if suggestion.speedup >= LEAST)
+
+
+def doubled(config: TrialConfig) -> dict[str, Any]:
+    """What has each pass take twice the rows, by setting."""
+    names = ("per_device_train_batch_size", "tokens_per_pass")
+    found = {name: getattr(config, name, None) for name in names}
+    return {name: 2 * value for name, value in found.items() if value is not None}
+
+
+def _precision(seen: Seen) -> Found:
+    if seen.rate_of_bf16 is None or seen.config.quantization is not None:
+        return
+    gain = seen.rate_of_bf16 / seen.rate
+    products = min(seen.computing, seen.operations / seen.rate)
+    # What is no product moves half the bytes.
+    saved = products * (1 - 1 / gain) + (seen.computing - products) / 2
+    yield "precision", "bf16", saved, f"large products are {gain:.1f} x as fast here, and all else moves half the bytes"
+
+
+def _checkpointing(seen: Seen) -> Found:
+    kept, free = seen.kept_if_not_recomputed, seen.memory["free"]
+    if kept is not None and kept < SPARE * free:
+        reason = f"a pass would keep {kept / GIB:.2g} GiB, of {free / GIB:.2g} that are free"
+        yield "gradient_checkpointing", False, seen.seconds["forward"], reason
+
+
+def _larger_passes(seen: Seen) -> Found:
+    config, steps = seen.config, sum(seen.seconds[part] for part in ("data", "forward", "backward", "optimizer"))
+    if seen.with_doubled_passes is None:
+        return
+    saved, measured = steps - seen.with_doubled_passes, "measured; the rows of a step stay the same"
+    budget = getattr(config, "tokens_per_pass", None)
+    if budget is not None:
+        yield "tokens_per_pass", 2 * budget, saved, measured
+    elif config.gradient_accumulation_steps % 2 == 0:
+        half, rows = config.gradient_accumulation_steps // 2, 2 * config.per_device_train_batch_size
+        reason = f"{measured} with gradient_accumulation_steps: {half}"
+        yield "per_device_train_batch_size", rows, saved, reason
+
+
+def _padding(seen: Seen) -> Found:
+    allowed = str(TrialConfig.model_fields["attn_implementation"].annotation)
+    if seen.device == "cuda" and "'varlen'" in allowed and seen.config.attn_implementation != "varlen":
+        reason = f"{seen.padding:.0%} of the positions are padding"
+        yield "attn_implementation", "varlen", seen.padding * seen.computing, reason
+
+
+def _compiled(seen: Seen) -> Found:
+    if seen.device == "cuda" and getattr(seen.config, "torch_compile", None) is False:
+        reason = f"compiled blocks are about {COMPILED} x as fast, once they are compiled"
+        yield "torch_compile", True, seen.computing * (1 - 1 / COMPILED), reason
+
+
+def _generation(seen: Seen) -> Found:
+    size = getattr(seen.config, "per_device_generation_batch_size", None)
+    if size is None or seen.device != "cuda" or size >= seen.rows_to_evaluate:
+        return
+    batches = -(-seen.rows_to_evaluate // size)
+    reason = f"texts are written in {batches} batches, and one takes hardly longer than a small one"
+    yield "per_device_generation_batch_size", None, seen.seconds["generation"] * (1 - 1 / batches), reason
+
+
+def _evaluations(seen: Seen) -> Found:
+    saved = sum(seen.seconds[part] for part in ("evaluation", "generation", "checkpoint")) / 2
+    share, every = 2 * saved / sum(seen.seconds.values()), seen.config.eval_steps
+    value = 2 * every if every >= 1 or every <= 0.25 else None
+    if value is not None:
+        yield "eval_steps", value, saved, f"evaluations take {share:.0%} of the time; half as many, half of it"
+
+
+LOOKS: tuple[Callable[[Seen], Found], ...] = (
+    _precision,
+    _checkpointing,
+    _larger_passes,
+    _padding,
+    _compiled,
+    _generation,
+    _evaluations,
+)

@@ -1,0 +1,132 @@
+"""Where the time and the memory of some steps go, and what is suggested."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_trials import Tiny
+
+from bilora_ray.config import Task, TrialConfig
+from bilora_ray.training.data.batches import train_batch
+from bilora_ray.training.loading import load_data
+from bilora_ray.training.probe.advice import GIB, Seen, suggestions
+from bilora_ray.training.probe.profile import WARM_UP, Profile, profile
+from bilora_ray.training.tasks import TASKS
+
+STEPS = 2
+
+
+def looked_at(config: TrialConfig) -> Profile:
+    found = profile(config, STEPS)
+    assert sum(found.shares.values()) == pytest.approx(1)
+    assert min(found.shares.values()) >= 0
+    for part in ("data", "forward", "backward", "optimizer", "evaluation", "checkpoint"):
+        assert found.shares[part] > 0, part
+    assert found.step_seconds * found.trial_steps <= found.trial_seconds
+    assert all(size > 0 for size in found.memory.values())
+    kinds = ("base_weights", "adapters", "gradients", "optimizer_state", "kept_for_backward")
+    assert found.memory["peak"] >= sum(found.memory[kind] for kind in kinds[:2])
+    assert found.operations > 0
+    assert found.utilisation == pytest.approx(found.operations / found.step_seconds / found.device_rate)
+    return found
+
+
+@pytest.mark.parametrize("method", ["lora", "bilora"])
+def test_what_is_counted_is_what_the_steps_read(method: str, tiny: Tiny) -> None:
+    config = tiny.config(
+        "causal-lm", method=method, per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=8
+    )
+    found = looked_at(config)
+    data = load_data(config)
+    rows = [row for step in range(STEPS) for row in train_batch(len(data.train), 4, config.seed, 0, WARM_UP + step)]
+    tokens = sum(data.train[row].length for row in rows)
+    assert found.tokens_per_second * found.step_seconds * STEPS == pytest.approx(tokens)
+    assert (found.padding, found.passes, found.step_rows) == (0, 4, 4)
+    assert (found.trial_steps, found.evaluations) == (8, 4)
+    assert found.shares["generation"] == 0
+
+
+def test_padding_is_told(tiny: Tiny) -> None:
+    found = looked_at(tiny.config("causal-lm", per_device_train_batch_size=8))
+    assert 0.02 < found.padding < 0.9
+    assert found.tokens_per_second == pytest.approx(found.positions_per_second * (1 - found.padding))
+
+
+def test_memory_is_that_of_the_tensors(tiny: Tiny) -> None:
+    small, large = (looked_at(tiny.config("causal-lm", method="lora", rank=rank)) for rank in (2, 8))
+    assert large.memory["base_weights"] == small.memory["base_weights"]
+    assert large.memory["adapters"] == 4 * small.memory["adapters"]
+    assert large.memory["gradients"] == large.memory["adapters"]
+    # Two moments, and AdamW's counts.
+    assert large.memory["optimizer_state"] == pytest.approx(2 * large.memory["adapters"], rel=0.05)
+    recomputed = looked_at(tiny.config("causal-lm", method="lora", rank=8, gradient_checkpointing=True))
+    assert recomputed.memory["kept_for_backward"] < large.memory["kept_for_backward"]
+    assert recomputed.operations == pytest.approx(large.operations, rel=0.1)
+
+
+@pytest.mark.parametrize("task", ["seq2seq-lm", "sequence-classification", "image-classification"])
+def test_every_kind_of_task_has_a_profile(task: Task, tiny: Tiny) -> None:
+    judged: dict[str, Any] = {"predict_with_generate": True, "max_new_tokens": 4} if task == "seq2seq-lm" else {}
+    before = TASKS[task], torch.Tensor.backward
+    found = looked_at(tiny.config(task, **judged))
+    assert (found.shares["generation"] > 0) is bool(judged)
+    assert (TASKS[task], torch.Tensor.backward) == before
+
+
+# Suggestions
+
+CONFIG = TrialConfig(
+    model_name_or_path="m", task="causal-lm", train_data="d.jsonl", precision="fp32", gradient_checkpointing=True
+)
+
+
+def seen(config: TrialConfig = CONFIG, **others: Any) -> Seen:
+    parts = {"data": 1.0, "forward": 30.0, "backward": 50.0, "optimizer": 4.0, "other": 1.0}
+    facts: dict[str, Any] = {
+        "config": config,
+        "device": "cuda",
+        "seconds": {**parts, "evaluation": 8.0, "generation": 4.0, "checkpoint": 2.0},
+        "passes": 1.0,
+        "padding": 0.0,
+        "operations": 40.0,
+        "rate": 1.0,
+        "rate_of_bf16": None,
+        "memory": {"free": 10 * GIB},
+        "with_doubled_passes": None,
+        "kept_if_not_recomputed": None,
+        "rows_to_evaluate": 100,
+    }
+    return Seen(**facts | others)
+
+
+def suggested(found: Seen) -> dict[str, tuple[Any, float]]:
+    return {one.setting: (one.value, pytest.approx(one.speedup)) for one in suggestions(found)}
+
+
+def test_bf16_speeds_up_products_and_halves_the_bytes_of_the_rest() -> None:
+    # Of 80 seconds 40 are products, which take 10, and 40 are not, which take 20.
+    assert suggested(seen(rate_of_bf16=4.0))["precision"] == ("bf16", 100 / 50)
+    assert "precision" not in suggested(seen())
+
+
+def test_checkpointing_is_worth_a_forward_pass_where_memory_is_free() -> None:
+    assert suggested(seen(kept_if_not_recomputed=7 * GIB))["gradient_checkpointing"] == (False, 100 / 70)
+    assert "gradient_checkpointing" not in suggested(seen(kept_if_not_recomputed=9 * GIB))
+
+
+def test_larger_passes_are_suggested_as_they_were_measured() -> None:
+    config = CONFIG.model_copy(update={"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8})
+    found = seen(config, passes=8.0, with_doubled_passes=65.0)
+    assert suggested(found)["per_device_train_batch_size"] == (8, 100 / 80)
+    assert "gradient_accumulation_steps: 4" in suggestions(found)[0].reason
+    assert "per_device_train_batch_size" not in suggested(seen(config, passes=8.0, with_doubled_passes=90.0))
+
+
+def test_no_more_than_three_are_told_and_the_best_first() -> None:
+    found = suggestions(seen(rate_of_bf16=4.0, kept_if_not_recomputed=GIB, with_doubled_passes=60.0))
+    speedups = [one.speedup for one in found]
+    assert len(found) == 3
+    assert speedups == sorted(speedups, reverse=True)
+    assert min(speedups) >= 1.02
