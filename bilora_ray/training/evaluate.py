@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from bilora_ray.config import TrialConfig
@@ -14,13 +16,17 @@ from bilora_ray.digests import check_base
 from bilora_ray.recipe import known_of
 from bilora_ray.training import model as models
 from bilora_ray.training.compute.cutting import Budget, cut
+from bilora_ray.training.compute.generation import likeliest
 from bilora_ray.training.compute.precision import use_tensor_cores
-from bilora_ray.training.data.batches import longest_first
+from bilora_ray.training.data.batches import in_row_order, longest_first
 from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.loading import Loaded, load_data
-from bilora_ray.training.probe.passes import check_passes, check_tokens
+from bilora_ray.training.probe.passes import Probe, check_passes, check_tokens
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Example, Model, Prediction, on_device
+
+# Model -> what was found when it was asked: whether it writes as it reads.
+_TELLING: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def evaluate(
@@ -45,9 +51,9 @@ def evaluate(
     model.eval()
     try:
         with torch.no_grad():
-            metrics = _losses(model, examples, config, tokenizer, workers)
+            metrics, read = _losses(model, examples, config, tokenizer, workers)
             if config.predict_with_generate:
-                metrics |= TASKS[config.task].generated(model, examples, config, tokenizer, workers)
+                metrics |= TASKS[config.task].generated(model, examples, config, tokenizer, workers, read)
     finally:
         model.train(was_training)
     return metrics
@@ -96,15 +102,37 @@ def _losses(
     config: TrialConfig,
     tokenizer: PreTrainedTokenizerBase,
     workers: Workers,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], list[list[int]] | None]:
+    """The metrics of a pass over `examples`; and of each the likeliest tokens, if they tell what would be written."""
     task = TASKS[config.task]
+    telling = _tells_what_is_written(model, config, tokenizer, workers)
 
-    def measure(rows: Sequence[int]) -> Any:
-        batch = task.collate([examples[row] for row in rows], tokenizer)
-        return task.measure(*task.forward(model, on_device(batch, model)))
+    def measure(rows: Sequence[int]) -> tuple[Any, list[list[int]]]:
+        part = [examples[row] for row in rows]
+        logits, targets = task.forward(model, on_device(task.collate(part, tokenizer), model))
+        counts = [task.target_count([example]) for example in part] if telling else []
+        return task.measure(logits, targets), likeliest(logits, targets, counts) if telling else []
 
     sides = [task.sides(example) for example in examples]
     order = longest_first([sum(side) for side in sides])
     parts = cut([sides[row] for row in order], Budget(config.per_device_eval_batch_size), models.device().type)
     batches = [[order[place] for place in part] for part in parts]
-    return task.metrics(workers.map(measure, batches), config)
+    measured = workers.map(measure, batches)
+    read = in_row_order(batches, [tokens for _, of_rows in measured for tokens in of_rows]) if telling else None
+    return task.metrics([part for part, _ in measured], config), read
+
+
+def _tells_what_is_written(
+    model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase, workers: Workers
+) -> bool:
+    """Whether a pass over completions shows how `model` would write them; it is asked once a model.
+
+    Of one that has an encoder the pass is the same. Of one that writes one text at a time, or of which no worker has
+    all weights, nothing is assumed.
+    """
+    if not config.predict_with_generate or not config.writes_several or workers.sharded:
+        return False
+    if model not in _TELLING:
+        probe = Probe(model, config, tokenizer)
+        _TELLING[model] = not TASKS[config.task].continues or probe.writes_as_it_reads()
+    return _TELLING[model]

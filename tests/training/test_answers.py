@@ -80,7 +80,7 @@ def prepared(rows: Mapping[str, str], tokenizer: Any, **settings: Any) -> Prepar
 def judged(said: Mapping[str, str], rows: Mapping[str, str], tokenizer: Any, **settings: Any) -> dict[str, float]:
     """The metrics of what is `said` to each prompt of `rows`."""
     examples = prepared(rows, tokenizer, **settings).validation
-    return TASKS["causal-lm"].generated(Parrot(said, tokenizer), examples, config(**settings), tokenizer, ALONE)
+    return TASKS["causal-lm"].generated(Parrot(said, tokenizer), examples, config(**settings), tokenizer, ALONE, None)
 
 
 def test_added_special_tokens_are_a_part_of_the_answer() -> None:

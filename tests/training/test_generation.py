@@ -1,19 +1,33 @@
-"""How texts are written for an evaluation: how many at once, and that it changes none of them."""
+"""How texts are written for an evaluation: how many at once, how much is known, and that neither changes one."""
 
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 from tiny_trials import Tiny, run_fit
-from transformers import BartConfig, GPT2Config, LlamaConfig, MambaConfig, PretrainedConfig, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BertConfig,
+    GenerationConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    PretrainedConfig,
+    T5Config,
+)
 
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.training.compute import generation
-from bilora_ray.training.compute.generation import MOST_ROWS, rows_at_once
+from bilora_ray.training.compute.generation import MOST_ROWS, begun, ends, rows_at_once
 from bilora_ray.training.distributed.workers import ALONE, Workers
-from bilora_ray.training.evaluate import load_adapted, predict
+from bilora_ray.training.evaluate import _losses, load_adapted, predict
 from bilora_ray.training.folder import TrialFolder
+from bilora_ray.training.loading import load_data
+from bilora_ray.training.loop import Run
+from bilora_ray.training.tasks import TASKS, text
 
 GIB = 2**30
 # Llama 3.1 8B: a token's keys and values are 2 x 32 layers x 8 heads x 128 x 2 bytes.
@@ -101,3 +115,107 @@ def test_no_text_depends_on_how_many_are_written_at_once(task: Task, tiny: Tiny,
     assert len(set(alone)) > 1
     for rows in (3, 7, None):
         assert written(trial, adapter, per_device_generation_batch_size=rows) == alone
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "prompts": {},
+    # Of a prompt that is cut for what is written, a pass reads more: it tells nothing.
+    "cut prompts": {"max_length": 20, "max_new_tokens": 12},
+    "chats": {"kind": "chats", "answer_pattern": None, "max_steps": 30},
+    "an encoder": {"task": "seq2seq-lm", "max_steps": 60, "learning_rate": 3e-2},
+}
+
+
+def learned(tiny: Tiny, folder: Path, kind: str = "colours", task: Task = "causal-lm", **settings: Any) -> Run:
+    """A trial that has come so far that some of its texts are right, and not all."""
+    data = {f"{split}_data": str(tiny.folder / f"{kind}-{split}.jsonl") for split in ("train", "validation")}
+    asked = {"predict_with_generate": True, "max_new_tokens": 12, "answer_pattern": r"#\s*(\w+)", "eval_steps": 100}
+    length = {"max_steps": 8, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    run = Run(tiny.config(task, **{**data, **asked, **length, "max_eval_samples": 12, **settings}), TrialFolder(folder))
+    for _ in range(run.max_steps):
+        run.train_step()
+    run.model.eval()
+    return run
+
+
+@torch.no_grad()
+def ids(run: Run, read: Any, monkeypatch: pytest.MonkeyPatch) -> tuple[list[list[int]], int]:
+    """What the model of `run` writes after each prompt, to its end; and how many tokens it read and wrote for that."""
+    found: list[list[list[int]]] = []
+    passes: list[int] = []
+    write, generate = text.write, run.model.generate
+
+    def counted(**given: Any) -> torch.Tensor:
+        written: torch.Tensor = generate(**given)
+        passes.append(written.numel())
+        return written
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text, "write", lambda *given, **named: found.append(write(*given, **named)) or found[0])
+        patch.setattr(run.model, "generate", counted)
+        task, config = TASKS[run.config.task], run.config
+        task.generated(run.model, run.data.validation, config, run.data.tokenizer, ALONE, read)
+    stops = {*ends(run.model, run.data.tokenizer, config), run.data.tokenizer.pad_token_id}
+    return [list(takewhile(lambda token: token not in stops, tokens)) for tokens in found[0]], sum(passes)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_what_a_pass_over_the_completions_has_read_is_what_is_written(
+    way: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = learned(tiny, tmp_path, **WAYS[way])
+    with torch.no_grad():
+        metrics, read = _losses(run.model, run.data.validation, run.config, run.data.tokenizer, ALONE)
+    assert read is not None
+    assert 0 < metrics["eval_token_accuracy"] < 1
+    (known, few), (whole, many) = ids(run, read, monkeypatch), ids(run, None, monkeypatch)
+    assert known == whole
+    assert few == many if way == "cut prompts" else few < many
+
+
+@pytest.mark.parametrize(
+    ("target", "read", "written"),
+    [
+        ([5, 6, 2], [5, 6, 2], [5, 6, 2]),
+        ([5, 6, 2], [5, 7, 2], [5, 7]),
+        ([5, 6, 2], [2, 6, 2], [2]),
+        # An end amid what is learned, and what has no end before there are enough tokens.
+        ([5, 2, 6, 2], [5, 2, 6, 2], [5, 2]),
+        ([5, 6, 7, 8, 9, 2], [5, 6, 7, 8, 9, 2], [5, 6, 7, 8]),
+        ([5], [5], [5]),
+    ],
+)
+def test_a_text_is_known_up_to_where_it_parts_from_its_reference(
+    target: list[int], read: list[int], written: list[int]
+) -> None:
+    assert begun(target, read, GenerationConfig(max_new_tokens=4, eos_token_id=[2])) == written
+
+
+def test_what_must_be_written_is() -> None:
+    forced = GenerationConfig(max_new_tokens=4, eos_token_id=[2], forced_bos_token_id=9)
+    assert begun([9, 5, 2], [7, 5, 2], forced) == [9, 5, 2]
+    assert begun([8, 5, 2], [8, 5, 2], forced) == [9]
+    banned = GenerationConfig(max_new_tokens=4, eos_token_id=[2], bad_words_ids=[[7]])
+    assert begun([5, 2], [5, 2], banned) == []
+
+
+def test_a_model_that_reads_ahead_or_writes_alone_is_taken_at_no_word(tiny: Tiny, tmp_path: Path) -> None:
+    shape = BertConfig(
+        vocab_size=512,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        is_decoder=True,
+        initializer_range=0.3,
+    )
+    trial, read = tiny.config("causal-lm", predict_with_generate=True, max_new_tokens=4), []
+    for decoder, changes in ((True, {}), (False, {}), (True, {"per_device_eval_batch_size": 1})):
+        config = trial.model_copy(update=changes)
+        shape.is_decoder = decoder
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(shape).eval()
+        data = load_data(config)
+        with torch.no_grad():
+            read.append(_losses(model, data.validation, config, data.tokenizer, ALONE)[1])
+    assert [tokens is not None for tokens in read] == [True, False, False]

@@ -6,12 +6,14 @@ import json
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.paths import model_file
-from bilora_ray.training.data.batches import eval_batches, in_row_order
+from bilora_ray.training.data.batches import eval_batches
 from bilora_ray.training.data.chat import Template
+from bilora_ray.training.metrics import IGNORED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,9 +100,50 @@ def greedy(
     )
 
 
+def likeliest(logits: Tensor, targets: Tensor, counts: Sequence[int]) -> list[list[int]]:
+    """Of each row of a batch the likeliest token at each of its targets, `counts` of them, in order.
+
+    Args:
+        logits: (..., vocabulary).
+        targets: (...), IGNORED where there is nothing to predict; rows follow each other.
+        counts: targets of each row.
+    """
+    tokens = logits[targets != IGNORED].argmax(-1).cpu()
+    return [part.tolist() for part in tokens.split(list(counts))]
+
+
+def begun(target: Sequence[int], read: Sequence[int], generation: GenerationConfig) -> list[int]:
+    """What a model that reads `target`, and found the tokens of `read` likeliest in its places, begins to write.
+
+    That is the target for as long as they agree, and the token with which they part: what would follow that was not
+    read. An end ends it.
+
+    Args:
+        target: what is to be written.
+        read: as many tokens.
+        generation: see `greedy`.
+    """
+    if generation.bad_words_ids:  # then the likeliest token may not be what is written
+        return []
+    if generation.forced_bos_token_id is not None:
+        read = [generation.forced_bos_token_id, *read[1:]]
+    written: list[int] = []
+    for wanted, token in zip(target, read, strict=True):
+        written.append(token)
+        if token != wanted or is_whole(written, generation):
+            break
+    return written
+
+
+def is_whole(text: Sequence[int], generation: GenerationConfig) -> bool:
+    """Whether nothing more is written behind `text`."""
+    return len(text) >= generation.max_new_tokens or (len(text) > 0 and text[-1] in generation.eos_token_id)
+
+
 def write(
     model: Model,
     prompts: Sequence[array[int]],
+    beginnings: Sequence[Sequence[int]],
     generation: GenerationConfig,
     collate: Callable[[Sequence[array[int]]], dict[str, Tensor]],
     config: TrialConfig,
@@ -108,30 +151,42 @@ def write(
     *,
     continues: bool,
 ) -> list[list[int]]:
-    """The tokens that `model` writes after each of `prompts`, to the end of the longest text of a batch.
+    """The tokens that `model` writes after each of `prompts`; behind an end there may be others of no meaning.
 
     Args:
         model: in evaluation mode.
         prompts: token ids.
+        beginnings: of each text as much as is known; one that is whole is not written again. Of others there is none
+            unless the model `continues` its prompt.
         generation: see `greedy`.
         collate: prompts -> `input_ids` and `attention_mask` (prompts, length), padded, where `model` computes.
         config: how many at once.
         workers: who share the batches.
         continues: whether a text goes on with its prompt, so that it begins behind the last position.
     """
+    texts = [list(beginning) for beginning in beginnings]
+    unfinished = [row for row, text in enumerate(texts) if not is_whole(text, generation)]
 
     def generate(rows: Sequence[int]) -> list[list[int]]:
-        inputs = collate([prompts[row] for row in rows])
+        inputs = collate([prompts[row] + array("i", texts[row]) for row in rows])
+        rest = copy(generation)
+        rest.max_new_tokens = generation.max_new_tokens - min(len(texts[row]) for row in rows)
         # Every forward pass gathers the weights, so whose texts are done goes on with those whose aren't.
         synced = workers.sharded and workers.world_size > 1
-        output = model.generate(**inputs, generation_config=generation, synced_gpus=synced)
-        written: list[list[int]] = output[:, inputs["input_ids"].shape[1] if continues else 0 :].tolist()
-        return written
+        output = model.generate(**inputs, generation_config=rest, synced_gpus=synced)
+        # Before what it writes stands the prompt, or what a decoder starts with.
+        written = output[:, inputs["input_ids"].shape[1] if continues else 1 :].tolist()
+        return [[*texts[row], *more][: generation.max_new_tokens] for row, more in zip(rows, written, strict=True)]
 
-    lengths = [len(prompt) for prompt in prompts]
-    batches = eval_batches(lengths, rows_at_once(model, lengths, generation.max_new_tokens, config, workers))
+    lengths = [len(prompts[row]) + len(texts[row]) for row in unfinished]
+    size = rows_at_once(model, lengths, generation.max_new_tokens, config, workers)
+    batches = [[unfinished[place] for place in batch] for batch in eval_batches(lengths, size)]
     with alone(generation, model):
-        return in_row_order(batches, [ids for part in workers.map(generate, batches) for ids in part])
+        parts = workers.map(generate, batches)
+    for rows, written in zip(batches, parts, strict=True):
+        for row, text in zip(rows, written, strict=True):
+            texts[row] = text
+    return texts
 
 
 def rows_at_once(

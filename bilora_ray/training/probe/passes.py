@@ -107,6 +107,11 @@ class Probe:
         short = self.words[:SHORT]
         return self._apart(self.next_tokens(short)[0], self.next_tokens(short, self.words[:LONG])[0])
 
+    def writes_as_it_reads(self) -> bool:
+        """Whether a prompt is gone on with as a pass over it and a text behind it says."""
+        prompt, end = self.words[:LONG], len(self.frame[0]) + LONG
+        return not self._apart(self.logits(self.words[: 2 * LONG])[0][end - 1], self.next_tokens(prompt)[0])
+
     def _apart(self, one: Tensor, other: Tensor) -> bool:
         return not difference(one, other, self.config) <= tolerance(self.config)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bilora_ray.config import EXACT_MATCH, LABEL_METRICS, TrialConfig, template_columns
 from bilora_ray.errors import UserError, nearest
-from bilora_ray.training.compute.generation import greedy, preferences, write
+from bilora_ray.training.compute.generation import begun, greedy, is_whole, preferences, write
 from bilora_ray.training.data.chat import Template, all_special
 from bilora_ray.training.data.columns import filled, label_of, label_text_of, listed, names_of, text_of
 from bilora_ray.training.data.formats import prompt_and_completion
@@ -32,7 +32,7 @@ from bilora_ray.training.tasks.base import Cut, Dataset, Example, Labels, Model,
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from bilora_ray.training.distributed.workers import Workers
 
@@ -212,12 +212,14 @@ def generated(
     config: TrialConfig,
     tokenizer: PreTrainedTokenizerBase,
     workers: Workers,
+    read: Sequence[Sequence[int]] | None,
     *,
     continues: bool,
 ) -> dict[str, float]:
     """How often the answer in what `model` writes is the right one, and label metrics where the labels are given."""
-    examples = [example for example in examples if example.prompt_ids is not None]
-    texts = _texts(model, examples, config, tokenizer, workers, continues)
+    asked = [row for row, example in enumerate(examples) if example.prompt_ids is not None]
+    examples = [examples[row] for row in asked]
+    texts = _texts(model, examples, config, tokenizer, workers, read and [read[row] for row in asked], continues)
     references = [example.reference for example in examples]
     pattern = config.answer_pattern
     # Those of chats are what the tokenizer makes of their turns.
@@ -242,7 +244,7 @@ def predict(
 ) -> list[Prediction]:
     """What `model` writes after each prompt; without one there is nothing to go on from."""
     examples = [example for example in examples if example.prompt_ids]
-    texts = _texts(model, examples, config, tokenizer, workers, continues)
+    texts = _texts(model, examples, config, tokenizer, workers, None, continues)
     inputs = [str(tokenizer.decode(list(example.prompt_ids or ()))) for example in examples]
     references = [example.reference for example in examples]
     return [Prediction(*row) for row in zip(inputs, texts, references, strict=True)]
@@ -254,9 +256,12 @@ def _texts(
     config: TrialConfig,
     tokenizer: PreTrainedTokenizerBase,
     workers: Workers,
+    read: Sequence[Sequence[int]] | None,
     continues: bool,
 ) -> list[str]:
     """What `model` writes after the prompt of each example, which must have one.
+
+    What a pass over the completions has `read`, the likeliest token at each target, is not computed again.
 
     A model that `continues` its prompt goes on after the last position, so that prompts are padded at the left, and
     what it writes begins behind them.
@@ -268,12 +273,29 @@ def _texts(
     beginning = {} if continues else _beginning(model, config, tokenizer)
     generation = greedy(model, config, tokenizer, most_new_tokens(config, continues), beginning)
     prompts = [example.prompt_ids or array("i") for example in examples]
-    ids = write(model, prompts, generation, collated, config, workers, continues=continues)
+    known = [[]] * len(examples) if read is None else list(map(partial(_begun, generation, continues), examples, read))
+    ids = write(model, prompts, known, generation, collated, config, workers, continues=continues)
     kept = _special(_ids_alone([example.reference for example in examples], tokenizer, continues), tokenizer)
     if config.chat_column is None:
         return _decoded(ids, tokenizer, kept)
     template = Template.of(tokenizer, config)
     return [template.answer(tokens, kept) for tokens in ids]
+
+
+def _begun(generation: GenerationConfig, continues: bool, example: Example, read: Sequence[int]) -> list[int]:
+    """What is known of the text that follows an example's prompt; nothing where a pass read the prompt in another way.
+
+    A model that has an encoder is not asked to go on with a text: of such a text all is known or nothing.
+    """
+    if not continues:
+        text = begun(example.labels, read, generation)
+        return text if is_whole(text, generation) else []
+    prompt = example.prompt_ids or array("i")
+    target = example.labels[len(prompt) :]
+    # A prompt may be cut to leave room for the text, where the one that is learned from leaves its completion room.
+    if not prompt or not target or IGNORED in target or example.input_ids[: len(prompt)] != prompt:
+        return []
+    return begun(target, read[-len(target) :], generation)
 
 
 def answers_lost(
