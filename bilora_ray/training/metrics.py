@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 NO_LABEL = -1
+# So many logits are looked at together: 64 MiB of them in float32, where all may be many times that.
+SCORES = 2**24
 NUMBER = re.compile(r"([-+]?)(\d{1,3}(?:,\d{3})+|\d+)(\.\d+)?\.?")
 
 
@@ -43,11 +45,20 @@ class LossSum:
             labels: (...), class indices; IGNORED where there is nothing to predict.
         """
         kept = labels != IGNORED
-        scores, targets = logits[kept].float(), labels[kept]
-        picked = scores.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        self.negative_log_likelihood += (scores.logsumexp(-1) - picked).double().sum().item()
-        self.count += targets.numel()
-        self.correct += int((scores.argmax(-1) == targets).sum().item())
+        if not kept.all():  # to select is to copy
+            logits, labels = logits[kept], labels[kept]
+        logits, labels = logits.flatten(0, -2), labels.flatten()
+        losses, right = labels.double(), labels.new_zeros(())
+        at_once = max(1, SCORES // logits.shape[-1])
+        for start in range(0, len(labels), at_once):
+            part = slice(start, start + at_once)
+            scores, targets = logits[part].float(), labels[part]
+            picked = scores.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+            losses[part] = scores.logsumexp(-1) - picked
+            right += (scores.argmax(-1) == targets).sum()
+        self.negative_log_likelihood += losses.sum().item()
+        self.count += labels.numel()
+        self.correct += int(right.item())
 
     @classmethod
     def of(cls, parts: Sequence[LossSum]) -> LossSum:

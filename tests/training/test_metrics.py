@@ -62,6 +62,21 @@ def test_label_index() -> None:
     assert label_index("nothing", ("a", "b"), r"so: (\w)") == -1
 
 
+@pytest.mark.parametrize("kept", [0, 1, 30])
+def test_how_many_logits_are_looked_at_together_does_not_matter(kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, labels = torch.randn(30, 7), torch.randint(7, (30,))
+    labels[kept:] = IGNORED
+    expected = LossSum()
+    expected.add(logits, labels)
+    monkeypatch.setattr("bilora_ray.training.metrics.SCORES", 4 * 7)
+    found = LossSum()
+    found.add(logits.view(5, 6, 7), labels.view(5, 6))
+    assert found == expected
+    assert found.count == kept
+    by_definition = functional.cross_entropy(logits.double(), labels, ignore_index=IGNORED, reduction="sum")
+    assert found.negative_log_likelihood == pytest.approx(by_definition.item(), rel=1e-5)
+
+
 def _f1(predicted: list[int], reference: list[int], label: int) -> float:
     hits = sum(p == r == label for p, r in zip(predicted, reference, strict=True))
     total = predicted.count(label) + reference.count(label)

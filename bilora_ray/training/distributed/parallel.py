@@ -40,6 +40,10 @@ class Network:
         """The output of the training forward pass."""
         return self.trained(**batch)
 
+    def get_base_model(self) -> Any:
+        """transformers' model in it, as PEFT has it."""
+        return getattr(self.evaluated, "get_base_model", lambda: self.evaluated)()
+
     @contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
         """For a forward and backward pass whose gradients are shared among the workers only if it is the `last`."""

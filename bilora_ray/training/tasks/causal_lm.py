@@ -24,6 +24,15 @@ from typing import TYPE_CHECKING, Any
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.training.compute.generation import stops
+from bilora_ray.training.compute.targets import (
+    TARGETS,
+    is_plain,
+    mean_loss,
+    target_logits,
+    with_targets,
+    without_cache,
+    without_targets,
+)
 from bilora_ray.training.data.chat import Template, Turn
 from bilora_ray.training.data.formats import messages_of, tools_of
 from bilora_ray.training.data.sources import BEGINNING, Record
@@ -219,25 +228,33 @@ def _target_count(examples: Sequence[Example]) -> int:
     return target_count(example.labels[1:] for example in examples)
 
 
+def _collate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    """As `collate`, with the targets: position i predicts token i + 1, and the last one nothing."""
+    return with_targets(collate(examples, tokenizer), shift=1)
+
+
 def _loss(model: Model, batch: dict[str, Tensor]) -> Tensor:
     """The model's own, which transformers computes in float32, with what the routers of experts may add to it."""
-    return model(**batch).loss
+    if not is_plain(model):
+        return model(**without_targets(batch)).loss
+    return mean_loss(target_logits(model, _read(batch), batch), batch)
 
 
 def _forward(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Position i predicts token i + 1, and the last one nothing."""
-    labels = batch["labels"]
-    logits = model(**{key: tensor for key, tensor in batch.items() if key != "labels"}).logits
-    targets = labels.new_full(labels.shape, IGNORED)
-    targets[:, :-1] = labels[:, 1:]
-    return logits, targets
+    needed = without_cache(model) if is_plain(model) else {"attention_mask": batch["attention_mask"]}
+    return target_logits(model, {**_read(batch), **needed}, batch), batch[TARGETS]
+
+
+def _read(batch: dict[str, Tensor]) -> dict[str, Any]:
+    """What a decoder reads. It sees no padding, which is at the right of what it reads, and needs no mask for that."""
+    return {"input_ids": batch["input_ids"]}
 
 
 TASK = Task(
     peft_type="CAUSAL_LM",
     row=_row,
     examples=_examples,
-    collate=collate,
+    collate=_collate,
     target_count=_target_count,
     loss=_loss,
     forward=_forward,

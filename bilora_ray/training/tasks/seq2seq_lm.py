@@ -10,12 +10,20 @@ their own or a language code. The model shifts it by itself, and generation begi
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.training.compute.generation import stops
+from bilora_ray.training.compute.targets import (
+    TARGETS,
+    decoder_inputs,
+    mean_loss,
+    target_logits,
+    with_targets,
+    without_targets,
+)
 from bilora_ray.training.tasks.base import Cut, Encoded, Example, Model, Task, cross_entropy
 from bilora_ray.training.tasks.text import (
     TextRow,
@@ -78,23 +86,36 @@ def _sides(example: Example) -> tuple[int, ...]:
     return example.length, len(example.labels)
 
 
+def _collate(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
+    return with_targets(collate(examples, tokenizer), shift=0)
+
+
 def _loss(model: Model, batch: dict[str, Tensor]) -> Tensor:
     """The model's own, with what the routers of experts may add to it, unless that is not float32."""
-    output = model(**batch)
+    if (shifted := decoder_inputs(model)) is not None:
+        return mean_loss(target_logits(model, _read(batch, shifted), batch), batch)
+    output = model(**without_targets(batch))
     exact = output.loss.dtype == output.loss.float().dtype
     return output.loss if exact else cross_entropy(output.logits, batch["labels"])
 
 
 def _forward(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The model makes the decoder's input of the labels, so that it needs them."""
-    return model(**batch).logits, batch["labels"]
+    if (shifted := decoder_inputs(model)) is not None:
+        return target_logits(model, _read(batch, shifted), batch), batch[TARGETS]
+    # The model makes the decoder's input of the labels, so that it needs them.
+    return model(**without_targets(batch)).logits, batch["labels"]
+
+
+def _read(batch: dict[str, Tensor], shifted: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    read = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    return {**read, "decoder_input_ids": shifted(batch["labels"]), "use_cache": False}
 
 
 TASK = Task(
     peft_type="SEQ_2_SEQ_LM",
     row=text_row,
     examples=_examples,
-    collate=collate,
+    collate=_collate,
     target_count=_target_count,
     forward=_forward,
     loss=_loss,
