@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -22,6 +22,7 @@ from bilora_ray.errors import OutOfMemory, first_line
 from bilora_ray.files import temporary_folder
 from bilora_ray.method.base import Closure
 from bilora_ray.training import model as models
+from bilora_ray.training.compute.gradients import Gradients
 from bilora_ray.training.compute.precision import dtype_of, of_machine
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run
@@ -29,7 +30,7 @@ from bilora_ray.training.probe.advice import SPARE, Seen, Suggestion, doubled, s
 from bilora_ray.training.probe.passes import reads_tokens
 from bilora_ray.training.probe.roofline import Marks, matmul_rate, wait
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Example
+from bilora_ray.training.tasks.base import Example, on_device
 
 # Steps before those that are timed: kernels are chosen, and compiled, at the first ones.
 WARM_UP = 3
@@ -99,6 +100,7 @@ class Probed(Run):
         self.counter: FlopCounterMode | None = None
         self.weigh = False
         self.tokens = self.positions = self.passes = self.forward_operations = self.kept = 0
+        self.gradients: Gradients = _Noted(self)
 
     def train_step(self) -> None:
         """As a run's."""
@@ -123,38 +125,12 @@ class Probed(Run):
         self.marks.mark("evaluation")
         return metrics
 
-    def _closure(self, examples: list[Example]) -> Closure:
-        self.tokens += sum(example.length for example in examples)
-        inner = super()._closure(examples)
-
-        def closure() -> Tensor:
-            loss = inner()
-            self.marks.mark("other")
-            return loss
-
-        return closure
-
-    def _batch(self, examples: list[Example]) -> dict[str, Tensor]:
-        self.marks.mark("other")
-        return super()._batch(examples)
-
-    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        self.marks.mark("data")
-        ids = batch.get("input_ids")
-        self.positions += len(next(iter(batch.values()))) if ids is None else ids.numel()
-        self.passes += 1
-        before = self._operations()
-        with self._weighed() if self.weigh else nullcontext():
-            loss = super()._loss(batch)
-        self.forward_operations += self._operations() - before
-        self.marks.mark("forward")
-        return loss
-
-    def _operations(self) -> int:
+    def operations(self) -> int:
+        """Those that were counted so far."""
         return 0 if self.counter is None else int(self.counter.get_total_flops())
 
     @contextmanager
-    def _weighed(self) -> Iterator[None]:
+    def weighed(self) -> Iterator[None]:
         """Note how many bytes a pass keeps for the way back: those of the largest one."""
         if models.device().type == "cuda":
             before = torch.cuda.memory_allocated()
@@ -167,15 +143,53 @@ class Probed(Run):
 
     def bytes_of_first_row(self) -> int:
         """Bytes that a pass over the first row alone keeps for the way back."""
-        batch = super()._batch([self.data.train[0]])
+        batch = on_device(self.gradients.batch([self.data.train[0]]), self.model)
         with keeping() as kept:
-            super()._loss({key: tensor.to(self.marks.device) for key, tensor in batch.items()})
+            self.task.loss(self.network, batch)
         return self._size_of(kept)
 
     def _size_of(self, kept: dict[int, int]) -> int:
         """Bytes of what is `kept` beside the model's own parameters."""
         own = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
         return sum(size for place, size in kept.items() if place not in own)
+
+
+class _Noted(Gradients):
+    """Those of a `run`, which notes when their parts end."""
+
+    def __init__(self, run: Probed) -> None:
+        super().__init__(run.config, run.data, run.network, run.optimizer, run.workers)
+        self.run = run
+
+    def closure(self, examples: list[Example]) -> Closure:
+        """As those of a run."""
+        self.run.tokens += sum(example.length for example in examples)
+        inner = super().closure(examples)
+
+        def closure() -> Tensor:
+            loss = inner()
+            self.run.marks.mark("other")
+            return loss
+
+        return closure
+
+    def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """As those of a run."""
+        self.run.marks.mark("other")
+        return super().batch(examples)
+
+    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
+        run = self.run
+        run.marks.mark("data")
+        ids = batch.get("input_ids")
+        run.positions += len(next(iter(batch.values()))) if ids is None else ids.numel()
+        run.passes += 1
+        before = run.operations()
+        with run.weighed() if run.weigh else nullcontext():
+            loss = super()._loss(batch)
+        run.forward_operations += run.operations() - before
+        run.marks.mark("forward")
+        return loss
 
 
 @contextmanager
@@ -331,15 +345,15 @@ def _with_doubled_passes(run: Probed, memory: dict[str, int], passes: float) -> 
     """Seconds of the trial's steps where each pass has twice the rows, measured; None where that is not to be had."""
     if passes < 2 or memory["kept_for_backward"] > SPARE * memory["free"]:
         return None
-    before = run.config
-    run.config = before.model_copy(update=doubled(before))
+    before = run.gradients.config
+    run.gradients.config = before.model_copy(update=doubled(before))
     try:
         run.train_step()
         return run.max_steps * sum(_timed(run, DOUBLED_STEPS).values()) / DOUBLED_STEPS
     except torch.OutOfMemoryError:
         return None
     finally:
-        run.config = before
+        run.gradients.config = before
 
 
 def _kept_if_not_recomputed(run: Probed, positions: float) -> int | None:
