@@ -34,14 +34,15 @@ def cuda(device: str) -> None:
 
 
 @pytest.fixture
-def exact() -> Iterator[None]:
-    """Products of fp32 in fp32, whatever a trial has set: TF32 has 10 bits."""
+def exact(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Products of fp32 in fp32, whatever a trial sets: TF32 has 10 bits."""
     import torch
 
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    set_precision, before = torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()
+    set_precision("highest")
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
     yield
-    torch.set_float32_matmul_precision(before)
+    set_precision(before)
 
 
 @pytest.fixture

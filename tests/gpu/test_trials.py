@@ -92,7 +92,7 @@ def test_a_4_bit_base_learns(method: str, tmp_path: Path) -> None:
     assert found[-1] < 0.8 * found[1]
 
 
-@pytest.mark.usefixtures("cuda")
+@pytest.mark.usefixtures("cuda", "exact")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_pass_that_does_not_fit_is_made_smaller(method: str, tmp_path: Path) -> None:
     needs("memory")
@@ -121,7 +121,7 @@ def test_a_pass_that_does_not_fit_is_made_smaller(method: str, tmp_path: Path) -
         assert torch.cuda.max_memory_reserved() < wanted
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def _measured(config: TrialConfig, path: Path) -> tuple[list[float], int]:
@@ -153,6 +153,7 @@ def test_a_step_waits_for_no_number_but_a_loss(method: str, tmp_path: Path) -> N
     assert len(places) <= 3, places
 
 
+@pytest.mark.usefixtures("exact")
 def test_what_is_written_is_what_a_cpu_writes(tmp_path: Path) -> None:
     judged = {"predict_with_generate": True, "max_new_tokens": 16, "answer_pattern": r"#### (-?\d+)"}
     config = quickstart(max_steps=24, eval_steps=24, **judged)
@@ -160,8 +161,6 @@ def test_what_is_written_is_what_a_cpu_writes(tmp_path: Path) -> None:
     adapter = TrialFolder(tmp_path).best_adapter()
     on_gpu = evaluate_adapter(adapter, config)
     model, data, _ = load_adapted(adapter, config)
-    torch.set_float32_matmul_precision("highest")
-    model = model.to("cpu")
-    on_cpu = evaluate(model, data.validation, config, data.tokenizer)
+    on_cpu = evaluate(model.to("cpu"), data.validation, config, data.tokenizer)
     assert on_gpu["eval_exact_match"] == on_cpu["eval_exact_match"] > 0
     assert on_gpu["eval_loss"] == pytest.approx(on_cpu["eval_loss"], rel=1e-3)
