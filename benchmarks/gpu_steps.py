@@ -35,9 +35,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from bilora_ray.method import METHODS, build_method, settings_of
 from bilora_ray.training import model as models
+from bilora_ray.training.distributed.parallel import Network
+from bilora_ray.training.distributed.workers import ALONE
 from bilora_ray.training.probe.roofline import Marks, matmul_rate, operations, wait
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Example
+from bilora_ray.training.tasks.base import Example, on_device
 
 TASK = TASKS["causal-lm"]
 OURS, STOCK, RECOMPUTED = "ours", "peft-autocast", "bilora+checkpointing"
@@ -180,10 +182,8 @@ def batches(rows: int, length: int, vocabulary: int, device: torch.device) -> Ba
     examples = [Example(array("i", row), array("i", row)) for row in ids.tolist()]
     ours = TASK.collate(examples, SimpleNamespace(pad_token_id=0))
     stock = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    return {
-        name: {key: tensor.to(device) for key, tensor in batch.items()}
-        for name, batch in ((OURS, ours), (STOCK, stock))
-    }
+    place = SimpleNamespace(device=device)
+    return {OURS: on_device(ours, place), STOCK: on_device(stock, place)}
 
 
 def contender(name: str, base: PreTrainedModel, settings: dict[str, Any]) -> Contender:
@@ -199,7 +199,9 @@ def contender(name: str, base: PreTrainedModel, settings: dict[str, Any]) -> Con
     if "checkpointing" in extras:
         models.enable_gradient_checkpointing(model)
     if "compile" in extras:
-        compile_blocks(model)
+        from bilora_ray.training.compute.compiled import Compiled
+
+        Compiled(model, model.device, wanted=True)
     return Contender(name, step)
 
 
@@ -223,11 +225,12 @@ def _stock_step(model: PeftModel, settings: dict[str, Any]) -> Step:
 
 def _own_step(method: str, model: PeftModel, settings: dict[str, Any]) -> Step:
     optimizer = build_method(method, model, **{key: settings[key] for key in settings_of(method)})
+    network = Network(model, ALONE)
 
     def step(data: Batches, marks: Marks) -> None:
         def closure() -> Tensor:
             optimizer.zero_grad()
-            loss = TASK.loss(model, data[OURS])
+            loss = TASK.loss(network, data[OURS])
             marks.mark("forward")
             loss.backward()
             marks.mark("backward")
@@ -237,13 +240,6 @@ def _own_step(method: str, model: PeftModel, settings: dict[str, Any]) -> Step:
         marks.mark("optimizer")
 
     return step
-
-
-def compile_blocks(model: PeftModel) -> None:
-    """As the product does with `torch_compile`."""
-    from bilora_ray.training.compute import compiled
-
-    compiled.compile_blocks(model)
 
 
 class Race:

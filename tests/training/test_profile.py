@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ from tiny_trials import Tiny
 
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.training.data.batches import train_batch
+from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import load_data
-from bilora_ray.training.probe.advice import GIB, Seen, suggestions
+from bilora_ray.training.loop import Run
+from bilora_ray.training.probe import profile as profiling
+from bilora_ray.training.probe.advice import GIB, Seen, doubled, suggestions
 from bilora_ray.training.probe.profile import WARM_UP, Profile, profile
 from bilora_ray.training.tasks import TASKS
 
@@ -73,6 +77,21 @@ def test_every_kind_of_task_has_a_profile(task: Task, tiny: Tiny) -> None:
     found = looked_at(tiny.config(task, **judged))
     assert (found.shares["generation"] > 0) is bool(judged)
     assert (TASKS[task], torch.Tensor.backward) == before
+
+
+def test_doubled_passes_are_half_as_many(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny.config("causal-lm", per_device_train_batch_size=2, gradient_accumulation_steps=4)
+    watch = profiling.Watch()
+    with profiling.watching(watch, config.task):
+        run = Run(config, TrialFolder(tmp_path))
+        passes = []
+        for cut in (config, config.model_copy(update=doubled(config)), config):
+            profiling.cut_by(run, cut)
+            watch.forget()
+            watch.step(run)
+            passes.append(watch.passes)
+    assert passes == [4, 2, 4]
+    assert run.window.tokens > 0
 
 
 # Suggestions

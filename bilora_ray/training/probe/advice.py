@@ -129,8 +129,8 @@ def _larger_passes(seen: Seen) -> Found:
 
 
 def _padding(seen: Seen) -> Found:
-    allowed = str(TrialConfig.model_fields["attn_implementation"].annotation)
-    if seen.device == "cuda" and "'varlen'" in allowed and seen.config.attn_implementation != "varlen":
+    known = "varlen" in str(TrialConfig.model_fields["attn_implementation"])
+    if seen.device == "cuda" and known and seen.config.attn_implementation in (None, "eager", "sdpa"):
         reason = f"{seen.padding:.0%} of the positions are padding"
         yield "attn_implementation", "varlen", seen.padding * seen.computing, reason
 

@@ -1,28 +1,29 @@
 """Some real steps of one trial, and what they say: where its time and its memory go, and what would make it faster.
 
-Nothing in the loop knows of it: `Probed` is a `Run` that notes when its parts end.
+Nothing in the loop knows of it. What is noted is when the trial's task is asked for a loss, a measure or texts, and when
+a loss goes the way back.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from bilora_ray.config import Task as TaskName
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import OutOfMemory, first_line
 from bilora_ray.files import temporary_folder
-from bilora_ray.method.base import Closure
 from bilora_ray.training import model as models
-from bilora_ray.training.compute.gradients import Gradients
 from bilora_ray.training.compute.precision import dtype_of, of_machine
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run
@@ -30,7 +31,9 @@ from bilora_ray.training.probe.advice import SPARE, Seen, Suggestion, doubled, s
 from bilora_ray.training.probe.passes import reads_tokens
 from bilora_ray.training.probe.roofline import Marks, matmul_rate, wait
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Example, on_device
+from bilora_ray.training.tasks.base import Task, on_device
+
+T = TypeVar("T")
 
 # Steps before those that are timed: kernels are chosen, and compiled, at the first ones.
 WARM_UP = 3
@@ -91,105 +94,95 @@ class Profile:
         return asdict(self)
 
 
-class Probed(Run):
-    """A `Run` that notes when its parts end, and what its passes read and keep."""
+class Watch:
+    """Notes when the parts of a trial end, and what its passes read and keep.
 
-    def __init__(self, config: TrialConfig, folder: TrialFolder) -> None:
-        super().__init__(config, folder)
+    Attributes:
+        marks: when.
+        counter: counts operations while there is one.
+        weighs: whether to count the bytes that a pass keeps for the way back.
+        positions: that training passes have read since `forget`; rows, where they have no tokens.
+        passes: how many those were.
+        forward_operations: of them, while there was a counter.
+        kept: the most bytes that one kept while they were counted.
+        own: what is the model's, and is not kept for the way back.
+    """
+
+    def __init__(self) -> None:
         self.marks = Marks(models.device())
         self.counter: FlopCounterMode | None = None
-        self.weigh = False
-        self.tokens = self.positions = self.passes = self.forward_operations = self.kept = 0
-        self.gradients: Gradients = _Noted(self)
-
-    def train_step(self) -> None:
-        """As a run's."""
-        self.marks.mark("other")
-        super().train_step()
-        self.marks.mark("optimizer")
-
-    def evaluate(self) -> dict[str, float]:
-        """As a run's."""
-        metrics = super().evaluate()
-        self.marks.mark("checkpoint")
-        return metrics
+        self.weighs = False
+        self.own: set[int] = set()
+        self.forget()
 
     def forget(self) -> None:
-        """Count anew what passes read."""
-        self.tokens = self.positions = self.passes = 0
+        """Count anew."""
+        self.positions = self.passes = self.forward_operations = self.kept = 0
         self.marks.found.clear()
 
-    def _metrics(self) -> dict[str, float]:
+    def step(self, run: Run) -> None:
+        """A step of `run`."""
         self.marks.mark("other")
-        metrics = super()._metrics()
-        self.marks.mark("evaluation")
-        return metrics
+        run.train_step()
+        self.marks.mark("optimizer")
 
-    def operations(self) -> int:
-        """Those that were counted so far."""
+    def evaluation(self, run: Run) -> dict[str, float]:
+        """Seconds of the parts of an evaluation of `run`."""
+        self.forget()
+        self.marks.mark("other")
+        run.evaluate()
+        self.marks.mark("checkpoint")
+        return self.marks.seconds()
+
+    def watched(self, task: Task) -> Task:
+        """`task`, which tells when it is asked."""
+        return replace(
+            task,
+            loss=partial(self._pass, task.loss),
+            forward=partial(self._pass, task.forward),
+            metrics=partial(self._behind, "evaluation", task.metrics),
+            generated=partial(self._behind, "generation", task.generated),
+        )
+
+    def backward(self, inner: Callable[..., None], loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The way back from a loss."""
+        self.marks.mark("other")
+        inner(loss, *args, **kwargs)
+        self.marks.mark("backward")
+
+    def _behind(self, name: str, compute: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        found = compute(*args, **kwargs)
+        self.marks.mark(name)
+        return found
+
+    def _pass(self, compute: Callable[..., T], network: Any, batch: dict[str, Any]) -> T:
+        if not torch.is_grad_enabled():  # of an evaluation
+            return compute(network, batch)
+        self.marks.mark("data")
+        ids = batch.get("input_ids")
+        self.positions += len(next(iter(batch.values()))) if ids is None else ids.numel()
+        self.passes += 1
+        before = self._operations()
+        with self._weighed() if self.weighs else nullcontext():
+            found = compute(network, batch)
+        self.forward_operations += self._operations() - before
+        self.marks.mark("forward")
+        return found
+
+    def _operations(self) -> int:
         return 0 if self.counter is None else int(self.counter.get_total_flops())
 
     @contextmanager
-    def weighed(self) -> Iterator[None]:
+    def _weighed(self) -> Iterator[None]:
         """Note how many bytes a pass keeps for the way back: those of the largest one."""
-        if models.device().type == "cuda":
+        if self.marks.device.type == "cuda":
             before = torch.cuda.memory_allocated()
             yield
             self.kept = max(self.kept, torch.cuda.memory_allocated() - before)
             return
         with keeping() as kept:
             yield
-        self.kept = max(self.kept, self._size_of(kept))
-
-    def bytes_of_first_row(self) -> int:
-        """Bytes that a pass over the first row alone keeps for the way back."""
-        batch = on_device(self.gradients.batch([self.data.train[0]]), self.model)
-        with keeping() as kept:
-            self.task.loss(self.network, batch)
-        return self._size_of(kept)
-
-    def _size_of(self, kept: dict[int, int]) -> int:
-        """Bytes of what is `kept` beside the model's own parameters."""
-        own = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
-        return sum(size for place, size in kept.items() if place not in own)
-
-
-class _Noted(Gradients):
-    """Those of a `run`, which notes when their parts end."""
-
-    def __init__(self, run: Probed) -> None:
-        super().__init__(run.config, run.data, run.network, run.optimizer, run.workers)
-        self.run = run
-
-    def closure(self, examples: list[Example]) -> Closure:
-        """As those of a run."""
-        self.run.tokens += sum(example.length for example in examples)
-        inner = super().closure(examples)
-
-        def closure() -> Tensor:
-            loss = inner()
-            self.run.marks.mark("other")
-            return loss
-
-        return closure
-
-    def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        """As those of a run."""
-        self.run.marks.mark("other")
-        return super().batch(examples)
-
-    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        run = self.run
-        run.marks.mark("data")
-        ids = batch.get("input_ids")
-        run.positions += len(next(iter(batch.values()))) if ids is None else ids.numel()
-        run.passes += 1
-        before = run.operations()
-        with run.weighed() if run.weigh else nullcontext():
-            loss = super()._loss(batch)
-        run.forward_operations += run.operations() - before
-        run.marks.mark("forward")
-        return loss
+        self.kept = max(self.kept, sum(size for place, size in kept.items() if place not in self.own))
 
 
 @contextmanager
@@ -214,28 +207,27 @@ def profile(config: TrialConfig, steps: int) -> Profile:
     """
     try:
         with temporary_folder() as folder:
-            started = time.perf_counter()
-            run = Probed(config, TrialFolder(folder / "trial"))
-            wait(run.marks.device)
-            began = time.perf_counter() - started
-            with _noting_backward(run), _noting_generation(run):
-                return _looked_at(run, steps, began)
+            watch, started = Watch(), time.perf_counter()
+            with watching(watch, config.task):
+                run = Run(config, TrialFolder(folder / "trial"))
+                wait(watch.marks.device)
+                return _looked_at(run, watch, steps, time.perf_counter() - started)
     except torch.OutOfMemoryError as error:
         raise OutOfMemory(f"out of GPU memory: {first_line(error)}") from error
 
 
-def _looked_at(run: Probed, steps: int, began: float) -> Profile:
-    device, config = run.marks.device, run.config
+def _looked_at(run: Run, watch: Watch, steps: int, began: float) -> Profile:
+    device, config = watch.marks.device, run.config
     for _ in range(WARM_UP):
-        run.train_step()
-    of_steps = _timed(run, steps)
-    tokens, positions, passes = run.tokens, run.positions, run.passes / steps
-    run.evaluate()
-    of_evaluation = run.marks.seconds()
+        watch.step(run)
+    before = run.window.tokens
+    of_steps = _timed(run, watch, steps)
+    tokens, positions, passes = run.window.tokens - before, watch.positions, watch.passes / steps
+    of_evaluation = watch.evaluation(run)
     evaluations = -(-run.max_steps // run.eval_every)
     trial = {key: run.max_steps * of_steps.get(key, 0.0) / steps for key in OF_STEP}
     trial |= {key: evaluations * of_evaluation.get(key, 0.0) for key in OF_EVALUATION}
-    operations, memory = _operations(run), _memory(run)
+    operations, memory = _operations(run, watch), _memory(run, watch)
     rate, total, in_steps = matmul_rate(device, dtype_of(config)), sum(trial.values()), sum(of_steps.values())
     seen = Seen(
         config=config,
@@ -245,10 +237,10 @@ def _looked_at(run: Probed, steps: int, began: float) -> Profile:
         padding=1 - tokens / positions if reads_tokens(run.model) else 0.0,
         operations=run.max_steps * operations,
         rate=rate,
-        rate_of_bf16=_rate_of_bf16(run),
+        rate_of_bf16=_rate_of_bf16(config, device),
         memory=memory,
-        with_doubled_passes=_with_doubled_passes(run, memory, passes),
-        kept_if_not_recomputed=_kept_if_not_recomputed(run, positions / (steps * passes)),
+        with_doubled_passes=_with_doubled_passes(run, watch, memory, passes),
+        kept_if_not_recomputed=_kept_if_not_recomputed(run, watch, positions / (steps * passes)),
         rows_to_evaluate=len(run.data.validation),
     )
     return Profile(
@@ -274,34 +266,36 @@ def _looked_at(run: Probed, steps: int, began: float) -> Profile:
     )
 
 
-def _timed(run: Probed, steps: int) -> dict[str, float]:
+def _timed(run: Run, watch: Watch, steps: int) -> dict[str, float]:
     """Seconds of so many steps, by part. What they read is counted from here on."""
-    run.forget()
+    watch.forget()
     for _ in range(steps):
-        run.train_step()
-    return run.marks.seconds()
+        watch.step(run)
+    return watch.marks.seconds()
 
 
-def _operations(run: Probed) -> int:
+def _operations(run: Run, watch: Watch) -> int:
     """Floating-point operations of a step, less those that are done twice to save memory."""
-    run.forward_operations = 0
+    watch.forget()
     # Of compiled blocks none would be seen.
     with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
-        run.counter = counter
-        run.train_step()
-        run.counter = None
+        watch.counter = counter
+        watch.step(run)
+        watch.counter = None
     done = int(counter.get_total_flops())
-    return done - run.forward_operations if run.config.gradient_checkpointing else done
+    return done - watch.forward_operations if run.config.gradient_checkpointing else done
 
 
-def _memory(run: Probed) -> dict[str, int]:
+def _memory(run: Run, watch: Watch) -> dict[str, int]:
     """Bytes by kind. On a GPU the allocator knows; on a CPU they are those of the tensors that are counted."""
-    run.weigh, run.kept = True, 0
-    run.train_step()
-    run.weigh = False
+    watch.own = {parameter.untyped_storage().data_ptr() for parameter in run.model.parameters()}
+    watch.weighs = True
+    watch.forget()
+    watch.step(run)
+    watch.weighs = False
     parts = _bytes(run)
-    found = {**parts, "kept_for_backward": run.kept}
-    if run.marks.device.type == "cuda":
+    found = {**parts, "kept_for_backward": watch.kept}
+    if watch.marks.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         peak = torch.cuda.max_memory_allocated()
         others = total - free - torch.cuda.memory_reserved()
@@ -309,7 +303,7 @@ def _memory(run: Probed) -> dict[str, int]:
     return {**found, "peak": sum(found.values()), "free": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
 
 
-def _bytes(run: Probed) -> dict[str, int]:
+def _bytes(run: Run) -> dict[str, int]:
     parameters = list(run.model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     kinds: dict[str, list[Any]] = {
@@ -334,38 +328,48 @@ def _new_storages(held: Any, seen: set[int]) -> Iterator[int]:
             yield from _new_storages(value, seen)
 
 
-def _rate_of_bf16(run: Probed) -> float | None:
+def _rate_of_bf16(config: TrialConfig, device: torch.device) -> float | None:
     """What a large product in bf16 reaches on a GPU that has it, where the trial computes in something else."""
-    if run.config.precision == of_machine() or run.marks.device.type != "cuda":
+    if config.precision == of_machine() or device.type != "cuda":
         return None
-    return matmul_rate(run.marks.device, torch.bfloat16)
+    return matmul_rate(device, torch.bfloat16)
 
 
-def _with_doubled_passes(run: Probed, memory: dict[str, int], passes: float) -> float | None:
+def _with_doubled_passes(run: Run, watch: Watch, memory: dict[str, int], passes: float) -> float | None:
     """Seconds of the trial's steps where each pass has twice the rows, measured; None where that is not to be had."""
     if passes < 2 or memory["kept_for_backward"] > SPARE * memory["free"]:
         return None
-    before = run.gradients.config
-    run.gradients.config = before.model_copy(update=doubled(before))
+    before = run.config
     try:
-        run.train_step()
-        return run.max_steps * sum(_timed(run, DOUBLED_STEPS).values()) / DOUBLED_STEPS
+        cut_by(run, before.model_copy(update=doubled(before)))
+        watch.step(run)
+        return run.max_steps * sum(_timed(run, watch, DOUBLED_STEPS).values()) / DOUBLED_STEPS
     except torch.OutOfMemoryError:
         return None
     finally:
-        run.gradients.config = before
+        cut_by(run, before)
 
 
-def _kept_if_not_recomputed(run: Probed, positions: float) -> int | None:
+def cut_by(run: Run, config: TrialConfig) -> None:
+    """Have `run` cut its steps into passes as `config` says. How many rows a step has is settled."""
+    vars(getattr(run, "gradients", run))["config"] = config
+
+
+def _kept_if_not_recomputed(run: Run, watch: Watch, positions: float) -> int | None:
     """Bytes that a pass of so many positions would keep for the way back without checkpointing; the last look at it."""
     if not run.config.gradient_checkpointing:
         return None
     run.model.gradient_checkpointing_disable()
     run.model.train()
+    watch.forget()
+    batch = run.task.collate([run.data.train[0]], run.data.tokenizer)
     try:
-        return int(run.bytes_of_first_row() * positions / max(1, run.data.train[0].length))
+        with keeping() as kept:
+            run.task.loss(run.network, on_device(batch, run.model))
     except torch.OutOfMemoryError:
         return None
+    size = sum(size for place, size in kept.items() if place not in watch.own)
+    return int(size * positions / watch.positions)
 
 
 def _name(device: torch.device) -> str:
@@ -375,35 +379,17 @@ def _name(device: torch.device) -> str:
 
 
 @contextmanager
-def _noting_backward(run: Probed) -> Iterator[None]:
-    """Have `run` note when a way back begins and ends: a loss takes it, and is anyone's tensor."""
-    inner = Tensor.backward
+def watching(watch: Watch, name: TaskName) -> Iterator[None]:
+    """Have `watch` hear of what is asked of a task, and of every way back."""
+    task, inner = TASKS[name], Tensor.backward
 
     def backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        run.marks.mark("other")
-        inner(loss, *args, **kwargs)
-        run.marks.mark("backward")
+        watch.backward(inner, loss, *args, **kwargs)
 
+    TASKS[name] = watch.watched(task)
     Tensor.backward = backward  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        Tensor.backward = inner  # type: ignore[method-assign]
-
-
-@contextmanager
-def _noting_generation(run: Probed) -> Iterator[None]:
-    """Have `run` note when texts begin and end to be written, of which an evaluation asks the task."""
-    name, task = run.config.task, TASKS[run.config.task]
-
-    def generated(*args: Any, **kwargs: Any) -> dict[str, float]:
-        run.marks.mark("evaluation")
-        metrics = task.generated(*args, **kwargs)
-        run.marks.mark("generation")
-        return metrics
-
-    TASKS[name] = replace(task, generated=generated)
-    try:
-        yield
-    finally:
         TASKS[name] = task
+        Tensor.backward = inner  # type: ignore[method-assign]
