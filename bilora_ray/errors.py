@@ -76,7 +76,7 @@ class TrialFailure(Exception):
 
 
 class OutOfMemory(TrialFailure):
-    """The trial's settings want more memory than the GPU has."""
+    """The trial's settings want more memory than there is, even for one row."""
 
     by_settings = True
 

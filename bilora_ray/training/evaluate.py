@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,8 +16,9 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.digests import check_base
 from bilora_ray.recipe import known_of
 from bilora_ray.training import model as models
-from bilora_ray.training.compute.cutting import Budget, cut
+from bilora_ray.training.compute.cutting import Budget, cut, positions
 from bilora_ray.training.compute.generation import likeliest
+from bilora_ray.training.compute.memory import current_room, in_parts
 from bilora_ray.training.compute.precision import use_tensor_cores
 from bilora_ray.training.data.batches import in_row_order, longest_first
 from bilora_ray.training.distributed.workers import ALONE, Workers
@@ -107,19 +109,22 @@ def _losses(
     task = TASKS[config.task]
     telling = _tells_what_is_written(model, config, tokenizer, workers)
 
-    def measure(rows: Sequence[int]) -> tuple[Any, list[list[int]]]:
+    def measure(rows: Sequence[int]) -> list[tuple[Any, list[list[int]]]]:
         part = [examples[row] for row in rows]
         logits, targets = task.forward(model, on_device(task.collate(part, tokenizer), model))
         counts = [task.target_count([example]) for example in part] if telling else []
-        return task.measure(logits, targets), likeliest(logits, targets, counts) if telling else []
+        return [(task.measure(logits, targets), likeliest(logits, targets, counts) if telling else [])]
 
     sides = [task.sides(example) for example in examples]
     order = longest_first([sum(side) for side in sides])
-    parts = cut([sides[row] for row in order], Budget(config.per_device_eval_batch_size), models.device().type)
+    room = current_room(config, workers)
+    measured = in_parts(room, "evaluation", measure, lambda rows: positions([sides[row] for row in rows]))
+    budget = Budget(config.per_device_eval_batch_size, proven=room.proven.evaluation)
+    parts = cut([sides[row] for row in order], budget, models.device().type)
     batches = [[order[place] for place in part] for part in parts]
-    measured = workers.map(measure, batches)
-    read = in_row_order(batches, [tokens for _, of_rows in measured for tokens in of_rows]) if telling else None
-    return task.metrics([part for part, _ in measured], config), read
+    found = list(chain.from_iterable(workers.map(measured, batches)))
+    read = in_row_order(batches, [tokens for _, of_rows in found for tokens in of_rows]) if telling else None
+    return task.metrics([part for part, _ in found], config), read
 
 
 def _tells_what_is_written(

@@ -4,6 +4,7 @@ lock                          held by the process that trains
 checkpoints/step-00000120/    tensors.safetensors and state.json; only complete ones carry such a name
 adapters/step-00000090/       the best adapter so far, as PEFT writes it
 scratch/                      what whoever runs the trial keeps while it runs
+../passes.json                the largest passes that have room, where larger ones have not
 ../examples/                  of data too large for the memory: the tokenized rows, which the trials of a study share
 """
 
@@ -78,6 +79,11 @@ class TrialFolder:
     def examples(self) -> Path:
         """Folder of the examples of large data, beside this one: the trials of a study share it."""
         return self.path.parent / EXAMPLES
+
+    @property
+    def passes(self) -> Path:
+        """File, beside this folder, of the passes that have room: the trials of a study share it."""
+        return self.path.parent / "passes.json"
 
     @property
     def scratch(self) -> Path:

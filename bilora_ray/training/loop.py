@@ -31,7 +31,9 @@ from bilora_ray.paths import cached_commit
 from bilora_ray.recipe import PAD, TEMPLATE, write_recipe
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import load_checkpoint, save_checkpoint
+from bilora_ray.training.compute.cutting import Proven
 from bilora_ray.training.compute.gradients import Gradients, LateLosses
+from bilora_ray.training.compute.memory import Room, Shortage, failure, in_room, is_out_of_memory, release
 from bilora_ray.training.compute.precision import resolved, use_tensor_cores
 from bilora_ray.training.data.batches import train_batch
 from bilora_ray.training.data.truncation import Truncation
@@ -58,6 +60,7 @@ class Progress:
     train_runtime: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
+    proven: dict[str, int | None] = field(default_factory=dict)
 
 
 @dataclass
@@ -104,8 +107,8 @@ class Run:
         self.workers = workers
         folder.make()
         use_tensor_cores()
-        if torch.cuda.is_available():  # this process may have had another trial before
-            torch.cuda.empty_cache()
+        release()  # this process may have had another trial before
+        if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self.data: Loaded = load_data(config, shared=folder.examples)
         self.config = config.model_copy(update={"format": self.data.format})
@@ -118,7 +121,9 @@ class Run:
         if config.gradient_checkpointing:
             models.enable_gradient_checkpointing(self.model)
         self.network = Network(self.model, workers)
-        self.gradients = Gradients(self.config, self.data, self.network, self.optimizer, workers)
+        self.room = Room(self.config, workers, folder.passes)
+        self.room.agree()
+        self.gradients = Gradients(self.config, self.data, self.network, self.optimizer, self.room)
         self.step_rows = config.step_rows(workers.planned)
         self.max_steps = config.max_steps or share_of(config.num_train_epochs, self.steps_per_epoch)
         self.eval_every = _eval_every(config.eval_steps, self.max_steps)
@@ -156,6 +161,9 @@ class Run:
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
         self.progress = Progress(**state)
+        if not self.room.cannot_retry:  # else what was learned since then is why there was another start
+            self.room.proven = Proven(**self.progress.proven)
+        self.gradients.agree()
         self.progress.resumed_at.append(self.progress.step)
 
     def train_step(self) -> None:
@@ -199,6 +207,7 @@ class Run:
             progress.best_value, progress.best_step = metrics[self.config.metric], progress.step
             self._export(self.folder.adapter_at(progress.step))
         progress.history.append(metrics)
+        progress.proven = vars(self.room.proven).copy()
         state = {**vars(progress), "schedule": self.schedule.state_dict(), "settings": self._settings()}
         save_checkpoint(self.folder.checkpoint_at(progress.step), self.model, self.optimizer, state, self.workers)
         if self.workers.is_first:
@@ -244,9 +253,12 @@ class Run:
             # With what the allocator keeps: that is what a trial with a part of a GPU may have no more of.
             metrics["gpu_memory_gib"] = max(self.workers.gather(torch.cuda.max_memory_reserved() / 2**30))
         metrics |= self.optimizer.metrics()
-        metrics |= evaluate(
-            self.network.evaluated, self.data.validation, self._with_labels(), self.data.tokenizer, self.workers
-        )
+        with in_room(self.room):
+            metrics |= evaluate(
+                self.network.evaluated, self.data.validation, self._with_labels(), self.data.tokenizer, self.workers
+            )
+        self.gradients.agree()
+        metrics |= self.room.proven.metrics()
         for loss in (metrics["train_loss"], metrics["eval_loss"]):
             if not math.isfinite(loss):
                 raise NonFiniteLoss(step, loss)
@@ -308,6 +320,7 @@ def fit(
         OSError: the folder, or where the system keeps what is temporary, cannot be written; it names a file.
         TrialFailure: the loss became NaN or infinite, or memory ran out.
     """
+    run: Run | None = None
     try:
         run = Run(config, folder, workers, digests, keep_base)
         run.resume()
@@ -317,9 +330,16 @@ def fit(
                 run.train_step()
                 if run.evaluation_due():
                     goes_on = workers.gather(report(run.evaluate()))[0] is not False
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"out of GPU memory: {str(error).splitlines()[0]}") from error
-    return run.progress
+        return run.progress
+    except OutOfMemory as error:
+        failed = OutOfMemory(*error.args)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or (run is not None and run.room.cannot_retry and run.room.proven.metrics()):
+            raise
+        where = "while the model was loaded" if run is None else f"after step {run.progress.step}"
+        failed = failure(where, Shortage.of(error), config)
+    run = None  # with its memory, for who keeps the error
+    raise failed
 
 
 @contextmanager

@@ -176,8 +176,8 @@ def weighted_trial(tiny: Tiny, folder: Path, **settings: Any) -> Run:
 
 
 def gradient_of(run: Run, workers: Workers) -> tuple[float, torch.Tensor]:
-    run.workers = workers
-    loss = run.gradients._backward(list(run.data.train))
+    run.gradients.workers = workers
+    loss = run.gradients.of(list(run.data.train))
     grads = [parameter.grad for parameter in primary_parameters(run.model).values()]
     return float(loss), torch.cat([grad.flatten().clone() for grad in grads if grad is not None])
 
@@ -203,8 +203,8 @@ def test_the_weighted_loss_is_the_weighted_mean_however_rows_are_shared(
     wanted = torch.cat([parameter.grad.flatten().clone() for parameter in primary if parameter.grad is not None])
     parts = [gradient_of(run, Counted(1, False, rank, count)) for rank in range(count)]
     assert sum(loss for loss, _ in parts) == pytest.approx(float(expected), rel=1e-5)
-    mean = torch.stack([gradient for _, gradient in parts]).mean(0)
-    assert torch.allclose(mean, wanted, rtol=1e-3, atol=1e-6)
+    total = torch.stack([gradient for _, gradient in parts]).sum(0)
+    assert torch.allclose(total, wanted, rtol=1e-3, atol=1e-6)
 
 
 def test_weights_change_the_training_loss_and_not_what_is_measured(tiny: Tiny, tmp_path: Path) -> None:

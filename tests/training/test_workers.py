@@ -303,3 +303,36 @@ def test_the_radius_of_sharded_factors_is_that_of_whole_ones() -> None:
     for norms in together(2, norms_in_parts, 0):
         assert norms[1] == pytest.approx(norms[0])
         assert norms[2:] == pytest.approx([0.5, 0.5])
+
+
+def fit_short_of_memory(settings: dict[str, Any], path: str) -> list[int]:
+    """Train where the second worker has no room for passes of more than 40 positions; those that failed."""
+    from bilora_ray.training.distributed.parallel import Network
+
+    failed: list[int] = []
+    call = Network.__call__
+
+    def guarded(network: Network, **batch: torch.Tensor) -> Any:
+        read = batch["input_ids"].numel()
+        if dist.get_rank() == 1 and read > 40:
+            failed.append(read)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return call(network, **batch)
+
+    Network.__call__ = guarded  # type: ignore[method-assign]
+    fit_together(settings, path, 2, False)
+    return failed
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_out_of_memory_keeps_no_other_waiting(tiny: Tiny, tmp_path: Path) -> None:
+    length: dict[str, Any] = {"max_steps": 12, "eval_steps": 3, "learning_rate": 2e-3}
+    one, _ = run_fit(tiny.config("causal-lm", per_device_train_batch_size=6, **length), tmp_path / "one" / "0")
+    settings = settings_of(tiny, "causal-lm", rows=3, **length)
+    first, second = together(2, fit_short_of_memory, settings, str(tmp_path / "two" / "0"))
+    assert (first, len(second) > 0) == ([], True)
+    two = TrialFolder(tmp_path / "two" / "0").state()
+    assert two["proven"]["training"] <= 40
+    for report in two["history"]:
+        assert report.pop("training_limit") <= 40
+    check_alike(one, two["history"], tmp_path / "one" / "0", tmp_path / "two" / "0")

@@ -8,9 +8,12 @@ of device, and from no clock, so that a trial that goes on cuts as it did.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+# What a pass is for.
+Kind = Literal["training", "evaluation", "generation"]
 # How many tokens of a row each part of a model reads: one number, or an encoder's and a decoder's.
 Sides = tuple[int, ...]
 # So many positions take as long as what a pass costs beside them. CPU: measured on one thread, 95 for the quickstart's
@@ -36,6 +39,38 @@ class Budget:
         """How many positions a pass over some of these rows may have, by side and of all sides."""
         of_side = [sys.maxsize if self.positions else self.rows * max(side) for side in zip(*sides, strict=True)]
         return of_side, min(self.positions or sys.maxsize, self.proven or sys.maxsize)
+
+
+@dataclass
+class Proven:
+    """The largest passes that had room, where larger ones ran out of memory; None: all had room.
+
+    Attributes:
+        training: positions of a pass.
+        evaluation: the same.
+        generation: texts that are written at once.
+    """
+
+    training: int | None = None
+    evaluation: int | None = None
+    generation: int | None = None
+
+    @classmethod
+    def told_by(cls, metrics: Mapping[str, float]) -> Proven:
+        """What the `metrics` of an evaluation say of it."""
+        return cls(**{kind: int(metrics[f"{kind}_limit"]) for kind in vars(cls()) if f"{kind}_limit" in metrics})
+
+    def metrics(self) -> dict[str, int]:
+        """As metrics of an evaluation: what is not known is not among them."""
+        return {f"{kind}_limit": size for kind, size in vars(self).items() if size is not None}
+
+    def in_words(self) -> Iterator[str]:
+        """What there is to say, for people to read."""
+        for kind, size in (("training", self.training), ("evaluation", self.evaluation)):
+            if size is not None:
+                yield f"{kind}: passes of at most {size} positions: larger ones ran out of memory"
+        if self.generation is not None:
+            yield f"generation: at most {self.generation} texts at once: more ran out of memory"
 
 
 def cut(sides: Sequence[Sides], budget: Budget, device: str, workers: int = 1) -> list[list[int]]:

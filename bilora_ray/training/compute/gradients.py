@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from bilora_ray.errors import NonFiniteLoss
 from bilora_ray.method import MethodAdamW
 from bilora_ray.method.base import Closure
 from bilora_ray.training import model as models
-from bilora_ray.training.compute.cutting import Budget, cut
+from bilora_ray.training.compute.cutting import Budget, cut, positions
+from bilora_ray.training.compute.memory import ONE_ROW, Room, failure, release, smaller
 from bilora_ray.training.distributed.parallel import Network
-from bilora_ray.training.distributed.workers import Workers, drawing_again, random_states
+from bilora_ray.training.distributed.workers import drawing_again, random_states, set_random_states
 from bilora_ray.training.loading import Loaded
 from bilora_ray.training.metrics import IGNORED
 from bilora_ray.training.tasks import TASKS
@@ -31,18 +33,19 @@ class Gradients:
         data: the rows, from which balanced weights of classes are counted.
         network: computes.
         optimizer: clears the gradients.
-        workers: who share the passes.
+        room: what is known of the passes that have room.
     """
 
-    def __init__(
-        self, config: TrialConfig, data: Loaded, network: Network, optimizer: MethodAdamW, workers: Workers
-    ) -> None:
+    def __init__(self, config: TrialConfig, data: Loaded, network: Network, optimizer: MethodAdamW, room: Room) -> None:
         self.config = config
         self.task = TASKS[config.task]
         self.tokenizer = data.tokenizer
         self.network = network
         self.optimizer = optimizer
-        self.workers = workers
+        self.room = room
+        self.workers = room.workers
+        # What all workers know, so that they cut a step alike.
+        self.agreed = room.proven.training
         self.class_weights = self._class_weights(data)
         self.weights_of_classes = torch.tensor(self.class_weights or (), device=models.device())
 
@@ -58,40 +61,83 @@ class Gradients:
             nonlocal called
             if called:
                 with drawing_again(before):
-                    return self._backward(examples)
+                    return self.of(examples, before)
             called = True
-            return self._backward(examples)
+            return self.of(examples, before)
 
         return closure
 
-    def _backward(self, examples: list[Example]) -> Tensor:
-        """The mean loss over the target tokens or rows of `examples`, weighted if so set, with its gradient."""
-        self.optimizer.zero_grad()
-        passes = self.workers.share(self._cut(examples))
+    def of(self, examples: list[Example], states: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The mean loss over the target tokens or rows of `examples`, weighted if so set, with its gradient.
+
+        Where a pass has no room all of them are computed once more, smaller and from the same random `states`. Each
+        worker does that by itself: the others wait for its gradient, and only for that.
+
+        Raises:
+            OutOfMemory: there is no room for one row.
+        """
         # Known without asking a GPU, or another worker, for a number: that is to wait for it.
         targets = self._targets(examples)
-        total = torch.zeros((), device=models.device())
-        for number, (part, counts) in enumerate(passes, start=1):
-            with self.network.accumulating(last=number == len(passes)):
-                total += self._pass(part, counts * self._targets(part) / targets)
+        while (total := self._tried(examples, targets)) is None:
+            release()
+            set_random_states(states or {})
+        self.network.share_gradients()
         return self.workers.total(total)
+
+    def agree(self) -> None:
+        """Let all workers know which passes have room for each. All call it."""
+        self.room.agree()
+        self.agreed = self.room.proven.training
+
+    def _tried(self, examples: list[Example], targets: float) -> Tensor | None:
+        """This worker's part of the loss, with its gradient; None if a pass had no room, and the next may have."""
+        self.optimizer.zero_grad()
+        passes, part = self._passes(examples), examples
+        total = torch.zeros((), device=models.device())
+        try:
+            for number, (part, counts) in enumerate(passes, start=1):
+                self.network.accumulating(last=number == len(passes))
+                total += self._pass(part, counts * self._targets(part) / targets)
+        except (RuntimeError, MemoryError) as error:
+            sides = [self.task.sides(example) for example in part]
+            shortage = smaller(self.room, "training", len(part), positions(sides), error)
+        else:
+            return total
+        if shortage is not None:
+            self.optimizer.zero_grad()
+            raise failure(ONE_ROW["training"], shortage, self.config)
+        return None
+
+    def _passes(self, examples: list[Example]) -> list[tuple[list[Example], bool]]:
+        """This worker's passes, each with whether it counts."""
+        known = self.room.proven.training
+        if self.workers.world_size == 1:
+            self.agreed = known
+        own = self.workers.share(self._cut(examples, self.agreed, self.workers.world_size))
+        if self.workers.sharded:
+            return own
+        # Only of parts of a model must all run as many passes. Who has none of its own takes part with no weight.
+        counting = [part for part, counts in own if counts]
+        parts = counting or [part for part, _ in own]
+        if known != self.agreed:
+            parts = self._cut(list(chain.from_iterable(parts)), known)
+        return [(part, bool(counting)) for part in parts]
 
     def _pass(self, part: list[Example], weight: float) -> Tensor:
         """The loss of one pass, times its `weight`, whose gradient is added to what there is."""
         batch = {key: tensor.to(models.device(), non_blocking=True) for key, tensor in self.batch(part).items()}
         loss = self._loss(batch) * weight
-        # Workers share the mean of their gradients; the loss is a sum over them.
-        (loss * self.workers.world_size).backward()
+        (loss * self.network.divides_by).backward()
         return loss.detach()
 
     def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """What a pass over `examples` reads, in main memory."""
         return self.task.collate(examples, self.tokenizer)
 
-    def _cut(self, examples: list[Example]) -> list[list[Example]]:
+    def _cut(self, examples: list[Example], proven: int | None, workers: int = 1) -> list[list[Example]]:
         sides = [self.task.sides(example) for example in examples]
-        budget = Budget(self.config.per_device_train_batch_size, self.config.tokens_per_pass)
-        parts = cut(sides, budget, models.device().type, self.workers.world_size)
+        budget = Budget(self.config.per_device_train_batch_size, self.config.tokens_per_pass, proven)
+        parts = cut(sides, budget, models.device().type, workers)
         return [[examples[row] for row in part] for part in parts]
 
     def _targets(self, examples: Sequence[Example]) -> float:

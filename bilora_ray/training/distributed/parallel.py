@@ -1,9 +1,8 @@
-"""A model on several workers: a copy on each (DDP), or a part of the weights on each (FSDP2)."""
+"""A model on several workers: a copy on each, or a part of the weights on each (FSDP2)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from bilora_ray.training.distributed.workers import Workers
 
@@ -27,31 +25,45 @@ class Network:
 
     Attributes:
         evaluated: computes in evaluation, without the auxiliary.
+        divides_by: by how much the sum over the workers of each one's gradients is divided where they are shared.
     """
 
     def __init__(self, model: PeftModel, workers: Workers) -> None:
         # PEFT calls the base model's forward past its hooks, in which FSDP gathers the weights.
         self.evaluated: Any = model.get_base_model() if workers.sharded else model
-        self.trained: Any = self.evaluated
-        if workers.world_size > 1 and not workers.sharded:
-            self.trained = _replicated(model)
+        self.divides_by = workers.world_size if workers.sharded else 1
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._copies = workers.world_size > 1 and not workers.sharded
+        if self._copies:
+            # All loaded the same files; only what started random is sent, since the base may be large.
+            for parameter in self._trained:
+                dist.broadcast(parameter.detach(), 0)
 
     def __call__(self, **batch: Tensor) -> Any:
         """The output of the training forward pass."""
-        return self.trained(**batch)
+        return self.evaluated(**batch)
 
     def get_base_model(self) -> Any:
         """transformers' model in it, as PEFT has it."""
         return getattr(self.evaluated, "get_base_model", lambda: self.evaluated)()
 
-    @contextmanager
-    def accumulating(self, last: bool) -> Iterator[None]:
-        """For a forward and backward pass whose gradients are shared among the workers only if it is the `last`."""
-        if isinstance(self.trained, FSDPModule):
-            self.trained.set_requires_gradient_sync(last)
-        apart = isinstance(self.trained, DistributedDataParallel) and not last
-        with self.trained.no_sync() if apart else nullcontext():
-            yield
+    def accumulating(self, last: bool) -> None:
+        """Parts of a model share the gradients of the pass that follows, with those before it, if it is the `last`."""
+        if isinstance(self.evaluated, FSDPModule):
+            self.evaluated.set_requires_gradient_sync(last)
+
+    def share_gradients(self) -> None:
+        """Give each copy of the model the sum of the gradients of all, at once: an adapter's are few.
+
+        torch's DDP would do that amid the last pass, in which a worker that is out of memory would keep all waiting.
+        """
+        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
+        if not self._copies or not gradients:
+            return
+        together = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(together)
+        for gradient, part in zip(gradients, together.split([one.numel() for one in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def reshard(self) -> None:
         """Give each worker its part of the parameters again, where an evaluation has left some of them whole."""
@@ -126,11 +138,3 @@ def _send_out(base: nn.Module, full: dict[str, Tensor], device: torch.device) ->
         if full:
             buffer.copy_(full[name])
         dist.broadcast(buffer, 0)
-
-
-def _replicated(model: PeftModel) -> DistributedDataParallel:
-    # All loaded the same files; only what started random is sent, since the base may be large.
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            dist.broadcast(parameter.detach(), 0)
-    return DistributedDataParallel(model, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True)

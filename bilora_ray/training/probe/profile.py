@@ -1,7 +1,7 @@
 """Some real steps of one trial, and what they say: where its time and its memory go, and what would make it faster.
 
-Nothing in the loop knows of it. What is noted is when the trial's task is asked for a loss, a measure or texts, and when
-a loss goes the way back.
+Nothing in the loop knows of it. What is noted is when the trial's task is asked for a loss, a measure or texts, and
+when a loss goes the way back.
 """
 
 from __future__ import annotations
