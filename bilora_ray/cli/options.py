@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 
 from bilora_ray.addresses import masked
-from bilora_ray.errors import UserError, first_line
+from bilora_ray.errors import OutOfMemory, UserError, first_line
 from bilora_ray.records import TrialRecord
 from bilora_ray.tracking.store import SERVERS
 
@@ -131,6 +131,8 @@ def telling_of_gpu_memory(what_to_do: str = "") -> Iterator[None]:
     """Say in one line that the block's work is too large for the GPU."""
     try:
         yield
+    except OutOfMemory as error:  # in as small passes as can be
+        raise UserError(str(error)) from None
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported for its name
             raise

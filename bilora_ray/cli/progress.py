@@ -14,6 +14,7 @@ from rich.text import Text
 
 from bilora_ray.cli.tables import TrialTable, duration, in_short, step_of
 from bilora_ray.records import Objective, Status, TrialRecord
+from bilora_ray.training.compute.cutting import Proven
 from bilora_ray.training.data.truncation import Truncation
 
 # In a log, so often at the most is it said how a running trial stands.
@@ -51,6 +52,7 @@ class SearchProgress:
         self.ended_before = 0
         self.started = time.monotonic()
         self._said_start = self._said_cut = False
+        self._said_limits: set[str] = set()
         self._reported = time.monotonic()
         self._console = Console(stderr=True, highlight=False)
         self._live = Live(self, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
@@ -90,6 +92,10 @@ class SearchProgress:
             self._print(
                 f"trial {trial.number} at step {step_of(metrics)}, {self.metric} {in_short(metrics[self.metric])}"
             )
+        for line in Proven.told_by(metrics).in_words():
+            if line not in self._said_limits:
+                self._said_limits.add(line)
+                self.say(f"Note: trial {trial.number}: {line}")
         if "rows" in metrics and not self._said_cut:
             self._said_cut = True
             self._say_what_is_cut(Truncation.told_by(metrics), trial.settings)

@@ -23,7 +23,8 @@ from bilora_ray.cli.options import (
 from bilora_ray.cli.tables import in_short
 from bilora_ray.config import CUDA_GIB
 from bilora_ray.errors import UserError
-from bilora_ray.records import Status
+from bilora_ray.records import Status, TrialRecord
+from bilora_ray.training.compute.cutting import Proven
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,6 +94,7 @@ def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -
     peak = max((metrics.get("gpu_memory_gib", 0) for record in records for metrics in record.history), default=0)
     if peak:
         console.print(f"GPU memory of a worker: {peak + CUDA_GIB:.1f} GiB at the most, with CUDA's own")
+    _print_limits(console, records)
     if any(record.status is Status.INTERRUPTED for record in records):
         verb = "tune" if found.space.distributions else "train"
         console.print(f"What is interrupted goes on with `bilora-ray {verb}`, as it was begun, and --resume.")
@@ -100,6 +102,15 @@ def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -
     best = print_best(console, found, records)
     if best is not None:
         print_next(study, storage_path, layout.study_database, where_adapter_is(found, best))
+
+
+def _print_limits(console: Console, records: Sequence[TrialRecord]) -> None:
+    """Say what ran out of memory and went on smaller, if something did."""
+    told = {record.number: Proven.told_by(record.history[-1]) for record in records if record.history}
+    limited = [number for number, proven in told.items() if proven != Proven()]
+    which = f"trial {limited[0]}" if len(limited) == 1 else f"{len(limited)} trials"
+    for line in Proven.least(told.values()).in_words():
+        console.print(f"In {which}: {line}.", markup=False)
 
 
 def _print_importances(console: Console, study: StudyView, found: Importances) -> None:

@@ -56,3 +56,13 @@ def test_trials_may_start_and_end_while_it_is_drawn() -> None:
     assert drawn > 0
     assert len(progress.ended) == TRIALS - 20
     assert len(progress.running) == 20
+
+
+def test_what_ran_out_of_memory_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = SearchProgress(2, Objective("eval_loss", greater_is_better=False))
+    for number in range(2):
+        for step in (1, 2):
+            metrics = {"step": step, "max_steps": 2, "eval_loss": 1.0, "training_limit": 512}
+            progress.trial_reported(trial(number, Status.RUNNING), metrics)
+    line = "Note: trial 0: training passes of at most 512 positions: larger ones ran out of memory"
+    assert capsys.readouterr().err.splitlines().count(line) == 1

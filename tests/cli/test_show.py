@@ -71,3 +71,23 @@ def test_where_nothing_is_known_it_says_why() -> None:
     found = json.loads(shown("--json"))
     assert found["importances"] == {}
     assert found["importances_detail"] == {"rows": 80, "num_trials": 3, "intervals": {}, "unknown": why}
+
+
+def test_what_ran_out_of_memory_and_went_on_smaller_is_said() -> None:
+    study = open_study(load_space(None, [*SPACE, "study.num_trials=3"]), Layout(Path("runs")), {})
+    for limits in ({}, {"training_limit": 512}, {"training_limit": 700, "generation_limit": 4}):
+        number = next_trial(study)
+        assert number is not None
+        report = {"step": 10, "max_steps": 10, "eval_loss": 1.0, **limits}
+        study.report(number, report)
+        (study.folder(number).checkpoint_at(10)).mkdir(parents=True)
+        (study.folder(number).checkpoint_at(10) / "state.json").write_text(json.dumps({"history": [report]}))
+    study.release()
+    lines = shown().splitlines()
+    assert "In 2 trials: training passes of at most 512 positions: larger ones ran out of memory." in lines
+    assert "In 2 trials: generation of at most 4 texts at once: more ran out of memory." in lines
+
+
+def test_nothing_is_said_of_memory_where_all_had_room() -> None:
+    searched(2)
+    assert "memory" not in shown()

@@ -281,9 +281,11 @@ def test_what_is_learned_is_told_in_words() -> None:
     assert learned.metrics() == {"training_limit": 512, "generation_limit": 8}
     assert Proven.told_by({"eval_loss": 1.0, **learned.metrics()}) == learned
     assert list(learned.in_words()) == [
-        "training: passes of at most 512 positions: larger ones ran out of memory",
-        "generation: at most 8 texts at once: more ran out of memory",
+        "training passes of at most 512 positions: larger ones ran out of memory",
+        "generation of at most 8 texts at once: more ran out of memory",
     ]
     assert list(Proven(evaluation=70).in_words()) == [
-        "evaluation: passes of at most 70 positions: larger ones ran out of memory"
+        "evaluation passes of at most 70 positions: larger ones ran out of memory"
     ]
+    assert Proven.least([learned, Proven(), Proven(training=100, evaluation=9)]) == Proven(100, 9, 8)
+    assert Proven.least([]) == Proven()

@@ -8,7 +8,7 @@ of device, and from no clock, so that a trial that goes on cuts as it did.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,6 +60,12 @@ class Proven:
         """What the `metrics` of an evaluation say of it."""
         return cls(**{kind: int(metrics[f"{kind}_limit"]) for kind in vars(cls()) if f"{kind}_limit" in metrics})
 
+    @classmethod
+    def least(cls, of_all: Iterable[Proven]) -> Proven:
+        """The smallest that any of them knows."""
+        known = [vars(proven) for proven in (cls(), *of_all)]
+        return cls(**{kind: min((one[kind] for one in known if one[kind]), default=None) for kind in known[0]})
+
     def metrics(self) -> dict[str, int]:
         """As metrics of an evaluation: what is not known is not among them."""
         return {f"{kind}_limit": size for kind, size in vars(self).items() if size is not None}
@@ -68,9 +74,9 @@ class Proven:
         """What there is to say, for people to read."""
         for kind, size in (("training", self.training), ("evaluation", self.evaluation)):
             if size is not None:
-                yield f"{kind}: passes of at most {size} positions: larger ones ran out of memory"
+                yield f"{kind} passes of at most {size} positions: larger ones ran out of memory"
         if self.generation is not None:
-            yield f"generation: at most {self.generation} texts at once: more ran out of memory"
+            yield f"generation of at most {self.generation} texts at once: more ran out of memory"
 
 
 def cut(sides: Sequence[Sides], budget: Budget, device: str, workers: int = 1) -> list[list[int]]:

@@ -127,9 +127,7 @@ class Room:
 
     def agree(self) -> None:
         """Let all workers know what each has learned. All call it."""
-        of_all = self.workers.gather(vars(self.proven).copy())
-        for kind in of_all[0]:
-            setattr(self.proven, kind, min(filter(None, (one[kind] for one in of_all)), default=None))
+        self.proven = Proven.least(self.workers.gather(self.proven))
 
     @property
     def cannot_retry(self) -> bool:
