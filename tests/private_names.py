@@ -85,6 +85,11 @@ NAMES: dict[str, tuple[str, ...]] = {
         "bitsandbytes.nn.Linear4bit.support_avx512bf16_for_cpu",
     ),
     "the projection, to shrink all factors in one kernel": ("torch._foreach_mul_",),
+    "AdamW's update, to do it for many tensors at once": (
+        "torch._foreach_norm",
+        "torch._utils._flatten_dense_tensors",
+        "torch._utils._unflatten_dense_tensors",
+    ),
     "FSDP, to share gradients once a step and to free whole weights after an evaluation": (
         "torch.distributed.fsdp.FSDPModule.reshard",
         "torch.distributed.fsdp.FSDPModule.set_requires_gradient_sync",

@@ -15,6 +15,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bilora_ray.method.adapters import primary_parameters
+from bilora_ray.method.flat import UNUSUAL, Plan, alike, with_gradients
 
 Closure = Callable[[], Tensor]
 Place = Callable[[PeftModel], None]
@@ -29,6 +30,14 @@ class MethodAdamW(torch.optim.AdamW):
     that is what a checkpoint keeps, tensors and plain values, each in its own shape and dtype; a tuple in `state` comes
     back as a list. AdamW begins the state of a parameter at its first update, and only if there is none yet.
     """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups)
+        self._plans: dict[int, Plan] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = {}
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Tensor | None:  # type: ignore[override]
@@ -45,8 +54,7 @@ class MethodAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         self._before_update()
-        # torch wraps the step of each class that is ever instantiated: super().step() could run step hooks twice.
-        inspect.unwrap(torch.optim.AdamW.step)(self)
+        self._update()
         self._after_update()
         return loss
 
@@ -55,10 +63,38 @@ class MethodAdamW(torch.optim.AdamW):
         return {}
 
     def _before_update(self) -> None:
-        """What happens to the gradients first: each group's are limited by themselves."""
+        """What a method does to the gradients before they are limited."""
+
+    def _update(self) -> None:
+        """Limit the gradients of each group by themselves, and do AdamW's own part."""
+        updates = []
+        for number, group in enumerate(self.param_groups):
+            moving, gradients = with_gradients(group["params"])
+            plan = self._plan(number, moving, gradients)
+            if plan is None:
+                self._update_each()
+                return
+            updates.append((plan, gradients, group))
+        for plan, gradients, group in updates:
+            plan.step_(gradients, self.state, group)
+
+    def _plan(self, number: int, moving: list[Tensor], gradients: list[Tensor]) -> Plan | None:
+        """How a group is updated; None if torch alone can. The first update is torch's, which begins the states."""
+        if any(self.param_groups[number][key] for key in UNUSUAL):
+            return None
+        plan = self._plans.get(number)
+        if plan is None or not plan.holds(moving, self.state):
+            if not alike(moving, gradients) or not all(map(self.state.get, moving)):
+                return None
+            plan = self._plans[number] = Plan(moving, self.state)
+        return plan
+
+    def _update_each(self) -> None:
         for group in self.param_groups:
             if group["max_grad_norm"] is not None:
                 torch.nn.utils.clip_grad_norm_(group["params"], group["max_grad_norm"])
+        # torch wraps the step of each class that is ever instantiated: super().step() could run step hooks twice.
+        inspect.unwrap(torch.optim.AdamW.step)(self)
 
     def _after_update(self) -> None:
         """What a method does to the parameters once they have moved."""

@@ -63,11 +63,10 @@ class BiLoraAdamW(MethodAdamW):
         return {"auxiliary_norm": float(self.auxiliary_norm)}
 
     def _before_update(self) -> None:
-        """Limit the gradients. RuntimeError if the loss did not see the auxiliary: that would train plain LoRA."""
+        """RuntimeError if the loss did not see the auxiliary: that would train plain LoRA."""
         descent, ascent = (any(p.grad is not None for p in group["params"]) for group in self.param_groups[:2])
         if descent and not ascent:
             raise RuntimeError("the auxiliary adapter got no gradient: the forward pass needs model.train()")
-        super()._before_update()
 
     def _after_update(self) -> None:
         project_(self._factors(), self.param_groups[1]["rho"])

@@ -44,20 +44,7 @@ def perturbation_norm(factors: Sequence[Factors]) -> Tensor:
     Raises:
         ValueError: `factors` is empty.
     """
-    if not factors:
-        raise ValueError("there are no low-rank factors to measure")
-    alike: dict[tuple[object, ...], list[Factors]] = defaultdict(list)
-    for layer in factors:
-        alike[(layer.A.shape, layer.B.shape, layer.A.dtype, layer.A.device, layer.scaling)].append(layer)
-    grams = [(_gram([layer.A for layer in group]), _gram([layer.B.mT for layer in group])) for group in alike.values()]
-    _add_up([gram for pair in grams for gram in pair])
-    device = factors[0].A.device
-    squares = [
-        # A sum of squares, which rounding can push below zero.
-        ((gram_A.sums * gram_B.sums).sum() * group[0].scaling ** 2).clamp(min=0.0).to(device)
-        for (gram_A, gram_B), group in zip(grams, alike.values(), strict=True)
-    ]
-    return torch.stack(squares).sum().sqrt()
+    return _norm(_alike(factors))
 
 
 @torch.no_grad()
@@ -79,14 +66,49 @@ def project_(factors: Sequence[Factors], rho: float) -> Tensor:
     """
     if not rho > 0:
         raise ValueError(f"rho must be > 0, got {rho}")
-    norm = perturbation_norm(factors)
+    alike = _alike(factors)
+    norm = _norm(alike)
     shrink = (rho / norm).sqrt().clamp(max=1.0)  # c = 0 gives infinity, hence 1
     tensors: dict[torch.device, list[Tensor]] = defaultdict(list)
-    for layer in factors:
-        tensors[layer.A.device] += map(_own_part, (layer.A, layer.B))
-    for device, group in tensors.items():
-        torch._foreach_mul_(group, shrink.to(device))
+    for group in alike:
+        tensors[group.A[0].device] += map(_own_part, (*group.A, *group.B))
+    for device, own in tensors.items():
+        torch._foreach_mul_(own, shrink.to(device))
     return norm.clamp(max=rho)
+
+
+class _Alike(NamedTuple):
+    """The factors of layers of one shape, dtype, device and scaling."""
+
+    A: list[Tensor]
+    B: list[Tensor]
+    scaling: float
+
+
+def _alike(factors: Sequence[Factors]) -> list[_Alike]:
+    if not factors:
+        raise ValueError("there are no low-rank factors to measure")
+    groups: dict[tuple[object, ...], _Alike] = {}
+    for A, B, scaling in factors:
+        kind = A.shape, B.shape, A.dtype, A.device, scaling
+        if (group := groups.get(kind)) is None:
+            group = groups[kind] = _Alike([], [], scaling)
+        group.A.append(A)
+        group.B.append(B)
+    return list(groups.values())
+
+
+@torch.no_grad()
+def _norm(alike: Sequence[_Alike]) -> Tensor:
+    grams = [(_gram(group.A), _gram(group.B, tall=True)) for group in alike]
+    _add_up([gram for pair in grams for gram in pair])
+    device = alike[0].A[0].device
+    squares = [
+        # A sum of squares, which rounding can push below zero.
+        ((gram_A.sums * gram_B.sums).sum() * group.scaling**2).clamp(min=0.0).to(device)
+        for (gram_A, gram_B), group in zip(grams, alike, strict=True)
+    ]
+    return torch.stack(squares).sum().sqrt()
 
 
 class _Gram(NamedTuple):
@@ -101,20 +123,26 @@ class _Gram(NamedTuple):
     group: ProcessGroup | None
 
 
-def _gram(factors: Sequence[Tensor]) -> _Gram:
-    """Inner products of the rows of each r x k factor. A caller's autocast would round them: c could overshoot rho."""
-    parts = [_columns(factor.detach()) for factor in factors]
-    rows = torch.stack([part for part, _ in parts])
+def _gram(factors: Sequence[Tensor], tall: bool = False) -> _Gram:
+    """Inner products of the rows of each factor, or of the columns of each that is tall.
+
+    A caller's autocast would round them: c could overshoot rho.
+    """
+    if isinstance(factors[0], DTensor):
+        parts = [_columns(factor.mT if tall else factor) for factor in factors]
+        rows, group = torch.stack([part for part, _ in parts]), parts[0][1]
+    else:
+        rows, group = torch.stack(list(factors)), None
+        rows = rows.mT.contiguous() if tall else rows
     # As TF32 would, which a GPU may have been told to use for products of float32: float64 knows no such thing.
     wide = rows.double() if rows.is_cuda else rows
     with torch.autocast(rows.device.type, enabled=False):
-        return _Gram((wide @ wide.mT).to(rows.dtype), parts[0][1])
+        return _Gram((wide @ wide.mT).to(rows.dtype), group)
 
 
 def _columns(factor: Tensor) -> tuple[Tensor, ProcessGroup | None]:
     """The columns of an r x k factor that this process has, and the group whose columns are all k of them."""
-    if not isinstance(factor, DTensor):
-        return factor, None
+    assert isinstance(factor, DTensor)
     sharded = [dim for dim, placement in enumerate(factor.placements) if not placement.is_replicate()]
     if len(sharded) == 1 and factor.placements[sharded[0]].is_shard(1):
         return factor.to_local(), factor.device_mesh.get_group(sharded[0])
