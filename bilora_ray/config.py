@@ -20,6 +20,9 @@ from bilora_ray.errors import UserError, nearest
 from bilora_ray.facts import Decides, MethodName, facts_of, setting
 from bilora_ray.records import Objective
 
+# Kernels of attention. Of those of the Hub, which are code, the ones that transformers' authors keep.
+KERNELS = ("eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3")
+HUB_KERNEL = re.compile(r"kernels-community/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?")
 # Those that a file is likely to have: any other that Python knows is taken too.
 ENCODINGS = ("utf-8", "utf-16", "cp1250", "cp1251", "cp1252", "iso-8859-1", "mac-roman", "gb18030", "big5", "shift_jis")
 
@@ -130,8 +133,12 @@ class TrialConfig(Settings):
         rehearsed=True,
         shown=("card",),
     )
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2"] | None = setting(
-        None, "attention kernel; transformers chooses when absent", decides="memory", rehearsed=True
+    attn_implementation: str | None = setting(
+        None,
+        "attention kernel: eager, sdpa, or one that needs no padding: varlen (torch's own), flash_attention_2, "
+        "flash_attention_3, kernels-community/NAME; transformers chooses when absent",
+        decides="memory",
+        rehearsed=True,
     )
 
     # Data
@@ -364,6 +371,15 @@ class TrialConfig(Settings):
     answer_pattern: str | None = setting(
         None, "regular expression whose group 1 is the answer in a text", decides="evaluation"
     )
+
+    @field_validator("attn_implementation")
+    @classmethod
+    def _known_kernel(cls, value: str | None) -> str | None:
+        if value is not None and value not in KERNELS and not HUB_KERNEL.fullmatch(value):
+            raise ValueError(
+                f"'{value}' is no attention kernel; {nearest(value, [*KERNELS, 'kernels-community/NAME'])}"
+            )
+        return value
 
     @field_validator("eval_steps")
     @classmethod

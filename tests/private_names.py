@@ -80,6 +80,14 @@ NAMES: dict[str, tuple[str, ...]] = {
         "optuna.trial.Trial.storage",
     ),
     "the digest of a Hub dataset": ("datasets.Dataset._fingerprint",),
+    "attention by a kernel, to know which one it is and whose models it is for": (
+        "transformers.PreTrainedConfig._attn_implementation",
+        "transformers.PreTrainedModel._supports_attention_backend",
+        "transformers.PreTrainedModel._supports_flash_attn",
+        "transformers.PreTrainedModel._supports_sdpa",
+        "transformers.integrations.sdpa_attention.sdpa_attention_forward",
+        "transformers.masking_utils.sdpa_mask",
+    ),
     "FSDP, to find the blocks of a model": ("transformers.PreTrainedModel._no_split_modules",),
     "quantised weights, to keep them as they are over an evaluation": (
         "bitsandbytes.nn.Linear4bit.support_avx512bf16_for_cpu",

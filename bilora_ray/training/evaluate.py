@@ -20,6 +20,7 @@ from bilora_ray.training.compute.cutting import Budget, cut, positions
 from bilora_ray.training.compute.generation import likeliest
 from bilora_ray.training.compute.memory import current_room, in_parts
 from bilora_ray.training.compute.precision import use_tensor_cores
+from bilora_ray.training.compute.varlen import batch_of
 from bilora_ray.training.data.batches import in_row_order, longest_first
 from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.loading import Loaded, load_data
@@ -111,7 +112,7 @@ def _losses(
 
     def measure(rows: Sequence[int]) -> list[tuple[Any, list[list[int]]]]:
         part = [examples[row] for row in rows]
-        logits, targets = task.forward(model, on_device(task.collate(part, tokenizer), model))
+        logits, targets = task.forward(model, on_device(batch_of(task, model, part, tokenizer), model))
         counts = [task.target_count([example]) for example in part] if telling else []
         return [(task.measure(logits, targets), likeliest(logits, targets, counts) if telling else [])]
 

@@ -32,6 +32,7 @@ from bilora_ray.method import MethodAdamW, build_method, fuse, settings_of
 from bilora_ray.method.base import Place
 from bilora_ray.method.registry import stay
 from bilora_ray.paths import is_cached, kind_of, loadable
+from bilora_ray.training.compute import varlen
 from bilora_ray.training.compute.bases import Base, key_of, take
 from bilora_ray.training.compute.precision import dtype_of
 from bilora_ray.training.data.chat import use_template
@@ -132,6 +133,7 @@ def load_base(
         else:
             model, fresh = _with_weights(config, arguments, workers)
     fresh = workers.gather(fresh)[0] if workers.sharded else fresh
+    _check_kernel(model, config)
     _check_positions(model, config)
     _pad_as(model, tokenizer)
     _keep_statistics(model)
@@ -157,6 +159,7 @@ def load_shape(config: TrialConfig, label_names: Sequence[str] | None, here: boo
     asked = config if here else config.model_copy(update={"attn_implementation": None})
     with _naming_the_model(config):
         model = _without_weights(config, _base_arguments(asked, label_names))
+    _check_kernel(model, config)
     _check_positions(model, config)
     return model
 
@@ -181,8 +184,28 @@ def plain(config: TrialConfig) -> TrialConfig:
 def _base_arguments(config: TrialConfig, label_names: Sequence[str] | None) -> dict[str, Any]:
     arguments: dict[str, Any] = {"dtype": dtype_of(config), **_hub_arguments(config)}
     if config.attn_implementation is not None:
-        arguments["attn_implementation"] = config.attn_implementation
+        arguments["attn_implementation"] = _kernel(config)
     return arguments | TASKS[config.task].model_arguments(None if label_names is None else tuple(label_names))
+
+
+def _kernel(config: TrialConfig) -> str:
+    """The settings' attention kernel, by a name that transformers knows. UserError if it cannot be used here."""
+    kernel = str(config.attn_implementation)
+    if (needed := varlen.missing(kernel, dtype_of(config))) is not None:
+        raise UserError(f"attn_implementation: {kernel} needs {needed}")
+    varlen.register()
+    return kernel
+
+
+def _check_kernel(model: Any, config: TrialConfig) -> None:
+    """UserError unless `model` computes attention by kernels that can be chosen, if one is."""
+    kernel = config.attn_implementation or ""
+    if kernel == varlen.VARLEN:
+        able = model._supports_sdpa and model._supports_attention_backend
+    else:
+        able = model._supports_flash_attn or not varlen.needs_no_padding(kernel)
+    if not able:
+        raise UserError(f"attn_implementation: {type(model).__name__} cannot compute its attention by {kernel}")
 
 
 def _check_positions(model: PreTrainedModel, config: TrialConfig) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from heapq import nlargest
 from itertools import chain, islice
 from operator import attrgetter
+from typing import Any
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.training import model as models
+from bilora_ray.training.compute.varlen import may_flatten, needs_no_padding
 from bilora_ray.training.data.truncation import Truncation
 from bilora_ray.training.loading import Loaded, load_data, prepare
 from bilora_ray.training.probe.passes import check_passes, check_tokens, reading
@@ -64,8 +66,18 @@ def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
         _read(config, data)
     task, first = TASKS[config.task], data.train[0]
     target = task.learned(first, data.tokenizer, data.label_names)
-    notes = (*data.notes, *Truncation.of(data.truncation.values()).notes(config.model_dump()))
+    notes = (
+        *data.notes,
+        *_of_kernel(shape, config),
+        *Truncation.of(data.truncation.values()).notes(config.model_dump()),
+    )
     return Rehearsal(data.truncation, task.read(first, data.tokenizer), target, notes)
+
+
+def _of_kernel(shape: Any, config: TrialConfig) -> Iterator[str]:
+    kernel, kind = config.attn_implementation or "", type(shape).__name__
+    if TASKS[config.task].continues and needs_no_padding(kernel) and not may_flatten(shape, kernel):
+        yield f"attn_implementation: rows are padded; by {kernel}, {kind} cannot read them one after another"
 
 
 def _read(config: TrialConfig, data: Loaded) -> None:

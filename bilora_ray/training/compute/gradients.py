@@ -17,12 +17,13 @@ from bilora_ray.method.base import Closure
 from bilora_ray.training import model as models
 from bilora_ray.training.compute.cutting import Budget, cut, positions
 from bilora_ray.training.compute.memory import ONE_ROW, Room, failure, release, smaller
+from bilora_ray.training.compute.varlen import batch_of
 from bilora_ray.training.distributed.parallel import Network
 from bilora_ray.training.distributed.workers import drawing_again, random_states, set_random_states
 from bilora_ray.training.loading import Loaded
 from bilora_ray.training.metrics import IGNORED
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Example, balanced, cross_entropy
+from bilora_ray.training.tasks.base import Example, balanced, cross_entropy, on_device
 
 
 class Gradients:
@@ -125,14 +126,14 @@ class Gradients:
 
     def _pass(self, part: list[Example], weight: float) -> Tensor:
         """The loss of one pass, times its `weight`, whose gradient is added to what there is."""
-        batch = {key: tensor.to(models.device(), non_blocking=True) for key, tensor in self.batch(part).items()}
+        batch = on_device(self.batch(part), self.network.evaluated)
         loss = self._loss(batch) * weight
         (loss * self.network.divides_by).backward()
         return loss.detach()
 
-    def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+    def batch(self, examples: Sequence[Example]) -> dict[str, Any]:
         """What a pass over `examples` reads, in main memory."""
-        return self.task.collate(examples, self.tokenizer)
+        return batch_of(self.task, self.network, examples, self.tokenizer)
 
     def _cut(self, examples: list[Example], proven: int | None, workers: int = 1) -> list[list[Example]]:
         sides = [self.task.sides(example) for example in examples]

@@ -55,10 +55,15 @@ def is_plain(model: Any) -> bool:
     return _is_plain_decoder(kind) and not any(getattr(base.config, key, None) for key in ADDITIONS)
 
 
+def takes(model: Any, argument: str) -> bool:
+    """Whether transformers' own model in `model` names an `argument` of its forward pass."""
+    kind: Any = type(base_of(model))
+    return _takes(kind, argument)
+
+
 def without_cache(model: Any) -> dict[str, bool]:
     """What tells `model` not to keep keys and values of all layers, from which no text is written on."""
-    kind: Any = type(base_of(model))
-    return {"use_cache": False} if _takes(kind, "use_cache") else {}
+    return {"use_cache": False} if takes(model, "use_cache") else {}
 
 
 def decoder_inputs(model: Any) -> Callable[[Tensor], Tensor] | None:

@@ -276,6 +276,7 @@ def stacked(sequences: Sequence[array[int]], filler: int, left: bool = False) ->
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def on_device(batch: dict[str, Tensor], model: Model) -> dict[str, Tensor]:
-    """`batch` where `model` computes."""
-    return {key: tensor.to(model.device) for key, tensor in batch.items()}
+def on_device(batch: dict[str, Any], model: Model) -> dict[str, Any]:
+    """`batch` where `model` computes; numbers stay with the CPU."""
+    device = model.device
+    return {key: part if isinstance(part, int) else part.to(device, non_blocking=True) for key, part in batch.items()}

@@ -33,6 +33,7 @@ from bilora_ray.training.compute.targets import (
     without_cache,
     without_targets,
 )
+from bilora_ray.training.compute.varlen import inputs_of
 from bilora_ray.training.data.chat import Template, Turn
 from bilora_ray.training.data.formats import messages_of, tools_of
 from bilora_ray.training.data.sources import BEGINNING, Record
@@ -247,7 +248,7 @@ def _forward(model: Model, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 def _read(batch: dict[str, Tensor]) -> dict[str, Any]:
     """What a decoder reads. It sees no padding, which is at the right of what it reads, and needs no mask for that."""
-    return {"input_ids": batch["input_ids"]}
+    return {"input_ids": batch["input_ids"], **inputs_of(batch)}
 
 
 TASK = Task(
