@@ -259,21 +259,26 @@ def check_positions(positions: int | None, config: TrialConfig, continues: bool)
 
 def padded(sequences: Sequence[array[int]], pad_token_id: int, left: bool = False) -> dict[str, Tensor]:
     """`input_ids` and `attention_mask`, (batch, length), int64, padded at the right unless at the `left`."""
+    import torch
+
+    input_ids = stacked(sequences, pad_token_id, left)
     # The mask goes by length: the padding token is often the end of sequence, which is a real token too.
-    ones = [array("i", [1]) * len(sequence) for sequence in sequences]
-    return {"input_ids": stacked(sequences, pad_token_id, left), "attention_mask": stacked(ones, 0, left)}
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
+    return {"input_ids": input_ids, "attention_mask": (mask.flip(1) if left else mask).long()}
 
 
 def stacked(sequences: Sequence[array[int]], filler: int, left: bool = False) -> Tensor:
     """(batch, length), int64: `sequences` filled up to the longest one."""
+    import numpy
     import torch
 
-    width = max(len(sequence) for sequence in sequences)
-    rows = []
-    for sequence in sequences:
-        padding = array("i", [filler]) * (width - len(sequence))
-        rows.append((padding + sequence if left else sequence + padding).tolist())
-    return torch.tensor(rows, dtype=torch.int64)
+    width = max(map(len, sequences))
+    rows = numpy.full((len(sequences), width), filler, dtype=numpy.int64)
+    for row, sequence in zip(rows, sequences, strict=True):
+        start = width - len(sequence) if left else 0
+        row[start : start + len(sequence)] = sequence
+    return torch.from_numpy(rows)
 
 
 def on_device(batch: dict[str, Any], model: Model) -> dict[str, Any]:
