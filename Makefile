@@ -41,7 +41,7 @@ test-slow: setup
 # With what is there: a machine with a GPU has its own torch, and need have neither Ray nor MLflow.
 gpu:
 	$(PYTHON) -m pytest -m gpu tests/gpu
-	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) benchmarks/step_time.py --device cuda --output $(TABLE)
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) benchmarks/step_time.py --device cuda --compile 8b --output $(TABLE)
 
 chaos: setup
 	PYTHONPATH="$(CURDIR)/tests:$$PYTHONPATH" $(BIN)/python -m chaos.storm --seconds $(SECONDS) --seed $(SEED)

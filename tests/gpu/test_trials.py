@@ -16,6 +16,7 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.training.evaluate import evaluate, load_adapted
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run, fit
+from bilora_ray.training.probe.profile import profile
 
 pytestmark = pytest.mark.gpu
 
@@ -67,11 +68,10 @@ def test_checkpointing_changes_no_loss(method: str, tmp_path: Path) -> None:
     assert losses(recomputed, tmp_path / "recomputed") == pytest.approx(plain, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_compiled_blocks_learn_as_eager_ones(method: str, tmp_path: Path) -> None:
+def test_compiled_blocks_learn_as_eager_ones(tmp_path: Path) -> None:
     needs_setting("torch_compile")
-    eager = losses(quickstart(method=method, precision="bf16"), tmp_path / "eager")
-    compiled = losses(quickstart(method=method, precision="bf16", torch_compile=True), tmp_path / "compiled")
+    eager = losses(quickstart(precision="bf16"), tmp_path / "eager")
+    compiled = losses(quickstart(precision="bf16", torch_compile=True), tmp_path / "compiled")
     assert compiled == pytest.approx(eager, rel=0.05)
 
 
@@ -164,3 +164,12 @@ def test_what_is_written_is_what_a_cpu_writes(tmp_path: Path) -> None:
     on_cpu = evaluate(model.to("cpu"), data.validation, config, data.tokenizer)
     assert on_gpu["eval_exact_match"] == on_cpu["eval_exact_match"] > 0
     assert on_gpu["eval_loss"] == pytest.approx(on_cpu["eval_loss"], rel=1e-3)
+
+
+def test_a_profile_tells_of_the_device(device: str, tmp_path: Path) -> None:
+    found = profile(quickstart(precision="bf16"), steps=2)
+    assert sum(found.shares.values()) == pytest.approx(1)
+    assert found.memory["peak"] > found.memory["base_weights"] > 0
+    assert found.memory["kept_for_backward"] > 0
+    assert 0 < found.utilisation < 1
+    assert (found.device_rate > 1e13) is (device == "cuda")

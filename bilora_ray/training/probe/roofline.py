@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 # Rows of square matrices that keep a device busy, by its kind.
 SQUARE = {"cuda": 8192}
 SMALL_SQUARE = 1024
-# Products that are timed; the fastest counts.
-PRODUCTS = 6
+# Products that are timed, and their seconds, at the least: a GPU that was idle takes its time to be fast.
+PRODUCTS, SECONDS = 4, 0.2
 
 
 @dataclass
@@ -58,15 +58,15 @@ def wait(device: torch.device) -> None:
 
 @torch.no_grad()
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product of random numbers, measured; of fp32 as it is set.
+    """Floating-point operations a second of the fastest of some large products of random matrices.
 
-    It takes a tenth of a second or two.
+    Those of fp32 are rounded as torch is told to. It takes some tenths of a second.
     """
     size = SQUARE.get(device.type, SMALL_SQUARE)
     generator = torch.Generator(device).manual_seed(0)
     left, right = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(PRODUCTS):
+    seconds: list[float] = []
+    while len(seconds) < PRODUCTS or sum(seconds) < SECONDS:
         wait(device)
         started = time.perf_counter()
         left @ right
