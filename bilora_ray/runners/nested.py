@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ray import get_runtime_context, tune
+from ray import get_runtime_context
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import not_again
@@ -36,6 +36,7 @@ def run_trial_on_workers(task: Mapping[str, Any]) -> None:
     A worker that is lost ends the run, and Tune starts it again from the trial's checkpoint, with as many workers as
     there are then, if `resources` say that fewer will do.
     """
+    from ray import tune
     from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ray import tune
-
 from bilora_ray.config import CUDA_GIB, TrialConfig
 from bilora_ray.errors import not_again
 from bilora_ray.runners.task import (
@@ -31,6 +29,8 @@ def run_trial(task: Mapping[str, Any]) -> None:
         task: `trials`, of which there is one: its `number`, its `folder` (an absolute path), its `settings` (those of a
             TrialConfig) and the `digests` of what these name (see `fit`); and `resources` (those of a ResourceConfig).
     """
+    from ray import tune  # which a search needs only once its cluster has started
+
     trial = the_only(task)
     try:
         with not_again():  # nor what an import raises

@@ -11,9 +11,6 @@ from contextlib import ExitStack, contextmanager
 from typing import NoReturn
 
 import ray
-from ray import tune
-from ray.tune.execution.class_cache import DEFAULT_ENV_VARS, ENV_VARS_TO_PROPAGATE
-from ray.tune.progress_reporter import ProgressReporter
 
 from bilora_ray.errors import MachineError
 from bilora_ray.runners import runner_for
@@ -27,20 +24,11 @@ from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import naming_the_database, running_study
 from bilora_ray.search.study.studies import check_study
 from bilora_ray.search.study.study import SearchStudy
-from bilora_ray.search.tuning import MAX_FAILURES, StudyScheduler, StudySearcher
 
 # Tune would hand these on in a runtime environment, which Ray writes into its logs. No trial needs them.
 SECRETS_OF_TUNE = frozenset({"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SECURITY_TOKEN", "AWS_SESSION_TOKEN"})
 # How long the end of a search whose cluster is dead waits for MLflow.
 CLOSE_S = 15.0
-
-
-class _Silent(ProgressReporter):
-    def should_report(self, trials: object, done: bool = False) -> bool:
-        return False
-
-    def report(self, trials: object, done: bool, *sys_info: object) -> None:
-        pass
 
 
 def search(
@@ -88,7 +76,7 @@ def search(
         running = stack.enter_context(session(space, layout, mlflow_uri, digests, watcher))
         if is_own(ray_address):
             stack.enter_context(cluster(ray_address, nested))
-            stack.enter_context(_environment_inherited())
+            stack.enter_context(environment_inherited())
         stack.enter_context(head_watched(lambda: _end(running, ray_address)))
         study, observers = running.study, running.observers()
         concurrent = space.study.max_concurrent or capacity(space.resources, ray.cluster_resources())
@@ -120,6 +108,12 @@ def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> Non
     """
     if study.finished():
         return
+    # Late: it takes half a second, in which a cluster of our own and MLflow's store begin already.
+    from ray import tune
+    from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
+
+    from bilora_ray.search.tuning import MAX_FAILURES, Silent, StudyScheduler, StudySearcher
+
     ENV_VARS_TO_PROPAGATE.difference_update(SECRETS_OF_TUNE)
     resources = study.space.resources.model_dump()
     runner = runner_for(resources)
@@ -139,7 +133,7 @@ def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> Non
                 storage_path=scratch,
                 name="search",
                 verbose=0,
-                progress_reporter=_Silent(),
+                progress_reporter=Silent(),
                 failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             ),
         ).fit()
@@ -151,11 +145,13 @@ def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> Non
 
 
 @contextmanager
-def _environment_inherited() -> Iterator[None]:
+def environment_inherited() -> Iterator[None]:
     """Have Tune tell the trials' processes nothing of the environment, of which those of our own cluster have all.
 
     With nothing to be told, a trial gets a process that Ray has started already.
     """
+    from ray.tune.execution.class_cache import DEFAULT_ENV_VARS, ENV_VARS_TO_PROPAGATE
+
     told, default = set(ENV_VARS_TO_PROPAGATE), dict(DEFAULT_ENV_VARS)
     ENV_VARS_TO_PROPAGATE.clear()
     DEFAULT_ENV_VARS.clear()

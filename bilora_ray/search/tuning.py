@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ray.tune.experiment import Trial
+from ray.tune.progress_reporter import ProgressReporter
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -38,6 +39,17 @@ from bilora_ray.search.study.study import SearchStudy
 # So often a trial whose process died is started again, from its checkpoint, with no evaluation in between.
 MAX_FAILURES = 2
 METRICS = f"{EVALUATION}/"
+
+
+class Silent(ProgressReporter):
+    """Prints nothing of what Tune would."""
+
+    def should_report(self, trials: object, done: bool = False) -> bool:
+        """Never."""
+        return False
+
+    def report(self, trials: object, done: bool, *sys_info: object) -> None:
+        """Nothing."""
 
 
 class StudySearcher(Searcher):

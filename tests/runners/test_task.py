@@ -159,7 +159,7 @@ def test_a_process_that_cannot_begin_says_so_once(error: Exception, monkeypatch:
 
     told: list[dict[str, object]] = []
     monkeypatch.setattr("bilora_ray.quiet.quiet", fail)
-    monkeypatch.setattr(own_process.tune, "report", told.append)
+    monkeypatch.setattr("ray.tune.report", told.append)
     own_process.run_trial({TRIALS: [{NUMBER: 7}], RESOURCES: {}})
     (report,) = told
     if isinstance(error, UserError):

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,13 +16,14 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ray.tune.execution import class_cache
 from tiny_trials import Tiny
 
 from bilora_ray.errors import UserError
 from bilora_ray.records import Status, TrialRecord
 from bilora_ray.search.cluster.cluster import cluster
 from bilora_ray.search.cluster.own_ray import check_room
-from bilora_ray.search.run import run_trials
+from bilora_ray.search.run import environment_inherited, run_trials
 from bilora_ray.search.session import Observers
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.layout import Layout
@@ -61,6 +63,28 @@ def test_each_cluster_has_a_token_of_its_own_and_leaves_environment_and_files_as
         assert {key: os.environ.get(key) for key in before} == before
     assert len(tokens - {"mine", "theirs"}) == 2
     assert (users_file.read_text(), users_file.stat().st_mode & 0o777) == ("theirs", 0o644)
+
+
+@pytest.mark.slow
+def test_a_trial_gets_a_process_that_has_started_already_and_tune_is_left_as_it_was() -> None:
+    before = set(class_cache.ENV_VARS_TO_PROPAGATE), dict(class_cache.DEFAULT_ENV_VARS)
+
+    class Trial:
+        def process(self) -> int:
+            return os.getpid()
+
+    with cluster(None):
+        while not (started := {process.pid for process in psutil.Process().children(recursive=True)} & idle()):
+            time.sleep(0.2)
+        with environment_inherited():
+            trial = class_cache._ActorClassCache().get(Trial).options(num_cpus=1).remote()
+            assert ray.get(trial.process.remote()) in started
+    assert before == (class_cache.ENV_VARS_TO_PROPAGATE, class_cache.DEFAULT_ENV_VARS)
+
+
+def idle() -> set[int]:
+    """The processes of Ray's on this machine that wait for work."""
+    return {process.pid for process in psutil.process_iter(["name"]) if process.info["name"].startswith("ray::IDLE")}
 
 
 @pytest.fixture(

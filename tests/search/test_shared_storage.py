@@ -156,7 +156,7 @@ def test_a_trial_on_a_node_without_the_storage_says_so_and_makes_no_folder(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[dict[str, Any]] = []
-    monkeypatch.setattr(own_process.tune, "report", told.append)
+    monkeypatch.setattr("ray.tune.report", told.append)
     folder = tmp_path / "runs" / "studies" / "s" / "trials" / "0000"
     settings = tiny.config("causal-lm").model_dump()
     trial = {"number": 3, "folder": str(folder), "settings": settings}
