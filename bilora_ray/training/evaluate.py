@@ -113,7 +113,7 @@ def _losses(
     def measure(rows: Sequence[int]) -> list[tuple[Any, list[list[int]]]]:
         part = [examples[row] for row in rows]
         logits, targets = task.forward(model, on_device(batch_of(task, model, part, tokenizer), model))
-        counts = [task.target_count([example]) for example in part] if telling else []
+        counts = [int(task.target_count([example])) for example in part] if telling else []
         return [(task.measure(logits, targets), likeliest(logits, targets, counts) if telling else [])]
 
     sides = [task.sides(example) for example in examples]

@@ -44,7 +44,7 @@ from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.probe.passes import check_passes, check_tokens
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Example
+from bilora_ray.training.tasks.base import Example, Task, weighted
 
 # Takes an evaluation, and says whether the trial shall go on. To say nothing, as 0.1.0 had it, is yes.
 Report = Callable[[dict[str, float]], bool]
@@ -107,8 +107,8 @@ class Run:
         self.workers = workers
         folder.make()
         use_tensor_cores()
-        release()  # this process may have had another trial before
-        if torch.cuda.is_available():
+        if torch.cuda.is_available():  # this process may have had another trial before
+            release()
             torch.cuda.reset_peak_memory_stats()
         self.data: Loaded = load_data(config, shared=folder.examples)
         self.config = config.model_copy(update={"format": self.data.format})
@@ -123,7 +123,9 @@ class Run:
         self.network = Network(self.model, workers)
         self.room = Room(self.config, workers, folder.passes)
         self.room.agree()
-        self.gradients = Gradients(self.config, self.data, self.network, self.optimizer, self.room)
+        self.gradients = Gradients(
+            self._trained_task(), self.data.tokenizer, self.network, self.optimizer, self.room, models.device()
+        )
         self.step_rows = config.step_rows(workers.planned)
         self.max_steps = config.max_steps or share_of(config.num_train_epochs, self.steps_per_epoch)
         self.eval_every = _eval_every(config.eval_steps, self.max_steps)
@@ -233,6 +235,11 @@ class Run:
         epoch, index = divmod(self.progress.step, self.steps_per_epoch)
         rows = train_batch(len(self.data.train), self.step_rows, self.config.seed, epoch, index)
         return [self.data.train[row] for row in rows]
+
+    def _trained_task(self) -> Task:
+        if self.config.class_weights is None:
+            return self.task
+        return weighted(self.task, self.data.train, len(self.data.label_names or ()))
 
     def _place(self, model: PeftModel) -> None:
         if self.workers.sharded:

@@ -427,7 +427,7 @@ def test_running_out_of_memory_fails_the_trial_and_not_the_search(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")
 
     monkeypatch.setattr(Run, "train_step", full)
-    with pytest.raises(loop.OutOfMemory, match=r"^out of GPU memory: CUDA out of memory\. Tried to allocate 2 GiB\.$"):
+    with pytest.raises(loop.OutOfMemory, match=r"^out of memory after step 0: 2\.00 GiB more were needed, "):
         run_fit(tiny.config("causal-lm"), tmp_path)
 
 

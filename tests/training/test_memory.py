@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_trials import METHODS, Tiny, reproducible, run_fit
 from torch import Tensor
+from transformers import GenerationMixin
 
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.errors import OutOfMemory
@@ -243,6 +244,24 @@ def test_an_evaluation_goes_on_in_smaller_passes(
     assert count
     run_fit(config.model_copy(update={"seed": 3}), tmp_path / "found" / "1")
     assert len(failed) == count
+
+
+def test_texts_are_written_fewer_at_once(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny.config("causal-lm", max_steps=2, predict_with_generate=True, max_new_tokens=6)
+    wanted, _ = run_fit(config, tmp_path / "wanted" / "0")
+    write, failed = GenerationMixin.generate, []
+
+    def guarded(model: Any, **inputs: Any) -> Any:
+        if len(inputs["input_ids"]) > 4:
+            failed.append(len(inputs["input_ids"]))
+            on_a_gpu()
+        return write(model, **inputs)
+
+    monkeypatch.setattr(GenerationMixin, "generate", guarded)
+    found, _ = run_fit(config, tmp_path / "found" / "0")
+    assert failed
+    assert found[0].pop("generation_limit") <= 4
+    assert reproducible(found) == reproducible(wanted)
 
 
 def test_what_says_that_there_was_no_memory() -> None:

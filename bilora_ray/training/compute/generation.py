@@ -164,6 +164,8 @@ def write(
         workers: who share the batches.
         continues: whether a text goes on with its prompt, so that it begins behind the last position.
     """
+    from bilora_ray.training.compute.memory import current_room, in_parts
+
     texts = [list(beginning) for beginning in beginnings]
     unfinished = [row for row, text in enumerate(texts) if not is_whole(text, generation)]
 
@@ -180,9 +182,11 @@ def write(
 
     lengths = [len(prompts[row]) + len(texts[row]) for row in unfinished]
     size = rows_at_once(model, lengths, generation.max_new_tokens, config, workers)
+    room = current_room(config, workers)
+    size = min(size, room.proven.generation or size)
     batches = [[unfinished[place] for place in batch] for batch in eval_batches(lengths, size)]
     with alone(generation, model):
-        parts = workers.map(generate, batches)
+        parts = workers.map(in_parts(room, "generation", generate, len), batches)
     for rows, written in zip(batches, parts, strict=True):
         for row, text in zip(rows, written, strict=True):
             texts[row] = text

@@ -3,54 +3,56 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilora_ray.config import TrialConfig
 from bilora_ray.errors import NonFiniteLoss
 from bilora_ray.method import MethodAdamW
 from bilora_ray.method.base import Closure
-from bilora_ray.training import model as models
 from bilora_ray.training.compute.cutting import Budget, cut, positions
 from bilora_ray.training.compute.memory import ONE_ROW, Room, failure, release, smaller
-from bilora_ray.training.compute.varlen import batch_of
+from bilora_ray.training.compute.varlen import batch_of, placed
 from bilora_ray.training.distributed.parallel import Network
 from bilora_ray.training.distributed.workers import drawing_again, random_states, set_random_states
-from bilora_ray.training.loading import Loaded
-from bilora_ray.training.metrics import IGNORED
-from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Example, balanced, cross_entropy, on_device
 
 
 class Gradients:
     """What computes the gradient of a step, over as many passes as it takes.
 
     Args:
-        config: the settings.
-        data: the rows, from which balanced weights of classes are counted.
+        task: what its loss is, and what it is of: see `tasks.base.Task`.
+        processor: what makes its batches.
         network: computes.
         optimizer: clears the gradients.
         room: what is known of the passes that have room.
+        device: where the network computes.
     """
 
-    def __init__(self, config: TrialConfig, data: Loaded, network: Network, optimizer: MethodAdamW, room: Room) -> None:
-        self.config = config
-        self.task = TASKS[config.task]
-        self.tokenizer = data.tokenizer
+    def __init__(
+        self,
+        task: Any,
+        processor: Any,
+        network: Network,
+        optimizer: MethodAdamW,
+        room: Room,
+        device: torch.device,
+    ) -> None:
+        self.config = room.config
+        self.task = task
+        self.processor = processor
         self.network = network
+        self.device = device
         self.optimizer = optimizer
         self.room = room
         self.workers = room.workers
         # What all workers know, so that they cut a step alike.
         self.agreed = room.proven.training
-        self.class_weights = self._class_weights(data)
-        self.weights_of_classes = torch.tensor(self.class_weights or (), device=models.device())
 
-    def closure(self, examples: list[Example]) -> Closure:
+    def closure(self, examples: list[Any]) -> Closure:
         """What a method calls as often as it needs in one step: the loss of `examples`, with its gradient.
 
         Each call sees the same dropout, and none waits for a number.
@@ -68,7 +70,7 @@ class Gradients:
 
         return closure
 
-    def of(self, examples: list[Example], states: Mapping[str, Tensor] | None = None) -> Tensor:
+    def of(self, examples: list[Any], states: Mapping[str, Tensor] | None = None) -> Tensor:
         """The mean loss over the target tokens or rows of `examples`, weighted if so set, with its gradient.
 
         Where a pass has no room all of them are computed once more, smaller and from the same random `states`. Each
@@ -78,7 +80,7 @@ class Gradients:
             OutOfMemory: there is no room for one row.
         """
         # Known without asking a GPU, or another worker, for a number: that is to wait for it.
-        targets = self._targets(examples)
+        targets = self.task.target_count(examples)
         while (total := self._tried(examples, targets)) is None:
             release()
             set_random_states(states or {})
@@ -90,15 +92,15 @@ class Gradients:
         self.room.agree()
         self.agreed = self.room.proven.training
 
-    def _tried(self, examples: list[Example], targets: float) -> Tensor | None:
+    def _tried(self, examples: list[Any], targets: float) -> Tensor | None:
         """This worker's part of the loss, with its gradient; None if a pass had no room, and the next may have."""
         self.optimizer.zero_grad()
         passes, part = self._passes(examples), examples
-        total = torch.zeros((), device=models.device())
+        total = torch.zeros((), device=self.device)
         try:
             for number, (part, counts) in enumerate(passes, start=1):
                 self.network.accumulating(last=number == len(passes))
-                total += self._pass(part, counts * self._targets(part) / targets)
+                total += self._pass(part, counts * self.task.target_count(part) / targets)
         except (RuntimeError, MemoryError) as error:
             sides = [self.task.sides(example) for example in part]
             shortage = smaller(self.room, "training", len(part), positions(sides), error)
@@ -109,7 +111,7 @@ class Gradients:
             raise failure(ONE_ROW["training"], shortage, self.config)
         return None
 
-    def _passes(self, examples: list[Example]) -> list[tuple[list[Example], bool]]:
+    def _passes(self, examples: list[Any]) -> list[tuple[list[Any], bool]]:
         """This worker's passes, each with whether it counts."""
         known = self.room.proven.training
         if self.workers.world_size == 1:
@@ -124,38 +126,22 @@ class Gradients:
             parts = self._cut(list(chain.from_iterable(parts)), known)
         return [(part, bool(counting)) for part in parts]
 
-    def _pass(self, part: list[Example], weight: float) -> Tensor:
+    def _pass(self, part: list[Any], weight: float) -> Tensor:
         """The loss of one pass, times its `weight`, whose gradient is added to what there is."""
-        batch = on_device(self.batch(part), self.network.evaluated)
-        loss = self._loss(batch) * weight
+        batch = placed(self.batch(part), self.device)
+        loss = self.task.loss(self.network, batch) * weight
         (loss * self.network.divides_by).backward()
         return loss.detach()
 
-    def batch(self, examples: Sequence[Example]) -> dict[str, Any]:
+    def batch(self, examples: Sequence[Any]) -> dict[str, Any]:
         """What a pass over `examples` reads, in main memory."""
-        return batch_of(self.task, self.network, examples, self.tokenizer)
+        return batch_of(self.task, self.network, examples, self.processor)
 
-    def _cut(self, examples: list[Example], proven: int | None, workers: int = 1) -> list[list[Example]]:
+    def _cut(self, examples: list[Any], proven: int | None, workers: int = 1) -> list[list[Any]]:
         sides = [self.task.sides(example) for example in examples]
         budget = Budget(self.config.per_device_train_batch_size, self.config.tokens_per_pass, proven)
-        parts = cut(sides, budget, models.device().type, workers)
+        parts = cut(sides, budget, self.device.type, workers)
         return [[examples[row] for row in part] for part in parts]
-
-    def _targets(self, examples: Sequence[Example]) -> float:
-        """How much `examples` count in a mean loss: their targets, or the weights of these."""
-        if self.class_weights is None:
-            return self.task.target_count(examples)
-        return math.fsum(self.class_weights[label] for label in _classes(examples))
-
-    def _loss(self, batch: dict[str, Tensor]) -> Tensor:
-        if self.class_weights is None:
-            return self.task.loss(self.network, batch)
-        return cross_entropy(*self.task.forward(self.network, batch), self.weights_of_classes)
-
-    def _class_weights(self, data: Loaded) -> list[float] | None:
-        if self.config.class_weights is None:
-            return None
-        return balanced(_classes(data.train), len(data.label_names or ()))
 
 
 class LateLosses:
@@ -192,8 +178,3 @@ def _check(waiting: tuple[int, Tensor, Any] | None) -> None:
         event.synchronize()
     if not math.isfinite(value := float(loss)):
         raise NonFiniteLoss(step, value)
-
-
-def _classes(examples: Iterable[Example]) -> Iterator[int]:
-    """The classes that a task with classes predicts."""
-    return (label for example in examples for label in example.labels if label != IGNORED)

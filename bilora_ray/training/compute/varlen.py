@@ -97,6 +97,11 @@ def batch_of(task: Any, model: Any, examples: Sequence[Any], processor: Any) -> 
     return task.collate(examples, processor)
 
 
+def placed(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """`batch` on a `device`; numbers stay with the CPU."""
+    return {key: part if isinstance(part, int) else part.to(device, non_blocking=True) for key, part in batch.items()}
+
+
 def flattened(examples: Sequence[Row]) -> dict[str, Any]:
     """`examples` of causal-lm as one row, (1, tokens), with its targets, and where each begins and ends."""
     import torch

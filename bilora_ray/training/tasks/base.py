@@ -5,20 +5,24 @@ Torch is imported by what makes tensors only, for rows are checked without it.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Flag, auto
+from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.training.compute.varlen import placed
 from bilora_ray.training.data.files.images import StoredImage
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import IGNORED
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
@@ -184,7 +188,7 @@ class Task:
             UserError if the tokenizer lacks what the task needs.
         collate: examples and the tokenizer -> a batch to compute the loss of: int64, padded at the right; or float32
             `pixel_values`. UserError for an image that cannot be decoded.
-        target_count: how many predictions the mean loss over examples is of.
+        target_count: how many predictions the mean loss over examples is of, or what they weigh.
         forward: a model and a batch -> logits (..., classes) and the targets (...) that they predict, IGNORED where
             there is nothing to predict.
         loss: a model and a batch -> the mean loss that is trained; scalar, float32.
@@ -217,7 +221,7 @@ class Task:
         Iterator[Encoded],
     ]
     collate: Callable[[Sequence[Example], Processor], dict[str, Tensor]]
-    target_count: Callable[[Sequence[Example]], int]
+    target_count: Callable[[Sequence[Example]], float]
     forward: Callable[[Model, dict[str, Tensor]], tuple[Tensor, Tensor]]
     loss: Callable[[Model, dict[str, Tensor]], Tensor]
     measure: Callable[[Tensor, Tensor], Any]
@@ -244,6 +248,31 @@ class Task:
     heads: tuple[str, ...] = ()
     takes_messages: bool = False
     continues: bool = False
+
+
+def weighted(task: Task, examples: Iterable[Example], num_labels: int) -> Task:
+    """`task`, in whose training loss the classes of `examples` are balanced, however many of each there are."""
+    weights = balanced(_classes(examples), num_labels)
+
+    def target_count(some: Sequence[Example]) -> float:
+        return math.fsum(weights[label] for label in _classes(some))
+
+    @cache
+    def on(device: torch.device) -> Tensor:
+        import torch
+
+        return torch.tensor(weights, device=device)
+
+    def loss(model: Model, batch: dict[str, Tensor]) -> Tensor:
+        logits, targets = task.forward(model, batch)
+        return cross_entropy(logits, targets, on(logits.device))
+
+    return replace(task, target_count=target_count, loss=loss)
+
+
+def _classes(examples: Iterable[Example]) -> Iterator[int]:
+    """The classes that a task with classes predicts."""
+    return (label for example in examples for label in example.labels if label != IGNORED)
 
 
 def check_positions(positions: int | None, config: TrialConfig, continues: bool) -> None:
@@ -282,6 +311,5 @@ def stacked(sequences: Sequence[array[int]], filler: int, left: bool = False) ->
 
 
 def on_device(batch: dict[str, Any], model: Model) -> dict[str, Any]:
-    """`batch` where `model` computes; numbers stay with the CPU."""
-    device = model.device
-    return {key: part if isinstance(part, int) else part.to(device, non_blocking=True) for key, part in batch.items()}
+    """`batch` where `model` computes."""
+    return placed(batch, model.device)
