@@ -349,6 +349,9 @@ class TrialConfig(Settings):
         decides="memory",
     )
     gradient_checkpointing: bool = setting(False, "recompute activations: less memory, more time", decides="training")
+    torch_compile: bool = setting(
+        False, "compile the blocks of the model: less time a step, after some minutes", decides="memory", rehearsed=True
+    )
     seed: Int = setting(
         0,
         "of data order, initial weights and dropout",
@@ -517,6 +520,15 @@ class TrialConfig(Settings):
     def step_rows(self, workers: int) -> int:
         """Training rows of one optimizer step of so many workers."""
         return workers * self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def whole_only(self) -> str | None:
+        """Why each worker must have all of the model, and no part of it; None if it need not."""
+        if self.quantization is not None:
+            return "quantization: quantised weights cannot be cut into parts; use parallelism: ddp"
+        if self.torch_compile:
+            return "torch_compile: blocks that are cut into parts are not compiled; use parallelism: ddp"
+        return None
 
     @property
     def resolved_split_seed(self) -> int:

@@ -92,6 +92,18 @@ NAMES: dict[str, tuple[str, ...]] = {
     "quantised weights, to keep them as they are over an evaluation": (
         "bitsandbytes.nn.Linear4bit.support_avx512bf16_for_cpu",
     ),
+    "compiled blocks, to have few graphs and to know of one that failed": (
+        "torch._dynamo",
+        "torch._dynamo.config.accumulated_recompile_limit",
+        "torch._dynamo.config.optimize_ddp",
+        "torch._dynamo.config.recompile_limit",
+        "torch._dynamo.config.suppress_errors",
+        "torch._dynamo.utils.counters",
+        "torch.fx.experimental._config",
+        "torch.fx.experimental._config.use_duck_shape",
+    ),
+    "a kept base, to know whether it was written to": ("torch.Tensor._version",),
+    "a base, to know whether it came with an adapter": ("transformers.PreTrainedModel._hf_peft_config_loaded",),
     "the projection, to shrink all factors in one kernel": ("torch._foreach_mul_",),
     "AdamW's update, to do it for many tensors at once": (
         "torch._foreach_norm",

@@ -51,7 +51,7 @@ class SearchProgress:
         self.running: dict[int, tuple[TrialRecord, Mapping[str, float]]] = {}
         self.ended_before = 0
         self.started = time.monotonic()
-        self._said_start = self._said_cut = False
+        self._said_start = self._said_cut = self._said_compiled = False
         self._said_limits: set[str] = set()
         self._reported = time.monotonic()
         self._console = Console(stderr=True, highlight=False)
@@ -96,6 +96,10 @@ class SearchProgress:
             if line not in self._said_limits:
                 self._said_limits.add(line)
                 self.say(f"Note: trial {trial.number}: {line}")
+        if metrics.get("compiled") == 0 and not self._said_compiled:
+            self._said_compiled = True
+            what = "not all blocks are compiled, or none; a dry run says what its machine lacks"
+            self.say(f"Note: torch_compile: in trial {trial.number} {what}")
         if "rows" in metrics and not self._said_cut:
             self._said_cut = True
             self._say_what_is_cut(Truncation.told_by(metrics), trial.settings)

@@ -223,10 +223,8 @@ def _check_settings(space: Space) -> None:
 
 
 def _check_parallelism(space: Space, config: TrialConfig) -> None:
-    if space.resources.parallelism == "fsdp" and config.quantization is not None:
-        raise UserError(
-            f"{space.path}: trial.quantization: quantised weights cannot be cut into parts; use parallelism: ddp"
-        )
+    if space.resources.parallelism == "fsdp" and config.whole_only is not None:
+        raise UserError(f"{space.path}: trial.{config.whole_only}")
 
 
 def _check_split(space: Space) -> None:

@@ -31,6 +31,7 @@ from bilora_ray.paths import cached_commit
 from bilora_ray.recipe import PAD, TEMPLATE, write_recipe
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import load_checkpoint, save_checkpoint
+from bilora_ray.training.compute.compiled import Compiled
 from bilora_ray.training.compute.cutting import Proven
 from bilora_ray.training.compute.gradients import Gradients, LateLosses
 from bilora_ray.training.compute.memory import Room, Shortage, failure, in_room, is_out_of_memory, release
@@ -120,6 +121,7 @@ class Run:
         self.optimizer = models.build_optimizer(self.model, config, self._place)
         if config.gradient_checkpointing:
             models.enable_gradient_checkpointing(self.model)
+        self.compiled = Compiled(self.model, models.device(), config.torch_compile)
         self.network = Network(self.model, workers)
         self.room = Room(self.config, workers, folder.passes)
         self.room.agree()
@@ -259,8 +261,8 @@ class Run:
         if torch.cuda.is_available():
             # With what the allocator keeps: that is what a trial with a part of a GPU may have no more of.
             metrics["gpu_memory_gib"] = max(self.workers.gather(torch.cuda.max_memory_reserved() / 2**30))
-        metrics |= self.optimizer.metrics()
-        with in_room(self.room):
+        metrics |= self.optimizer.metrics() | self.compiled.metrics()
+        with in_room(self.room), self.compiled.away():
             metrics |= evaluate(
                 self.network.evaluated, self.data.validation, self._with_labels(), self.data.tokenizer, self.workers
             )

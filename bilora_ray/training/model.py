@@ -122,8 +122,8 @@ def load_base(
         UserError: there is no such model, it does not fit the task, or a package that it needs is missing.
         MachineError: it cannot be read now.
     """
-    if workers.sharded and config.quantization is not None:
-        raise UserError("quantization: quantised weights cannot be cut into parts; use parallelism: ddp")
+    if workers.sharded and config.whole_only is not None:
+        raise UserError(config.whole_only)
     torch.manual_seed(config.seed)
     arguments = _base_arguments(config, label_names)
     fresh: list[str] = []

@@ -11,6 +11,7 @@ from typing import Any
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.training import model as models
+from bilora_ray.training.compute.compiled import why_not
 from bilora_ray.training.compute.varlen import may_flatten, needs_no_padding
 from bilora_ray.training.data.truncation import Truncation
 from bilora_ray.training.loading import Loaded, load_data, prepare
@@ -70,6 +71,7 @@ def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
         *data.notes,
         *_of_kernel(shape, config),
         *Truncation.of(data.truncation.values()).notes(config.model_dump()),
+        *(_not_compiled() if here and config.torch_compile else ()),
     )
     return Rehearsal(data.truncation, task.read(first, data.tokenizer), target, notes)
 
@@ -78,6 +80,12 @@ def _of_kernel(shape: Any, config: TrialConfig) -> Iterator[str]:
     kernel, kind = config.attn_implementation or "", type(shape).__name__
     if TASKS[config.task].continues and needs_no_padding(kernel) and not may_flatten(shape, kernel):
         yield f"attn_implementation: rows are padded; by {kernel}, {kind} cannot read them one after another"
+
+
+def _not_compiled() -> Iterator[str]:
+    reason = why_not(models.device().type)
+    if reason is not None:
+        yield f"torch_compile: this machine cannot compile, so that trials compute as without it ({reason})"
 
 
 def _read(config: TrialConfig, data: Loaded) -> None:

@@ -192,6 +192,13 @@ def test_rows_that_are_cut_are_told_once(capsys: pytest.CaptureFixture[str]) -> 
     ]
 
 
+def test_a_trial_that_is_not_compiled_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert told_of_rows(capsys, compiled=1.0) == []
+    assert told_of_rows(capsys, compiled=0.0) == [
+        "Note: torch_compile: in trial 0 not all blocks are compiled, or none; a dry run says what its machine lacks"
+    ]
+
+
 def test_rows_that_lose_what_they_are_about_are_noted_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert told_of_rows(capsys, rows=18.0, rows_cut=18.0, rows_prompt_gone=18.0, rows_completion_cut=17.0) == [
         "of 18 rows 18 are cut to max_length 128 (whole prompt: 18, end of the completion: 17)",

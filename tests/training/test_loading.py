@@ -23,6 +23,7 @@ OTHERS: dict[str, Any] = {
     "metric": "eval_perplexity",
     "target_modules": ("q_proj",),
     "gradient_checkpointing": True,
+    "torch_compile": True,
     "per_device_generation_batch_size": 64,
 }
 
