@@ -29,7 +29,7 @@ from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run
 from bilora_ray.training.probe.advice import SPARE, Seen, Suggestion, doubled, suggestions
 from bilora_ray.training.probe.passes import reads_tokens
-from bilora_ray.training.probe.roofline import Marks, matmul_rate, wait
+from bilora_ray.training.probe.roofline import Marks, counting, matmul_rate, wait
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Task, on_device
 
@@ -278,7 +278,7 @@ def _operations(run: Run, watch: Watch) -> int:
     """Floating-point operations of a step, less those that are done twice to save memory."""
     watch.forget()
     # Of compiled blocks none would be seen.
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+    with torch.compiler.set_stance("force_eager"), counting() as counter:
         watch.counter = counter
         watch.step(run)
         watch.counter = None

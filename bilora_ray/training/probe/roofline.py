@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,11 +75,33 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / min(seconds)
 
 
+def counting() -> FlopCounterMode:
+    """What counts floating-point operations, those of attention with fewer heads of keys than of queries too."""
+    kinds = ("efficient", "flash", "cudnn")
+    of_torch = torch.ops.aten
+    forward = {getattr(of_torch, f"_scaled_dot_product_{kind}_attention"): _attention for kind in kinds}
+    back = {getattr(of_torch, f"_scaled_dot_product_{kind}_attention_backward"): _attention_back for kind in kinds}
+    return FlopCounterMode(display=False, custom_mapping={**forward, **back})
+
+
+def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    rows, heads, length, size = query
+    return 2 * rows * heads * length * key[-2] * (size + value[-1])
+
+
+def _attention_back(
+    _: Any, query: Sequence[int], key: Sequence[int], value: Sequence[int], *__: Any, **___: Any
+) -> int:
+    """As torch counts it: the scores once more, and two products for each of the two that there were."""
+    rows, heads, length, size = query
+    return 2 * rows * heads * length * key[-2] * (3 * size + 2 * value[-1])
+
+
 def operations(compute: Callable[[], Any]) -> int:
     """Floating-point operations of the products, convolutions and attention that `compute` runs.
 
     What kernels of other libraries do is not seen: those of quantised weights are missing.
     """
-    with FlopCounterMode(display=False) as counter:
+    with counting() as counted:
         compute()
-    return int(counter.get_total_flops())
+    return int(counted.get_total_flops())
