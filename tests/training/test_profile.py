@@ -117,6 +117,7 @@ def seen(config: TrialConfig = CONFIG, **others: Any) -> Seen:
         "memory": {"free": 10 * GIB},
         "with_doubled_passes": None,
         "kept_if_not_recomputed": None,
+        "could_flatten": False,
         "rows_to_evaluate": 100,
     }
     return Seen(**facts | others)
@@ -143,6 +144,11 @@ def test_larger_passes_are_suggested_as_they_were_measured() -> None:
     assert suggested(found)["per_device_train_batch_size"] == (8, 100 / 80)
     assert "gradient_accumulation_steps: 4" in suggestions(found)[0].reason
     assert "per_device_train_batch_size" not in suggested(seen(config, passes=8.0, with_doubled_passes=90.0))
+
+
+def test_padding_is_to_be_saved_where_a_kernel_needs_none() -> None:
+    assert suggested(seen(padding=0.25, could_flatten=True))["attn_implementation"] == ("varlen", 100 / 80)
+    assert "attn_implementation" not in suggested(seen(padding=0.25))
 
 
 def test_no_more_than_three_are_told_and_the_best_first() -> None:

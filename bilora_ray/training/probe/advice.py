@@ -51,6 +51,7 @@ class Seen:
         memory: by kind.
         with_doubled_passes: seconds of its steps where each pass has twice the rows; None where that is not known.
         kept_if_not_recomputed: bytes that a pass would keep without checkpointing; None where there is none.
+        could_flatten: whether torch's kernel could read rows without padding here, and another one reads them.
         rows_to_evaluate: validation rows.
     """
 
@@ -65,6 +66,7 @@ class Seen:
     memory: Mapping[str, int]
     with_doubled_passes: float | None
     kept_if_not_recomputed: int | None
+    could_flatten: bool
     rows_to_evaluate: int
 
     @property
@@ -129,8 +131,7 @@ def _larger_passes(seen: Seen) -> Found:
 
 
 def _padding(seen: Seen) -> Found:
-    known = "varlen" in str(TrialConfig.model_fields["attn_implementation"])
-    if seen.device == "cuda" and known and seen.config.attn_implementation in (None, "eager", "sdpa"):
+    if seen.could_flatten:
         reason = f"{seen.padding:.0%} of the positions are padding"
         yield "attn_implementation", "varlen", seen.padding * seen.computing, reason
 

@@ -25,6 +25,7 @@ from bilora_ray.errors import OutOfMemory, first_line
 from bilora_ray.files import temporary_folder
 from bilora_ray.training import model as models
 from bilora_ray.training.compute.precision import dtype_of, of_machine
+from bilora_ray.training.compute.varlen import VARLEN, missing, needs_no_padding
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run
 from bilora_ray.training.probe.advice import SPARE, Seen, Suggestion, doubled, suggestions
@@ -241,6 +242,7 @@ def _looked_at(run: Run, watch: Watch, steps: int, began: float) -> Profile:
         memory=memory,
         with_doubled_passes=_with_doubled_passes(run, watch, memory, passes),
         kept_if_not_recomputed=_kept_if_not_recomputed(run, watch, positions / (steps * passes)),
+        could_flatten=_could_flatten(run),
         rows_to_evaluate=len(run.data.validation),
     )
     return Profile(
@@ -370,6 +372,11 @@ def _kept_if_not_recomputed(run: Run, watch: Watch, positions: float) -> int | N
         return None
     size = sum(size for place, size in kept.items() if place not in watch.own)
     return int(size * positions / watch.positions)
+
+
+def _could_flatten(run: Run) -> bool:
+    kernel = str(run.base.model.config._attn_implementation)
+    return run.task.continues and not needs_no_padding(kernel) and missing(VARLEN, dtype_of(run.config)) is None
 
 
 def _name(device: torch.device) -> str:
