@@ -8,7 +8,7 @@ Of one step's rows, and of the mean over all batches (of distinct rows, so that 
 - gain: the change's projection on the true one, over that one's length. 1: all of it arrives; 0: it is swallowed.
 
 States: `start`, the auxiliary of two steps and B1 = 0; `later`, after a third of the training. Contenders:
-- `0.2`: the base's product rounded to bf16, then both adapters' term added in fp32 and rounded again;
+- `before`: the base's product rounded to bf16, then both adapters' term added in fp32 and rounded again;
 - `base rounded first`: factors in bf16, but added to what the base's product was rounded to;
 - `ours`: `bilora_ray.method`, base and adapters rounded as one sum;
 - `sum in fp32`: base, bias and adapters in fp32 products and rounded once: the best that a layer with bf16 outputs can;
@@ -102,7 +102,7 @@ def _term(layer: PerturbedLayer, x: Tensor, names: Sequence[str]) -> Tensor:
 
 # Name -> whether it runs on the bf16 base, and the layers' class.
 CONTENDERS: dict[str, tuple[bool, type[FusedLayer]]] = {
-    "0.2": (True, Before),
+    "before": (True, Before),
     "base rounded first": (True, BaseFirst),
     "ours": (True, PerturbedLayer),
     "sum in fp32": (True, WideSum),

@@ -2,7 +2,7 @@
 
 A Llama-shaped model with random weights and adapters on every linear layer; one forward and backward pass each. The
 contenders differ in the arithmetic of their adapted layers only:
-- `before`: the adapters of both methods as they were up to 0.2: the input of each layer widened to fp32, the two
+- `before`: the adapters of both methods as they were in 0.1.0: the input of each layer widened to fp32, the two
   adapters of Bi-LoRA fused (for `lora` that is PEFT's own forward);
 - `PEFT`: PEFT's forward with fp32 adapters, which widens each input too; for `bilora` with both adapters active;
 - `PEFT + autocast`: the same under `torch.autocast` to bf16, as HF Trainer's `bf16=True` has it;
