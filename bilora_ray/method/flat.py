@@ -25,9 +25,13 @@ States = Mapping[Tensor, dict[str, Any]]
 KEPT = ("exp_avg", "exp_avg_sq", "step")
 # Settings of AdamW's with which it keeps more, or keeps it elsewhere. No method has them.
 UNUSUAL = ("amsgrad", "capturable", "differentiable", "fused")
-# Numbers of the longest tensor that is joined with others, and of all that are joined. On a CPU to copy a longer one
-# would take longer than its calls, and what is joined should stay in a core's cache. On a GPU memory is to stay small.
-ON_CPU, ON_GPU = (2**12, 2**17), (2**20, 2**24)
+# Numbers of the longest tensor that is joined with others: to copy a longer one would take longer than its calls.
+LONGEST_ON_CPU, LONGEST_ON_GPU = 2**12, 2**20
+# Numbers of all that are joined: on a GPU their copy is not to need much memory, on a CPU it stays in a core's cache.
+MOST_ON_CPU, MOST_ON_GPU = 2**17, 2**24
+# Calls with more numbers are spread over threads, if there are several: that costs more than it gives, a lot more on
+# a machine that has other work.
+MOST_ON_THREADS = 2**15
 
 
 class Joined:
@@ -92,7 +96,11 @@ class Plan:
 
     def __init__(self, parameters: list[Tensor], states: States) -> None:
         self.parameters, self.states = parameters, list(states.values())
-        longest, most = ON_CPU if parameters[0].is_cpu else ON_GPU
+        on_cpu = parameters[0].is_cpu
+        longest = LONGEST_ON_CPU if on_cpu else LONGEST_ON_GPU
+        most = MOST_ON_CPU if on_cpu else MOST_ON_GPU
+        if on_cpu and torch.get_num_threads() > 1:
+            most = MOST_ON_THREADS
         short, self.alone = [], []
         for place, parameter in enumerate(parameters):
             size = parameter.numel()

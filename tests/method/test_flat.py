@@ -31,7 +31,9 @@ class TensorByTensor(torch.optim.AdamW):
 def _limits(request, monkeypatch):
     """As they are, or so small that there are long tensors, and several lines of short ones."""
     if request.param:
-        monkeypatch.setattr(flat, "ON_CPU", request.param)
+        monkeypatch.setattr(flat, "LONGEST_ON_CPU", request.param[0])
+        for name in ("MOST_ON_CPU", "MOST_ON_THREADS"):
+            monkeypatch.setattr(flat, name, request.param[1])
 
 
 def assert_same(ours, theirs, states=()):
