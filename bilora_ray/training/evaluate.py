@@ -20,7 +20,7 @@ from bilora_ray.training.compute.cutting import Budget, cut, positions
 from bilora_ray.training.compute.generation import likeliest
 from bilora_ray.training.compute.memory import current_room, in_parts
 from bilora_ray.training.compute.precision import use_tensor_cores
-from bilora_ray.training.compute.varlen import batch_of
+from bilora_ray.training.compute.varlen import batch_of, is_flat
 from bilora_ray.training.data.batches import in_row_order, longest_first
 from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.loading import Loaded, load_data
@@ -119,8 +119,9 @@ def _losses(
     sides = [task.sides(example) for example in examples]
     order = longest_first([sum(side) for side in sides])
     room = current_room(config, workers)
-    measured = in_parts(room, "evaluation", measure, lambda rows: positions([sides[row] for row in rows]))
-    budget = Budget(config.per_device_eval_batch_size, proven=room.proven.evaluation)
+    padded = not is_flat(task, model)
+    measured = in_parts(room, "evaluation", measure, lambda rows: positions([sides[row] for row in rows], padded))
+    budget = Budget(config.per_device_eval_batch_size, proven=room.proven.evaluation, padded=padded)
     parts = cut([sides[row] for row in order], budget, models.device().type)
     batches = [[order[place] for place in part] for part in parts]
     found = list(chain.from_iterable(workers.map(measured, batches)))

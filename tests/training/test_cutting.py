@@ -82,6 +82,15 @@ def test_the_longest_rows_come_first_and_one_pass_keeps_its_order() -> None:
     assert list(map(len, cut([(1,)] * 10, Budget(4), "cpu"))) == [4, 4, 2]
 
 
+def test_rows_one_after_another_are_cut_by_their_sum() -> None:
+    sides = [(9,), (1,), (1,), (1,), (6,)]
+    assert cut(sides, Budget(2, padded=False), "cpu") == [[0, 1, 2, 3, 4]]
+    assert cut(sides, Budget(2, positions=10, padded=False), "cpu") == [[0], [4, 1, 2, 3]]
+    assert cut(sides, Budget(2, proven=7, padded=False), "cpu") == [[0], [4, 1], [2, 3]]
+    assert cut(sides, Budget(2, padded=False), "cpu", workers=2) == [[0], [4, 1, 2, 3]]
+    assert positions(sides, padded=False) == 18 < positions(sides)
+
+
 def test_a_gpu_gets_fewer_and_fuller_passes() -> None:
     random = Random(0)
     sides = [(random.randrange(50, 400),) for _ in range(32)]

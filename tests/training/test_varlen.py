@@ -59,10 +59,10 @@ def test_the_loss_and_its_gradient_are_those_of_padded_rows(family: str, tiny: T
             for parameter in run.optimizer.param_groups[0]["params"]:
                 parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1
         run.model.train()
-        losses.append(run._backward(run._next_rows()))
+        losses.append(run.gradients.of(run._next_rows()))
         weights = run.model.named_parameters()
         gradients.append({key: weight.grad.clone() for key, weight in weights if weight.grad is not None})
-        rows = [len(batch["input_ids"]) for batch in (run._batch(run._next_rows()),)]
+        rows = [len(batch["input_ids"]) for batch in (run.gradients.batch(run._next_rows()),)]
         assert rows == ([1] if name == "varlen" else [config.per_device_train_batch_size])
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
     padded, flat = gradients
@@ -132,6 +132,56 @@ def test_with_a_cache_rows_would_see_each_other(tiny: Tiny) -> None:
     assert (apart - expected).norm() <= 1e-5 * expected.norm()
     assert (mixed - expected).norm() > 0.1 * expected.norm()
     assert varlen.inputs_of(varlen.flattened(made_up()))["use_cache"] is False
+
+
+def newer(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`varlen_attn` as torch 2.13 has it."""
+    assert (window_size[1], enable_gqa, scale is None) == (0, query.shape[1] != key.shape[1], False)
+    assert query.dtype == key.dtype == value.dtype == torch.bfloat16
+    return by_mask(query, key, value, cu_seq_q, max_q, scale or 0.0, window_size[0] + 1 or None)
+
+
+def older(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    is_causal: bool = False,
+) -> Tensor:
+    """`varlen_attn` as torch 2.10 has it."""
+    assert is_causal
+    assert query.shape == key.shape == value.shape
+    return by_mask(query, key, value, cu_seq_q, max_q, query.shape[-1] ** -0.5, None)
+
+
+@pytest.mark.parametrize(("compute", "window"), [(newer, None), (newer, 3), (newer, 50), (older, None), (older, 50)])
+def test_torchs_kernel_is_called_as_each_torch_has_it(
+    compute: Any, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", compute)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(12, heads, 8, generator=generator) for heads in (4, 2, 2))
+    ends = torch.tensor([0, 7, 12], dtype=torch.int32)
+    found = varlen.kernel(query, key, value, ends, 7, 0.2, window)
+    expected = by_mask(query, key, value, ends, 7, 0.2, window)
+    assert found.dtype == torch.float32
+    assert (found - expected).norm() <= 0.01 * expected.norm()
 
 
 def made_up() -> list[Example]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Literal
 
 # What a pass is for.
@@ -29,11 +30,13 @@ class Budget:
         rows: so many rows, each as long as the longest of all; 1: each row is a pass of its own.
         positions: so many positions instead, padding too.
         proven: no more positions than these in any case, for more ran out of memory.
+        padded: whether the rows of a pass are padded to the longest; else they are one after another.
     """
 
     rows: int
     positions: int | None = None
     proven: int | None = None
+    padded: bool = True
 
     def limits(self, sides: Sequence[Sides]) -> tuple[list[int], int]:
         """How many positions a pass over some of these rows may have, by side and of all sides."""
@@ -92,18 +95,21 @@ def cut(sides: Sequence[Sides], budget: Budget, device: str, workers: int = 1) -
         return [[row] for row in range(len(sides))]
     order = sorted(range(len(sides)), key=lambda row: -sum(sides[row]))
     lengths, (of_side, of_all) = [sides[row] for row in order], budget.limits(sides)
-    starts = _cheapest(lengths, of_side, of_all, OVERHEAD.get(device, OVERHEAD["cuda"]))
+    if budget.padded:
+        starts = _cheapest(lengths, of_side, of_all, OVERHEAD.get(device, OVERHEAD["cuda"]))
+    else:  # no cut has more positions than another one
+        starts = _filled(lengths, of_side, of_all, padded=False)
     if workers > 1:
         count = min(-(-len(starts) // workers) * workers, len(sides))
-        starts = _even(lengths, of_side, of_all, count)
+        starts = _even(lengths, of_side, of_all, count, budget.padded)
     elif len(starts) == 1:
         return [list(range(len(sides)))]
     return [order[start:end] for start, end in zip(starts, [*starts[1:], len(order)], strict=True)]
 
 
-def positions(sides: Sequence[Sides]) -> int:
-    """How many positions a pass over rows of these `sides` has, padding too."""
-    return len(sides) * sum(map(max, zip(*sides, strict=True)))
+def positions(sides: Sequence[Sides], padded: bool = True) -> int:
+    """How many positions a pass over rows of these `sides` has, padding too if they are `padded`."""
+    return len(sides) * sum(map(max, zip(*sides, strict=True))) if padded else sum(map(sum, sides))
 
 
 def _cheapest(lengths: Sequence[Sides], of_side: list[int], of_all: int, overhead: int) -> list[int]:
@@ -134,25 +140,25 @@ def _cheapest(lengths: Sequence[Sides], of_side: list[int], of_all: int, overhea
     return starts[::-1]
 
 
-def _even(lengths: Sequence[Sides], of_side: list[int], of_all: int, count: int) -> list[int]:
+def _even(lengths: Sequence[Sides], of_side: list[int], of_all: int, count: int, padded: bool) -> list[int]:
     """Where each pass begins if there are `count`, or fewer, and the largest of them is as small as can be."""
     low, high = 0, min(of_all, positions(lengths))
     while high - low > 1:
         middle = (low + high) // 2
-        if len(_filled(lengths, of_side, middle)) > count:
+        if len(_filled(lengths, of_side, middle, padded)) > count:
             low = middle
         else:
             high = middle
-    return _filled(lengths, of_side, high)
+    return _filled(lengths, of_side, high, padded)
 
 
-def _filled(lengths: Sequence[Sides], of_side: list[int], of_all: int) -> list[int]:
+def _filled(lengths: Sequence[Sides], of_side: list[int], of_all: int, padded: bool) -> list[int]:
     """Where each pass begins if each takes as many rows as these limits let it."""
     starts = [0]
-    longest = lengths[0]
+    longest = (0,) * len(of_side)  # or the sum of all, where they are not padded to the longest
     for row, sides in enumerate(lengths):
-        count, wider = row - starts[-1] + 1, tuple(map(max, longest, sides))
-        held = [count * side for side in wider]
+        count, wider = row - starts[-1] + 1, tuple(map(max if padded else add, longest, sides))
+        held = [count * side if padded else side for side in wider]
         if count > 1 and (sum(held) > of_all or any(map(int.__gt__, held, of_side))):
             starts.append(row)
             wider = sides

@@ -108,7 +108,7 @@ def likeliest(logits: Tensor, targets: Tensor, counts: Sequence[int]) -> list[li
         targets: (...), IGNORED where there is nothing to predict; rows follow each other.
         counts: targets of each row.
     """
-    tokens = logits[targets != IGNORED].argmax(-1).cpu()
+    tokens = logits.argmax(-1)[targets != IGNORED].cpu()
     return [part.tolist() for part in tokens.split(list(counts))]
 
 

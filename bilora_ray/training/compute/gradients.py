@@ -15,7 +15,7 @@ from bilora_ray.method import MethodAdamW
 from bilora_ray.method.base import Closure
 from bilora_ray.training.compute.cutting import Budget, cut, positions
 from bilora_ray.training.compute.memory import ONE_ROW, Room, failure, release, smaller
-from bilora_ray.training.compute.varlen import batch_of, placed
+from bilora_ray.training.compute.varlen import batch_of, is_flat, placed
 from bilora_ray.training.distributed.parallel import Network
 from bilora_ray.training.distributed.workers import drawing_again, random_states, set_random_states
 
@@ -103,7 +103,8 @@ class Gradients:
                 total += self._pass(part, counts * self.task.target_count(part) / targets)
         except (RuntimeError, MemoryError) as error:
             sides = [self.task.sides(example) for example in part]
-            shortage = smaller(self.room, "training", len(part), positions(sides), error)
+            size = positions(sides, padded=not is_flat(self.task, self.network))
+            shortage = smaller(self.room, "training", len(part), size, error)
         else:
             return total
         if shortage is not None:
@@ -139,7 +140,8 @@ class Gradients:
 
     def _cut(self, examples: list[Any], proven: int | None, workers: int = 1) -> list[list[Any]]:
         sides = [self.task.sides(example) for example in examples]
-        budget = Budget(self.config.per_device_train_batch_size, self.config.tokens_per_pass, proven)
+        padded = not is_flat(self.task, self.network)
+        budget = Budget(self.config.per_device_train_batch_size, self.config.tokens_per_pass, proven, padded)
         parts = cut(sides, budget, self.device.type, workers)
         return [[examples[row] for row in part] for part in parts]
 

@@ -90,11 +90,17 @@ def register() -> None:
     AttentionMaskInterface.register(VARLEN, mask)
 
 
+def is_flat(task: Any, model: Any) -> bool:
+    """Whether `model` reads the rows of a `task` of `training.tasks` as one."""
+    return bool(task.continues) and flattens(model)
+
+
 def batch_of(task: Any, model: Any, examples: Sequence[Any], processor: Any) -> dict[str, Any]:
-    """The batch that a `task` of `training.tasks` makes of `examples` for `model`: one row, if it reads several so."""
-    if task.continues and flattens(model):
+    """The batch that a `task` makes of `examples` for `model`: one row, if it reads several so."""
+    if is_flat(task, model):
         return flattened(examples)
-    return task.collate(examples, processor)
+    batch: dict[str, Any] = task.collate(examples, processor)
+    return batch
 
 
 def placed(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
