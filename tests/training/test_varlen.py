@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import build
+from families import DECODERS, build
 from tiny_trials import METHODS, Tiny, reproducible, run_fit
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -21,7 +21,13 @@ from bilora_ray.training.loop import Run
 from bilora_ray.training.rehearsal import rehearse
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Example
+from tests.models.test_targets import REFUSED, made
+from tests.models.test_targets import made_up as rows_of
 from tests.training.test_workers import check_alike, fit_together, settings_of, together
+
+# One hands its layers nothing of where rows end, and one's positions begin behind the padding's id.
+ALWAYS_PADDED = {"nemotron", "roberta"}
+SIDES = ("input_ids", "labels")
 
 
 def by_mask(
@@ -69,6 +75,26 @@ def test_the_loss_and_its_gradient_are_those_of_padded_rows(family: str, tiny: T
     assert padded.keys() == flat.keys()
     for key, gradient in padded.items():
         assert (flat[key] - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(set(DECODERS) - set(REFUSED)))
+def test_each_family_reads_rows_one_after_another_as_padded_ones_or_does_not(
+    family: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    model = made(tiny, "causal-lm", family, tmp_path)
+    padded = rows_of("causal-lm", model)
+    lengths = padded["attention_mask"].sum(1).tolist()
+    sides = ([part[:length].tolist() for part, length in zip(padded[key], lengths, strict=True)] for key in SIDES)
+    rows = [Example(array("i", ids), array("i", labels)) for ids, labels in zip(*sides, strict=True)]
+    expected = TASKS["causal-lm"].loss(model, padded).item()
+    if not (model._supports_sdpa and model._supports_attention_backend):
+        return  # the settings are refused
+    varlen.register()
+    model.set_attn_implementation("varlen")
+    assert varlen.flattens(model) is (family not in ALWAYS_PADDED)
+    if family not in ALWAYS_PADDED:
+        assert TASKS["causal-lm"].loss(model, varlen.flattened(rows)).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

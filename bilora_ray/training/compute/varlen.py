@@ -22,7 +22,8 @@ from bilora_ray.training.metrics import IGNORED
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import Tensor
+    from torch.nn import Module
 
 # What `attn_implementation` calls torch's own kernel.
 VARLEN = "varlen"
@@ -183,7 +184,7 @@ def _keeps_apart(base: Any) -> bool:
 
 
 def attend(
-    module: nn.Module,
+    module: Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -202,7 +203,7 @@ def attend(
         module: the layer.
         query: (rows, heads, length, size).
         key: (rows, heads or fewer of them, length, size).
-        value: the same.
+        value: the same, or smaller in size.
         attention_mask: of padded rows.
         dropout: of attention, which the kernel has not.
         scaling: of the scores; None: 1 / sqrt(size).
@@ -214,18 +215,23 @@ def attend(
     Returns:
         (rows, length, heads, size), and no weights.
     """
+    from torch.nn import functional
+
     if cu_seq_lens_q is None or max_length_q is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         options = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **others}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
-    if unknown or dropout or query.shape[-1] != value.shape[-1]:
-        raise ValueError(f"{VARLEN} attention has no {', '.join(unknown) or 'dropout, and one size of heads'}")
+    if unknown or dropout:
+        raise ValueError(f"{VARLEN} attention has no {', '.join(unknown) or 'dropout'}")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    size = value.shape[-1]
+    if size < query.shape[-1]:  # as of latent attention; the kernel has one size
+        value = functional.pad(value, (0, query.shape[-1] - size))
     queries, keys, values = (part[0].transpose(0, 1) for part in (query, key, value))
     found = kernel(queries, keys, values, cu_seq_lens_q, max_length_q, scale, sliding_window)
-    return found.unsqueeze(0), None
+    return found[..., :size].unsqueeze(0), None
 
 
 def mask(*sizes: Any, **asked: Any) -> Tensor | None:
