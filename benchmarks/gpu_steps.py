@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib.util
 import statistics
 import time
 from array import array
@@ -35,6 +34,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from bilora_ray.method import METHODS, build_method, settings_of
 from bilora_ray.training import model as models
+from bilora_ray.training.compute.compiled import Compiled, why_not
 from bilora_ray.training.distributed.parallel import Network
 from bilora_ray.training.distributed.workers import ALONE
 from bilora_ray.training.probe.roofline import Marks, matmul_rate, operations, wait
@@ -43,7 +43,6 @@ from bilora_ray.training.tasks.base import Example, on_device
 
 TASK = TASKS["causal-lm"]
 OURS, STOCK, RECOMPUTED = "ours", "peft-autocast", "bilora+checkpointing"
-COMPILED = "bilora_ray.training.compute.compiled"
 LIMIT = 1.0
 # Seconds that a turn takes at least, by steps in a row, and those of all turns of a shape and a length.
 TURN, ALL_TURNS = 0.1, 5.0
@@ -199,8 +198,6 @@ def contender(name: str, base: PreTrainedModel, settings: dict[str, Any]) -> Con
     if "checkpointing" in extras:
         models.enable_gradient_checkpointing(model)
     if "compile" in extras:
-        from bilora_ray.training.compute.compiled import Compiled
-
         Compiled(model, model.device, wanted=True)
     return Contender(name, step)
 
@@ -392,8 +389,11 @@ def main(arguments: Any, device: torch.device, settings: dict[str, Any], machine
     tell(f"| {' | '.join(HEAD)} |", "| --- " * len(HEAD) + "|")
     for shape in arguments.shapes.split(","):
         names = [name for name in arguments.contenders.split(",") if name.split("+")[0] in (*METHODS, STOCK)]
-        if shape in arguments.compile.split(",") and importlib.util.find_spec(COMPILED):
-            names.append("bilora+compile")
+        if shape in arguments.compile.split(","):
+            if (problem := why_not(device.type)) is None:
+                names.append("bilora+compile")
+            else:
+                print(f"nothing is compiled here: {problem}", flush=True)
         race = Race(shape, [*names, *([RECOMPUTED] if shape == "8b" else [])], device, settings)
         for at, (rows, length) in enumerate(map(_sizes, arguments.tokens.split(","))):
             running = [*names, *([RECOMPUTED] if at == 0 else [])]

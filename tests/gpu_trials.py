@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from bilora_ray import builtin
 from bilora_ray.config import TrialConfig
 
 METHODS = ("lora", "bilora")
-COMPUTE = "bilora_ray.training.compute"
 
 
 def quickstart(**settings: Any) -> TrialConfig:
@@ -55,16 +51,3 @@ def long_rows(path: Path, count: int) -> str:
     row = json.dumps({"prompt": "12 + 21 = " * 150, "completion": "33 " * 150})
     path.write_text(f"{row}\n" * count)
     return str(path)
-
-
-def needs(part: str) -> None:
-    """Skip the test where the product has no such `part` of `training/compute`."""
-    if importlib.util.find_spec(f"{COMPUTE}.{part}") is None:
-        pytest.skip(f"training/compute has no {part}.py")
-
-
-def needs_setting(name: str, word: str | None = None) -> None:
-    """Skip the test where there is no such setting, or it does not know the `word`."""
-    field = TrialConfig.model_fields.get(name)
-    if field is None or (word is not None and word not in str(field)):
-        pytest.skip(f"there is no {name}" + (f": {word}" if word else ""))

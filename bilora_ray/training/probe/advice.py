@@ -95,7 +95,7 @@ def suggestions(seen: Seen) -> tuple[Suggestion, ...]:
 def doubled(config: TrialConfig) -> dict[str, Any]:
     """What has each pass take twice the rows, by setting."""
     names = ("per_device_train_batch_size", "tokens_per_pass")
-    found = {name: getattr(config, name, None) for name in names}
+    found = {name: getattr(config, name) for name in names}
     return {name: 2 * value for name, value in found.items() if value is not None}
 
 
@@ -121,7 +121,7 @@ def _larger_passes(seen: Seen) -> Found:
     if seen.with_doubled_passes is None:
         return
     saved, measured = steps - seen.with_doubled_passes, "measured; the rows of a step stay the same"
-    budget = getattr(config, "tokens_per_pass", None)
+    budget = config.tokens_per_pass
     if budget is not None:
         yield "tokens_per_pass", 2 * budget, saved, measured
     elif config.gradient_accumulation_steps % 2 == 0:
@@ -137,13 +137,13 @@ def _padding(seen: Seen) -> Found:
 
 
 def _compiled(seen: Seen) -> Found:
-    if seen.device == "cuda" and getattr(seen.config, "torch_compile", None) is False:
+    if seen.device == "cuda" and not seen.config.torch_compile:
         reason = f"compiled blocks are about {COMPILED} x as fast, once they are compiled"
         yield "torch_compile", True, seen.computing * (1 - 1 / COMPILED), reason
 
 
 def _generation(seen: Seen) -> Found:
-    size = getattr(seen.config, "per_device_generation_batch_size", None)
+    size = seen.config.per_device_generation_batch_size
     if size is None or seen.device != "cuda" or size >= seen.rows_to_evaluate:
         return
     batches = -(-seen.rows_to_evaluate // size)

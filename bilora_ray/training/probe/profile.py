@@ -354,7 +354,7 @@ def _with_doubled_passes(run: Run, watch: Watch, memory: dict[str, int], passes:
 
 def cut_by(run: Run, config: TrialConfig) -> None:
     """Have `run` cut its steps into passes as `config` says. How many rows a step has is settled."""
-    vars(getattr(run, "gradients", run))["config"] = config
+    run.gradients.config = config
 
 
 def _kept_if_not_recomputed(run: Run, watch: Watch, positions: float) -> int | None:
