@@ -110,7 +110,7 @@ def _print_limits(console: Console, records: Sequence[TrialRecord]) -> None:
     limited = [number for number, proven in told.items() if proven != Proven()]
     which = f"trial {limited[0]}" if len(limited) == 1 else f"{len(limited)} trials"
     for line in Proven.least(told.values()).in_words():
-        console.print(f"In {which}: {line}.", markup=False)
+        console.print(f"In {which}: {line}.", markup=False, soft_wrap=True)
 
 
 def _print_importances(console: Console, study: StudyView, found: Importances) -> None:

@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 import ray
 from chaos.nodes import ray_processes
+from click.testing import CliRunner
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import OperationalError
 from tiny_trials import Tiny
 
+from bilora_ray.cli.main import main
 from bilora_ray.errors import MachineError, UserError
 from bilora_ray.records import Status, TrialRecord
 from bilora_ray.runners import own_process
@@ -163,6 +165,35 @@ def test_an_error_that_would_be_the_same_again_is_met_once(tiny: Tiny, tmp_path:
     record = study.record(0)
     assert (record.status, record.error) == (Status.FAILED, "TypeError: not so")
     assert (tmp_path / "log").read_text() == "forward\n"
+
+
+SHORT_OF_MEMORY = """
+from pathlib import Path
+import torch
+from transformers import LlamaForCausalLM
+
+class Mine(LlamaForCausalLM):
+    def forward(self, *arguments, **options):
+        if torch.is_grad_enabled() and options["input_ids"].numel() > 60:
+            with Path({log!r}).open("a") as log:
+                log.write("refused\\n")
+            torch.empty(2**55)
+        return super().forward(*arguments, **options)
+"""
+
+
+def test_trials_that_run_out_of_memory_go_on_in_smaller_passes_and_show_says_so(tiny: Tiny, tmp_path: Path) -> None:
+    model = with_code(tiny, tmp_path, "that_is_large")
+    (model / "that_is_large.py").write_text(SHORT_OF_MEMORY.format(log=str(tmp_path / "log")))
+    study = run(space(tiny, {"num_trials": 2}, model_name_or_path=model, trust_remote_code="true"), tmp_path)
+    assert [record.status for record in study.records()] == [Status.COMPLETE] * 2
+    limits = {metrics["training_limit"] for record in study.records() for metrics in record.history}
+    assert max(limits) <= 60
+    # The second trial begins with what the first one has learned.
+    assert len((tmp_path / "log").read_text().splitlines()) <= 3
+    study.release()
+    shown = CliRunner().invoke(main, ["show", "s", f"--storage-path={tmp_path / 'runs'}"]).stdout
+    assert f"In 2 trials: training passes of at most {min(limits)} positions: larger ones ran out of memory." in shown
 
 
 def test_a_package_that_a_model_misses_ends_the_search_with_its_line(tiny: Tiny, tmp_path: Path) -> None:

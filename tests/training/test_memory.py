@@ -142,7 +142,7 @@ def test_what_had_room_is_kept_when_a_trial_goes_on_and_for_the_trials_after_it(
     assert len(json.loads((tmp_path / "whole" / "passes.json").read_text())) == 2
 
 
-@pytest.mark.parametrize("content", ["", "[1]", '{"a": 1}', '{"a": {"b": 1}}', None])
+@pytest.mark.parametrize("content", ["", "[1]", '{"a": 1}', '{"a": {"b": 1}}', '{"a": {"training": "x"}}', None])
 def test_a_file_that_is_not_as_it_should_be_says_nothing(content: str | None, tmp_path: Path) -> None:
     file = tmp_path / "passes.json"
     if content is not None:

@@ -222,7 +222,7 @@ def _read(file: Path | None) -> dict[str, Any]:
     """What is in `file`; nothing if it is not as it should be."""
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file is not None else {}
-        return {key: vars(Proven(**sizes)) for key, sizes in found.items()}
+        return {key: vars(Proven(**{kind: int(n) for kind, n in sizes.items()})) for key, sizes in found.items()}
     except (OSError, ValueError, TypeError, AttributeError):
         return {}
 
