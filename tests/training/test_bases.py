@@ -189,7 +189,7 @@ def test_a_base_of_a_trial_that_failed_amid_a_step_is_loaded_again(
 
     config = tiny.config("causal-lm", **SHORT)
     with monkeypatch.context() as patched:
-        patched.setattr(loop.Run, "_backward", fails)
+        patched.setattr(loop.Run, "train_step", fails)
         with pytest.raises((OutOfMemory, type(error))):
             results(config, tmp_path / "first")
     second = results(config, tmp_path / "second")
