@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group
@@ -51,7 +51,7 @@ class SearchProgress:
         self.running: dict[int, tuple[TrialRecord, Mapping[str, float]]] = {}
         self.ended_before = 0
         self.started = time.monotonic()
-        self._said_start = self._said_cut = self._said_compiled = False
+        self._said_start = self._said_cut = False
         self._said_limits: set[str] = set()
         self._reported = time.monotonic()
         self._console = Console(stderr=True, highlight=False)
@@ -92,14 +92,10 @@ class SearchProgress:
             self._print(
                 f"trial {trial.number} at step {step_of(metrics)}, {self.metric} {in_short(metrics[self.metric])}"
             )
-        for line in Proven.told_by(metrics).in_words():
+        for line in (*Proven.told_by(metrics).in_words(), *_not_compiled(metrics)):
             if line not in self._said_limits:
                 self._said_limits.add(line)
                 self.say(f"Note: trial {trial.number}: {line}")
-        if metrics.get("compiled") == 0 and not self._said_compiled:
-            self._said_compiled = True
-            what = "not all blocks are compiled, or none; a dry run says what its machine lacks"
-            self.say(f"Note: torch_compile: in trial {trial.number} {what}")
         if "rows" in metrics and not self._said_cut:
             self._said_cut = True
             self._say_what_is_cut(Truncation.told_by(metrics), trial.settings)
@@ -164,3 +160,8 @@ class SearchProgress:
         if done == 0:
             return None
         return (time.monotonic() - self.started) / done * (self.num_trials - len(self.ended))
+
+
+def _not_compiled(metrics: Mapping[str, float]) -> Iterator[str]:
+    if metrics.get("compiled") == 0:
+        yield "torch_compile: not all blocks are compiled, or none; a dry run says what this machine lacks"

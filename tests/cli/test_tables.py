@@ -195,7 +195,7 @@ def test_rows_that_are_cut_are_told_once(capsys: pytest.CaptureFixture[str]) -> 
 def test_a_trial_that_is_not_compiled_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert told_of_rows(capsys, compiled=1.0) == []
     assert told_of_rows(capsys, compiled=0.0) == [
-        "Note: torch_compile: in trial 0 not all blocks are compiled, or none; a dry run says what its machine lacks"
+        "Note: trial 0: torch_compile: not all blocks are compiled, or none; a dry run says what this machine lacks"
     ]
 
 

@@ -65,7 +65,7 @@ def new_graphs() -> Graphs:
     return found
 
 
-@pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
+@pytest.mark.parametrize("task", ["causal-lm", pytest.param("sequence-classification", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("compiler")
 def test_few_graphs_do_for_all_shapes_and_for_a_second_trial(task: Task, tiny: Tiny, tmp_path: Path) -> None:
     for method in METHODS:
@@ -87,7 +87,7 @@ def test_few_graphs_do_for_all_shapes_and_for_a_second_trial(task: Task, tiny: T
         run.base.end()
 
 
-@pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm"])
+@pytest.mark.parametrize("task", ["causal-lm", pytest.param("seq2seq-lm", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("compiler")
 def test_what_is_measured_is_computed_as_without(task: Task, tiny: Tiny, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"max_steps": 2, "eval_steps": 2, "predict_with_generate": True, "max_new_tokens": 6}
