@@ -20,6 +20,7 @@ from torch import multiprocessing
 from toy_methods import pass_twice, remember
 
 from bilora_ray.config import Task, TrialConfig
+from bilora_ray.training.compute.compiled import why_not
 from bilora_ray.training.distributed.workers import Workers
 from bilora_ray.training.folder import TENSORS, TrialFolder
 
@@ -93,6 +94,19 @@ def check_alike(one: list[dict[str, float]], several: list[dict[str, float]], pa
 
 # Whole copies are compared in the slow tests: parts of a model take the same way, and more.
 PARTED = [pytest.param(False, marks=pytest.mark.slow, id="ddp"), pytest.param(True, id="fsdp")]
+
+
+@pytest.mark.slow
+def test_two_workers_with_compiled_blocks_equal_one_without(tiny: Tiny, tmp_path: Path) -> None:
+    if reason := why_not("cpu"):
+        pytest.skip(reason)
+    length: dict[str, Any] = {"max_steps": 6, "eval_steps": 3, "learning_rate": 2e-3}
+    length |= {"model_name_or_path": without_dropout(tiny, "causal-lm", tmp_path)}
+    one, _ = run_fit(tiny.config("causal-lm", per_device_train_batch_size=6, **length), tmp_path / "one")
+    settings = settings_of(tiny, "causal-lm", rows=3, torch_compile=True, **length)
+    two = together(2, fit_together, settings, str(tmp_path / "two"), 2, False)
+    assert [report.pop("compiled") for report in two[0]] == [1.0, 1.0]
+    check_alike(one, two[0], tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.parametrize("sharded", PARTED)
