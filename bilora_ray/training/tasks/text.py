@@ -291,9 +291,11 @@ def _begun(generation: GenerationConfig, continues: bool, example: Example, read
         text = begun(example.labels, read, generation)
         return text if is_whole(text, generation) else []
     prompt = example.prompt_ids or array("i")
-    target = example.labels[len(prompt) :]
+    target = example.input_ids[len(prompt) :]
     # A prompt may be cut to leave room for the text, where the one that is learned from leaves its completion room.
-    if not prompt or not target or IGNORED in target or example.input_ids[: len(prompt)] != prompt:
+    if not prompt or not target or example.input_ids[: len(prompt)] != prompt:
+        return []
+    if IGNORED in example.labels[len(prompt) :]:  # what was read there was not predicted
         return []
     return begun(target, read[-len(target) :], generation)
 
