@@ -6,9 +6,8 @@ gives one ratio per contender; the table holds the ratios' median and its 95 % b
 on the CPU, for the process's own CPU time, which other processes disturb less.
 
 Two baselines, because a fused forward pass is faster than PEFT's whatever the method:
-- `lora`: plain LoRA as PEFT ships it;
-- `lora-fused`: plain LoRA with the same fused arithmetic as Bi-LoRA's (one addmm onto the base output, the scale
-  folded into the rank-sized activations). It exists only here, to show how much of a ratio is due to the fusing.
+- `peft`: plain LoRA as PEFT ships it, with the product's optimizer;
+- `lora`: the product's own, with the same fused arithmetic as Bi-LoRA's.
 
     python benchmarks/step_time.py --model llama --hidden 1024 --steps 40
 
@@ -33,12 +32,10 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners import lora
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from bilora_ray.method import build_method, settings_of
-from bilora_ray.method.layers import PRIMARY, add_low_rank
+from bilora_ray.method import LoraAdamW, build_method, settings_of
 
 RANK = 8
 SETTINGS = {
@@ -53,25 +50,13 @@ VOCABULARY = 1024
 Step = Callable[[], Any]
 
 
-class FusedLoraLinear(lora.Linear):
-    """Plain LoRA with the arithmetic of the fused Bi-LoRA layer, less the auxiliary."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """base(x) + s1 B1 A1 x."""
-        A, B = self.lora_A[PRIMARY].weight, self.lora_B[PRIMARY].weight
-        return add_low_rank(self.base_layer(x), self._cast_input_dtype(x, A.dtype), A, B, self.scaling[PRIMARY])
-
-
 def contender(name: str, base: PreTrainedModel, batch: dict[str, Tensor]) -> Step:
-    """One training step of method `name` on its own copy of `base`. `lora-fused` is defined here."""
+    """One training step of method `name`, or of `peft`, on its own copy of `base`."""
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
     model: PeftModel = get_peft_model(copy.deepcopy(base), config)
-    if name == "lora-fused":
-        for module in model.modules():
-            if isinstance(module, lora.Linear):
-                module.__class__ = FusedLoraLinear
-    method = "lora" if name == "lora-fused" else name
-    optimizer = build_method(method, model, **{key: SETTINGS[key] for key in settings_of(method)})
+    method = "lora" if name == "peft" else name
+    settings = {key: SETTINGS[key] for key in settings_of(method)}
+    optimizer = LoraAdamW(model, **settings) if name == "peft" else build_method(method, model, **settings)
     model.train()
 
     def closure() -> Tensor:
@@ -173,7 +158,7 @@ def compare(model: str, clock: str, seconds: dict[str, list[float]], baselines: 
     ratios = []
     for method, own in seconds.items():
         for baseline in baselines:
-            if method == baseline or baseline not in seconds or (method, baseline) == ("lora", "lora-fused"):
+            if method == baseline or baseline not in seconds or (method, baseline) == ("peft", "lora"):
                 continue
             values = torch.tensor([a / b for a, b in zip(own, seconds[baseline], strict=True)])
             low, high = _median_interval(values)
@@ -219,7 +204,7 @@ def main() -> None:
     """Measure, and print the table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("llama", "t5"), nargs="+", default=["llama", "t5"])
-    parser.add_argument("--methods", nargs="+", default=["lora", "lora-fused", "bilora"], help="contenders")
+    parser.add_argument("--methods", nargs="+", default=["peft", "lora", "bilora"], help="contenders")
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size, a multiple of 64")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", help="tokens a step, a multiple of 128 (512); of --shapes 4x1024,4x256,4x64")
@@ -253,7 +238,7 @@ def main() -> None:
         batch = build_batch(model, int(arguments.tokens or 512), device)
         steps = {name: contender(name, base, batch) for name in arguments.methods}
         for clock, seconds in measure(steps, arguments.steps, arguments.warmup, device).items():
-            ratios += compare(model, clock, seconds, [name for name in ("lora", "lora-fused") if name in steps])
+            ratios += compare(model, clock, seconds, [name for name in ("peft", "lora") if name in steps])
     if arguments.json:
         print(json.dumps({"machine": machine(device), "ratios": [asdict(ratio) for ratio in ratios]}, indent=2))
     else:

@@ -18,8 +18,9 @@ Kind = Literal["training", "evaluation", "generation"]
 # How many tokens of a row each part of a model reads: one number, or an encoder's and a decoder's.
 Sides = tuple[int, ...]
 # So many positions take as long as what a pass costs beside them. CPU: measured on one thread, 95 for the quickstart's
-# model and 25 to 28 for hidden sizes of 256 and 512. GPU: a roofline's 700 for an 8B, 1,700 for a 1B.
-OVERHEAD = {"cpu": 128, "cuda": 1024}
+# model and 25 to 28 for hidden sizes of 256 and 512. GPU: 700 for an 8B and 1,700 for a 1B beside a fast host; measured
+# beside a slow one, some 3,000 for an 8B.
+OVERHEAD = {"cpu": 128, "cuda": 2048}
 
 
 @dataclass(frozen=True)
