@@ -289,7 +289,7 @@ def test_validate_prints_json_for_scripts() -> None:
     space = json.loads(result.output)
     assert list(space) == ["study", "resources", "fixed", "distributions"]
     assert (space["study"]["name"], space["study"]["seed"], space["fixed"]["rank"]) == ("llama-alpaca", 3, 8)
-    assert space["distributions"]["rho"] == {"low": 0.005, "high": 0.5, "log": True}
+    assert space["distributions"]["rho"] == {"low": 0.005, "high": 1.0, "log": True}
     assert space["distributions"]["auxiliary_rank"] == {"choice": [2, 4, 8, 16]}
 
 

@@ -233,7 +233,8 @@ def test_the_recipe_says_where_an_adapter_comes_from(trained: dict[Task, Trained
     assert recipe["step"] == 8
     assert recipe["model_commit"] is None  # of a folder
     # The labels that were found are kept, so that an evaluation needs no training data.
-    assert TrialConfig(**recipe["settings"]) == trial.config.model_copy(update={"label_names": ("bad", "good")})
+    known = {"label_names": ("bad", "good"), "precision": "fp32"}  # which was auto
+    assert TrialConfig(**recipe["settings"]) == trial.config.model_copy(update=known)
 
 
 def test_export_adapter_copies_the_adapter_and_adds_its_origin(trained: dict[Task, Trained], tmp_path: Path) -> None:
@@ -387,7 +388,7 @@ def test_an_evaluation_takes_other_data_and_settings(trained: dict[Task, Trained
     data = str(tiny.folder / "labels-train.jsonl")
     settings = {"train_data": data, "validation_data": data, "per_device_eval_batch_size": 5, "learning_rate": "3e-4"}
     config = evaluation_config(trial.adapter, settings)
-    expected = {**settings, "learning_rate": 3e-4, "label_names": ("bad", "good")}
+    expected = {**settings, "learning_rate": 3e-4, "label_names": ("bad", "good"), "precision": "fp32"}
     assert config == trial.config.model_copy(update=expected)
     metrics = evaluate_adapter(trial.adapter, config)
     loaded = PeftModel.from_pretrained(base_of(trial), str(trial.adapter)).eval()

@@ -25,6 +25,7 @@ OTHERS: dict[str, Any] = {
     "gradient_checkpointing": True,
     "torch_compile": True,
     "per_device_generation_batch_size": 64,
+    "tokens_per_pass": 64,
 }
 
 
