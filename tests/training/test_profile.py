@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_trials import Tiny
+from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.training.data.batches import train_batch
@@ -15,6 +16,7 @@ from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import load_data
 from bilora_ray.training.loop import Run
 from bilora_ray.training.probe import profile as profiling
+from bilora_ray.training.probe import roofline
 from bilora_ray.training.probe.advice import GIB, Seen, doubled, suggestions
 from bilora_ray.training.probe.profile import WARM_UP, Profile, profile
 from bilora_ray.training.tasks import TASKS
@@ -156,3 +158,13 @@ def test_no_more_than_three_are_told_and_the_best_first() -> None:
     assert len(found) == 3
     assert speedups == sorted(speedups, reverse=True)
     assert min(speedups) >= 1.02
+
+
+def test_operations_are_those_of_torchs_count_and_of_products_in_place() -> None:
+    left, right, sum_ = torch.ones(3, 4), torch.ones(4, 5), torch.zeros(3, 5)
+    assert roofline.operations(lambda: sum_.addmm_(left, right)) == roofline.operations(lambda: left @ right) == 120
+    shape = (2, 8, 16, 64)
+    assert roofline._attention(shape, shape, shape) == sdpa_flop_count(shape, shape, shape)
+    assert roofline._attention_back(shape, shape, shape, shape) == sdpa_backward_flop_count(shape, shape, shape, shape)
+    fewer = (2, 2, 16, 64)
+    assert roofline._attention(shape, fewer, fewer) == roofline._attention(shape, shape, shape)

@@ -76,16 +76,21 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def counting() -> FlopCounterMode:
-    """What counts floating-point operations, those of attention with fewer heads of keys than of queries too."""
+    """What counts floating-point operations: what torch's own does, and what our models have besides."""
     kinds = ("efficient", "flash", "cudnn")
     of_torch = torch.ops.aten
     forward = {getattr(of_torch, f"_scaled_dot_product_{kind}_attention"): _attention for kind in kinds}
     back = {getattr(of_torch, f"_scaled_dot_product_{kind}_attention_backward"): _attention_back for kind in kinds}
-    return FlopCounterMode(display=False, custom_mapping={**forward, **back})
+    return FlopCounterMode(display=False, custom_mapping={**forward, **back, of_torch.addmm_: _product})
+
+
+def _product(_: Any, left: Sequence[int], right: Sequence[int], *__: Any, **___: Any) -> int:
+    """Of a product that is added in place, as a layer over a bf16 base adds the base's; torch counts others only."""
+    return 2 * left[0] * left[1] * right[1]
 
 
 def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    rows, heads, length, size = query
+    rows, heads, length, size = query  # keys may have fewer heads
     return 2 * rows * heads * length * key[-2] * (size + value[-1])
 
 
