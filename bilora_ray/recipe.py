@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bilora_ray.checking import build, completed
-from bilora_ray.config import TrialConfig, of_other_sources
+from bilora_ray.config import HUB_KERNEL, TrialConfig, of_other_sources
 from bilora_ray.errors import UserError
 
 RECIPE, MERGED = "bilora_ray.json", "merged"
@@ -59,8 +59,8 @@ def is_merged(folder: Path) -> bool:
 def evaluation_config(exported: Path, settings: Mapping[str, Any], base_model: bool = False) -> TrialConfig:
     """The settings to evaluate an exported adapter, or a merged model, with: those of its training, `settings` on top.
 
-    Without any, the evaluation is that of the training: on its validation rows. Only `settings` can allow remote code:
-    an adapter may be a stranger's.
+    Without any, the evaluation is that of the training: on its validation rows. Only `settings` can allow remote code,
+    a kernel of the Hub among it: an adapter may be a stranger's.
 
     Args:
         exported: the folder.
@@ -72,6 +72,8 @@ def evaluation_config(exported: Path, settings: Mapping[str, Any], base_model: b
     """
     merged = is_merged(exported)
     recipe = {**(_recipe(exported) if merged else read_recipe(exported))["settings"], "trust_remote_code": False}
+    if HUB_KERNEL.fullmatch(str(recipe.get("attn_implementation"))):  # is code too
+        recipe["attn_implementation"] = None
     # Nothing is judged by it, and an evaluation without generation may not know it.
     recipe.pop("metric", None)
     if merged and not base_model:

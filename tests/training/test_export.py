@@ -405,9 +405,10 @@ def test_an_evaluation_takes_other_data_and_settings(trained: dict[Task, Trained
 def test_a_recipe_cannot_turn_remote_code_on(trained: dict[Task, Trained], tmp_path: Path) -> None:
     export_adapter(trained["causal-lm"].adapter, tmp_path / "theirs", ORIGIN)
     recipe = read_recipe(tmp_path / "theirs")
-    recipe["settings"]["trust_remote_code"] = True
+    recipe["settings"] |= {"trust_remote_code": True, "attn_implementation": "kernels-community/flash-attn3"}
     (tmp_path / "theirs" / "bilora_ray.json").write_text(json.dumps(recipe))
     assert not evaluation_config(tmp_path / "theirs", {}).trust_remote_code
+    assert evaluation_config(tmp_path / "theirs", {}).attn_implementation is None
     assert evaluation_config(tmp_path / "theirs", {"trust_remote_code": True}).trust_remote_code
 
 
