@@ -141,5 +141,6 @@ def _tells_what_is_written(
         return False
     if model not in _TELLING:
         probe = Probe(model, config, tokenizer)
-        _TELLING[model] = not TASKS[config.task].continues or probe.writes_as_it_reads()
+        found = not TASKS[config.task].continues or probe.writes_as_it_reads()
+        _TELLING[model] = all(workers.gather(found))  # or each would have other batches to write
     return _TELLING[model]

@@ -1,5 +1,6 @@
 """How texts are written for an evaluation: how many at once, how much is known, and that neither changes one."""
 
+from array import array
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +29,7 @@ from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import load_data
 from bilora_ray.training.loop import Run
 from bilora_ray.training.tasks import TASKS, text
+from bilora_ray.training.tasks.base import padded
 
 GIB = 2**30
 # Llama 3.1 8B: a token's keys and values are 2 x 32 layers x 8 heads x 128 x 2 bytes.
@@ -97,6 +99,25 @@ def test_each_worker_has_the_same_part(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Workers, "gather", lambda self, value: [value, 14 * GIB])
     assert rows_at_once(Shape(LLAMA), [256] * 10_000, 256, config(), workers) == 128
     assert rows_at_once(Shape(LLAMA), [256] * 402, 256, config(), workers) == 101
+
+
+def test_no_text_gets_past_where_the_longest_prompts_ends() -> None:
+    """Rows of which other lengths are known share a batch; a model with learned positions has none behind them."""
+    torch.manual_seed(0)
+    shape = GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2, eos_token_id=49, pad_token_id=0)
+    model = AutoModelForCausalLM.from_config(shape).eval()
+    greedy = GenerationConfig(max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=[49])
+    prompts = [array("i", range(1, 1 + length)) for length in (24, 4)]
+
+    def wrote(*beginnings: list[int]) -> list[list[int]]:
+        def collate(rows: Any) -> dict[str, torch.Tensor]:
+            return padded(rows, 0, left=True)
+
+        return generation.write(model, prompts, beginnings, greedy, collate, config(), ALONE, continues=True)
+
+    whole = wrote([], [])
+    assert wrote(whole[0][:6], whole[1][:1]) == whole
+    assert wrote(whole[0][:1], whole[1][:6]) == whole
 
 
 def written(trial: TrialConfig, adapter: Path, **settings: Any) -> list[str]:

@@ -170,15 +170,18 @@ def write(
     unfinished = [row for row, text in enumerate(texts) if not is_whole(text, generation)]
 
     def generate(rows: Sequence[int]) -> list[list[int]]:
-        inputs = collate([prompts[row] + array("i", texts[row]) for row in rows])
+        least, longest = min(len(texts[row]) for row in rows), max(len(prompts[row]) for row in rows)
+        # All are written for as long as the shortest needs: none may get past where the longest prompt's text ends.
+        known = [texts[row][: least + longest - len(prompts[row])] for row in rows]
+        inputs = collate([prompts[row] + array("i", text) for row, text in zip(rows, known, strict=True)])
         rest = copy(generation)
-        rest.max_new_tokens = generation.max_new_tokens - min(len(texts[row]) for row in rows)
+        rest.max_new_tokens = generation.max_new_tokens - least
         # Every forward pass gathers the weights, so whose texts are done goes on with those whose aren't.
         synced = workers.sharded and workers.world_size > 1
         output = model.generate(**inputs, generation_config=rest, synced_gpus=synced)
         # Before what it writes stands the prompt, or what a decoder starts with.
         written = output[:, inputs["input_ids"].shape[1] if continues else 1 :].tolist()
-        return [[*texts[row], *more][: generation.max_new_tokens] for row, more in zip(rows, written, strict=True)]
+        return [[*text, *more][: generation.max_new_tokens] for text, more in zip(known, written, strict=True)]
 
     lengths = [len(prompts[row]) + len(texts[row]) for row in unfinished]
     size = rows_at_once(model, lengths, generation.max_new_tokens, config, workers)
@@ -198,7 +201,7 @@ def rows_at_once(
 ) -> int:
     """How many texts are written at once: what is asked for, or as many as help and have room; the same on each worker.
 
-    A power of two, so that a little memory more or less makes no other batches. It is no less than the rows of an
+    A power of two. It is no less than the rows of an
     evaluation pass, and these where the shape of `model` is not told in the usual words.
 
     Args:
@@ -235,17 +238,19 @@ def _bytes_of_a_row(model: Model, prompt: int, new: int) -> int:
 
 
 def _room(model: Model) -> int:
-    """Bytes that texts may take where `model` computes; of a GPU's, what no other process has and no tensor of ours."""
+    """Bytes that texts may take where `model` computes: of a GPU's, a share of what its weights leave.
+
+    What else is in use at a moment does not count: other batches round bf16 otherwise, and a trial should measure the
+    same each time. Where there is less, fewer texts are written at once.
+    """
     import torch
 
     if model.device.type != "cuda":
         return CPU_BYTES
-    free, total = torch.cuda.mem_get_info(model.device)
-    used = torch.cuda.memory_allocated(model.device)
-    # What the allocator keeps is ours to use; a trial with a part of a GPU has no more than its part.
-    free += torch.cuda.memory_reserved(model.device) - used
+    total = torch.cuda.get_device_properties(model.device).total_memory
     own = int(total * torch.cuda.get_per_process_memory_fraction(model.device))
-    return int(SAFE_SHARE * max(min(free, own - used), 0))
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return int(SAFE_SHARE * max(own - weights, 0))
 
 
 @contextmanager
