@@ -9,18 +9,19 @@ import tempfile
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_trials import TASKS, Tiny, reproducible, run_fit
+from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
-from torch import multiprocessing
 from toy_methods import pass_twice, remember
 
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.training.compute.compiled import why_not
+from bilora_ray.training.distributed.parallel import Network
 from bilora_ray.training.distributed.workers import Workers
 from bilora_ray.training.folder import TENSORS, TrialFolder
 
@@ -139,6 +140,26 @@ def test_interrupted_workers_go_on_exactly_and_generate_what_one_generates(
     assert TrialFolder(tmp_path / "two").state()["resumed_at"] == [6]
     check_alike(one, ended[0], tmp_path / "one", tmp_path / "two")
     assert [report["eval_exact_match"] for report in ended[0]] == [report["eval_exact_match"] for report in one]
+
+
+def test_workers_that_lack_different_gradients_add_up_each_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Tensor] = []
+    monkeypatch.setattr(dist, "broadcast", lambda *_: None)
+    given: list[list[float | None]] = [[1.0, 4.0, None], [None, 2.0, None], [None, None, None]]
+
+    def shared(values: list[float | None]) -> list[Any]:
+        model = nn.ParameterList([nn.Parameter(torch.zeros(size)) for size in (2, 3, 1)])
+        network = Network(cast(Any, model), Workers(planned=3, world_size=3))
+        for part, value in zip(model, values, strict=True):
+            part.grad = None if value is None else torch.full_like(part, value)
+        network.share_gradients()
+        return [None if part.grad is None else part.grad.tolist() for part in model]
+
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: sent.append(tensor.clone()))
+    for values in given:
+        shared(values)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.copy_(torch.stack(sent).sum(0)))
+    assert [shared(values) for values in given] == [[[1.0] * 2, [6.0] * 3, None]] * 3
 
 
 def remember_together(settings: dict[str, Any], folder: str, kinds: list[str], sharded: bool) -> None:

@@ -56,14 +56,24 @@ class Network:
         """Give each copy of the model the sum of the gradients of all, at once: an adapter's are few.
 
         torch's DDP would do that amid the last pass, in which a worker that is out of memory would keep all waiting.
+        A copy may have none of a layer that was left out, or of an expert without tokens, and another one have it: all
+        send as much, and with it how many have which, which only who lacks one waits to read.
         """
-        gradients = [parameter.grad for parameter in self._trained if parameter.grad is not None]
-        if not self._copies or not gradients:
+        if not self._copies or not self._trained:
             return
-        together = torch.cat([gradient.flatten() for gradient in gradients])
+        lacking = [index for index, parameter in enumerate(self._trained) if parameter.grad is None]
+        have = torch.ones(len(self._trained), device=self._trained[0].device)
+        for index in lacking:
+            have[index] = 0
+        gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in self._trained]
+        together = torch.cat([*(gradient.flatten() for gradient in gradients), have])
         dist.all_reduce(together)
-        for gradient, part in zip(gradients, together.split([one.numel() for one in gradients]), strict=True):
+        *parts, have = together.split([*(one.numel() for one in gradients), len(gradients)])
+        for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
+        counts = have.tolist() if lacking else []
+        for index in lacking:
+            self._trained[index].grad = gradients[index] if counts[index] else None
 
     def reshard(self) -> None:
         """Give each worker its part of the parameters again, where an evaluation has left some of them whole."""
