@@ -204,6 +204,7 @@ def _is_plain(base: Any, dtype: torch.dtype) -> TypeGuard[nn.Linear]:
         and type(base) is nn.Linear
         and type(base.weight) is nn.Parameter
         and base.weight.dtype == dtype
+        and "forward" not in vars(base)  # as accelerate puts it there
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
     )
 
