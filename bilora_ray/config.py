@@ -329,8 +329,21 @@ class TrialConfig(Settings):
     max_steps: Int | None = setting(
         None, "optimizer steps, instead of num_train_epochs", ge=1, decides="training", shown=("card",)
     )
-    per_device_train_batch_size: Int = setting(8, "rows of one forward pass", ge=1, decides="training", shown=("card",))
-    per_device_eval_batch_size: Int = setting(32, "rows of one evaluation pass", ge=1, decides="memory")
+    per_device_train_batch_size: Int = setting(
+        8,
+        "rows of one forward pass that are as long as the longest of the step; of shorter ones it takes more. A step "
+        "has this x gradient_accumulation_steps x workers rows",
+        ge=1,
+        decides="training",
+        shown=("card",),
+    )
+    per_device_eval_batch_size: Int = setting(
+        32,
+        "rows of one evaluation pass that are as long as the longest of all; of shorter ones it takes more; 1: each "
+        "row by itself",
+        ge=1,
+        decides="memory",
+    )
     per_device_generation_batch_size: Int | None = setting(
         None,
         "texts that are written at once; absent: as many as there is memory for, and one where an evaluation pass has "
@@ -339,12 +352,17 @@ class TrialConfig(Settings):
         decides="memory",
     )
     gradient_accumulation_steps: Int = setting(
-        1, "forward passes of one optimizer step", ge=1, decides="training", shown=("card",)
+        1,
+        "how many times per_device_train_batch_size rows each worker has in an optimizer step; how many passes they "
+        "take depends on their lengths",
+        ge=1,
+        decides="training",
+        shown=("card",),
     )
     tokens_per_pass: Int | None = setting(
         None,
-        "positions of one forward pass of training at the most, padding too; absent: per_device_train_batch_size rows "
-        "as long as the longest of the step",
+        "positions of one forward pass of training at the most, padding too, however many rows that is; absent: "
+        "those of per_device_train_batch_size rows as long as the longest of the step",
         ge=1,
         decides="memory",
     )

@@ -63,6 +63,8 @@ def test_a_model_that_reads_padding_gets_one_row_a_batch(family: str, tiny: Tiny
     assert line_of(config.model_copy(update={"per_device_train_batch_size": 1}), tmp_path / "trial").startswith(
         "per_device_eval_batch_size: "
     )
+    together = config.model_copy(update={**sizes, "tokens_per_pass": 40})
+    assert line_of(together, tmp_path / "trial").endswith("_eval_batch_size of 1, and no tokens_per_pass")
     rehearse(config.model_copy(update=sizes))
 
 

@@ -91,6 +91,12 @@ def test_rows_one_after_another_are_cut_by_their_sum() -> None:
     assert positions(sides, padded=False) == 18 < positions(sides)
 
 
+def test_one_row_is_a_pass_unless_positions_are_counted() -> None:
+    sides = [(5,), (9,), (5,)]
+    assert cut(sides, Budget(1), "cpu") == [[0], [1], [2]]
+    assert cut(sides, Budget(1, positions=10), "cpu") == [[1], [0, 2]]
+
+
 def test_a_gpu_gets_fewer_and_fuller_passes() -> None:
     random = Random(0)
     sides = [(random.randrange(50, 400),) for _ in range(32)]

@@ -29,7 +29,7 @@ class Budget:
 
     Attributes:
         rows: so many rows, each as long as the longest of all; 1: each row is a pass of its own.
-        positions: so many positions instead, padding too.
+        positions: so many positions instead, padding too, whatever `rows` is.
         proven: no more positions than these in any case, for more ran out of memory.
         padded: whether the rows of a pass are padded to the longest; else they are one after another.
     """
@@ -92,7 +92,7 @@ def cut(sides: Sequence[Sides], budget: Budget, device: str, workers: int = 1) -
         device: torch's name of its kind.
         workers: who share the passes. All get equally many if there are rows enough, and as even ones as can be.
     """
-    if budget.rows == 1:
+    if budget.rows == 1 and budget.positions is None:
         return [[row] for row in range(len(sides))]
     order = sorted(range(len(sides)), key=lambda row: -sum(sides[row]))
     lengths, (of_side, of_all) = [sides[row] for row in order], budget.limits(sides)

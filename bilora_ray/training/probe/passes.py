@@ -233,9 +233,12 @@ def _problem(probe: Probe, training: bool) -> tuple[str, str] | None:
     evaluated = "per_device_eval_batch_size"
     sizes = ["per_device_train_batch_size", evaluated] if training else [evaluated]
     several = [key for key in sizes if getattr(config, key) > 1]
+    if training and config.tokens_per_pass is not None:
+        several.append("tokens_per_pass")
     # What a row that is padded at its right holds is not seen from before it.
     if not continues and several and probe.minds_padding():
-        return several[0], f"reads a row in another way beside a longer one; needs {' and '.join(sizes)} of 1"
+        line = f"reads a row in another way beside a longer one; needs {' and '.join(sizes)} of 1"
+        return several[0], line + (", and no tokens_per_pass" if "tokens_per_pass" in several else "")
     if config.predict_with_generate and config.writes_several and probe.writes_by_padding():
         written = "per_device_generation_batch_size"
         return written, f"goes on in another way beside a longer prompt; predict_with_generate needs {written} of 1"
