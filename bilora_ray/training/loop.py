@@ -222,7 +222,8 @@ class Run:
         model, config, tokenizer = self.base.model, self.config, self.data.tokenizer
         check_tokens(model, config, tokenizer, chain(self.data.train, self.data.validation))
         # All of the settings that its passes are looked at for, beside those that it is loaded by.
-        read = (config.per_device_train_batch_size, config.per_device_eval_batch_size, config.predict_with_generate)
+        sizes = (config.per_device_train_batch_size, config.tokens_per_pass, config.per_device_eval_batch_size)
+        read = (*sizes, config.predict_with_generate, config.writes_several)
         if not self.workers.sharded and read not in self.base.passed:  # whose other workers have no weights yet
             check_passes(model, config, tokenizer)
             self.base.passed.add(read)

@@ -211,6 +211,11 @@ def test_a_base_that_workers_have_parts_of_is_not_kept(tiny: Tiny) -> None:
     assert bases._kept == []
 
 
+def test_a_base_with_code_of_its_own_is_not_kept(tiny: Tiny) -> None:
+    key = bases.key_of(tiny.config("causal-lm", trust_remote_code=True), None, 0, models.device())
+    assert key is None
+
+
 def test_two_trials_at_one_time_have_a_base_each(tiny: Tiny, tmp_path: Path) -> None:
     config = tiny.config("causal-lm", **SHORT)
     results(config, tmp_path / "first")
@@ -319,7 +324,7 @@ def test_no_other_setting_decides_a_base_or_what_it_is_looked_at_for(task: Task,
     assert asked <= bases.DECISIVE | {"seed"} | again
     asked.clear()
     check_passes(model, config, data.tokenizer)
-    sizes = {"per_device_train_batch_size", "per_device_eval_batch_size"}
+    sizes = {"per_device_train_batch_size", "per_device_eval_batch_size", "tokens_per_pass"}
     assert asked <= bases.DECISIVE | {"predict_with_generate"} | sizes
 
 
@@ -335,6 +340,7 @@ def test_passes_are_looked_at_once_for_one_base_and_again_for_other_settings(
     looked: list[int] = []
     check = loop.check_passes
     monkeypatch.setattr(loop, "check_passes", lambda *args: (looked.append(1), check(*args)))
-    for number, size in enumerate((8, 8, 4)):
-        results(tiny.config("causal-lm", **SHORT, per_device_train_batch_size=size), tmp_path / str(number))
-    assert len(looked) == 2
+    others: list[dict[str, Any]] = [{"per_device_train_batch_size": 4}, {"per_device_generation_batch_size": 1}]
+    for number, settings in enumerate(({}, {}, *others)):
+        results(tiny.config("causal-lm", **SHORT | settings), tmp_path / str(number))
+    assert len(looked) == 3

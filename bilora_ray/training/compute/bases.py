@@ -68,9 +68,12 @@ _last: weakref.ref[PreTrainedModel] | None = None
 def key_of(
     config: TrialConfig, label_names: Sequence[str] | None, pad_token_id: int | None, device: torch.device
 ) -> Key | None:
-    """What decides the base model of `config`; None where that is not known."""
+    """What decides the base model of `config`; None where that is not known.
+
+    Nor is it of a model's own code, which may write to its weights where nobody sees it.
+    """
     stamp = stamp_of_base(config)
-    if stamp is None:
+    if stamp is None or config.trust_remote_code:
         return None
     settings = tuple((name, getattr(config, name)) for name in sorted(DECISIVE))
     return settings, stamp, None if label_names is None else tuple(label_names), pad_token_id, device
