@@ -22,8 +22,9 @@ from bilora_ray.training import evaluate as evaluation
 from bilora_ray.training import model as models
 from bilora_ray.training.compute import gradients, memory
 from bilora_ray.training.compute.cutting import Proven
-from bilora_ray.training.compute.memory import Shortage, failure, is_out_of_memory
+from bilora_ray.training.compute.memory import Room, Shortage, failure, in_parts, is_out_of_memory
 from bilora_ray.training.distributed.parallel import Network
+from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.folder import TENSORS, TrialFolder
 from bilora_ray.training.loop import Run, fit
 
@@ -191,6 +192,28 @@ def test_one_row_that_has_no_room_ends_the_trial_with_the_numbers(tiny: Tiny, tm
     # Who keeps the error keeps no model with it.
     frames = [frame.tb_frame.f_locals for frame in traceback_of(caught.value)]
     assert not [value for local in frames for value in local.values() if isinstance(value, Run)]
+
+
+def test_one_row_that_has_room_after_all_is_no_failure(tiny: Tiny, tmp_path: Path, short_of: Any) -> None:
+    shape: dict[str, Any] = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "lora_dropout": 0.2}
+    config = tiny.config("causal-lm", max_steps=4, **shape)
+    wanted, _ = run_fit(config, tmp_path / "wanted" / "0")
+    fails = iter([on_a_gpu])
+    short_of(0, step=3, fail=lambda: next(fails, lambda: None)())
+    found, _ = run_fit(config, tmp_path / "found" / "0")
+    assert next(fails, None) is None
+    assert reproducible(found) == reproducible(wanted)
+
+    def double(rows: Sequence[int]) -> list[int]:
+        next(again, lambda: None)()
+        return [2 * row for row in rows]
+
+    computed = in_parts(Room(config, ALONE), "evaluation", double, len)
+    again = iter([on_a_gpu])
+    assert computed([3]) == [6]
+    again = iter([on_a_gpu] * 2)
+    with pytest.raises(OutOfMemory):
+        computed([3])
 
 
 def traceback_of(error: BaseException) -> Iterator[Any]:

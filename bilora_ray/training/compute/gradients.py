@@ -14,7 +14,7 @@ from bilora_ray.errors import NonFiniteLoss
 from bilora_ray.method import MethodAdamW
 from bilora_ray.method.base import Closure
 from bilora_ray.training.compute.cutting import Budget, cut, positions
-from bilora_ray.training.compute.memory import ONE_ROW, Room, failure, release, smaller
+from bilora_ray.training.compute.memory import ONE_ROW, Room, Shortage, failure, release, smaller
 from bilora_ray.training.compute.varlen import batch_of, is_flat, placed
 from bilora_ray.training.distributed.parallel import Network
 from bilora_ray.training.distributed.workers import drawing_again, random_states, set_random_states
@@ -77,23 +77,31 @@ class Gradients:
         worker does that by itself: the others wait for its gradient, and only for that.
 
         Raises:
-            OutOfMemory: there is no room for one row.
+            OutOfMemory: there is no room for one row, nor after what nobody holds was freed.
         """
         # Known without asking a GPU, or another worker, for a number: that is to wait for it.
         targets = self.task.target_count(examples)
-        while (total := self._tried(examples, targets)) is None:
+        is_last = self.room.cannot_retry
+        while not isinstance(found := self._tried(examples, targets), Tensor):
+            self.optimizer.zero_grad()
             release()
+            if found is not None and is_last:
+                raise failure(ONE_ROW["training"], found, self.config)
+            is_last = is_last or found is not None
             set_random_states(states or {})
         self.network.share_gradients()
-        return self.workers.total(total)
+        return self.workers.total(found)
 
     def agree(self) -> None:
         """Let all workers know which passes have room for each. All call it."""
         self.room.agree()
         self.agreed = self.room.proven.training
 
-    def _tried(self, examples: list[Any], targets: float) -> Tensor | None:
-        """This worker's part of the loss, with its gradient; None if a pass had no room, and the next may have."""
+    def _tried(self, examples: list[Any], targets: float) -> Tensor | Shortage | None:
+        """This worker's part of the loss, with its gradient; None if a pass had no room, and a smaller one may have.
+
+        Of a pass that is as small as can be it is what was missing.
+        """
         self.optimizer.zero_grad()
         passes, part = self._passes(examples), examples
         total = torch.zeros((), device=self.device)
@@ -107,10 +115,7 @@ class Gradients:
             shortage = smaller(self.room, "training", len(part), size, error)
         else:
             return total
-        if shortage is not None:
-            self.optimizer.zero_grad()
-            raise failure(ONE_ROW["training"], shortage, self.config)
-        return None
+        return shortage
 
     def _passes(self, examples: list[Any]) -> list[tuple[list[Any], bool]]:
         """This worker's passes, each with whether it counts."""

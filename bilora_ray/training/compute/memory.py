@@ -182,10 +182,10 @@ def in_parts(
         size: of a batch, in what passes of the `kind` are measured in.
 
     Raises:
-        OutOfMemory: there is no room for one row.
+        OutOfMemory: there is no room for one row, nor after what nobody holds was freed.
     """
 
-    def computed(rows: Sequence[int]) -> list[R]:
+    def computed(rows: Sequence[int], is_last: bool = False) -> list[R]:
         known = getattr(room.proven, kind)
         if len(rows) == 1 or known is None or size(rows) <= known:
             try:
@@ -194,7 +194,9 @@ def in_parts(
                 shortage = smaller(room, kind, len(rows), size(rows), error)
             release()
             if shortage is not None:
-                raise failure(ONE_ROW[kind], shortage, room.config)
+                if is_last or room.cannot_retry:
+                    raise failure(ONE_ROW[kind], shortage, room.config)
+                return computed(rows, is_last=True)
         half = -(-len(rows) // 2)
         return [*computed(rows[:half]), *computed(rows[half:])]
 
