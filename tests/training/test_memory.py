@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -285,6 +286,32 @@ def test_texts_are_written_fewer_at_once(tiny: Tiny, tmp_path: Path, monkeypatch
     assert failed
     assert found[0].pop("generation_limit") <= 4
     assert reproducible(found) == reproducible(wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "workers", "part"),
+    [
+        ({"max_new_tokens": 9}, ALONE, 1.0),
+        ({"lora_dropout": 0.1}, ALONE, 1.0),
+        ({"torch_compile": True}, ALONE, 1.0),
+        ({}, Workers(sharded=True), 1.0),
+        ({}, ALONE, 0.5),
+    ],
+)
+def test_what_had_room_is_told_to_trials_with_as_much_room_only(
+    changes: dict[str, Any], workers: Workers, part: float, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, file = tiny.config("causal-lm"), tmp_path / "passes.json"
+    fraction = 1.0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    gpu = SimpleNamespace(name="a GPU", total_memory=2**35)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: fraction)
+    Room(config, ALONE, file).learn("training", 60)
+    assert Room(config.model_copy(update={"seed": 1}), ALONE, file).proven.training == 60
+    fraction = part
+    assert Room(config.model_copy(update=changes), workers, file).proven.training is None
 
 
 def test_what_says_that_there_was_no_memory() -> None:

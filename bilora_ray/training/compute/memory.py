@@ -11,6 +11,7 @@ import json
 import os
 import re
 import resource
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -37,7 +38,8 @@ UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 # What decides how much room a pass of some positions needs.
 DECISIVE = (
     *("model_name_or_path", "model_revision", "task", "precision", "quantization", "attn_implementation"),
-    *("max_length", "method", "rank", "auxiliary_rank", "target_modules", "gradient_checkpointing"),
+    *("max_length", "max_new_tokens", "method", "rank", "auxiliary_rank", "target_modules", "lora_dropout"),
+    *("gradient_checkpointing", "torch_compile"),
 )
 
 # The smallest of each kind.
@@ -138,15 +140,19 @@ class Room:
     def _key(self) -> str:
         """Trials with the same one have passes of like shape, on like devices."""
         settings = self.config.model_dump(mode="json", include=set(DECISIVE))
-        gpu = torch.cuda.get_device_properties(torch.cuda.current_device()) if torch.cuda.is_available() else None
-        place = ["cpu"] if gpu is None else [gpu.name, gpu.total_memory >> 30]
-        return sha256(json.dumps([settings, place, self.workers.planned], sort_keys=True).encode()).hexdigest()[:16]
+        place: list[Any] = ["cpu"]
+        if torch.cuda.is_available():
+            gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
+            place = [gpu.name, gpu.total_memory >> 30, round(torch.cuda.get_per_process_memory_fraction(), 2)]
+        workers = [self.workers.planned, self.workers.sharded, self.workers.world_size]
+        return sha256(json.dumps([settings, place, workers], sort_keys=True).encode()).hexdigest()[:16]
 
     def _write(self) -> None:
         if self.file is None:
             return
         known = {**_read(self.file), self._key: {k: size for k, size in vars(self.proven).items() if size is not None}}
-        unfinished = self.file.with_name(f".{self.file.name}.{os.getpid()}")
+        # Of one of several machines that a study's folder is on.
+        unfinished = self.file.with_name(f".{self.file.name}.{socket.gethostname()}.{os.getpid()}")
         with suppress(OSError):  # it spares others a try, and no more
             unfinished.write_text(json.dumps(known), encoding="utf-8")
             unfinished.replace(self.file)
