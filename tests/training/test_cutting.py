@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from array import array
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from random import Random
@@ -16,6 +18,7 @@ from bilora_ray.training.compute import cutting
 from bilora_ray.training.compute.cutting import Budget, Sides, cut, positions
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run
+from bilora_ray.training.metrics import IGNORED
 
 
 @pytest.fixture(params=[0, 3, 40])
@@ -143,6 +146,23 @@ def test_the_gradient_is_that_of_one_pass(
         assert other.keys() == one.keys()
         for name, gradient in one.items():
             assert (other[name] - gradient).norm() <= 1e-12 * max(1.0, float(gradient.norm())), name
+
+
+@pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm", "token-classification"])
+def test_a_pass_without_any_target_adds_nothing(task: Task, tiny: Tiny, tmp_path: Path) -> None:
+    run = Run(tiny.config(task, per_device_train_batch_size=1), TrialFolder(tmp_path))
+    run.model.eval()
+    row, other = run.data.train[:2]
+    empty = replace(other, labels=array("i", [IGNORED] * len(other.labels)))
+
+    def found(*examples: Any) -> list[torch.Tensor]:
+        loss = run.gradients.closure(list(examples))()
+        return [loss, *(p.grad for p in run.model.parameters() if p.grad is not None)]
+
+    alone, beside = found(row), found(empty, row)
+    assert all(map(torch.equal, alone, beside))
+    assert len(alone) == len(beside)
+    assert not any(part.any() for part in found(empty))
 
 
 def exact(run: Run) -> Run:

@@ -108,7 +108,8 @@ class Gradients:
         try:
             for number, (part, counts) in enumerate(passes, start=1):
                 self.network.accumulating(last=number == len(passes))
-                total += self._pass(part, counts * self.task.target_count(part) / targets)
+                own = self.task.target_count(part) if counts else 0
+                total += self._pass(part, own / targets if own else 0.0)
         except (RuntimeError, MemoryError) as error:
             sides = [self.task.sides(example) for example in part]
             size = positions(sides, padded=not is_flat(self.task, self.network))
@@ -135,7 +136,10 @@ class Gradients:
     def _pass(self, part: list[Any], weight: float) -> Tensor:
         """The loss of one pass, times its `weight`, whose gradient is added to what there is."""
         batch = placed(self.batch(part), self.device)
-        loss = self.task.loss(self.network, batch) * weight
+        loss = self.task.loss(self.network, batch)
+        if not weight:  # the mean over no target is NaN, and so is nothing of it; parts of a model need the pass
+            loss = loss.nan_to_num(0.0)
+        loss = loss * weight
         (loss * self.network.divides_by).backward()
         return loss.detach()
 
