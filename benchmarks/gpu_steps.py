@@ -198,7 +198,8 @@ def contender(name: str, base: PreTrainedModel, settings: dict[str, Any]) -> Con
     if "checkpointing" in extras:
         models.enable_gradient_checkpointing(model)
     if "compile" in extras:
-        Compiled(model, model.device, wanted=True)
+        compiled = Compiled(model, model.device, wanted=True)
+        return Contender(name, compiled.at_work()(step))
     return Contender(name, step)
 
 

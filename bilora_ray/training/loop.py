@@ -176,7 +176,8 @@ class Run:
         self.model.train()
         self.learning_rate = self.schedule.get_last_lr()[0]
         examples = self._next_rows()
-        loss = self.optimizer.step(self.gradients.closure(examples))
+        with self.compiled.at_work():
+            loss = self.optimizer.step(self.gradients.closure(examples))
         assert loss is not None
         self.schedule.step()
         self.progress.step += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,12 @@ def compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Backend], No
 
     def choose(backend: Backend) -> None:
         monkeypatch.setattr(compiled, "BACKEND", backend)
-        compiled.why_not.cache_clear()
+        compiled._try.cache_clear()
 
     torch._dynamo.reset()
     choose("eager")
     yield choose
-    compiled.why_not.cache_clear()
+    compiled._try.cache_clear()
     bases._kept.clear()
     torch._dynamo.reset()
 
@@ -101,10 +102,18 @@ def test_what_is_measured_is_computed_as_without(task: Task, tiny: Tiny, tmp_pat
     assert reproducible([metrics]) == reproducible([plain._metrics() | {"compiled": 1.0}])
 
 
+def told() -> list[object]:
+    """What torch is told about compiling."""
+    dynamo, shapes = torch._dynamo.config, torch.fx.experimental._config
+    level = logging.getLogger("torch._dynamo").level
+    return [dynamo.recompile_limit, dynamo.suppress_errors, dynamo.optimize_ddp, shapes.use_duck_shape, level]
+
+
 @pytest.mark.usefixtures("compiler")
 def test_it_ends_with_its_trial(tiny: Tiny, tmp_path: Path) -> None:
-    config = tiny.config("causal-lm", max_steps=1)
+    config, before = tiny.config("causal-lm", max_steps=1), told()
     _, _, run = trained(config.model_copy(update={"torch_compile": True}), tmp_path / "compiled")
+    assert told() == before
     run.base.end()
     counters.clear()
     _, _, run = trained(config, tmp_path / "plain")
@@ -136,6 +145,13 @@ def test_what_cannot_be_compiled_computes_as_it_is_and_says_so(
     reports, _ = run_fit(config.model_copy(update={"torch_compile": True}), tmp_path / "compiled")
     plain, _ = run_fit(config, tmp_path / "plain")
     assert reproducible(reports) == [{**report, "compiled": 0.0} for report in reproducible(plain)]
+
+
+def test_a_failure_that_passes_is_not_remembered(compiler: Callable[[Backend], None]) -> None:
+    fails = iter([_is_missing])
+    compiler(lambda graph, _: next(fails, lambda: graph.forward)())
+    assert compiled.why_not("cpu") == "g++ is not here"
+    assert compiled.why_not("cpu") is None
 
 
 def test_a_dry_run_says_what_is_missing(compiler: Callable[[Backend], None], tiny: Tiny) -> None:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,9 +44,14 @@ class Compiled:
         self._is_on = wanted and why_not(device.type) is None
         self._failed_before = _failed() if self._is_on else 0
         if self._is_on:
-            _set_up()
             for block in blocks_of(model):
                 block.compile(dynamic=True, backend=BACKEND)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """In the block, what computes for the first time is compiled."""
+        with _set_up() if self._is_on else nullcontext():
+            yield
 
     @contextmanager
     def away(self) -> Iterator[None]:
@@ -59,15 +65,19 @@ class Compiled:
         return {"compiled": float(is_whole)} if self.wanted else {}
 
 
-@cache
 def why_not(device_type: str) -> str | None:
     """Why this machine cannot compile for a device of that type, such as a missing compiler; None if it can."""
     try:
-        with torch._dynamo.config.patch(suppress_errors=False):
-            torch.compile(_twice, backend=BACKEND)(torch.ones(4, device=device_type))
+        _try(device_type)
     except Exception as error:  # of torch, of a compiler, of a driver: whatever is missing says so in its own way
         return first_line(_first_cause(error))
     return None
+
+
+@cache  # but what it raises is not kept, which may pass
+def _try(device_type: str) -> None:
+    with torch._dynamo.config.patch(suppress_errors=False):
+        torch.compile(_twice, backend=BACKEND)(torch.ones(4, device=device_type))
 
 
 def _twice(x: torch.Tensor) -> torch.Tensor:
@@ -80,17 +90,27 @@ def _first_cause(error: BaseException) -> BaseException:
     return error if inner is None else _first_cause(inner)
 
 
-def _set_up() -> None:
-    """What torch is told about compiling, in this thread."""
-    torch._dynamo.config.recompile_limit = MOST_GRAPHS
-    torch._dynamo.config.accumulated_recompile_limit = 8 * MOST_GRAPHS
-    # A block that cannot be compiled computes as it is, which the trial's metrics say.
-    torch._dynamo.config.suppress_errors = True
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
-    # It would cut blocks into parts that share their gradients at one time each. They are small enough.
-    torch._dynamo.config.optimize_ddp = False
+@contextmanager
+def _set_up() -> Iterator[None]:
+    """What torch is told about compiling, in the block."""
+    told = {
+        "recompile_limit": MOST_GRAPHS,
+        "accumulated_recompile_limit": 8 * MOST_GRAPHS,
+        # A block that cannot be compiled computes as it is, which the trial's metrics say.
+        "suppress_errors": True,
+        # It would cut blocks into parts that share their gradients at one time each. They are small enough.
+        "optimize_ddp": False,
+    }
+    logger = logging.getLogger("torch._dynamo")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     # Rows that happen to be as many as a head is wide are no reason for another graph.
-    torch.fx.experimental._config.use_duck_shape = False
+    shapes: Any = torch.fx.experimental._config
+    try:
+        with torch._dynamo.config.patch(told), shapes.patch(use_duck_shape=False):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _failed() -> int:
