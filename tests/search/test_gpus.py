@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import RayTaskError
 from tiny_trials import Tiny
 
 from bilora_ray.errors import UserError
@@ -23,6 +24,12 @@ from bilora_ray.training.compute import precision
 from bilora_ray.training.distributed.workers import Workers
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run
+
+NODES = [
+    {"NodeID": "a", "NodeManagerAddress": "10.0.0.1", "Alive": True, "Resources": {"GPU": 8.0}},
+    {"NodeID": "b", "NodeManagerAddress": "10.0.0.2", "Alive": True, "Resources": {"CPU": 8.0}},
+    {"NodeID": "c", "NodeManagerAddress": "10.0.0.3", "Alive": False, "Resources": {"GPU": 8.0}},
+]
 
 
 def space_of(tiny: Tiny, *settings: str) -> Space:
@@ -96,12 +103,7 @@ def test_workers_take_bf16_only_together(tiny: Tiny, monkeypatch: pytest.MonkeyP
 
 
 def test_nodes_that_do_not_answer_are_named(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes = [
-        {"NodeID": "a", "NodeManagerAddress": "10.0.0.1", "Alive": True, "Resources": {"GPU": 8.0}},
-        {"NodeID": "b", "NodeManagerAddress": "10.0.0.2", "Alive": True, "Resources": {"CPU": 8.0}},
-        {"NodeID": "c", "NodeManagerAddress": "10.0.0.3", "Alive": False, "Resources": {"GPU": 8.0}},
-    ]
-    monkeypatch.setattr(gpus.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(gpus.ray, "nodes", lambda: NODES)
     monkeypatch.setattr(gpus, "_ask", lambda node: f"task of {node}")
     monkeypatch.setattr(gpus.ray, "wait", lambda tasks, **_: ([], tasks))
     space = pinned(space_of(tiny, "resources.gpus_per_worker=1"), None)
@@ -110,3 +112,38 @@ def test_nodes_that_do_not_answer_are_named(tiny: Tiny, monkeypatch: pytest.Monk
     monkeypatch.setattr(gpus.ray, "wait", lambda tasks, **_: (tasks, []))
     monkeypatch.setattr(gpus.ray, "get", lambda tasks: ["bf16" for _ in tasks])
     assert gpus.decided(space, own=False).fixed["precision"] == "bf16"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_gpus_says_so_in_a_process_of_its_own() -> None:
+    assert gpus._of_machine() == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("question", "problem"),
+    [
+        ("import sys; print('bf16'); raise RuntimeError('driver too old')", "RuntimeError: driver too old"),
+        ("import sys; sys.exit(3)", "exit code 3"),
+        ("print('fp8')", "they say 'fp8'"),
+        ("", "they say nothing"),
+    ],
+)
+def test_a_machine_that_cannot_be_asked_decides_nothing(
+    question: str, problem: str, tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpus, "QUESTION", question)
+    space = pinned(space_of(tiny, "resources.gpus_per_worker=1"), None)
+    with pytest.raises(UserError, match=rf"^precision: auto asks the GPUs, and .*{problem}.*; give precision: bf16, "):
+        gpus.decided(space, own=True)
+
+
+def test_what_a_node_says_is_wrong_is_told(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_: object) -> None:
+        raise RayTaskError("_of_machine", "a traceback", UserError("precision: what is wrong")).as_instanceof_cause()
+
+    monkeypatch.setattr(gpus.ray, "nodes", lambda: NODES)
+    monkeypatch.setattr(gpus, "_ask", lambda node: f"task of {node}")
+    monkeypatch.setattr(gpus.ray, "wait", lambda tasks, **_: (tasks, []))
+    monkeypatch.setattr(gpus.ray, "get", failing)
+    with pytest.raises(UserError, match=r"^precision: what is wrong$"):
+        gpus.decided(pinned(space_of(tiny, "resources.gpus_per_worker=1"), None), own=False)

@@ -16,8 +16,12 @@ from bilora_ray.search.space import Space
 
 # A process of its own: one that has asked a GPU holds memory of it for as long as it lives.
 QUESTION = "from bilora_ray.training.compute.precision import of_machine; print(of_machine())"
+KERNEL = "import sys; from bilora_ray.training.compute.precision import missing; print(missing(*sys.argv[1:]) or '')"
 # How much of a GPU a question takes of what Ray hands out.
 SHARE = 0.001
+# What asks sees all GPUs that the node has for Ray, and not only the one that it has its share of.
+ALL_VISIBLE = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+REFUSAL = "precision: auto asks the GPUs, and {}; give precision: bf16, or fp32"
 
 
 def decided(space: Space, own: bool) -> Space:
@@ -36,10 +40,41 @@ def decided(space: Space, own: bool) -> Space:
     return replace(space, fixed={**space.fixed, "precision": "bf16" if found == {"bf16"} else "fp32"})
 
 
+def missing_here(kernel: str, precision: str) -> str | None:
+    """What an attention `kernel` needs that trials on this machine have not: see `varlen.missing`.
+
+    Raises:
+        UserError: this machine's GPUs do not say what they are.
+    """
+    try:
+        return _answer(KERNEL, kernel, precision) or None
+    except _Unanswered as error:
+        raise UserError(f"attn_implementation: {kernel} needs a GPU, and {error}") from None
+
+
 def _of_machine() -> str:
-    said = subprocess.run([sys.executable, "-c", QUESTION], capture_output=True, text=True, check=False)
-    lines = said.stdout.split()
-    return lines[-1] if lines else "fp32"  # a trial will say what is wrong there
+    try:
+        found = _answer(QUESTION)
+        if found not in ("bf16", "fp32"):
+            raise _Unanswered(f"they say {repr(found) if found else 'nothing'}")
+    except _Unanswered as error:
+        raise UserError(REFUSAL.format(error)) from None
+    return found
+
+
+class _Unanswered(Exception):
+    """In words."""
+
+
+def _answer(question: str, *arguments: str) -> str:
+    """The last line that a process prints which asks the GPUs."""
+    command = [sys.executable, "-c", question, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise _Unanswered(f"they cannot be asked ({lines[-1] if lines else f'exit code {done.returncode}'})")
+    lines = done.stdout.strip().splitlines()
+    return lines[-1] if lines else ""
 
 
 def _of_cluster() -> set[str]:
@@ -52,11 +87,13 @@ def _of_cluster() -> set[str]:
         which = ", ".join(sorted(asked[task] for task in silent))
         problem = f"nodes did not answer in {ANSWER_TIMEOUT_S:g} s, as busy ones do not: {which}"
     except RayError as error:
+        if isinstance(cause := getattr(error, "cause", None), UserError):
+            raise cause from None
         problem = f"a node did not answer ({type(error).__name__})"
-    raise UserError(f"precision: auto asks the GPUs, and {problem}; give precision: bf16, or fp32")
+    raise UserError(REFUSAL.format(problem))
 
 
 def _ask(node: str) -> ray.ObjectRef:
     there = NodeAffinitySchedulingStrategy(node, soft=False)
-    task = ray.remote(_of_machine).options(num_cpus=0, num_gpus=SHARE, max_retries=0, scheduling_strategy=there)
-    return task.remote()
+    options = {"num_cpus": 0, "num_gpus": SHARE, "max_retries": 0, "runtime_env": {"env_vars": ALL_VISIBLE}}
+    return ray.remote(_of_machine).options(scheduling_strategy=there, **options).remote()

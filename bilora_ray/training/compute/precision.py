@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from bilora_ray.config import TrialConfig
+from bilora_ray.training.compute import varlen
 from bilora_ray.training.distributed.workers import ALONE, Workers
 
 DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,6 +34,11 @@ def resolved(config: TrialConfig, workers: Workers = ALONE, begun: str | None = 
         return config
     found = {begun} if begun is not None else set(workers.gather(of_machine()))
     return config.model_copy(update={"precision": "bf16" if found == {"bf16"} else "fp32"})
+
+
+def missing(kernel: str, precision: str) -> str | None:
+    """As `varlen.missing`, by a word for the `precision` of trials on this machine."""
+    return varlen.missing(kernel, DTYPE[of_machine() if precision == "auto" else precision])
 
 
 def dtype_of(config: TrialConfig) -> torch.dtype:

@@ -69,18 +69,28 @@ class Tokens(NamedTuple):
 
 def missing(kernel: str, dtype: torch.dtype) -> str | None:
     """What a `kernel` needs that this machine, or a computation in `dtype`, has not; None: it can be used."""
+    if not is_looked_for(kernel):
+        return None
+    if (package := missing_package(kernel)) is not None:
+        return package
     import torch
 
-    modules, package = PACKAGES.get(kernel.split("/")[0], ((), ""))
-    if not modules:
-        return None
-    if not any(_is_there(module) for module in modules):
-        return package
     if not torch.cuda.is_available():
         return "a GPU, and none can be seen here"
     if torch.cuda.get_device_capability() < CAPABILITY:
         return f"a GPU of compute capability {'.'.join(map(str, CAPABILITY))} or higher"
     return None if dtype in (torch.bfloat16, torch.float16) else "precision: bf16"
+
+
+def is_looked_for(kernel: str) -> bool:
+    """Whether a `kernel` is not everywhere, and needs a GPU."""
+    return _family(kernel) in PACKAGES
+
+
+def missing_package(kernel: str) -> str | None:
+    """The package of a `kernel` that is looked for, with how to get it, if it is not here. It is not imported."""
+    modules, package = PACKAGES[_family(kernel)]
+    return None if any(_is_there(module) for module in modules) else package
 
 
 def register() -> None:
@@ -279,6 +289,10 @@ def kernel(
 @cache
 def _arguments(function: Any) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
+
+
+def _family(kernel: str) -> str:
+    return kernel.split("/")[0]
 
 
 def _is_there(module: str) -> bool:
