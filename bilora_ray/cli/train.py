@@ -105,10 +105,11 @@ def command(
 
     from bilora_ray.quiet import quiet
     from bilora_ray.search.alone import train
-    from bilora_ray.search.preflight import chat_notes, pinned, preflight
+    from bilora_ray.search.preflight import chat_notes, check_kernels, pinned, preflight
 
     space = pinned(space, layout if resume else None)
     checked = preflight(space)
+    check_kernels(space, apart=False)
     quiet()
     config = space.trial_config({})
     objective, before = config.objective, {} if origin is None else origin.digests_for(config)

@@ -79,10 +79,15 @@ def command(
         space = _not_shrunk(space, layout)
 
     from bilora_ray.search.cluster.inputs import keep_inputs
-    from bilora_ray.search.preflight import chat_notes, pinned, preflight
+    from bilora_ray.search.preflight import chat_notes, check_kernels, pinned, preflight
 
     space = pinned(space, layout if resume else None)
     checked = preflight(space, dry_run)
+    # Ray is imported once the data is right.
+    from bilora_ray.search.cluster.cluster import is_own
+
+    if is_own(ray_address):
+        check_kernels(space, apart=True)
     if dry_run:
         rehearsal = _rehearse(space, layout, resume, ray_address, checked.digests)
         if as_json:

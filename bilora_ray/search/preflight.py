@@ -114,6 +114,43 @@ def look(space: Space) -> None:
         check_first_rows(one)
 
 
+def check_kernels(space: Space, apart: bool) -> None:
+    """Refuse attention kernels that trials of this machine have not, before anything starts.
+
+    Torch is imported only where such a kernel is asked for.
+
+    Args:
+        space: the space.
+        apart: whether trials have processes of their own, with the GPUs that the resources say; else it is this one.
+
+    Raises:
+        UserError: a package or a GPU is missing, or a trial would compute in a precision that the kernel has not.
+    """
+    from bilora_ray.training.compute.varlen import is_looked_for, missing_package
+
+    for one in _choices(space, "attn_implementation"):
+        kernel = one.attn_implementation
+        if kernel is None or not is_looked_for(kernel):
+            continue
+        needed = missing_package(kernel)
+        if needed is None and apart and not space.resources.gpus_per_worker:
+            needed = "a GPU, and resources.gpus_per_worker is 0"
+        for precision in dict.fromkeys(choice.precision for choice in _choices(space, "precision")):
+            needed = needed or _missing_of_gpus(kernel, precision, apart)
+        if needed is not None:
+            raise UserError(f"attn_implementation: {kernel} needs {needed}")
+
+
+def _missing_of_gpus(kernel: str, precision: str, apart: bool) -> str | None:
+    if apart:
+        from bilora_ray.search.cluster.gpus import missing_here
+
+        return missing_here(kernel, precision)
+    from bilora_ray.training.compute.precision import missing
+
+    return missing(kernel, precision)
+
+
 def chat_notes(checked: Checked) -> tuple[str, ...]:
     """Lines about what the model's chat template makes of chats; of other rows none, for that takes torch, and seconds.
 

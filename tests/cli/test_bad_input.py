@@ -315,6 +315,31 @@ CASES |= {
         trial={**LABELLED, "label_names": ["a", "b"]},
         files={"train.csv": "text,label\nx,a\nx,c\n"},
     ),
+    "attention kernel that is not installed": Case(
+        TUNE,
+        "attn_implementation: flash_attention_2 needs the package flash-attn: pip install flash-attn",
+        trial={"attn_implementation": {"choice": ["sdpa", "flash_attention_2"]}},
+    ),
+    "attention kernel of the Hub without what loads it": Case(
+        "train --space space.yaml --set rho=0.05",
+        "attn_implementation: kernels-community/flash-attn2 needs the package kernels: pip install kernels",
+        trial={"attn_implementation": "kernels-community/flash-attn2"},
+    ),
+    "attention kernel for trials without a GPU": Case(
+        TUNE,
+        "attn_implementation: varlen needs a GPU, and resources.gpus_per_worker is 0",
+        trial={"attn_implementation": "varlen"},
+    ),
+    "attention kernel on a machine without a GPU": Case(
+        f"{TUNE} --set resources.gpus_per_worker=1",
+        "attn_implementation: varlen needs a GPU, and none can be seen here",
+        trial={"attn_implementation": "varlen"},
+    ),
+    "attention kernel for a run without a GPU": Case(
+        "train --space space.yaml --set rho=0.05",
+        "attn_implementation: varlen needs a GPU, and none can be seen here",
+        trial={"attn_implementation": "varlen"},
+    ),
     "completion without an answer": Case(
         TUNE,
         "{here}/dev.jsonl, line 1: answer_pattern matches nothing in the completion",

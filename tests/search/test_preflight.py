@@ -30,7 +30,17 @@ from bilora_ray.checking import before
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.recipe import read_recipe
-from bilora_ray.search.preflight import BEHIND_PADDING, POSITIONS, chat_notes, look, pinned, positions, preflight
+from bilora_ray.search.cluster import gpus
+from bilora_ray.search.preflight import (
+    BEHIND_PADDING,
+    POSITIONS,
+    chat_notes,
+    check_kernels,
+    look,
+    pinned,
+    positions,
+    preflight,
+)
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import checked_space, load_space
 from bilora_ray.search.study.layout import Layout
@@ -485,3 +495,33 @@ def test_a_model_in_parts_is_not_looked_at_and_that_is_told(tiny: Tiny) -> None:
     told = preflight(space(tiny, "resources.workers=2", "resources.parallelism=fsdp", **local)).notes
     assert [note.partition(":")[0] for note in told] == ["parallelism"]
     assert preflight(space(tiny, "resources.workers=2", **local)).notes == ()
+
+
+def test_trials_of_a_kernel_are_asked_for_each_precision_that_they_may_get(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def answer(*words: str) -> str | None:
+        asked.append(words[1:])
+        return "precision: bf16" if words[-1] == "fp32" else ""
+
+    monkeypatch.setattr(gpus, "_answer", answer)
+    texts = ["attn_implementation={choice: [eager, varlen]}", "resources.gpus_per_worker=1"]
+    check_kernels(space(tiny, *texts), apart=True)
+    assert asked == [("varlen", "auto")]
+    with pytest.raises(UserError, match=r"^attn_implementation: varlen needs precision: bf16$"):
+        check_kernels(space(tiny, *texts, "precision={choice: [bf16, fp32]}"), apart=True)
+    assert asked[1:] == [("varlen", "bf16"), ("varlen", "fp32")]
+
+
+def test_torch_is_not_imported_for_a_kernel_that_is_not_looked_for() -> None:
+    line = (
+        "import sys; from bilora_ray.search.preflight import check_kernels\n"
+        "from bilora_ray.search.space_file import load_space\n"
+        "check_kernels(load_space(None, sys.argv[1:]), apart=True); print('torch' in sys.modules)"
+    )
+    trial = {"model_name_or_path": "a/b", "task": "causal-lm", "train_data": "a/b", "attn_implementation": "sdpa"}
+    texts = ["study.name=s", *(f"trial.{key}={value}" for key, value in trial.items())]
+    done = subprocess.run([sys.executable, "-c", line, *texts], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
