@@ -162,6 +162,9 @@ WORDS: dict[str, tuple[tuple[str, str], ...]] = {
     "the search, to show no GPU to who asks for none": (
         ("ray._private.accelerators.accelerator", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"),
     ),
+    "the search, to ask all GPUs of a node": (
+        ("ray._private.accelerators.nvidia_gpu", "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"),
+    ),
     "a cluster, to run what must be on its head": (("ray._common.constants", "__internal_head__"),),
     "a job, to have the time to end its runs": (
         ("ray.dashboard.modules.job.job_supervisor", "RAY_JOB_STOP_WAIT_TIME_S"),
