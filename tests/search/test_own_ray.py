@@ -16,13 +16,14 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ray._private import worker
 from ray.tune.execution import class_cache
 from tiny_trials import Tiny
 
 from bilora_ray.errors import UserError
 from bilora_ray.records import Status, TrialRecord
 from bilora_ray.search.cluster.cluster import cluster
-from bilora_ray.search.cluster.own_ray import check_room
+from bilora_ray.search.cluster.own_ray import check_room, kill_monitor
 from bilora_ray.search.run import environment_inherited, run_trials
 from bilora_ray.search.session import Observers
 from bilora_ray.search.space_file import load_space
@@ -184,3 +185,19 @@ def test_a_folder_without_room_for_rays_files_is_named(monkeypatch: pytest.Monke
         pass
     line = f"Ray does not start here: {tmp_path} has 0.5 MiB left for Ray's own files, which want 16 MiB"
     assert str(caught.value) == f"{line}; free some, or name another folder in TMPDIR"
+
+
+@pytest.mark.parametrize(("runs", "killed"), [({"monitor": []}, [False]), ({"raylet": []}, [])])
+def test_what_would_ask_a_cloud_for_nodes_is_killed_without_waiting(
+    runs: dict[str, list[object]], killed: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    node = SimpleNamespace(all_processes=runs, kill_monitor=lambda check_alive: seen.append(check_alive))
+    monkeypatch.setattr(worker, "_global_node", node)
+    kill_monitor()
+    assert seen == killed
+
+
+def test_a_process_that_started_no_cluster_has_nothing_to_kill(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "_global_node", None)
+    kill_monitor()
