@@ -104,7 +104,8 @@ def in_words(kind: type[Settings], problem: ErrorDetails) -> str:
         return f"'{key}' is missing"
     if problem["type"] == "value_error" and not key:
         return message
-    message = f"{message}, got {problem['input']!r}"
+    if not message.startswith(given := repr(problem["input"])):
+        message = f"{message}, got {given}"
     if problem["type"] == "string_type" and isinstance(problem["input"], bool):
         message += '; yes, no, on and off are true or false to YAML: a text needs quotes, as in "no"'
     if isinstance(problem["input"], list) and problem["type"] in ONE_VALUE and _is_searched(kind, key):

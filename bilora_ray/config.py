@@ -398,9 +398,8 @@ class TrialConfig(Settings):
     @classmethod
     def _known_kernel(cls, value: str | None) -> str | None:
         if value is not None and value not in KERNELS and not HUB_KERNEL.fullmatch(value):
-            raise ValueError(
-                f"'{value}' is no attention kernel; {nearest(value, [*KERNELS, 'kernels-community/NAME'])}"
-            )
+            hint = nearest(value, [*KERNELS, "kernels-community/NAME"])
+            raise ValueError(f"{value!r} is no attention kernel; {hint}")
         return value
 
     @field_validator("eval_steps")
@@ -423,7 +422,7 @@ class TrialConfig(Settings):
         try:
             "".encode(value or "utf-8")
         except LookupError:
-            raise ValueError(f"is no text encoding; {nearest(value or '', ENCODINGS)}") from None
+            raise ValueError(f"{value!r} is no text encoding; {nearest(value or '', ENCODINGS)}") from None
         return value
 
     @field_validator("prompt_template", "completion_template")

@@ -236,11 +236,15 @@ def test_integers_are_known_and_so_are_numbers() -> None:
             "gradient_checkpointing: should be a valid boolean, unable to interpret input, got 'maybe'",
         ),
         ({"delimiter": ", "}, 'delimiter: must be one character, such as ";", or "\\t" for a tab, got \', \''),
-        ({"encoding": "cp-1252x"}, "encoding: is no text encoding; did you mean 'cp1252'?, got 'cp-1252x'"),
+        ({"encoding": "cp-1252x"}, "encoding: 'cp-1252x' is no text encoding; did you mean 'cp1252'?"),
         (
             {"encoding": "hex"},
-            "encoding: is no text encoding; allowed: big5, cp1250, cp1251, cp1252, gb18030, iso-8859-1, mac-roman, "
-            "shift_jis, utf-16, utf-8, got 'hex'",
+            "encoding: 'hex' is no text encoding; allowed: big5, cp1250, cp1251, cp1252, gb18030, iso-8859-1, "
+            "mac-roman, shift_jis, utf-16, utf-8",
+        ),
+        (
+            {"attn_implementation": "flash_attention2"},
+            "attn_implementation: 'flash_attention2' is no attention kernel; did you mean 'flash_attention_2'?",
         ),
         ({"quoting": "all"}, "quoting: should be 'none', 'csv' or 'by-suffix', got 'all'"),
         ({"target_modules": [3, None]}, "target_modules: should be a valid string, got [3, None]"),
