@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import re
+import shlex
 import sqlite3
 import time
 from collections.abc import Callable
@@ -519,6 +520,27 @@ def test_a_resume_with_another_setting_says_what_it_was(layout: Layout, trial: d
     next_trial(open_study(space(), layout))
     with pytest.raises(UserError, match=re.escape(f"began with other space: {difference}; of a study only")):
         check_study(space(trial=trial), layout, True, DIGESTS)
+
+
+@pytest.mark.parametrize(
+    ("key", "was", "now", "typed"),
+    [
+        ("rho", "{low: 0.005, high: 0.5, log: true}", "{low: 0.005, high: 1, log: true}", None),
+        ("rank", "{choice: [8, 16]}", "8", None),
+        ("max_steps", "{low: 10, high: 30, step: 10}", "20", "{low: 10.0, high: 30.0, step: 10.0}"),
+        ("weight_decay", "{low: 0, high: 0.1}", "0", "{low: 0.0, high: 0.1}"),
+        ("lr_scheduler_type", "{choice: [cosine, linear]}", "cosine", '{choice: ["cosine", "linear"]}'),
+    ],
+)
+def test_a_resume_with_another_distribution_says_how_to_give_what_it_was(
+    layout: Layout, key: str, was: str, now: str, typed: str | None
+) -> None:
+    next_trial(open_study(space(trial={key: was}), layout))
+    with pytest.raises(UserError, match=r"; go on with --set '") as error:
+        check_study(space(trial={key: now}), layout, True, DIGESTS)
+    _, value = shlex.split(str(error.value).partition("; go on with ")[2])
+    assert value == f"{key}={typed or was}"
+    check_study(space(trial={key: value.partition("=")[2]}), layout, True, DIGESTS)
 
 
 def test_a_resume_with_another_mapping_says_what_it_was(layout: Layout) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import uuid
 import warnings
@@ -277,7 +278,7 @@ def _check_same(name: str, what: str, before: Mapping[str, Any], now: Mapping[st
             was, given = (_in_words(key, values[key]) if key in values else "absent" for values in (before, now))
             raise UserError(
                 f"study '{name}' began with other {what}: {key} was {was}, is {given}; "
-                f"of a study only {' and '.join(sorted(FREE_TO_CHANGE))} may change"
+                f"of a study only {' and '.join(sorted(FREE_TO_CHANGE))} may change{_as_it_was(key, before.get(key))}"
             )
 
 
@@ -295,6 +296,15 @@ def _comparable(described: Mapping[str, Any]) -> dict[str, Any]:
 
 def _in_words(key: str, value: Any) -> str:
     return str(_distribution(value)) if isinstance(value, dict) and not takes_mapping(key) else repr(value)
+
+
+def _as_it_was(key: str, value: Any) -> str:
+    """How to give a setting the distribution that it had, as it may be of a file that a later version ships."""
+    if not isinstance(value, dict) or takes_mapping(key):
+        return ""
+    told = {part: given for part, given in value.items() if given is not None and given is not False}
+    parts = ", ".join(f"{part}: {json.dumps(given)}" for part, given in told.items())
+    return f"; go on with --set {shlex.quote(f'{key}={{{parts}}}')}"
 
 
 def _distribution(described: Mapping[str, Any]) -> Distribution:
