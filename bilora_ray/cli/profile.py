@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bilora_ray.cli.options import json_option, print_json, set_option, space_option, telling_of_gpu_memory
+from bilora_ray.cli.options import json_option, print_json, set_option, space_option
 from bilora_ray.cli.tables import duration
 from bilora_ray.errors import TrialFailure, UserError
 from bilora_ray.paths import have_home
@@ -51,8 +51,7 @@ def command(space_path: Path, overrides: tuple[str, ...], steps: int, as_json: b
 
     click.echo(f"Running {WARM_UP} steps to warm up, {steps} that are timed, and one evaluation", err=True)
     try:
-        with telling_of_gpu_memory():
-            found = profile(space.trial_config(_first(space)), steps)
+        found = profile(space.trial_config(_first(space)), steps)
     except TrialFailure as error:
         raise UserError(f"the trial failed: {error}") from None
     if as_json:

@@ -11,7 +11,9 @@ from tiny_trials import Tiny
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
 from bilora_ray.config import Task, TrialConfig
+from bilora_ray.errors import OutOfMemory
 from bilora_ray.training.data.batches import train_batch
+from bilora_ray.training.distributed.parallel import Network
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import load_data
 from bilora_ray.training.loop import Run
@@ -81,20 +83,78 @@ def test_every_kind_of_task_has_a_profile(task: Task, tiny: Tiny) -> None:
     assert (TASKS[task], torch.Tensor.backward) == before
 
 
-def test_doubled_passes_are_half_as_many(tiny: Tiny, tmp_path: Path) -> None:
-    # Images are all alike: of texts, short ones may be together in fewer passes.
-    config = tiny.config("image-classification", per_device_train_batch_size=2, gradient_accumulation_steps=4)
+# Images are all alike, of one position each here: of texts, short ones may be together in fewer passes.
+CUT_BY_ROWS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+CUT_BY_POSITIONS = {"per_device_train_batch_size": 8, "tokens_per_pass": 2}
+
+
+@pytest.mark.parametrize(
+    ("cut", "others"),
+    [
+        (CUT_BY_ROWS, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
+        (CUT_BY_POSITIONS, {"tokens_per_pass": 4}),
+    ],
+)
+def test_what_is_suggested_is_what_is_measured(
+    cut: dict[str, Any], others: dict[str, Any], tiny: Tiny, tmp_path: Path
+) -> None:
+    config = tiny.config("image-classification", **cut)
+    assert doubled(config) == others
     watch = profiling.Watch()
     with profiling.watching(watch, config.task):
         run = Run(config, TrialFolder(tmp_path))
         passes = []
-        for cut in (config, config.model_copy(update=doubled(config)), config):
-            profiling.cut_by(run, cut)
+        for settings in (config, TrialConfig(**config.model_dump() | others), config):
+            assert settings.step_rows(1) == 8
+            profiling.cut_by(run, settings)
             watch.forget()
             watch.step(run)
             passes.append(watch.passes)
     assert passes == [4, 2, 4]
-    assert run.window.tokens > 0
+
+
+def passes_doubled(config: TrialConfig, path: Path) -> float | None:
+    """Seconds of a trial's steps with larger passes, of which nothing stays."""
+    watch = profiling.Watch()
+    with profiling.watching(watch, config.task):
+        run = Run(config, TrialFolder(path))
+        watch.step(run)
+        passes = watch.passes
+        found = profiling._with_doubled_passes(run, watch, {"kept_for_backward": 0, "free": GIB}, passes)
+        watch.forget()
+        watch.step(run)
+        assert (watch.passes, run.room.proven.training) == (passes, None)
+    return found
+
+
+def test_passes_that_had_no_room_were_not_doubled(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny.config("image-classification", **CUT_BY_ROWS)
+    found = passes_doubled(config, tmp_path / "room")
+    assert found is not None
+    assert found > 0
+    call = Network.__call__
+
+    def guarded(network: Network, **batch: torch.Tensor) -> Any:
+        if len(batch["pixel_values"]) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return call(network, **batch)
+
+    monkeypatch.setattr(Network, "__call__", guarded)
+    assert passes_doubled(config, tmp_path / "none") is None
+
+
+def test_passes_that_no_setting_doubles_are_not_measured(tiny: Tiny, tmp_path: Path) -> None:
+    odd = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+    assert passes_doubled(tiny.config("image-classification", **odd), tmp_path) is None
+
+
+def test_memory_that_runs_out_is_told_as_of_a_trial(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(_: Run) -> None:
+        torch.empty(2**55)
+
+    monkeypatch.setattr(Run, "train_step", too_large)
+    with pytest.raises(OutOfMemory, match=r"^out of memory after step 0: .* were free; .* would help$"):
+        profile(tiny.config("causal-lm"), STEPS)
 
 
 # Suggestions
@@ -141,10 +201,12 @@ def test_checkpointing_is_worth_a_forward_pass_where_memory_is_free() -> None:
 
 def test_larger_passes_are_suggested_as_they_were_measured() -> None:
     config = CONFIG.model_copy(update={"per_device_train_batch_size": 4, "gradient_accumulation_steps": 8})
-    found = seen(config, passes=8.0, with_doubled_passes=65.0)
+    found = seen(config, passes=8.0, with_doubled_passes=66.0)
     assert suggested(found)["per_device_train_batch_size"] == (8, 100 / 80)
     assert "gradient_accumulation_steps: 4" in suggestions(found)[0].reason
-    assert "per_device_train_batch_size" not in suggested(seen(config, passes=8.0, with_doubled_passes=90.0))
+    budget = seen(CONFIG.model_copy(update={"tokens_per_pass": 512}), passes=8.0, with_doubled_passes=66.0)
+    assert suggested(budget)["tokens_per_pass"] == (1024, 100 / 80)
+    assert "per_device_train_batch_size" not in suggested(seen(config, passes=8.0, with_doubled_passes=91.0))
 
 
 def test_padding_is_to_be_saved_where_a_kernel_needs_none() -> None:
@@ -153,7 +215,7 @@ def test_padding_is_to_be_saved_where_a_kernel_needs_none() -> None:
 
 
 def test_no_more_than_three_are_told_and_the_best_first() -> None:
-    found = suggestions(seen(rate_of_bf16=4.0, kept_if_not_recomputed=GIB, with_doubled_passes=60.0))
+    found = suggestions(seen(rate_of_bf16=4.0, kept_if_not_recomputed=GIB))
     speedups = [one.speedup for one in found]
     assert len(found) == 3
     assert speedups == sorted(speedups, reverse=True)

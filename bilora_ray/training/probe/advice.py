@@ -49,7 +49,7 @@ class Seen:
         rate: operations a second that a large product reaches.
         rate_of_bf16: those of one in bf16 on a GPU that has it; None elsewhere, or where the trial is in bf16.
         memory: by kind.
-        with_doubled_passes: seconds of its steps where each pass has twice the rows; None where that is not known.
+        with_doubled_passes: those of its steps as `doubled` has them; None where that has no room, or no effect.
         kept_if_not_recomputed: bytes that a pass would keep without checkpointing; None where there is none.
         could_flatten: whether torch's kernel could read rows without padding here, and another one reads them.
         rows_to_evaluate: validation rows.
@@ -74,6 +74,11 @@ class Seen:
         """Seconds of forward and backward passes."""
         return self.seconds["forward"] + self.seconds["backward"]
 
+    @property
+    def in_steps(self) -> float:
+        """Seconds of its steps."""
+        return sum(self.seconds[part] for part in ("data", "forward", "backward", "optimizer", "other"))
+
 
 # What is saved of the trial's seconds, and the rest of a suggestion.
 Found = Iterator[tuple[str, Any, float, str]]
@@ -93,10 +98,13 @@ def suggestions(seen: Seen) -> tuple[Suggestion, ...]:
 
 
 def doubled(config: TrialConfig) -> dict[str, Any]:
-    """What has each pass take twice the rows, by setting."""
-    names = ("per_device_train_batch_size", "tokens_per_pass")
-    found = {name: getattr(config, name) for name in names}
-    return {name: 2 * value for name, value in found.items() if value is not None}
+    """Settings by which passes may be twice as large, and a step has the same rows; none where no setting does that."""
+    if config.tokens_per_pass is not None:
+        return {"tokens_per_pass": 2 * config.tokens_per_pass}
+    rows, passes = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    if passes % 2:
+        return {}
+    return {"per_device_train_batch_size": 2 * rows, "gradient_accumulation_steps": passes // 2}
 
 
 def _precision(seen: Seen) -> Found:
@@ -117,17 +125,12 @@ def _checkpointing(seen: Seen) -> Found:
 
 
 def _larger_passes(seen: Seen) -> Found:
-    config, steps = seen.config, sum(seen.seconds[part] for part in ("data", "forward", "backward", "optimizer"))
     if seen.with_doubled_passes is None:
         return
-    saved, measured = steps - seen.with_doubled_passes, "measured; the rows of a step stay the same"
-    budget = config.tokens_per_pass
-    if budget is not None:
-        yield "tokens_per_pass", 2 * budget, saved, measured
-    elif config.gradient_accumulation_steps % 2 == 0:
-        half, rows = config.gradient_accumulation_steps // 2, 2 * config.per_device_train_batch_size
-        reason = f"{measured} with gradient_accumulation_steps: {half}"
-        yield "per_device_train_batch_size", rows, saved, reason
+    (setting, value), *others = doubled(seen.config).items()
+    beside = "".join(f" with {name}: {other}" for name, other in others)
+    reason = f"measured; the rows of a step stay the same{beside}"
+    yield setting, value, seen.in_steps - seen.with_doubled_passes, reason
 
 
 def _padding(seen: Seen) -> Found:

@@ -21,9 +21,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bilora_ray.config import Task as TaskName
 from bilora_ray.config import TrialConfig
-from bilora_ray.errors import OutOfMemory, first_line
+from bilora_ray.errors import OutOfMemory
 from bilora_ray.files import temporary_folder
 from bilora_ray.training import model as models
+from bilora_ray.training.compute.memory import Shortage, failure, is_out_of_memory
 from bilora_ray.training.compute.precision import dtype_of, of_machine
 from bilora_ray.training.compute.varlen import VARLEN, missing, needs_no_padding
 from bilora_ray.training.folder import TrialFolder
@@ -206,6 +207,7 @@ def profile(config: TrialConfig, steps: int) -> Profile:
     Raises:
         UserError, MachineError, OSError, TrialFailure: as `fit`.
     """
+    run: Run | None = None
     try:
         with temporary_folder() as folder:
             watch, started = Watch(), time.perf_counter()
@@ -213,8 +215,11 @@ def profile(config: TrialConfig, steps: int) -> Profile:
                 run = Run(config, TrialFolder(folder / "trial"))
                 wait(watch.marks.device)
                 return _looked_at(run, watch, steps, time.perf_counter() - started)
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"out of GPU memory: {first_line(error)}") from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        where = "while the model was loaded" if run is None else f"after step {run.progress.step}"
+        raise failure(where, Shortage.of(error), config) from None
 
 
 def _looked_at(run: Run, watch: Watch, steps: int, began: float) -> Profile:
@@ -338,18 +343,25 @@ def _rate_of_bf16(config: TrialConfig, device: torch.device) -> float | None:
 
 
 def _with_doubled_passes(run: Run, watch: Watch, memory: dict[str, int], passes: float) -> float | None:
-    """Seconds of the trial's steps where each pass has twice the rows, measured; None where that is not to be had."""
-    if passes < 2 or memory["kept_for_backward"] > SPARE * memory["free"]:
+    """Seconds of the trial's steps with `doubled` settings, measured; None where that is not to be had."""
+    config, proven = run.config, run.room.proven.training
+    others = doubled(config)
+    if not others or passes < 2 or memory["kept_for_backward"] > SPARE * memory["free"]:
         return None
-    before = run.config
     try:
-        cut_by(run, before.model_copy(update=doubled(before)))
+        cut_by(run, config.model_copy(update=others))
         watch.step(run)
-        return run.max_steps * sum(_timed(run, watch, DOUBLED_STEPS).values()) / DOUBLED_STEPS
-    except torch.OutOfMemoryError:
+        seconds = sum(_timed(run, watch, DOUBLED_STEPS).values()) / DOUBLED_STEPS
+        # A pass that has no room is made smaller again, and the next ones too.
+        is_doubled = run.room.proven.training == proven and watch.passes < DOUBLED_STEPS * passes
+        return run.max_steps * seconds if is_doubled else None
+    except (OutOfMemory, RuntimeError, MemoryError) as error:
+        if not isinstance(error, OutOfMemory) and not is_out_of_memory(error):
+            raise
         return None
     finally:
-        cut_by(run, before)
+        cut_by(run, config)
+        run.room.proven.training = proven
 
 
 def cut_by(run: Run, config: TrialConfig) -> None:
@@ -368,7 +380,9 @@ def _kept_if_not_recomputed(run: Run, watch: Watch, positions: float) -> int | N
     try:
         with keeping() as kept:
             run.task.loss(run.network, on_device(batch, run.model))
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         return None
     size = sum(size for place, size in kept.items() if place not in watch.own)
     return int(size * positions / watch.positions)
