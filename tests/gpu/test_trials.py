@@ -13,6 +13,8 @@ from gpu_trials import METHODS, long_rows, quickstart, random_llama
 from tiny_trials import evaluate_adapter, reproducible, run_fit
 
 from bilora_ray.config import TrialConfig
+from bilora_ray.training.compute.compiled import why_not
+from bilora_ray.training.compute.varlen import VARLEN, missing
 from bilora_ray.training.evaluate import evaluate, load_adapted
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run, fit
@@ -43,7 +45,7 @@ def test_auto_is_bf16_where_the_gpu_has_it(tmp_path: Path) -> None:
     run = Run(quickstart(precision="auto"), TrialFolder(tmp_path))
     frozen = {parameter.dtype for parameter in run.model.parameters() if not parameter.requires_grad}
     trained = {parameter.dtype for parameter in run.model.parameters() if parameter.requires_grad}
-    expected = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    expected = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     assert (frozen, trained) == ({expected}, {torch.float32})
 
 
@@ -68,17 +70,10 @@ def test_checkpointing_changes_no_loss(method: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("cuda")
-def test_compiled_blocks_learn_as_eager_ones(tmp_path: Path) -> None:
-    eager = losses(quickstart(precision="bf16"), tmp_path / "eager")
-    compiled, _ = run_fit(quickstart(precision="bf16", torch_compile=True), tmp_path / "compiled")
-    assert [report["compiled"] for report in compiled] == [1.0] * 3
-    found = [report[key] for report in compiled for key in ("train_loss", "eval_loss")]
-    assert found == pytest.approx(eager, rel=0.05)
-
-
-@pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("method", METHODS)
 def test_padding_free_rows_have_the_losses_of_padded_ones(method: str, tmp_path: Path) -> None:
+    if lacks := missing(VARLEN, torch.bfloat16):
+        pytest.skip(f"{VARLEN} needs {lacks}")
     padded = losses(quickstart(method=method, precision="bf16"), tmp_path / "padded")
     config = quickstart(method=method, precision="bf16", attn_implementation="varlen")
     assert losses(config, tmp_path / "free") == pytest.approx(padded, rel=0.05)
@@ -166,9 +161,22 @@ def test_what_is_written_is_what_a_cpu_writes(tmp_path: Path) -> None:
 
 
 def test_a_profile_tells_of_the_device(device: str, tmp_path: Path) -> None:
-    found = profile(quickstart(precision="bf16"), steps=2)
+    found = profile(quickstart(precision="auto"), steps=2)
     assert sum(found.shares.values()) == pytest.approx(1)
     assert found.memory["peak"] > found.memory["base_weights"] > 0
     assert found.memory["kept_for_backward"] > 0
     assert 0 < found.utilisation < 1
-    assert (found.device_rate > 1e13) is (device == "cuda")
+    # A T4 has no bf16, and 8 TFLOP/s in fp32.
+    assert found.device_rate > (1e12 if device == "cuda" else 0)
+
+
+# The last one: a slow host compiles for more than a minute.
+@pytest.mark.usefixtures("cuda")
+def test_compiled_blocks_learn_as_eager_ones(tmp_path: Path) -> None:
+    if reason := why_not("cuda"):
+        pytest.skip(f"this machine cannot compile: {reason}")
+    eager = losses(quickstart(precision="auto"), tmp_path / "eager")
+    compiled, _ = run_fit(quickstart(precision="auto", torch_compile=True), tmp_path / "compiled")
+    assert [report["compiled"] for report in compiled] == [1.0] * 3
+    found = [report[key] for report in compiled for key in ("train_loss", "eval_loss")]
+    assert found == pytest.approx(eager, rel=0.05)

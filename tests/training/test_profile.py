@@ -194,6 +194,36 @@ def test_bf16_speeds_up_products_and_halves_the_bytes_of_the_rest() -> None:
     assert "precision" not in suggested(seen())
 
 
+@pytest.mark.parametrize(
+    ("precision", "of_machine", "device", "is_told"),
+    [
+        ("fp32", "bf16", "cuda", True),
+        ("bf16", "bf16", "cuda", False),
+        ("bf16", "fp32", "cuda", False),
+        ("fp32", "fp32", "cuda", False),
+        ("fp32", "bf16", "cpu", False),
+    ],
+)
+def test_bf16_is_for_gpus_that_have_it_and_trials_that_are_not_in_it(
+    precision: str, of_machine: str, device: str, is_told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiling, "of_machine", lambda: of_machine)
+    monkeypatch.setattr(profiling, "matmul_rate", lambda *_: 1.0)
+    config = CONFIG.model_copy(update={"precision": precision})
+    assert (profiling._rate_of_bf16(config, torch.device(device)) == 1.0) is is_told
+
+
+@pytest.mark.parametrize(("settings", "could"), [({}, True), ({"attention_dropout": 0.1}, False)])
+def test_no_padding_is_for_models_that_can_do_without(
+    settings: dict[str, Any], could: bool, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tiny.config("causal-lm"), TrialFolder(tmp_path))
+    assert not profiling._could_flatten(run)
+    monkeypatch.setattr(profiling, "missing", lambda *_: None)
+    run.base.model.config.update(settings)
+    assert profiling._could_flatten(run) is could
+
+
 def test_checkpointing_is_worth_a_forward_pass_where_memory_is_free() -> None:
     assert suggested(seen(kept_if_not_recomputed=7 * GIB))["gradient_checkpointing"] == (False, 100 / 70)
     assert "gradient_checkpointing" not in suggested(seen(kept_if_not_recomputed=9 * GIB))

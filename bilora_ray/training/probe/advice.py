@@ -51,7 +51,7 @@ class Seen:
         memory: by kind.
         with_doubled_passes: those of its steps as `doubled` has them; None where that has no room, or no effect.
         kept_if_not_recomputed: bytes that a pass would keep without checkpointing; None where there is none.
-        could_flatten: whether torch's kernel could read rows without padding here, and another one reads them.
+        could_flatten: whether torch's kernel could read this model's rows without padding, and another one reads them.
         rows_to_evaluate: validation rows.
     """
 

@@ -26,7 +26,8 @@ from bilora_ray.files import temporary_folder
 from bilora_ray.training import model as models
 from bilora_ray.training.compute.memory import Shortage, failure, is_out_of_memory
 from bilora_ray.training.compute.precision import dtype_of, of_machine
-from bilora_ray.training.compute.varlen import VARLEN, missing, needs_no_padding
+from bilora_ray.training.compute.targets import base_of
+from bilora_ray.training.compute.varlen import VARLEN, may_flatten, missing, needs_no_padding
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run
 from bilora_ray.training.probe.advice import SPARE, Seen, Suggestion, doubled, suggestions
@@ -337,7 +338,7 @@ def _new_storages(held: Any, seen: set[int]) -> Iterator[int]:
 
 def _rate_of_bf16(config: TrialConfig, device: torch.device) -> float | None:
     """What a large product in bf16 reaches on a GPU that has it, where the trial computes in something else."""
-    if config.precision == of_machine() or device.type != "cuda":
+    if device.type != "cuda" or config.precision == "bf16" or of_machine() != "bf16":
         return None
     return matmul_rate(device, torch.bfloat16)
 
@@ -389,8 +390,11 @@ def _kept_if_not_recomputed(run: Run, watch: Watch, positions: float) -> int | N
 
 
 def _could_flatten(run: Run) -> bool:
-    kernel = str(run.base.model.config._attn_implementation)
-    return run.task.continues and not needs_no_padding(kernel) and missing(VARLEN, dtype_of(run.config)) is None
+    """Whether rows that are padded now could be read without padding by torch's kernel."""
+    base = base_of(run.model)
+    if not run.task.continues or needs_no_padding(str(base.config._attn_implementation)):
+        return False
+    return missing(VARLEN, dtype_of(run.config)) is None and may_flatten(base, VARLEN)
 
 
 def _name(device: torch.device) -> str:
