@@ -82,6 +82,8 @@ def _print(found: Profile) -> None:
     click.secho("Time of the trial", bold=True)
     for part, share in sorted(found.shares.items(), key=lambda item: -item[1]):
         click.echo(f"  {part:<20} {share:>6.1%}  {'#' * round(40 * share)}")
+    for note in found.notes:
+        click.echo(f"  {note}")
     click.secho("Memory", bold=True)
     for kind, size in found.memory.items():
         click.echo(f"  {kind.replace('_', ' '):<20} {_size(size):>10}")

@@ -130,7 +130,7 @@ class Run:
         )
         self.step_rows = config.step_rows(workers.planned)
         self.max_steps = config.max_steps or share_of(config.num_train_epochs, self.steps_per_epoch)
-        self.eval_every = _eval_every(config.eval_steps, self.max_steps)
+        self.eval_every = eval_every(config.eval_steps, self.max_steps)
         self.schedule = get_scheduler(
             config.lr_scheduler_type,
             self.optimizer,
@@ -369,5 +369,6 @@ def share_of(share: float, count: int) -> int:
     return math.ceil(share * count * (1 - 1e-9))
 
 
-def _eval_every(eval_steps: float, max_steps: int) -> int:
+def eval_every(eval_steps: float, max_steps: int) -> int:
+    """Steps from one evaluation to the next."""
     return int(eval_steps) if eval_steps >= 1 else share_of(eval_steps, max_steps)

@@ -19,7 +19,7 @@ from bilora_ray.training.loading import load_data
 from bilora_ray.training.loop import Run
 from bilora_ray.training.probe import profile as profiling
 from bilora_ray.training.probe import roofline
-from bilora_ray.training.probe.advice import GIB, Seen, doubled, suggestions
+from bilora_ray.training.probe.advice import GIB, Seen, doubled, rarer, suggestions
 from bilora_ray.training.probe.profile import WARM_UP, Profile, profile
 from bilora_ray.training.tasks import TASKS
 
@@ -52,7 +52,7 @@ def test_what_is_counted_is_what_the_steps_read(method: str, tiny: Tiny) -> None
     tokens = sum(data.train[row].length for row in rows)
     assert found.tokens_per_second * found.step_seconds * STEPS == pytest.approx(tokens)
     assert (found.padding, found.passes, found.step_rows) == (0, 4, 4)
-    assert (found.trial_steps, found.evaluations) == (8, 4)
+    assert (found.trial_steps, found.evaluations, found.notes) == (8, 4, ())
     assert found.shares["generation"] == 0
 
 
@@ -80,6 +80,7 @@ def test_every_kind_of_task_has_a_profile(task: Task, tiny: Tiny) -> None:
     before = TASKS[task], torch.Tensor.backward
     found = looked_at(tiny.config(task, **judged))
     assert (found.shares["generation"] > 0) is bool(judged)
+    assert ["upper bound" in note for note in found.notes] == [True] * bool(judged)
     assert (TASKS[task], torch.Tensor.backward) == before
 
 
@@ -179,7 +180,10 @@ def seen(config: TrialConfig = CONFIG, **others: Any) -> Seen:
         "with_doubled_passes": None,
         "kept_if_not_recomputed": None,
         "could_flatten": False,
+        "could_compile": False,
         "rows_to_evaluate": 100,
+        "evaluations": 10,
+        "evaluations_if_rarer": 5,
     }
     return Seen(**facts | others)
 
@@ -242,6 +246,31 @@ def test_larger_passes_are_suggested_as_they_were_measured() -> None:
 def test_padding_is_to_be_saved_where_a_kernel_needs_none() -> None:
     assert suggested(seen(padding=0.25, could_flatten=True))["attn_implementation"] == ("varlen", 100 / 80)
     assert "attn_implementation" not in suggested(seen(padding=0.25))
+
+
+def test_compiling_takes_its_time_once() -> None:
+    parts = {"data": 0.0, "forward": 400.0, "backward": 750.0, "optimizer": 40.0, "other": 10.0}
+    seconds = {**parts, "evaluation": 0.0, "generation": 0.0, "checkpoint": 0.0}
+    assert suggested(seen(seconds=seconds, could_compile=True)) == {"torch_compile": (True, 1200 / 1120)}
+    assert "120 s" in suggestions(seen(seconds=seconds, could_compile=True))[0].reason
+    half = {part: second / 2 for part, second in seconds.items()}
+    assert suggestions(seen(seconds=half, could_compile=True)) == ()
+    assert suggestions(seen(seconds=seconds)) == ()
+
+
+@pytest.mark.parametrize(("every", "rarely"), [(0.1, 0.2), (0.25, 0.5), (0.49, 0.98), (0.5, None), (4.0, 8), (1.0, 2)])
+def test_evaluations_are_half_as_often(every: float, rarely: float | None) -> None:
+    found = rarer(CONFIG.model_copy(update={"eval_steps": every}))
+    assert repr(found) == repr(rarely)
+
+
+def test_rarer_evaluations_are_suggested_where_they_are_fewer() -> None:
+    # Of the 14 seconds of 3 evaluations, 2 save a third.
+    fewer = seen(evaluations=3, evaluations_if_rarer=2)
+    assert suggested(fewer)["eval_steps"] == (0.2, 100 / (100 - 14 / 3))
+    assert "fewer checkpoints" in suggestions(fewer)[0].reason
+    for after in (3, 1, None):
+        assert suggestions(seen(evaluations=3, evaluations_if_rarer=after)) == ()
 
 
 def test_no_more_than_three_are_told_and_the_best_first() -> None:

@@ -24,13 +24,14 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.errors import OutOfMemory
 from bilora_ray.files import temporary_folder
 from bilora_ray.training import model as models
+from bilora_ray.training.compute.compiled import why_not
 from bilora_ray.training.compute.memory import Shortage, failure, is_out_of_memory
 from bilora_ray.training.compute.precision import dtype_of, of_machine
 from bilora_ray.training.compute.targets import base_of
 from bilora_ray.training.compute.varlen import VARLEN, may_flatten, missing, needs_no_padding
 from bilora_ray.training.folder import TrialFolder
-from bilora_ray.training.loop import Run
-from bilora_ray.training.probe.advice import SPARE, Seen, Suggestion, doubled, suggestions
+from bilora_ray.training.loop import Run, eval_every
+from bilora_ray.training.probe.advice import SPARE, Seen, Suggestion, doubled, rarer, suggestions
 from bilora_ray.training.probe.passes import reads_tokens
 from bilora_ray.training.probe.roofline import Marks, counting, matmul_rate, wait
 from bilora_ray.training.tasks import TASKS
@@ -69,6 +70,7 @@ class Profile:
         operations: floating-point operations of a step that the model needs; those that are computed again don't count.
         device_rate: operations a second that a large product reaches here.
         utilisation: the share of those that a step does.
+        notes: lines about what these numbers leave out.
         suggestions: settings that would gain most.
     """
 
@@ -90,6 +92,7 @@ class Profile:
     operations: int
     device_rate: float
     utilisation: float
+    notes: tuple[str, ...]
     suggestions: tuple[Suggestion, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -231,7 +234,7 @@ def _looked_at(run: Run, watch: Watch, steps: int, began: float) -> Profile:
     of_steps = _timed(run, watch, steps)
     tokens, positions, passes = run.window.tokens - before, watch.positions, watch.passes / steps
     of_evaluation = watch.evaluation(run)
-    evaluations = -(-run.max_steps // run.eval_every)
+    evaluations, if_rarer = _evaluations(run, config.eval_steps), rarer(config)
     trial = {key: run.max_steps * of_steps.get(key, 0.0) / steps for key in OF_STEP}
     trial |= {key: evaluations * of_evaluation.get(key, 0.0) for key in OF_EVALUATION}
     operations, memory = _operations(run, watch), _memory(run, watch)
@@ -249,7 +252,10 @@ def _looked_at(run: Run, watch: Watch, steps: int, began: float) -> Profile:
         with_doubled_passes=_with_doubled_passes(run, watch, memory, passes),
         kept_if_not_recomputed=_kept_if_not_recomputed(run, watch, positions / (steps * passes)),
         could_flatten=_could_flatten(run),
+        could_compile=_could_compile(run, device),
         rows_to_evaluate=len(run.data.validation),
+        evaluations=evaluations,
+        evaluations_if_rarer=None if if_rarer is None else _evaluations(run, if_rarer),
     )
     return Profile(
         device=_name(device),
@@ -270,8 +276,20 @@ def _looked_at(run: Run, watch: Watch, steps: int, began: float) -> Profile:
         operations=operations,
         device_rate=rate,
         utilisation=operations * steps / in_steps / rate,
+        notes=tuple(_notes(config)),
         suggestions=suggestions(seen),
     )
+
+
+def _evaluations(run: Run, eval_steps: float) -> int:
+    """How many the trial has, with such `eval_steps`."""
+    return -(-run.max_steps // eval_every(eval_steps, run.max_steps))
+
+
+def _notes(config: TrialConfig) -> Iterator[str]:
+    if config.predict_with_generate:
+        early = "a model that has learned little writes long texts"
+        yield f"the time of evaluations is an upper bound: one was measured, after few steps, and {early}"
 
 
 def _timed(run: Run, watch: Watch, steps: int) -> dict[str, float]:
@@ -395,6 +413,11 @@ def _could_flatten(run: Run) -> bool:
     if not run.task.continues or needs_no_padding(str(base.config._attn_implementation)):
         return False
     return missing(VARLEN, dtype_of(run.config)) is None and may_flatten(base, VARLEN)
+
+
+def _could_compile(run: Run, device: torch.device) -> bool:
+    """Whether blocks that are not compiled could be. On a CPU it is not known to gain."""
+    return device.type == "cuda" and not run.config.torch_compile and why_not(device.type) is None
 
 
 def _name(device: torch.device) -> str:
