@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +26,7 @@ Examples:
   bilora-ray profile --space search_spaces/llama.yaml --set gradient_checkpointing=false --json
 """
 MIB, GIB = 2**20, 2**30
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @click.command(epilog=EPILOG)
@@ -36,7 +40,8 @@ def command(space_path: Path, overrides: tuple[str, ...], steps: int, as_json: b
     """Run some steps and one evaluation of a trial, and say where the time and the memory go.
 
     It is the trial with the first of the points_to_evaluate, and with the first choice or the low end of what those
-    leave open. A worker's part of it is run, in this process. No study is touched.
+    leave open. A worker's part of it is run, in this process, with the share of a GPU that `resources` give it; with
+    none it runs on the CPU, as it would in a search. No study is touched.
     """
     space = load_space(space_path, overrides)
     have_home()
@@ -51,13 +56,33 @@ def command(space_path: Path, overrides: tuple[str, ...], steps: int, as_json: b
 
     click.echo(f"Running {WARM_UP} steps to warm up, {steps} that are timed, and one evaluation", err=True)
     try:
-        found = profile(space.trial_config(_first(space)), steps)
+        with _seeing(space.resources.gpus_per_worker):
+            found = profile(
+                space.trial_config(_first(space)),
+                steps,
+                space.resources.workers,
+                space.resources.gpus_per_worker,
+                sharded=space.resources.parallelism == "fsdp",
+            )
     except TrialFailure as error:
         raise UserError(f"the trial failed: {error}") from None
     if as_json:
         print_json(found.as_dict())
     else:
         _print(found)
+
+
+@contextmanager
+def _seeing(gpus: float) -> Iterator[None]:
+    """In the block, torch sees a GPU only where a worker has some; it must not have looked for one before."""
+    before = os.environ.get(VISIBLE)
+    if gpus == 0:
+        os.environ[VISIBLE] = ""
+    try:
+        yield
+    finally:
+        os.environ.pop(VISIBLE, None)
+        os.environ.update({} if before is None else {VISIBLE: before})
 
 
 def _first(space: Space) -> dict[str, Value]:
@@ -67,9 +92,13 @@ def _first(space: Space) -> dict[str, Value]:
 
 def _print(found: Profile) -> None:
     click.secho(f"{found.device}, {found.precision}", bold=True)
+    each = " of a worker" if found.workers > 1 else ""
     padding = f"{found.padding:.0%} of the positions are padding"
     for what, line in (
-        ("speed", f"{found.tokens_per_second:,.0f} tokens/s, {found.positions_per_second:,.0f} positions/s: {padding}"),
+        (
+            "speed",
+            f"{found.tokens_per_second:,.0f} tokens/s, {found.positions_per_second:,.0f} positions/s{each}: {padding}",
+        ),
         ("step", f"{_time(found.step_seconds)}, of {found.step_rows} rows; forward passes: {found.passes:.3g}"),
         ("trial", f"about {_time(found.trial_seconds)}: {found.trial_steps} steps, {found.evaluations} evaluations"),
         ("start", f"{_time(found.start_seconds)}, before the first step"),

@@ -6,7 +6,7 @@ import gc
 from collections.abc import Mapping
 from typing import Any
 
-from bilora_ray.config import CUDA_GIB, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import not_again
 from bilora_ray.runners.task import (
     DIGESTS,
@@ -36,12 +36,13 @@ def run_trial(task: Mapping[str, Any]) -> None:
     try:
         with not_again():  # nor what an import raises
             import_training()
+            from bilora_ray.training.compute.memory import keep_to_share
             from bilora_ray.training.loop import fit
 
             # What is imported stays: to search it for what a trial has left takes tenths of a second each time.
             if not gc.get_freeze_count():
                 gc.freeze()
-            _keep_to_share(task[RESOURCES]["gpus_per_worker"])
+            keep_to_share(task[RESOURCES]["gpus_per_worker"])
             folder = folder_of(trial)
             with folder.lock(ORPHAN_WAIT_S):
                 config, report = TrialConfig(**trial[SETTINGS]), telling(tune.report, trial)
@@ -52,15 +53,6 @@ def run_trial(task: Mapping[str, Any]) -> None:
 
 def _own(resources: Mapping[str, Any]) -> dict[str, float]:
     return {"CPU": resources["cpus_per_worker"], "GPU": resources["gpus_per_worker"]}
-
-
-def _keep_to_share(gpus: float) -> None:
-    """Let a trial that has a part of a GPU run out of memory at its own part, and not at that of its neighbours."""
-    import torch
-
-    if 0 < gpus < 1 and torch.cuda.is_available():
-        total_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-        torch.cuda.set_per_process_memory_fraction(max(gpus - CUDA_GIB / total_gib, 0.01))
 
 
 RUNNER = Runner(run_trial, _own, starts_workers=False)

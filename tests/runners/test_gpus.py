@@ -14,7 +14,6 @@ from tiny_trials import Tiny
 
 from bilora_ray.errors import UserError
 from bilora_ray.records import TrialRecord
-from bilora_ray.runners import own_process
 from bilora_ray.search.cluster.cluster import capacity, cluster
 from bilora_ray.search.run import run_trials
 from bilora_ray.search.session import Observers
@@ -22,6 +21,7 @@ from bilora_ray.search.space import ResourceConfig
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.studies import open_study
+from bilora_ray.training.compute.memory import keep_to_share
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_trial_with_a_part_of_a_gpu_keeps_to_that_part_of_its_memory_less_what
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=8 * 2**30))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", set_limits.append)
-    own_process._keep_to_share(gpus)
+    assert keep_to_share(gpus) == (limits or [1.0])[0]
     assert set_limits == limits
 
 

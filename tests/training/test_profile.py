@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,22 @@ def test_what_is_counted_is_what_the_steps_read(method: str, tiny: Tiny) -> None
     assert (found.padding, found.passes, found.step_rows) == (0, 4, 4)
     assert (found.trial_steps, found.evaluations, found.notes) == (8, 4, ())
     assert found.shares["generation"] == 0
+
+
+def test_workers_share_a_step_and_an_evaluation(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(roofline.time, "perf_counter", lambda: float(next(ticks)))
+    config = tiny.config("causal-lm", per_device_train_batch_size=2, num_train_epochs=4, max_steps=None, eval_steps=4)
+    rows = len(load_data(config).train)
+    alone, two = profile(config, STEPS), profile(config, STEPS, workers=2, sharded=True)
+    assert (alone.step_rows, two.step_rows, two.workers) == (2, 4, 2)
+    assert alone.trial_steps == 4 * math.ceil(rows / 2)
+    assert two.trial_steps == 4 * math.ceil(rows / 4)
+    assert two.evaluations == math.ceil(two.trial_steps / 4)
+    assert two.passes == alone.passes
+    of_one = {p.workers: p.shares["evaluation"] * p.trial_seconds / p.evaluations for p in (alone, two)}
+    assert of_one[2] == pytest.approx(of_one[1] / 2)
+    assert ["worker" in note or "all of the model" in note for note in two.notes] == [True, True]
 
 
 def test_padding_is_told(tiny: Tiny) -> None:
@@ -169,6 +186,7 @@ def seen(config: TrialConfig = CONFIG, **others: Any) -> Seen:
     parts = {"data": 1.0, "forward": 30.0, "backward": 50.0, "optimizer": 4.0, "other": 1.0}
     facts: dict[str, Any] = {
         "config": config,
+        "sharded": False,
         "device": "cuda",
         "seconds": {**parts, "evaluation": 8.0, "generation": 4.0, "checkpoint": 2.0},
         "passes": 1.0,
@@ -255,6 +273,7 @@ def test_compiling_takes_its_time_once() -> None:
     assert "120 s" in suggestions(seen(seconds=seconds, could_compile=True))[0].reason
     half = {part: second / 2 for part, second in seconds.items()}
     assert suggestions(seen(seconds=half, could_compile=True)) == ()
+    assert suggestions(seen(seconds=seconds, could_compile=True, sharded=True)) == ()
     assert suggestions(seen(seconds=seconds)) == ()
 
 

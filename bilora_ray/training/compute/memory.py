@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from bilora_ray.config import TASK_FACTS, TrialConfig
+from bilora_ray.config import CUDA_GIB, TASK_FACTS, TrialConfig
 from bilora_ray.errors import OutOfMemory
 from bilora_ray.training.compute.cutting import Kind, Proven
 from bilora_ray.training.distributed.workers import Workers
@@ -62,6 +62,23 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def keep_to_share(gpus: float) -> float:
+    """Let a trial that has a part of a GPU run out of memory at its own part, and not at that of its neighbours.
+
+    Args:
+        gpus: how many a trial has.
+
+    Returns:
+        The share of a GPU's memory that torch may have from now on.
+    """
+    if not 0 < gpus < 1 or not torch.cuda.is_available():
+        return 1.0
+    total_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    share = max(gpus - CUDA_GIB / total_gib, 0.01)
+    torch.cuda.set_per_process_memory_fraction(share)
+    return share
 
 
 @dataclass(frozen=True)

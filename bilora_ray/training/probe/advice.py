@@ -42,6 +42,7 @@ class Seen:
 
     Attributes:
         config: the settings.
+        sharded: whether each worker has a part of the model.
         device: its kind.
         seconds: by part.
         passes: forward passes of a step.
@@ -54,12 +55,13 @@ class Seen:
         kept_if_not_recomputed: bytes that a pass would keep without checkpointing; None where there is none.
         could_flatten: whether torch's kernel could read this model's rows without padding, and another one reads them.
         could_compile: whether this machine could compile the blocks of the model, and they are not.
-        rows_to_evaluate: validation rows.
+        rows_to_evaluate: validation rows of a worker.
         evaluations: how many it has.
         evaluations_if_rarer: the same with `rarer` ones; None where there are none.
     """
 
     config: TrialConfig
+    sharded: bool
     device: str
     seconds: Mapping[str, float]
     passes: float
@@ -75,6 +77,10 @@ class Seen:
     rows_to_evaluate: int
     evaluations: int
     evaluations_if_rarer: int | None
+
+    def may_have(self, setting: str, value: Any) -> bool:
+        """Whether the trial could have a setting with that value, as its workers share it."""
+        return not self.sharded or self.config.model_copy(update={setting: value}).whole_only is None
 
     @property
     def computing(self) -> float:
@@ -98,7 +104,7 @@ def suggestions(seen: Seen) -> tuple[Suggestion, ...]:
         Suggestion(setting, value, total / (total - saved), reason)
         for look in LOOKS
         for setting, value, saved, reason in look(seen)
-        if saved < total
+        if saved < total and seen.may_have(setting, value)
     ]
     best = sorted(found, key=lambda suggestion: -suggestion.speedup)[:MOST]
     return tuple(suggestion for suggestion in best if suggestion.speedup >= LEAST)

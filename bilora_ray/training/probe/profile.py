@@ -25,10 +25,11 @@ from bilora_ray.errors import OutOfMemory
 from bilora_ray.files import temporary_folder
 from bilora_ray.training import model as models
 from bilora_ray.training.compute.compiled import why_not
-from bilora_ray.training.compute.memory import Shortage, failure, is_out_of_memory
+from bilora_ray.training.compute.memory import Shortage, failure, is_out_of_memory, keep_to_share
 from bilora_ray.training.compute.precision import dtype_of, of_machine
 from bilora_ray.training.compute.targets import base_of
 from bilora_ray.training.compute.varlen import VARLEN, may_flatten, missing, needs_no_padding
+from bilora_ray.training.distributed.workers import Workers
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run, eval_every
 from bilora_ray.training.probe.advice import SPARE, Seen, Suggestion, doubled, rarer, suggestions
@@ -45,6 +46,8 @@ WARM_UP = 3
 DOUBLED_STEPS = 2
 OF_STEP = ("data", "forward", "backward", "optimizer", "other")
 OF_EVALUATION = ("evaluation", "generation", "checkpoint")
+# Of those, what workers share.
+SHARED = ("evaluation", "generation")
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,11 @@ class Profile:
     Attributes:
         device: its name.
         precision: of the base weights and of what is computed with them.
+        workers: who train the trial together. Where nothing else is said, the numbers are those of one of them.
         steps: that were timed.
-        step_rows: training rows of a step.
+        step_rows: training rows of a step of all workers.
         passes: forward passes of a step, on average.
-        step_seconds: of a step.
+        step_seconds: of a step, less what workers wait for each other.
         tokens_per_second: real ones, of training.
         positions_per_second: with those of padding.
         padding: the share of the positions that holds no token.
@@ -76,6 +80,7 @@ class Profile:
 
     device: str
     precision: str
+    workers: int
     steps: int
     step_rows: int
     passes: float
@@ -103,6 +108,9 @@ class Profile:
 class Watch:
     """Notes when the parts of a trial end, and what its passes read and keep.
 
+    Args:
+        share: of a GPU's memory, that this process may have.
+
     Attributes:
         marks: when.
         counter: counts operations while there is one.
@@ -114,7 +122,8 @@ class Watch:
         own: what is the model's, and is not kept for the way back.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = 1.0) -> None:
+        self.share = share
         self.marks = Marks(models.device())
         self.counter: FlopCounterMode | None = None
         self.weighs = False
@@ -205,8 +214,17 @@ def keeping() -> Iterator[dict[int, int]]:
         yield kept
 
 
-def profile(config: TrialConfig, steps: int) -> Profile:
+def profile(
+    config: TrialConfig, steps: int, workers: int = 1, gpus_per_worker: float = 1, sharded: bool = False
+) -> Profile:
     """Begin the trial of `config` in a folder of its own that is gone behind it, and look at so many of its steps.
+
+    Args:
+        config: the settings.
+        steps: to time.
+        workers: who would train it together. What one of them does is run, here.
+        gpus_per_worker: a part of one: then no more of its memory is used than a trial may have.
+        sharded: whether each worker would have a part of the model. Here it has all of it.
 
     Raises:
         UserError, MachineError, OSError, TrialFailure: as `fit`.
@@ -214,11 +232,13 @@ def profile(config: TrialConfig, steps: int) -> Profile:
     run: Run | None = None
     try:
         with temporary_folder() as folder:
-            watch, started = Watch(), time.perf_counter()
+            watch, started = Watch(keep_to_share(gpus_per_worker)), time.perf_counter()
             with watching(watch, config.task):
-                run = Run(config, TrialFolder(folder / "trial"))
+                run = Run(config, TrialFolder(folder / "trial"), Workers(planned=workers))
+                # As many steps as of all workers; of each the rows that are one's.
+                run.step_rows = config.step_rows(1)
                 wait(watch.marks.device)
-                return _looked_at(run, watch, steps, time.perf_counter() - started)
+                return _looked_at(run, watch, steps, time.perf_counter() - started, sharded)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -226,8 +246,8 @@ def profile(config: TrialConfig, steps: int) -> Profile:
         raise failure(where, Shortage.of(error), config) from None
 
 
-def _looked_at(run: Run, watch: Watch, steps: int, began: float) -> Profile:
-    device, config = watch.marks.device, run.config
+def _looked_at(run: Run, watch: Watch, steps: int, began: float, sharded: bool) -> Profile:
+    device, config, workers = watch.marks.device, run.config, run.workers.planned
     for _ in range(WARM_UP):
         watch.step(run)
     before = run.window.tokens
@@ -237,10 +257,12 @@ def _looked_at(run: Run, watch: Watch, steps: int, began: float) -> Profile:
     evaluations, if_rarer = _evaluations(run, config.eval_steps), rarer(config)
     trial = {key: run.max_steps * of_steps.get(key, 0.0) / steps for key in OF_STEP}
     trial |= {key: evaluations * of_evaluation.get(key, 0.0) for key in OF_EVALUATION}
+    trial |= {key: trial[key] / workers for key in SHARED}
     operations, memory = _operations(run, watch), _memory(run, watch)
     rate, total, in_steps = matmul_rate(device, dtype_of(config)), sum(trial.values()), sum(of_steps.values())
     seen = Seen(
         config=config,
+        sharded=sharded,
         device=device.type,
         seconds=trial,
         passes=passes,
@@ -253,15 +275,16 @@ def _looked_at(run: Run, watch: Watch, steps: int, began: float) -> Profile:
         kept_if_not_recomputed=_kept_if_not_recomputed(run, watch, positions / (steps * passes)),
         could_flatten=_could_flatten(run),
         could_compile=_could_compile(run, device),
-        rows_to_evaluate=len(run.data.validation),
+        rows_to_evaluate=-(-len(run.data.validation) // workers),
         evaluations=evaluations,
         evaluations_if_rarer=None if if_rarer is None else _evaluations(run, if_rarer),
     )
     return Profile(
         device=_name(device),
         precision=config.precision,
+        workers=workers,
         steps=steps,
-        step_rows=run.step_rows,
+        step_rows=config.step_rows(workers),
         passes=passes,
         step_seconds=in_steps / steps,
         tokens_per_second=tokens / in_steps,
@@ -276,7 +299,7 @@ def _looked_at(run: Run, watch: Watch, steps: int, began: float) -> Profile:
         operations=operations,
         device_rate=rate,
         utilisation=operations * steps / in_steps / rate,
-        notes=tuple(_notes(config)),
+        notes=tuple(_notes(config, workers, sharded)),
         suggestions=suggestions(seen),
     )
 
@@ -286,7 +309,11 @@ def _evaluations(run: Run, eval_steps: float) -> int:
     return -(-run.max_steps // eval_every(eval_steps, run.max_steps))
 
 
-def _notes(config: TrialConfig) -> Iterator[str]:
+def _notes(config: TrialConfig, workers: int, sharded: bool) -> Iterator[str]:
+    if workers > 1:
+        yield f"one of {workers} workers was run: what they send each other takes time too"
+    if sharded:
+        yield f"it had all of the model, of which each of {workers} would have a part: less memory, and more to send"
     if config.predict_with_generate:
         early = "a model that has learned little writes long texts"
         yield f"the time of evaluations is an upper bound: one was measured, after few steps, and {early}"
@@ -325,7 +352,7 @@ def _memory(run: Run, watch: Watch) -> dict[str, int]:
         free, total = torch.cuda.mem_get_info()
         peak = torch.cuda.max_memory_allocated()
         others = total - free - torch.cuda.memory_reserved()
-        return {**found, "peak": peak, "free": max(0, total - others - peak)}
+        return {**found, "peak": peak, "free": int(max(0, min(total - others, watch.share * total) - peak))}
     return {**found, "peak": sum(found.values()), "free": os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
 
 
