@@ -54,7 +54,8 @@ def command(space_path: Path, overrides: tuple[str, ...], steps: int, as_json: b
     quiet()
     from bilora_ray.training.probe.profile import WARM_UP, profile
 
-    click.echo(f"Running {WARM_UP} steps to warm up, {steps} that are timed, and one evaluation", err=True)
+    where = ", on the CPU: resources.gpus_per_worker is 0" if space.resources.gpus_per_worker == 0 else ""
+    click.echo(f"Running {WARM_UP} steps to warm up, {steps} that are timed, and one evaluation{where}", err=True)
     try:
         with _seeing(space.resources.gpus_per_worker):
             found = profile(

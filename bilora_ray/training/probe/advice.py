@@ -13,8 +13,8 @@ SPARE = 0.8
 # Less of a gain than this is none.
 LEAST = 1.02
 MOST = 3
-# Compiled blocks beside eager ones: a step of a Llama of 1B took 1 / 1.15 to 1 / 1.27 of its time on an H200. How long
-# they take to compile, once a trial, is an estimate.
+# Steps of compiled blocks beside eager ones: 1.15 to 1.27 x as fast were those of a Llama of 1B, measured on one H200.
+# How long they take to compile, once a trial, is an estimate.
 COMPILED, COMPILE_SECONDS = 1.2, 120
 GIB = 2**30
 
@@ -162,7 +162,7 @@ def _padding(seen: Seen) -> Found:
 
 def _compiled(seen: Seen) -> Found:
     if seen.could_compile:
-        reason = f"steps are about {COMPILED} x as fast, less {COMPILE_SECONDS} s that it may take to compile"
+        reason = f"a 1B's steps were 1.15 to 1.27 x as fast on an H200; less {COMPILE_SECONDS} s, say, to compile"
         yield "torch_compile", True, seen.in_steps * (1 - 1 / COMPILED) - COMPILE_SECONDS, reason
 
 
