@@ -8,7 +8,7 @@ after a forward and a backward pass of its own copy of the model, and the order 
 Each round gives a ratio; the table holds their median and its 95 % bootstrap interval. That both end with the same
 parameters, to the bit on a CPU, is checked.
 
-    python benchmarks/optimizer_time.py [--hidden 32 64 256] [--rounds 40] [--device cpu]
+    python benchmarks/optimizer_time.py [--hidden 32 64 256] [--rounds 12] [--device cpu]
 """
 
 from __future__ import annotations
