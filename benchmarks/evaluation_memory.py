@@ -2,8 +2,8 @@
 
 A random model of Llama's shape measures 32 rows with the lengths of GSM8K's, taken as a token for each four bytes, on
 one thread. `all` is what transformers computes of a padded batch with its mask, scored at once. Each pass is in a
-process of its own, in turns; the peak is that of its resident memory over what it had before the pass. Both must
-find the same loss, to the last bit.
+process of its own, in turns; the peak is that of its resident memory over what it had before the pass, counted anew
+when that begins. Both must find the same loss, to the last bit.
 
     python benchmarks/evaluation_memory.py --data FOLDER [--repeats 3] [--vocabulary 32000]
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -40,15 +39,21 @@ def lengths(data: Path) -> list[tuple[int, int]]:
     return [(len(row["question"].encode()) // 4, len(row["answer"].encode()) // 4) for row in rows]
 
 
-def resident() -> int:
-    """Bytes of main memory that this process has now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def peak() -> int:
+    """Bytes of main memory that this process has had at the most, since `forget_peak`."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def forget_peak() -> None:
+    """Begin to count anew: the peak is what there is now."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(code: str, dtype: str, data: Path, vocabulary: int) -> Measured:
     """One pass."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     from bilora_ray.training.metrics import IGNORED
     from bilora_ray.training.tasks import TASKS
@@ -58,7 +63,8 @@ def measure(code: str, dtype: str, data: Path, vocabulary: int) -> Measured:
     torch.manual_seed(0)
     shape: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 4}
     config = LlamaConfig(vocab_size=vocabulary, num_attention_heads=8, **shape)
-    model: Any = LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+    # In its precision from the first: what a larger one has left behind would be used again, and not be seen.
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
     random, examples = Random(0), []
     for question, answer in lengths(data):
         ids = random.choices(range(vocabulary), k=question + answer)
@@ -66,7 +72,8 @@ def measure(code: str, dtype: str, data: Path, vocabulary: int) -> Measured:
     tokenizer: Any = SimpleNamespace(pad_token_id=0)
     batch, seen = TASKS["causal-lm"].collate(examples, tokenizer), []
     model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape[:-1].numel()))
-    before, started = resident(), time.process_time()
+    forget_peak()
+    before, started = peak(), time.process_time()
     with torch.no_grad():
         if code == "targets":
             loss = TASKS["causal-lm"].measure(*TASKS["causal-lm"].forward(model, batch)).negative_log_likelihood
@@ -77,8 +84,7 @@ def measure(code: str, dtype: str, data: Path, vocabulary: int) -> Measured:
             picked = scores.gather(-1, wanted.unsqueeze(-1)).squeeze(-1)
             loss = (scores.logsumexp(-1) - picked).double().sum().item()
     seconds = time.process_time() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    return {"peak MiB": peak / 2**20, "CPU s": seconds, "rows at the head": sum(seen), "loss": loss}
+    return {"peak MiB": (peak() - before) / 2**20, "CPU s": seconds, "rows at the head": sum(seen), "loss": loss}
 
 
 def main() -> None:
