@@ -6,7 +6,8 @@ order that is reversed every round. Adapters have rank 8 on all linear layers; e
 - `peft-autocast`: PEFT as it is on the bf16 base, adapters in fp32, `torch.autocast` in bf16, fused AdamW and the norm
   limit of 1, which is what HF Trainer does with `bf16=True`; an attention mask in the batch, as its collator has it.
 - `lora`, `bilora`, and other methods: the product's own path, from the task's batch to the method's optimizer.
-- `...+compile`: with the blocks compiled; `...+checkpointing`: with activations recomputed.
+- `...+compile`: with the blocks compiled, or `(eager)` where some could not be; `...+checkpointing`: with activations
+  recomputed.
 
 A time is a step's, by events of the GPU: from an idle device to the last kernel, of so many steps in a row as take a
 tenth of a second. MFU is the step's operations in products and attention, as plain LoRA's own pass has them, over what
@@ -101,9 +102,15 @@ class Contender:
 
     name: str
     step: Step
+    compiled: Compiled
     state: int = 0
     peak: int = 0
     phases: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """The name, and that blocks computed as they are, where they were to be compiled."""
+        return self.name + (" (eager)" if self.compiled.metrics().get("compiled") == 0 else "")
 
     @property
     def times(self) -> list[float]:
@@ -197,10 +204,8 @@ def contender(name: str, base: PreTrainedModel, settings: dict[str, Any]) -> Con
     model.train()
     if "checkpointing" in extras:
         models.enable_gradient_checkpointing(model)
-    if "compile" in extras:
-        compiled = Compiled(model, model.device, wanted=True)
-        return Contender(name, compiled.at_work()(step))
-    return Contender(name, step)
+    compiled = Compiled(model, model.device, wanted="compile" in extras)
+    return Contender(name, compiled.at_work()(step), compiled)
 
 
 def _stock_step(model: PeftModel, settings: dict[str, Any]) -> Step:
@@ -338,7 +343,7 @@ def rows_of(race: Race, shape: str, rows: int, length: int, names: Iterable[str]
         yield Row(
             shape,
             f"{rows} x {length}",
-            each.name,
+            each.label,
             middle,
             min(times),
             max(times),
