@@ -1,9 +1,10 @@
 """How long the quickstart takes, and which share of a trial is evaluation: this code against other.
 
-Each code runs its own `bilora-ray tune --space search_spaces/quickstart.yaml` in a new storage path, in turns, the
-order reversed every round; told is the wall time of the whole command. Early stops depend on which trial ends first, so
-the steps that were trained stand beside it. Then each code trains one trial of that space to its end, alone on one
-thread and in turns too: the share of it that is evaluation, and in that generation, by CPU time.
+Each code runs `bilora-ray tune` with the same space file in a new storage path, in turns, the order reversed every
+round: the quickstart of this checkout if the other code takes it, else of the other. Told is the wall time of the whole
+command. Early stops depend on which trial ends first, so the time a step stands beside it. Then each code trains one
+trial of that space to its end, alone on one thread and in turns too: the share of it that is evaluation, and in that
+generation, by CPU time.
 
     python benchmarks/quickstart_time.py --against CHECKOUT [--rounds 2] [--trials 12] [--share-only]
 
@@ -32,11 +33,19 @@ ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "f
 Measured = dict[str, Any]
 
 
-def search(code: Path, program: Path, trials: int) -> Measured:
+def shared_space(codes: dict[str, Path], programs: dict[str, Path]) -> Path:
+    """The space file for both codes: that of this one, unless the other refuses it."""
+    space = codes["now"] / SPACE
+    asked = [str(programs["before"]), "validate", str(space)]
+    taken = subprocess.run(asked, check=False, capture_output=True, cwd=codes["before"], env=ENVIRONMENT)
+    return codes["before"] / SPACE if taken.returncode else space
+
+
+def search(code: Path, program: Path, space: Path, trials: int) -> Measured:
     """Seconds of a search, and the optimizer steps of its trials."""
     with tempfile.TemporaryDirectory() as storage:
         place = ["--storage-path", storage]
-        command = [str(program), "tune", "--space", str(SPACE), *place, "--num-trials", str(trials)]
+        command = [str(program), "tune", "--space", str(space), *place, "--num-trials", str(trials)]
         started = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True, cwd=code, env=ENVIRONMENT)
         wall = time.perf_counter() - started
@@ -47,16 +56,16 @@ def search(code: Path, program: Path, trials: int) -> Measured:
     return {"wall": wall, "steps": sum(record["evaluations"][-1]["step"] for record in records)}
 
 
-def share(code: Path, python: Path) -> Measured:
+def share(code: Path, python: Path, space: Path) -> Measured:
     """Seconds of one trial, and of its parts, in a process of its own."""
-    command, quiet = [str(python), str(HERE), "--trial"], {"OMP_NUM_THREADS": "1"}
+    command, quiet = [str(python), str(HERE), "--trial", str(space)], {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=True, capture_output=True, cwd=code, env={**ENVIRONMENT, **quiet})
     found: Measured = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
-def train() -> Measured:
-    """CPU seconds of a trial of the first settings that the space begins with, of its evaluations and generations."""
+def train(file: Path) -> Measured:
+    """CPU seconds of a trial of the first settings that a space begins with, of its evaluations and generations."""
     import yaml
 
     import bilora_ray
@@ -66,7 +75,7 @@ def train() -> Measured:
     from bilora_ray.training.tasks import TASKS
 
     assert Path(bilora_ray.__file__).is_relative_to(Path.cwd())  # the code that is asked for
-    space = yaml.safe_load(SPACE.read_text(encoding="utf-8"))
+    space = yaml.safe_load(file.read_text(encoding="utf-8"))
     config = TrialConfig(**{**space["trial"], **space["study"]["points_to_evaluate"][0]})
     seconds = Counter[str]()
 
@@ -90,28 +99,29 @@ def train() -> Measured:
     return {**seconds, "losses": [metrics["eval_loss"] for metrics in told], "matches": matches}
 
 
-def searches(codes: dict[str, Path], programs: dict[str, Path], rounds: int, trials: int) -> str:
+def searches(codes: dict[str, Path], programs: dict[str, Path], space: Path, rounds: int, trials: int) -> str:
     """The table of the searches."""
-    rows, ratios = (
-        ["| round | code | wall (s) | steps trained | wall (ms) a step |", "| --- | --- | --- | --- | --- |"],
-        [],
-    )
+    rows = ["| round | code | wall (s) | steps trained | wall (ms) a step |", "| --- | --- | --- | --- | --- |"]
+    ratios: dict[str, list[float]] = {"wall time": [], "wall time a step": []}
     for round_ in range(rounds):
-        found = {name: search(codes[name], programs[name], trials) for name in _turns(codes, round_)}
+        found = {name: search(codes[name], programs[name], space, trials) for name in _turns(codes, round_)}
         for name, measured in found.items():
             wall, steps = measured["wall"], measured["steps"]
             rows.append(f"| {round_ + 1} | {name} | {wall:.1f} | {steps} | {1000 * wall / steps:.1f} |")
-        ratios.append(found["now"]["wall"] / found["before"]["wall"])
-    spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    return "\n".join([*rows, f"\nNow / before, wall time: **{statistics.mean(ratios):.2f}** ({spread})"])
+        now, before = found["now"], found["before"]
+        ratios["wall time"].append(now["wall"] / before["wall"])
+        ratios["wall time a step"].append(ratios["wall time"][-1] * before["steps"] / now["steps"])
+    for what, each in ratios.items():
+        rows.append(f"\nNow / before, {what}: **{statistics.mean(each):.2f}** ({min(each):.2f} to {max(each):.2f})")
+    return "\n".join(rows)
 
 
-def shares(codes: dict[str, Path], pythons: dict[str, Path], rounds: int) -> str:
+def shares(codes: dict[str, Path], pythons: dict[str, Path], space: Path, rounds: int) -> str:
     """The table of one trial."""
     found: dict[str, list[Measured]] = {name: [] for name in codes}
     for round_ in range(rounds):
         for name in _turns(codes, round_):
-            found[name].append(share(codes[name], pythons[name]))
+            found[name].append(share(codes[name], pythons[name], space))
     rows = ["| code | a trial (CPU s) | evaluation | generation, in that |", "| --- | --- | --- | --- |"]
     for name, trials in found.items():
         whole = statistics.mean(trial["trial"] for trial in trials)
@@ -136,20 +146,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--trials", type=int, default=12)
     parser.add_argument("--share-only", action="store_true", help="train one trial, and search nothing")
-    parser.add_argument("--trial", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--trial", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.trial:
-        print(json.dumps(train()))
+        print(json.dumps(train(arguments.trial)))
         return
     if arguments.against is None:
         parser.error("--against is needed")
     codes = {"before": arguments.against.resolve(), "now": HERE.parents[1]}
     pythons = {"before": codes["before"] / ".venv" / "bin" / "python", "now": Path(sys.executable)}
+    programs = {name: python.with_name("bilora-ray") for name, python in pythons.items()}
+    space = shared_space(codes, programs)
+    print(f"Both search {space.name} of the code {'now' if space.is_relative_to(codes['now']) else 'before'}.\n")
     if not arguments.share_only:
-        programs = {name: python.with_name("bilora-ray") for name, python in pythons.items()}
-        print(searches(codes, programs, arguments.rounds, arguments.trials), flush=True)
+        print(searches(codes, programs, space, arguments.rounds, arguments.trials), flush=True)
         print()
-    print(shares(codes, pythons, arguments.rounds))
+    print(shares(codes, pythons, space, arguments.rounds))
 
 
 if __name__ == "__main__":
