@@ -132,13 +132,13 @@ def test_what_is_suggested_is_what_is_measured(
 
 
 def passes_doubled(config: TrialConfig, path: Path) -> float | None:
-    """Seconds of a trial's steps with larger passes, of which nothing stays."""
+    """A trial's steps with larger passes, of which nothing stays, as a share of those that it has."""
     watch = profiling.Watch()
     with profiling.watching(watch, config.task):
         run = Run(config, TrialFolder(path))
         watch.step(run)
         passes = watch.passes
-        found = profiling._with_doubled_passes(run, watch, {"kept_for_backward": 0, "free": GIB}, passes)
+        found = profiling._with_doubled_passes(run, watch, {"kept_for_backward": 0, "free": GIB}, 1.0)
         watch.forget()
         watch.step(run)
         assert (watch.passes, run.room.proven.training) == (passes, None)
@@ -159,6 +159,24 @@ def test_passes_that_had_no_room_were_not_doubled(tiny: Tiny, tmp_path: Path, mo
 
     monkeypatch.setattr(Network, "__call__", guarded)
     assert passes_doubled(config, tmp_path / "none") is None
+
+
+def test_larger_passes_are_timed_on_the_same_rows(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read, next_rows = [], Run._next_rows
+
+    def listed(run: Run) -> list[Any]:
+        rows = next_rows(run)
+        read.append([id(row) for row in rows])
+        return rows
+
+    monkeypatch.setattr(Run, "_next_rows", listed)
+    assert passes_doubled(tiny.config("causal-lm", max_steps=40, **CUT_BY_ROWS), tmp_path) is not None
+    both = read[1:-1]
+    assert both[: len(both) // 2] == both[len(both) // 2 :]
+
+
+def test_passes_that_are_one_already_are_not_larger(tiny: Tiny, tmp_path: Path) -> None:
+    assert passes_doubled(tiny.config("image-classification", tokens_per_pass=100), tmp_path) is None
 
 
 def test_passes_that_no_setting_doubles_are_not_measured(tiny: Tiny, tmp_path: Path) -> None:

@@ -271,7 +271,7 @@ def _looked_at(run: Run, watch: Watch, steps: int, began: float, sharded: bool) 
         rate=rate,
         rate_of_bf16=_rate_of_bf16(config, device),
         memory=memory,
-        with_doubled_passes=_with_doubled_passes(run, watch, memory, passes),
+        with_doubled_passes=_with_doubled_passes(run, watch, memory, run.max_steps * in_steps / steps),
         kept_if_not_recomputed=_kept_if_not_recomputed(run, watch, positions / (steps * passes)),
         could_flatten=_could_flatten(run),
         could_compile=_could_compile(run, device),
@@ -388,19 +388,28 @@ def _rate_of_bf16(config: TrialConfig, device: torch.device) -> float | None:
     return matmul_rate(device, torch.bfloat16)
 
 
-def _with_doubled_passes(run: Run, watch: Watch, memory: dict[str, int], passes: float) -> float | None:
-    """Seconds of the trial's steps with `doubled` settings, measured; None where that is not to be had."""
-    config, proven = run.config, run.room.proven.training
+def _with_doubled_passes(run: Run, watch: Watch, memory: dict[str, int], in_steps: float) -> float | None:
+    """What the `in_steps` seconds of the trial's steps would be with `doubled` settings; None if that can't be had.
+
+    It is measured, of the same rows both ways.
+    """
+    config, proven, step = run.config, run.room.proven.training, run.progress.step
     others = doubled(config)
-    if not others or passes < 2 or memory["kept_for_backward"] > SPARE * memory["free"]:
+    if not others or memory["kept_for_backward"] > SPARE * memory["free"]:
         return None
-    try:
-        cut_by(run, config.model_copy(update=others))
+
+    def timed(cut: TrialConfig) -> tuple[float, int]:
+        cut_by(run, cut)
+        run.progress.step = step
         watch.step(run)
-        seconds = sum(_timed(run, watch, DOUBLED_STEPS).values()) / DOUBLED_STEPS
+        return sum(_timed(run, watch, DOUBLED_STEPS).values()), watch.passes
+
+    try:
+        seconds, passes = timed(config)
+        of_larger, fewer = timed(config.model_copy(update=others))
         # A pass that has no room is made smaller again, and the next ones too.
-        is_doubled = run.room.proven.training == proven and watch.passes < DOUBLED_STEPS * passes
-        return run.max_steps * seconds if is_doubled else None
+        is_doubled = run.room.proven.training == proven and fewer < passes
+        return in_steps * of_larger / seconds if is_doubled else None
     except (OutOfMemory, RuntimeError, MemoryError) as error:
         if not isinstance(error, OutOfMemory) and not is_out_of_memory(error):
             raise
