@@ -42,6 +42,8 @@ def _join(rank: int, count: int, folder: str, job: Job, arguments: tuple[Any, ..
     Path(folder, str(rank)).write_text(json.dumps(job(*arguments)))
     dist.barrier()
     dist.destroy_process_group()
+    # A thread of gloo's may outlive its group, and abort a process that ends in the usual way.
+    os._exit(0)
 
 
 def fit_together(settings: dict[str, Any], path: str, planned: int, sharded: bool, stop_after: int = -1) -> Any:
