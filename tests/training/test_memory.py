@@ -176,7 +176,7 @@ def test_nothing_of_a_pass_that_had_no_room_is_held(
     released: list[bool] = []
     monkeypatch.setattr(gradients, "release", lambda: released.append(all(one() is None for one in held)))
     short_of(90, fail=fail)
-    Run(tiny.config("causal-lm"), TrialFolder(tmp_path)).train_step()
+    Run(tiny.config("causal-lm"), TrialFolder(tmp_path / "trial")).train_step()
     assert released
     assert all(released)
 

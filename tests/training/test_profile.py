@@ -135,7 +135,7 @@ def passes_doubled(config: TrialConfig, path: Path) -> float | None:
     """A trial's steps with larger passes, of which nothing stays, as a share of those that it has."""
     watch = profiling.Watch()
     with profiling.watching(watch, config.task):
-        run = Run(config, TrialFolder(path))
+        run = Run(config, TrialFolder(path / "trial"))
         watch.step(run)
         passes = watch.passes
         found = profiling._with_doubled_passes(run, watch, {"kept_for_backward": 0, "free": GIB}, 1.0)
