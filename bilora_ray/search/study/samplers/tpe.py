@@ -1,0 +1,28 @@
+"""Parzen estimators of all settings together (Bergstra et al., NeurIPS 2011; Falkner et al., ICML 2018)."""
+
+from __future__ import annotations
+
+import math
+
+import optuna
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.trial import TrialState
+
+from bilora_ray.search.space import Space
+from bilora_ray.search.study.samplers import random
+from bilora_ray.search.study.samplers.base import seed_of
+
+# The share of trials that Optuna's TPE takes for good.
+BEST = 0.1
+
+
+def sampler(study: optuna.Study, space: Space, number: int) -> BaseSampler:
+    """Of trial `number`; random while what failed would be among the best."""
+    ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    worked = sum(not trial.constraints for trial in ended)
+    if worked < math.ceil(BEST * len(ended)):
+        return random.sampler(study, space, number)
+    # Optuna's ten random trials before the first modelled one would be most of a small study.
+    startup = min(10, max(4, space.study.num_trials // 4))
+    seed = seed_of(space, number)
+    return TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True)
