@@ -32,6 +32,7 @@ COMMANDS = {
     "export": "Copy a trial's adapter out, or merge it into its base model.",
     "evaluate": "Measure an exported adapter on a data file.",
     "ui": "Browse all runs in MLflow.",
+    "doctor": "Look whether all is there that a search needs.",
     "settings": "List every key of a space file, with its default.",
 }
 

@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 from bilora_ray.addresses import is_local, masked
 from bilora_ray.errors import UserError, nearest
@@ -112,6 +114,31 @@ def check_runs(uri: str) -> None:
             connection.execute("SELECT experiment_id FROM experiments LIMIT 1")
     except sqlite3.Error as error:
         raise UserError(f"{option}: cannot be read as MLflow's ({reason(error)})") from None
+
+
+def seen(uri: str) -> str:
+    """What is behind `uri`, in words; nothing is made or written.
+
+    Raises:
+        UserError: nothing that MLflow can use.
+    """
+    option = f"--mlflow-uri {masked(uri)}"
+    database = _check(uri, option)
+    if database is not None:
+        if not database.exists():
+            return f"{database}, made by the first search"
+        check_runs(uri)
+        return str(database)
+    if urlsplit(uri).scheme in SERVERS:
+        try:
+            with urlopen(f"{uri.rstrip('/')}/health", timeout=PROBE_TIMEOUT_S):
+                pass
+        except HTTPError as error:
+            if error.code not in (401, 403, 404):  # which some gateways say to who brings no password
+                raise UserError(f"{option}: MLflow answers {error.code} {error.reason}") from None
+        except OSError as error:
+            raise UserError(f"{option}: MLflow does not answer ({reason(error)})") from None
+    return f"{masked(uri)} answers"
 
 
 def unprotected(uri: str) -> bool:

@@ -114,6 +114,12 @@ def is_own(address: str | None) -> bool:
     return address in (None, "local")
 
 
+def total() -> dict[str, float]:
+    """What the connected cluster has: `CPU`, `GPU`, and `nodes`."""
+    alive = sum(bool(node["Alive"]) for node in ray.nodes())
+    return {**{kind: ray.cluster_resources().get(kind, 0.0) for kind in ("CPU", "GPU")}, "nodes": float(alive)}
+
+
 def this_machine() -> dict[str, float]:
     """What a cluster of our own would have, or somewhat more: Ray leaves out what a container may not use."""
     import torch
