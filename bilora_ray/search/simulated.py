@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from bilora_ray.config import TrialConfig
 from bilora_ray.files import atomic_folder
 from bilora_ray.records import Status
+from bilora_ray.search.study.control.budget import RUN
 from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.training.folder import STATE, TrialFolder
 
@@ -54,6 +55,9 @@ def simulate(study: SearchStudy, curve: Curve, workers: int = 4, keep: bool = Fa
     known: dict[int, Sequence[Metrics]] = {}
     # When the evaluation is done, of which trial, the how manieth: of equal times the earlier trial's goes first.
     due: list[tuple[float, int, int]] = []
+    # The study's clock goes on where an earlier simulation of it ended.
+    began, clock = study.study.user_attrs.get(RUN, {"until": 0.0})["until"], 0.0
+    study.budget.clock = lambda: began + clock
 
     def begin(clock: float) -> None:
         for number in study.next_trials():

@@ -22,6 +22,8 @@ from bilora_ray.checking import Float, Int, Settings, build
 from bilora_ray.config import TrialConfig, applies, coerce
 
 Value = bool | int | float | str | None
+# What a search may use, beside its number of trials.
+BUDGETS = ("max_hours", "max_device_hours", "max_cost", "price_per_gpu_hour", "target", "min_gain")
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -50,6 +52,18 @@ class StudyConfig(Settings):
     reduction_factor: Int = Field(3, ge=2, description="at each rung one of so many trials goes on")
     seed: Int = Field(0, ge=0, lt=2**32, description="of the proposals")
     max_concurrent: Int | None = Field(None, ge=1, description="trials at one time; what the cluster holds if absent")
+    max_hours: Float | None = Field(None, gt=0, description="hours that the search may run, all its starts together")
+    max_device_hours: Float | None = Field(
+        None, gt=0, description="hours of training on one GPU, or by one worker that has none, all trials together"
+    )
+    max_cost: Float | None = Field(None, gt=0, description="price of the device-hours; needs price_per_gpu_hour")
+    price_per_gpu_hour: Float | None = Field(None, gt=0, description="of a device-hour, in the currency of max_cost")
+    target: Float | None = Field(None, description="a value of the metric that is good enough: the search ends with it")
+    min_gain: Float | None = Field(
+        None,
+        gt=0,
+        description="the search ends when no settings promise to be better by so much, such as the noise of the metric",
+    )
     points_to_evaluate: tuple[dict[str, OneValue], ...] = Field((), description="settings to try first")
 
     @field_validator("name")
@@ -58,6 +72,14 @@ class StudyConfig(Settings):
         if not STUDY_NAME.fullmatch(value):
             raise ValueError("must be up to 100 letters, digits, '.', '_' or '-', the first a letter or a digit")
         return value
+
+    @model_validator(mode="after")
+    def _priced(self) -> StudyConfig:
+        if self.max_cost is not None and self.price_per_gpu_hour is None:
+            raise ValueError("max_cost needs price_per_gpu_hour")
+        if self.price_per_gpu_hour is not None and self.max_cost is None:
+            raise ValueError("price_per_gpu_hour needs max_cost")
+        return self
 
 
 class ResourceConfig(Settings):

@@ -443,7 +443,9 @@ def test_a_study_is_not_resumed_on_a_base_that_was_trained_since(tiny: Tiny, tmp
     with pytest.raises(UserError) as caught:
         check_study(found, layout, True, now)
     line = f"study 's' began with other base model: {base} was '{was}', is '{given}'"
-    assert str(caught.value) == f"{line}; of a study only max_concurrent and num_trials may change"
+    assert (
+        str(caught.value) == f"{line}; of a study only max_concurrent and num_trials, and what it may use, may change"
+    )
     # A study of 0.1.0 says nothing of its base.
     study.study.set_user_attr("digests", {key: value for key, value in began.items() if not key.startswith("model ")})
     check_study(found, layout, True, now)

@@ -490,7 +490,7 @@ def test_a_study_is_shown_without_its_space_file(layout: Layout) -> None:
             {},
             {"seed": 1},
             "study 's' began with other space: study.seed was 0, is 1; "
-            "of a study only max_concurrent and num_trials may change",
+            "of a study only max_concurrent and num_trials, and what it may use, may change",
         ),
     ],
 )
@@ -622,7 +622,7 @@ def test_other_data_is_refused_on_resume(layout: Layout) -> None:
         check_study(space(), layout, True, {"org/data": "4567"})
     assert str(error.value) == (
         "study 's' began with other data: org/data was '0123', is '4567'; "
-        "of a study only max_concurrent and num_trials may change"
+        "of a study only max_concurrent and num_trials, and what it may use, may change"
     )
 
 

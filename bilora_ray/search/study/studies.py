@@ -20,7 +20,7 @@ from bilora_ray.checking import Settings, before, build, completed
 from bilora_ray.config import TrialConfig, takes_mapping
 from bilora_ray.digests import BASE, CHAT_TEMPLATE, of_data, of_marked
 from bilora_ray.errors import UserError, nearest
-from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig, Space, StudyConfig
+from bilora_ray.search.space import BUDGETS, Choice, Distribution, Range, ResourceConfig, Space, StudyConfig
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import making, naming_the_database, open_storage, read_storage, study_names
 from bilora_ray.search.study.study import SearchStudy
@@ -29,7 +29,7 @@ from bilora_ray.search.study.view import DIGESTS, ID, StudyView, objective_of
 SPACE = "space"
 LISTED = "`bilora-ray show` lists them"
 # What may differ between the first start of a study and its resume.
-FREE_TO_CHANGE = frozenset({"num_trials", "max_concurrent"})
+FREE_TO_CHANGE = frozenset({"num_trials", "max_concurrent", *BUDGETS})
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,8 @@ def _check_same(name: str, what: str, before: Mapping[str, Any], now: Mapping[st
             was, given = (_in_words(key, values[key]) if key in values else "absent" for values in (before, now))
             raise UserError(
                 f"study '{name}' began with other {what}: {key} was {was}, is {given}; "
-                f"of a study only {' and '.join(sorted(FREE_TO_CHANGE))} may change{_as_it_was(key, before.get(key))}"
+                f"of a study only {' and '.join(sorted(FREE_TO_CHANGE.difference(BUDGETS)))}, and what it may use, "
+                f"may change{_as_it_was(key, before.get(key))}"
             )
 
 

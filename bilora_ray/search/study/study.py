@@ -18,6 +18,7 @@ from optuna.trial import Trial, TrialState
 from bilora_ray.records import Observer, Status, TrialRecord
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.claims import Claims
+from bilora_ray.search.study.control.budget import Budget
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.samplers import propose
 from bilora_ray.search.study.schedulers import SCHEDULERS
@@ -45,6 +46,7 @@ class SearchStudy(StudyView):
         self._live: dict[int, Trial] = {}
         self._stopped: set[int] = set()
         self._claims = Claims(layout, study.study_name)
+        self.budget = Budget(study, space, self.objective, self.folder)
 
     def adopt(self) -> None:
         """Give trials that died while they were sampled the rest of their settings, before anything reads them."""
@@ -63,7 +65,8 @@ class SearchStudy(StudyView):
         """
         with self.layout.choosing(self.study.study_name):
             number = next(self._orphans(), None)
-            if number is None and not self._all_given():
+            ended = self.budget.end(begins=number is None)
+            if number is None and ended is None and not self._all_given():
                 # What `propose` samples is decided by the number, so this sampler has nothing to say.
                 self.study.sampler = RandomSampler(seed=0)
                 number = self.study.ask().number
@@ -89,7 +92,7 @@ class SearchStudy(StudyView):
             for number in ended.keys() - told:
                 observer.trial_ended(self._record(ended[number]))
             told.update(ended)
-            if len(ended) >= self.space.study.num_trials:
+            if self.finished():
                 return False
             with self.layout.choosing(self.study.study_name):
                 for number in self._orphans():
@@ -149,6 +152,7 @@ class SearchStudy(StudyView):
         known = stored.intermediate_values
         if step not in known:
             trial.report(value, step)
+        self.budget.charge(trial, metrics)
         if step >= metrics["max_steps"]:
             self._end(number, TrialState.COMPLETE, self.objective.best_value([*known.values(), value]))
             return Status.COMPLETE
@@ -157,6 +161,9 @@ class SearchStudy(StudyView):
         if newest and SCHEDULERS[self.space.study.scheduler](asked):
             self._end(number, TrialState.PRUNED)
             return Status.PRUNED
+        if newest and self.budget.end() is not None:
+            self._end(number, TrialState.COMPLETE, self.objective.best_value([*known.values(), value]))
+            return Status.COMPLETE
         return Status.RUNNING
 
     def fail(self, number: int, error: str, by_settings: bool) -> None:

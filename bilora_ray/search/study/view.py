@@ -16,6 +16,7 @@ from bilora_ray.errors import UserError
 from bilora_ray.files import is_held
 from bilora_ray.records import Objective, Status, TrialRecord
 from bilora_ray.search.space import Space
+from bilora_ray.search.study.control.budget import Ended, end_of
 from bilora_ray.search.study.importances import Importances, importances_of
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.training.folder import TrialFolder
@@ -111,8 +112,14 @@ class StudyView:
         return unclaimed
 
     def finished(self) -> bool:
-        """Whether as many trials have ended as the study asks for."""
-        return len(self._trials(*ENDED)) >= self.space.study.num_trials
+        """Whether as many trials have ended as the study asks for, or all that began before a budget was used up."""
+        if len(self._trials(*ENDED)) >= self.space.study.num_trials:
+            return True
+        return self.end() is not None and not self._trials(TrialState.RUNNING)
+
+    def end(self) -> Ended | None:
+        """Which budget has ended the search, if one has."""
+        return end_of(self.study.user_attrs, self.space)
 
     def best(self) -> TrialRecord | None:
         """See `Objective.best_of`."""
