@@ -73,6 +73,14 @@ def print_best(console: Console, study: StudyView, records: Sequence[TrialRecord
     return best
 
 
+def print_end(console: Console, study: StudyView) -> None:
+    """Say which budget has ended the search, if one has, and how to go on."""
+    end = study.end()
+    if end is not None:
+        line = f"Ended by {end.line}. With another {end.by}, or without one, --resume goes on."
+        console.print(line, style="yellow", markup=False, soft_wrap=True)
+
+
 def _of_the_adapter(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: settings[key] for key in shown("best") if key in settings}
 
@@ -84,12 +92,13 @@ def non_default(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def study_as_json(study: StudyView) -> dict[str, Any]:
     """A study as JSON: what `tune --json` and `show --json` print."""
-    best, metric, importances = study.best(), study.objective.metric, study.importances()
+    best, metric, importances, end = study.best(), study.objective.metric, study.importances(), study.end()
     return {
         "study": study.space.study.name,
         "metric": metric,
         "greater_is_better": study.objective.greater_is_better,
         "num_trials": study.space.study.num_trials,
+        "ended_by": None if end is None else {"budget": end.by, "line": end.line},
         "best": None if best is None else as_json(best, metric),
         "importances": {key: share.share for key, share in importances.shares.items()},
         "importances_detail": {

@@ -97,6 +97,12 @@ SEARCH_OPTIONS = (
         help="Trials at one time.  [default: what there is room for]",
     ),
     click.option("--resume", is_flag=True, help="Go on with the study after an interruption, or with more trials."),
+    click.option(
+        "--extend",
+        type=click.IntRange(min=1),
+        metavar="N",
+        help="Go on with the study, with N trials more than it was asked for.",
+    ),
     storage_option,
     study_database_option,
     mlflow_option,
@@ -147,8 +153,16 @@ def search_options(command: Command) -> Command:
 
 
 def command_that_resumes(*more: str) -> str:
-    """The command line that was typed, with `more`, with --resume and without passwords."""
-    arguments = [masked(argument) for argument in sys.argv[1:] if argument != "--resume"]
+    """The command line that was typed, with `more`, with --resume and without passwords.
+
+    Without --extend too, which would ask for more trials once more.
+    """
+    typed = [masked(argument) for argument in sys.argv[1:] if argument != "--resume"]
+    arguments = [
+        argument
+        for before, argument in zip(["", *typed], typed, strict=False)
+        if before != "--extend" and argument.partition("=")[0] != "--extend"
+    ]
     return shlex.join([*program(), *arguments, *more, "--resume"])
 
 

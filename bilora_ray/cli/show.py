@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bilora_ray.cli.leaderboard import STATUS_WORDS, print_best, print_leaderboard, print_settings, study_as_json
+from bilora_ray.cli.leaderboard import (
+    STATUS_WORDS,
+    print_best,
+    print_end,
+    print_leaderboard,
+    print_settings,
+    study_as_json,
+)
 from bilora_ray.cli.options import (
     absolute,
     json_option,
@@ -88,6 +95,7 @@ def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -
     counts = {words: sum(record.status is status for record in records) for status, words in STATUS_WORDS.items()}
     summary = ", ".join(f"{count} {words}" for words, count in counts.items() if count) or "no trials"
     console.print(f"Study '{study}': {summary} of {found.space.study.num_trials}", style="bold", markup=False)
+    print_end(console, found)
     print_leaderboard(console, records, found.objective)
     if found.space.distributions:
         _print_importances(console, found, importances)

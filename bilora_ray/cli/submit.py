@@ -68,7 +68,7 @@ def command(
     mlflow_uri: str | None,
     insecure: bool,
     as_json: bool,
-    **_: bool,
+    **_: object,
 ) -> None:
     """Run a search as a job of a Ray cluster: `bilora-ray tune`, with the options that are given here.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bilora_ray.cli.leaderboard import print_best, print_leaderboard, study_as_json
+from bilora_ray.cli.leaderboard import print_best, print_end, print_leaderboard, study_as_json
 from bilora_ray.cli.options import (
     absolute,
     json_option,
@@ -40,6 +40,7 @@ EPILOG = """\b
 Examples:
   bilora-ray tune --space search_spaces/quickstart.yaml
   bilora-ray tune --space search_spaces/quickstart.yaml --resume
+  bilora-ray tune --space search_spaces/quickstart.yaml --extend 10
   bilora-ray tune --space search_spaces/llama.yaml --num-trials 40 --ray-address auto --storage-path /shared/runs
   bilora-ray tune --space search_spaces/llama.yaml --set rho=0.05 --set 'rank={choice: [8, 16]}' --dry-run
 """
@@ -55,6 +56,7 @@ def command(
     num_trials: int | None,
     max_concurrent: int | None,
     resume: bool,
+    extend: int | None,
     storage_path: Path,
     study_database: str | None,
     mlflow_uri: str | None,
@@ -75,8 +77,12 @@ def command(
     layout = Layout(absolute(storage_path), study_database)
     have_home()
     asked = num_trials is not None or any(override.startswith("study.num_trials=") for override in overrides)
+    if extend is not None:
+        if asked:
+            raise UserError("--extend: says how many trials more; a number of all of them cannot be given beside it")
+        resume = True
     if resume and not asked:
-        space = _not_shrunk(space, layout)
+        space = _not_shrunk(space, layout, extend)
 
     from bilora_ray.search.cluster.inputs import keep_inputs
     from bilora_ray.search.preflight import chat_notes, check_kernels, pinned, preflight
@@ -102,7 +108,8 @@ def command(
     try:
         study = _search(space, layout, resume, mlflow_uri, ray_address, digests, checked)
     except KeyboardInterrupt:
-        say_how_to_go_on()
+        # Not by --extend, which would ask for as many once more.
+        say_how_to_go_on(*([] if extend is None else [f"--num-trials={space.study.num_trials}"]))
     if as_json:
         print_json(study_as_json(study))
     else:
@@ -129,12 +136,15 @@ def space_to_search(
     return space
 
 
-def _not_shrunk(space: Space, layout: Layout) -> Space:
-    """`space` with as many trials as the study was asked for before, if that is more than its file says."""
+def _not_shrunk(space: Space, layout: Layout, more: int | None) -> Space:
+    """`space` with as many trials as the study was asked for before, if that is more than its file says.
+
+    With `more`, it is so many more than the study was asked for, whatever its file says.
+    """
     from bilora_ray.search.study.studies import num_trials_before
 
     before = num_trials_before(layout, space.study.name)
-    num_trials = max(space.study.num_trials, before)
+    num_trials = max(space.study.num_trials, before) if more is None or not before else before + more
     return replace(space, study=space.study.model_copy(update={"num_trials": num_trials}))
 
 
@@ -215,6 +225,7 @@ def _print_result(
     console = Console(highlight=False)
     records, name = study.records(), study.space.study.name
     console.print(f"\nStudy '{name}': {len(records)} trials{spent}", style="bold", markup=False)
+    print_end(console, study)
     print_leaderboard(console, records, study.objective, most=10)
     best = print_best(console, study, records)
     if best is not None:

@@ -58,6 +58,8 @@ def _train(study: SearchStudy, number: int, observers: Observers) -> None:
     def report(metrics: dict[str, float]) -> bool:
         status = study.report(number, metrics)
         observers.trial_reported(study.record(number), metrics)
+        if status is Status.RUNNING and study.asked_to_stop():
+            raise KeyboardInterrupt
         return status is Status.RUNNING
 
     observers.trial_started(study.record(number))

@@ -55,7 +55,7 @@ def search(
     Raises:
         UserError: the study, the cluster or MLflow are not there as said, and nothing was begun; or a trial met bad
             input; or the study database is gone.
-        KeyboardInterrupt: of Ctrl-C, once the trials are stopped and MLflow knows it.
+        KeyboardInterrupt: of Ctrl-C, or of `bilora-ray stop`, once the trials are stopped and MLflow knows it.
     """
     with naming_the_database(layout, then=""):
         check_study(space, layout, resume, digests)
@@ -104,7 +104,7 @@ def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> Non
 
     Raises:
         UserError: a trial met what stops all of them.
-        KeyboardInterrupt: of Ctrl-C, once Tune has stopped the trials.
+        KeyboardInterrupt: of Ctrl-C, or asked for from elsewhere, once Tune has stopped the trials.
     """
     if study.finished():
         return
@@ -112,7 +112,7 @@ def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> Non
     from ray import tune
     from ray.tune.execution.class_cache import ENV_VARS_TO_PROPAGATE
 
-    from bilora_ray.search.tuning import MAX_FAILURES, Silent, StudyScheduler, StudySearcher
+    from bilora_ray.search.tuning import MAX_FAILURES, Silent, Steered, StudyScheduler, StudySearcher
 
     ENV_VARS_TO_PROPAGATE.difference_update(SECRETS_OF_TUNE)
     resources = study.space.resources.model_dump()
@@ -131,6 +131,7 @@ def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> Non
             ),
             run_config=tune.RunConfig(
                 storage_path=scratch,
+                stop=Steered(study),
                 name="search",
                 verbose=0,
                 progress_reporter=Silent(),
@@ -139,6 +140,8 @@ def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> Non
         ).fit()
     if scheduler.halted is not None:
         raise scheduler.halted
+    if study.asked_to_stop() and not study.finished():
+        raise KeyboardInterrupt
     if study.in_hand():
         numbers = ", ".join(map(str, study.in_hand()))
         raise MachineError(f"Ray ended trials that are not done ({numbers}); go on with --resume")

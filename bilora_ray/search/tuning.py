@@ -6,6 +6,7 @@ snapshots of the two are empty, and `Tuner.restore` is never used.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ray.tune.experiment import Trial
 from ray.tune.progress_reporter import ProgressReporter
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.tune.stopper import Stopper
 
 from bilora_ray.config import SOURCES
 from bilora_ray.errors import GO_ON, MachineError, UserError
@@ -38,6 +40,8 @@ from bilora_ray.search.study.study import SearchStudy
 
 # So often a trial whose process died is started again, from its checkpoint, with no evaluation in between.
 MAX_FAILURES = 2
+# So often a search looks whether it is asked to stop.
+ASK_S = 2.0
 METRICS = f"{EVALUATION}/"
 
 
@@ -50,6 +54,34 @@ class Silent(ProgressReporter):
 
     def report(self, trials: object, done: bool, *sys_info: object) -> None:
         """Nothing."""
+
+
+class Steered(Stopper):
+    """Has Tune stop all when a person asks for it from elsewhere.
+
+    Args:
+        study: is asked now and then, whether or not a trial reports.
+    """
+
+    def __init__(self, study: SearchStudy) -> None:
+        self._study = study
+        self._ask_at = 0.0
+        self._asked = False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """Whether one trial is to stop, which the scheduler says."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether all are to stop; Tune asks several times a second."""
+        if time.monotonic() >= self._ask_at:
+            self._ask_at = time.monotonic() + ASK_S
+            self._asked = self._asked or self._study.asked_to_stop()
+        return self._asked
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: the study database is the truth."""
+        return {}
 
 
 class StudySearcher(Searcher):
@@ -130,7 +162,7 @@ class StudyScheduler(FIFOScheduler):
         try:
             with naming_the_database(self.study.layout):
                 for number in self._running(trial):
-                    self._fail(number, _cause(trial), by_settings=False)
+                    self._fail(tune_controller, number, _cause(trial), by_settings=False)
         except MachineError as error:
             self._halt(tune_controller, error)
 
@@ -145,12 +177,12 @@ class StudyScheduler(FIFOScheduler):
         if BAD_INPUT in result:
             # Another trial's evaluation shows that what all share is right: then it is this one's own settings.
             others_work = any(record.history for record in self.study.records())
-            self._fail(number, result[BAD_INPUT], by_settings=others_work)
+            self._fail(tune_controller, number, result[BAD_INPUT], by_settings=others_work)
             if not others_work:
                 return self._halt(tune_controller, UserError(result[BAD_INPUT]))
             return self._verdict(trial)
         if FAILURE in result:
-            self._fail(number, result[FAILURE], by_settings=result[BY_SETTINGS])
+            self._fail(tune_controller, number, result[FAILURE], by_settings=result[BY_SETTINGS])
             return self._verdict(trial)
         # Tune flattens what it is given and adds a dozen keys of its own.
         metrics = {key.removeprefix(METRICS): value for key, value in result.items() if key.startswith(METRICS)}
@@ -183,9 +215,11 @@ class StudyScheduler(FIFOScheduler):
         tune_controller.request_stop_experiment()
         return TrialScheduler.STOP
 
-    def _fail(self, number: int, error: str, by_settings: bool) -> None:
+    def _fail(self, tune_controller: Any, number: int, error: str, by_settings: bool) -> None:
         self.study.fail(number, error, by_settings)
         self.observers.trial_ended(self.study.record(number))
+        if (cause := self.study.common_cause()) is not None:
+            self._halt(tune_controller, MachineError(f"{cause}{GO_ON}"))
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: the study database is the truth."""

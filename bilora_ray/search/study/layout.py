@@ -81,5 +81,9 @@ class Layout:
         """The lock file that whoever runs a trial holds."""
         return self.trial(name, number).path / "claim.lock"
 
+    def searching(self, name: str) -> Path:
+        """The lock file that whoever runs study `name` holds, where only one process may."""
+        return self.study(name) / "search.lock"
+
     def _choosing(self, name: str) -> Path:
         return self.study(name) / "choosing.lock"

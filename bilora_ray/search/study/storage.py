@@ -144,7 +144,7 @@ def running_study(layout: Layout, name: str) -> Iterator[None]:
             with layout.choosing(name):
                 pass
             if layout.study_database is None:
-                stack.enter_context(locked(layout.study(name) / "search.lock", wait_s=0))
+                stack.enter_context(locked(layout.searching(name), wait_s=0))
         except TimeoutError:
             raise UserError(f"study '{name}' is being searched by another process") from None
         except OSError as error:

@@ -118,6 +118,13 @@ def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.St
     return study
 
 
+def steered_study(layout: Layout, name: str) -> StudyView:
+    """As `load_study`, to write to beside a search that runs it."""
+    found = load_study(layout, name)
+    study = optuna.load_study(study_name=name, storage=open_storage(layout))
+    return StudyView(study, found.space, layout)
+
+
 def load_study(layout: Layout, name: str) -> StudyView:
     """The study `name`, to read. UserError if there is none that has begun."""
     names = study_names(layout)

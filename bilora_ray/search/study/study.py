@@ -19,6 +19,8 @@ from bilora_ray.records import Observer, Status, TrialRecord
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.claims import Claims
 from bilora_ray.search.study.control.budget import Budget
+from bilora_ray.search.study.control.causes import common_cause
+from bilora_ray.search.study.control.requests import STOP
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.samplers import propose
 from bilora_ray.search.study.schedulers import SCHEDULERS
@@ -47,6 +49,7 @@ class SearchStudy(StudyView):
         self._stopped: set[int] = set()
         self._claims = Claims(layout, study.study_name)
         self.budget = Budget(study, space, self.objective, self.folder)
+        self._asked_before = study.user_attrs.get(STOP)
 
     def adopt(self) -> None:
         """Give trials that died while they were sampled the rest of their settings, before anything reads them."""
@@ -94,6 +97,8 @@ class SearchStudy(StudyView):
             told.update(ended)
             if self.finished():
                 return False
+            if self.asked_to_stop():
+                raise KeyboardInterrupt
             with self.layout.choosing(self.study.study_name):
                 for number in self._orphans():
                     self._claims.release(number)
@@ -161,10 +166,22 @@ class SearchStudy(StudyView):
         if newest and SCHEDULERS[self.space.study.scheduler](asked):
             self._end(number, TrialState.PRUNED)
             return Status.PRUNED
-        if newest and self.budget.end() is not None:
+        if newest and (self.budget.end() is not None or STOP in stored.user_attrs):
             self._end(number, TrialState.COMPLETE, self.objective.best_value([*known.values(), value]))
             return Status.COMPLETE
         return Status.RUNNING
+
+    def asked_to_stop(self) -> bool:
+        """Whether somebody has asked, since this process began, that the search stop. Whoever waits asks now and then.
+
+        What the time of the search has ended meanwhile is ended, though no trial reports.
+        """
+        self.budget.end()
+        return self.study.user_attrs.get(STOP) != self._asked_before
+
+    def common_cause(self) -> str | None:
+        """Why the last trials have failed, where so many did for one cause that more are not worth it."""
+        return common_cause(self.study)
 
     def fail(self, number: int, error: str, by_settings: bool) -> None:
         """End a trial that cannot go on.

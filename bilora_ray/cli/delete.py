@@ -1,0 +1,79 @@
+"""`bilora-ray delete`: a study and all that it holds, gone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from bilora_ray.cli.options import (
+    absolute,
+    json_option,
+    mlflow_option,
+    print_json,
+    storage_option,
+    study_argument,
+    study_database_option,
+)
+from bilora_ray.errors import UserError
+from bilora_ray.search.study.layout import Layout
+
+EPILOG = """\b
+Examples:
+  bilora-ray delete quickstart
+  bilora-ray delete quickstart --yes
+"""
+
+
+@click.command(epilog=EPILOG)
+@study_argument
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@storage_option
+@study_database_option
+@mlflow_option
+@json_option
+def command(
+    study: str, yes: bool, storage_path: Path, study_database: str | None, mlflow_uri: str | None, as_json: bool
+) -> None:
+    """Remove STUDY: its checkpoints and adapters, its records, and its runs in MLflow. Exported adapters stay."""
+    from bilora_ray.search.study.control.removal import none_searches, remove, size_of
+    from bilora_ray.search.study.storage import naming_the_database
+    from bilora_ray.search.study.studies import steered_study
+
+    layout = Layout(absolute(storage_path), study_database)
+    with naming_the_database(layout, then=""):
+        found = steered_study(layout, study)
+        with none_searches(found, layout):
+            if not yes:
+                size = in_bytes(size_of(layout.study(study)))
+                question = f"Remove study '{study}' of {layout.database}, its {len(found.records())} trials and {size}?"
+                if not click.confirm(question, err=True):
+                    raise UserError(f"study '{study}': nothing was removed")
+            artifacts = layout.storage_path / "mlflow-artifacts"
+            before = size_of(artifacts)
+            runs = _remove_runs(mlflow_uri, layout, found.space.study.project, study, found.id)
+            freed = remove(found, layout) + max(0, before - size_of(artifacts))
+    if as_json:
+        print_json({"study": study, "freed_bytes": freed, "runs": runs})
+    else:
+        click.echo(f"Study '{study}' is removed: {in_bytes(freed)} freed, {runs} runs gone from MLflow.")
+
+
+def _remove_runs(mlflow_uri: str | None, layout: Layout, project: str, study: str, study_id: str) -> int:
+    if mlflow_uri is None and not (layout.storage_path / "mlflow.db").exists():
+        return 0
+    from bilora_ray.tracking.mlflow_tracker import default_uri
+    from bilora_ray.tracking.removal import remove_runs
+
+    uri = mlflow_uri or default_uri(layout.storage_path)
+    tags = {"bilora_ray.study_id": study_id}
+    return remove_runs(uri, project, layout.storage_path / "mlflow-artifacts", study, tags)
+
+
+def in_bytes(size: float) -> str:
+    """`2_500_000` as `2.5 MB`."""
+    units = ["TB", "GB", "MB", "kB", "B"]
+    while size >= 1000 and len(units) > 1:
+        size /= 1000
+        units.pop()
+    return f"{size:.3g} {units[-1]}"
