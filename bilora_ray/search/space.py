@@ -25,6 +25,8 @@ Value = bool | int | float | str | None
 # What a search may use, beside its number of trials.
 BUDGETS = ("max_hours", "max_device_hours", "max_cost", "price_per_gpu_hour", "target", "min_gain")
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+# What the study of a study's finalists is called.
+FINALISTS_OF = "{}-finalists"
 
 
 def _one_value(value: Any) -> Any:
@@ -65,6 +67,10 @@ class StudyConfig(Settings):
         description="the search ends when no settings promise to be better by so much, such as the noise of the metric",
     )
     points_to_evaluate: tuple[dict[str, OneValue], ...] = Field((), description="settings to try first")
+    finalists: Int = Field(0, ge=0, description="best trials that fresh seeds are to judge after the search; 0: none")
+    finalist_seeds: Int | None = Field(
+        None, ge=2, description="trainings of each finalist, each with a seed that no trial had; 3 if absent"
+    )
 
     @field_validator("name")
     @classmethod
@@ -79,6 +85,14 @@ class StudyConfig(Settings):
             raise ValueError("max_cost needs price_per_gpu_hour")
         if self.price_per_gpu_hour is not None and self.max_cost is None:
             raise ValueError("price_per_gpu_hour needs max_cost")
+        return self
+
+    @model_validator(mode="after")
+    def _finalists_possible(self) -> StudyConfig:
+        if self.finalist_seeds is not None and not self.finalists:
+            raise ValueError("finalist_seeds: there are no finalists to train; finalists says how many there are")
+        if self.finalists and not STUDY_NAME.fullmatch(FINALISTS_OF.format(self.name)):
+            raise ValueError(f"name: is too long for the study of its finalists, {FINALISTS_OF.format('NAME')}")
         return self
 
 

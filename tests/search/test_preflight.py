@@ -44,7 +44,7 @@ from bilora_ray.search.preflight import (
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import checked_space, load_space
 from bilora_ray.search.study.layout import Layout
-from bilora_ray.search.study.studies import check_study, load_study, open_study
+from bilora_ray.search.study.studies import ONLY, check_study, load_study, open_study
 from bilora_ray.tracking.mlflow_tracker import default_uri
 from bilora_ray.training.rows import load_rows
 from bilora_ray.training.tasks.base import check_positions
@@ -443,9 +443,7 @@ def test_a_study_is_not_resumed_on_a_base_that_was_trained_since(tiny: Tiny, tmp
     with pytest.raises(UserError) as caught:
         check_study(found, layout, True, now)
     line = f"study 's' began with other base model: {base} was '{was}', is '{given}'"
-    assert (
-        str(caught.value) == f"{line}; of a study only max_concurrent and num_trials, and what it may use, may change"
-    )
+    assert str(caught.value) == f"{line}; {ONLY}"
     # A study of 0.1.0 says nothing of its base.
     study.study.set_user_attr("digests", {key: value for key, value in began.items() if not key.startswith("model ")})
     check_study(found, layout, True, now)

@@ -34,7 +34,15 @@ from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.samplers import SAMPLERS
 from bilora_ray.search.study.schedulers import SCHEDULERS
 from bilora_ray.search.study.storage import naming_the_database, open_storage, running_study, study_names
-from bilora_ray.search.study.studies import SPACE, check_study, delete_study, load_study, num_trials_before, summarise
+from bilora_ray.search.study.studies import (
+    ONLY,
+    SPACE,
+    check_study,
+    delete_study,
+    load_study,
+    num_trials_before,
+    summarise,
+)
 from bilora_ray.search.study.studies import open_study as open_study_on
 from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.training.folder import STATE, TENSORS
@@ -489,8 +497,7 @@ def test_a_study_is_shown_without_its_space_file(layout: Layout) -> None:
             True,
             {},
             {"seed": 1},
-            "study 's' began with other space: study.seed was 0, is 1; "
-            "of a study only max_concurrent and num_trials, and what it may use, may change",
+            f"study 's' began with other space: study.seed was 0, is 1; {ONLY}",
         ),
     ],
 )
@@ -620,10 +627,7 @@ def test_other_data_is_refused_on_resume(layout: Layout) -> None:
     next_trial(open_study(space(), layout))
     with pytest.raises(UserError) as error:
         check_study(space(), layout, True, {"org/data": "4567"})
-    assert str(error.value) == (
-        "study 's' began with other data: org/data was '0123', is '4567'; "
-        "of a study only max_concurrent and num_trials, and what it may use, may change"
-    )
+    assert str(error.value) == (f"study 's' began with other data: org/data was '0123', is '4567'; {ONLY}")
 
 
 def test_trials_that_the_database_does_not_know_are_not_written_over(layout: Layout) -> None:

@@ -29,7 +29,9 @@ from bilora_ray.search.study.view import DIGESTS, ID, StudyView, objective_of
 SPACE = "space"
 LISTED = "`bilora-ray show` lists them"
 # What may differ between the first start of a study and its resume.
-FREE_TO_CHANGE = frozenset({"num_trials", "max_concurrent", *BUDGETS})
+FREE_TO_CHANGE = frozenset({"num_trials", "max_concurrent", "finalists", "finalist_seeds", *BUDGETS})
+
+ONLY = "of a study only num_trials, max_concurrent, its finalists and what it may use may change"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def check_study(space: Space, layout: Layout, resume: bool, digests: Mapping[str
             trials.
     """
     name, names = space.study.name, study_names(layout)
-    begun = name in names and _has_begun(name, layout)
+    begun = name in names and has_begun(name, layout)
     if resume and not begun:
         hint = f"; {nearest(name, names, LISTED)}" if names and name not in names else ""
         raise UserError(f"study '{name}': nothing to resume in {layout.database}{hint}")
@@ -94,7 +96,7 @@ def open_study(space: Space, layout: Layout, digests: Mapping[str, str]) -> Sear
 
 def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.Study:
     name, storage = space.study.name, open_storage(layout)
-    begun = name in study_names(layout) and _has_begun(name, layout)
+    begun = name in study_names(layout) and has_begun(name, layout)
     if begun:
         study = optuna.load_study(study_name=name, storage=storage)
         _check_begun(study, space, layout, digests)
@@ -191,7 +193,8 @@ def _read(layout: Layout, name: str) -> optuna.Study:
     return optuna.load_study(study_name=name, storage=storage)
 
 
-def _has_begun(name: str, layout: Layout) -> bool:
+def has_begun(name: str, layout: Layout) -> bool:
+    """Whether study `name`, which is there, has begun: one that was made, and of which no trial ran, is made anew."""
     study = _read(layout, name)
     if SPACE not in study.user_attrs or layout.study_database is not None:
         # Of a database that others use, nobody can tell whether who made the study is about to begin.
@@ -285,8 +288,7 @@ def _check_same(name: str, what: str, before: Mapping[str, Any], now: Mapping[st
             was, given = (_in_words(key, values[key]) if key in values else "absent" for values in (before, now))
             raise UserError(
                 f"study '{name}' began with other {what}: {key} was {was}, is {given}; "
-                f"of a study only {' and '.join(sorted(FREE_TO_CHANGE.difference(BUDGETS)))}, and what it may use, "
-                f"may change{_as_it_was(key, before.get(key))}"
+                f"{ONLY}{_as_it_was(key, before.get(key))}"
             )
 
 

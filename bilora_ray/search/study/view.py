@@ -22,6 +22,8 @@ from bilora_ray.search.study.layout import Layout
 from bilora_ray.training.folder import TrialFolder
 
 ID, ERROR, DIGESTS = "id", "error", "digests"
+# What a study keeps of the choice of its finalists: see `control.finalists`.
+FINALISTS = "finalists"
 # A trial that failed by its own settings is PRUNED with a constraint that it broke, since samplers read nothing of a
 # FAIL. Other failures, and all of version 0.1.0, are FAIL.
 STATUS = {

@@ -1,1 +1,1 @@
-"""What ends a search before its trials are done, and how a person steers one that runs: all in the study database."""
+"""What a search is held to beside its trials: what it may use, what a person asks of it, what is done with its best."""
