@@ -44,7 +44,12 @@ def command(
     study_database: str | None,
     as_json: bool,
 ) -> None:
-    """Copy out the adapter of the best trial, or of any: an ordinary PEFT LoRA adapter."""
+    """Copy out the adapter of the best trial, or of any: an ordinary PEFT LoRA adapter.
+
+    Of a study with finalists it is the winner's: of its runs the one with the middle score, which the reported one is
+    of.
+    """
+    from bilora_ray.search.study.control.finalists import finals_of
     from bilora_ray.search.study.layout import Layout
     from bilora_ray.search.study.storage import naming_the_database
     from bilora_ray.search.study.studies import load_study
@@ -55,6 +60,11 @@ def command(
         found = load_study(layout, study)
         _check_new(output)
         record = found.chosen(number)
+        finals = finals_of(found) if number is None else None
+    unjudged = "the best single run is taken, for its finalists are not all trained"
+    told = [unjudged] if finals is not None and finals.winner is None else []
+    if finals is not None and finals.winner is not None:
+        study, found, record = finals.study.space.study.name, finals.study, finals.winner
     adapter = where_adapter_is(found, record)
     if record.adapter is None and record.value is None:
         raise UserError(f"study '{study}': trial {record.number} has no adapter; it ended before its first evaluation")
@@ -71,6 +81,7 @@ def command(
     try:
         with telling_of_gpu_memory("; hide it with CUDA_VISIBLE_DEVICES= to merge in main memory"):
             notes = (export_merged if merge else export_adapter)(adapter, absolute(output), origin) or []
+        notes = [*told, *notes]
     except OSError as error:
         raise MachineError(f"--output {output}: cannot be written ({error.strerror or first_line(error)})") from None
     if as_json:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.console import Console
 
+from bilora_ray.cli.finalists import finals_as_json
 from bilora_ray.cli.progress import STATUS_WORDS
 from bilora_ray.cli.tables import TrialTable, in_short, step_of
 from bilora_ray.config import TrialConfig, shown
@@ -92,7 +93,10 @@ def non_default(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def study_as_json(study: StudyView) -> dict[str, Any]:
     """A study as JSON: what `tune --json` and `show --json` print."""
+    from bilora_ray.search.study.control.finalists import finals_of
+
     best, metric, importances, end = study.best(), study.objective.metric, study.importances(), study.end()
+    finals = finals_of(study)
     return {
         "study": study.space.study.name,
         "metric": metric,
@@ -107,6 +111,7 @@ def study_as_json(study: StudyView) -> dict[str, Any]:
             "intervals": {key: [share.low, share.high] for key, share in importances.shares.items()},
             "unknown": importances.unknown,
         },
+        "finalists": None if finals is None else finals_as_json(finals),
         "trials": [as_json(record, metric) for record in study.records_now()],
     }
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bilora_ray.cli.finalists import print_finalists
 from bilora_ray.cli.leaderboard import (
     STATUS_WORDS,
     print_best,
@@ -84,6 +85,7 @@ def _show_studies(layout: Layout, as_json: bool) -> None:
 def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -> None:
     from rich.console import Console
 
+    from bilora_ray.search.study.control.finalists import finals_of
     from bilora_ray.search.study.studies import load_study
 
     console = Console(highlight=False)
@@ -108,6 +110,8 @@ def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -
         console.print(f"What is interrupted goes on with `bilora-ray {verb}`, as it was begun, and --resume.")
     console.print()
     best = print_best(console, found, records)
+    if (finals := finals_of(found)) is not None:
+        best = print_finalists(console, found, finals) or best
     if best is not None:
         print_next(study, storage_path, layout.study_database, where_adapter_is(found, best))
 

@@ -6,10 +6,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from bilora_ray.cli.finalists import print_finalists
 from bilora_ray.cli.leaderboard import print_best, print_end, print_leaderboard, study_as_json
 from bilora_ray.cli.options import (
     absolute,
@@ -154,11 +155,13 @@ def _rehearse(
     """Whatever can be tried of a search before it begins, but for a cluster that is elsewhere."""
     from bilora_ray.quiet import quiet
     from bilora_ray.search.cluster.cluster import capacity, check_address, is_own, this_machine
+    from bilora_ray.search.study.control.finalists import check_finalists
     from bilora_ray.search.study.storage import naming_the_database
     from bilora_ray.search.study.studies import check_study
 
     with naming_the_database(layout, then=""):
         check_study(space, layout, resume, digests)
+        check_finalists(space, layout)
     check_address(ray_address)
     here = is_own(ray_address)
     if here:
@@ -202,19 +205,15 @@ def _search(
     digests: Mapping[str, str],
     checked: Checked,
 ) -> SearchStudy:
-    from bilora_ray.search.run import search
+    from bilora_ray.search.run import search, search_finalists
 
     objective = space.first_config().objective
     progress = SearchProgress(space.study.num_trials, objective, checked.notes, checked.labels)
-    return search(
-        space,
-        layout,
-        resume=resume,
-        ray_address=ray_address,
-        mlflow_uri=mlflow_uri,
-        digests=digests,
-        watcher=progress,
-    )
+    common: dict[str, Any] = {"ray_address": ray_address, "mlflow_uri": mlflow_uri, "digests": digests}
+    study = search(space, layout, resume=resume, watcher=progress, **common)
+    if space.study.finalists:
+        search_finalists(study, watcher_of=lambda finals: SearchProgress(finals.study.num_trials, objective), **common)
+    return study
 
 
 def _print_result(
@@ -222,11 +221,15 @@ def _print_result(
 ) -> None:
     from rich.console import Console
 
+    from bilora_ray.search.study.control.finalists import finals_of
+
     console = Console(highlight=False)
     records, name = study.records(), study.space.study.name
     console.print(f"\nStudy '{name}': {len(records)} trials{spent}", style="bold", markup=False)
     print_end(console, study)
     print_leaderboard(console, records, study.objective, most=10)
     best = print_best(console, study, records)
+    if (finals := finals_of(study)) is not None:
+        best = print_finalists(console, study, finals) or best
     if best is not None:
         print_next(name, storage_path, study_database, where_adapter_is(study, best), mlflow_uri)

@@ -18,8 +18,9 @@ from bilora_ray.search.cluster.cluster import capacity, check_address, check_das
 from bilora_ray.search.cluster.gpus import decided
 from bilora_ray.search.cluster.shared_storage import check_shared
 from bilora_ray.search.cluster.watchdog import head_watched
-from bilora_ray.search.session import Observers, Session, Watcher, session
+from bilora_ray.search.session import Observers, Session, Watcher, session, tell_result
 from bilora_ray.search.space import Space
+from bilora_ray.search.study.control.finalists import begin, check_finalists, finals_of
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import naming_the_database, running_study
 from bilora_ray.search.study.studies import check_study
@@ -59,6 +60,7 @@ def search(
     """
     with naming_the_database(layout, then=""):
         check_study(space, layout, resume, digests)
+        check_finalists(space, layout)
     check_address(ray_address)
     nested = runner_for(space.resources.model_dump()).starts_workers
     with naming_the_database(layout), running_study(layout, space.study.name), ExitStack() as stack:
@@ -84,6 +86,48 @@ def search(
         while study.await_others(Observers([watcher]), watcher.say):
             run_trials(study, observers, concurrent)
     return study
+
+
+def search_finalists(
+    study: SearchStudy,
+    *,
+    ray_address: str | None,
+    mlflow_uri: str | None,
+    digests: Mapping[str, str],
+    watcher_of: Callable[[Space], Watcher],
+) -> None:
+    """Train the best trials of a search that has ended on fresh seeds, and tell its run in MLflow what came of it.
+
+    Args:
+        study: the search's.
+        ray_address: as `search` takes it, with what follows.
+        mlflow_uri: the same.
+        digests: the same.
+        watcher_of: who shows the finalists' study to a person, of its space.
+
+    Raises:
+        UserError: as `search`.
+        KeyboardInterrupt: the same.
+    """
+    with naming_the_database(study.layout):
+        begun = begin(study, digests)
+    if begun is None:
+        return
+    space, resume = begun
+    watcher = watcher_of(space)
+    search(
+        space,
+        study.layout,
+        resume=resume,
+        ray_address=ray_address,
+        mlflow_uri=mlflow_uri,
+        digests=digests,
+        watcher=watcher,
+    )
+    with naming_the_database(study.layout):
+        finals = finals_of(study)
+        if finals is not None and finals.verdict is not None:
+            tell_result(study, mlflow_uri, finals.verdict.as_metrics(study.objective.metric), watcher.say)
 
 
 def _end(running: Session, address: str | None) -> NoReturn:

@@ -20,11 +20,12 @@ from bilora_ray.search.study.layout import WAIT_S, Layout
 from bilora_ray.search.study.storage import is_database, naming_the_database, study_names
 from bilora_ray.search.study.studies import delete_study, open_study
 from bilora_ray.search.study.study import SearchStudy
-from bilora_ray.tracking.mlflow_tracker import BackgroundTracker, MlflowTracker, default_uri
+from bilora_ray.tracking.mlflow_tracker import BackgroundTracker, MlflowTracker, add_to_study, default_uri
 
 logger = logging.getLogger(__name__)
 # So long nobody wonders why a search that is over does not end.
 LATE_S = 3.0
+STUDY_ID = "bilora_ray.study_id"
 
 
 class Watcher(Observer, Protocol):
@@ -148,6 +149,15 @@ def session(
             raise
 
 
+def tell_result(
+    study: SearchStudy, mlflow_uri: str | None, metrics: Mapping[str, float], say: Callable[[str], None]
+) -> None:
+    """Add `metrics` to the run of a study that has ended, unless they are there."""
+    layout, config = study.layout, study.space.study
+    uri, artifacts = mlflow_uri or default_uri(layout.storage_path), layout.storage_path / "mlflow-artifacts"
+    add_to_study(uri, config.project, config.name, artifacts, {STUDY_ID: study.id}, metrics, say)
+
+
 def _tracker(study: SearchStudy, mlflow_uri: str | None, digests: Mapping[str, str], watcher: Watcher) -> MlflowTracker:
     space, layout = study.space, study.layout
     # One process at a time, or two that begin together would each make the study's run.
@@ -157,7 +167,7 @@ def _tracker(study: SearchStudy, mlflow_uri: str | None, digests: Mapping[str, s
             project=space.study.project,
             study_name=space.study.name,
             artifact_root=layout.storage_path / "mlflow-artifacts",
-            study_tags={"bilora_ray.study_id": study.id},
+            study_tags={STUDY_ID: study.id},
             study_params=space.fixed,
             digests=of_data(digests),
             say=watcher.say,

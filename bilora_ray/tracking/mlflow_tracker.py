@@ -20,7 +20,7 @@ from bilora_ray.records import Status, TrialRecord
 from bilora_ray.tracking.guard import Guard, reason
 from bilora_ray.tracking.provenance import provenance
 from bilora_ray.tracking.store import SERVERS, check_runs, connect, make_store
-from bilora_ray.tracking.study_runs import StudyInfo, StudyRuns
+from bilora_ray.tracking.study_runs import StudyInfo, StudyRuns, add_metrics
 
 LATER = "the search goes on, and what is missed is sent later"
 AT_RESUME = "`bilora-ray tune --resume` sends what is missing"
@@ -208,6 +208,31 @@ class BackgroundTracker(_Reconciling):
                     self._busy = False
                     return
                 self._again = False
+
+
+def add_to_study(
+    uri: str,
+    project: str,
+    study_name: str,
+    artifact_root: Path,
+    study_tags: Mapping[str, str],
+    metrics: Mapping[str, float],
+    say: Callable[[str], None],
+) -> None:
+    """Add to the run of a study that has ended what came of it later. What is there is not added again.
+
+    Args:
+        uri: as `MlflowTracker.open` takes it, with what follows.
+        project: the same.
+        study_name: the same.
+        artifact_root: the same.
+        study_tags: the same.
+        metrics: by name; those with a `step` among them are of that step.
+        say: shows one line to a person: that MLflow does not answer.
+    """
+    with Guard(say).attempt(AT_RESUME):
+        client, experiment_id = connect(uri, project, artifact_root)
+        add_metrics(client, experiment_id, study_name, study_tags, metrics)
 
 
 def ui_command(uri: str, port: int) -> tuple[list[str], dict[str, str]]:

@@ -166,6 +166,26 @@ class StudyRuns:
                 return
 
 
+def add_metrics(
+    client: MlflowClient, experiment_id: str, name: str, tags: Mapping[str, str], metrics: Mapping[str, float]
+) -> None:
+    """Add `metrics`, of the step that they name, to the run of a study; nothing if it has none. Raises as `StudyRuns`.
+
+    Args:
+        client: of the MLflow store.
+        experiment_id: of the study's project.
+        name: of the study.
+        tags: those of its run.
+        metrics: by name.
+    """
+    found = client.search_runs([experiment_id], f"tags.`{STUDY}` = '{name}'", order_by=["start_time ASC"])
+    for run in found:
+        if all(run.data.tags.get(key) == value for key, value in tags.items()):
+            step = int(metrics.get("step", 0))
+            Run(client, run).log((key, step, value) for key, value in metrics.items() if key != "step")
+            return
+
+
 def _points(trial: TrialRecord) -> Iterator[Point]:
     last_step = 0
     for metrics in trial.history:

@@ -76,6 +76,19 @@ class Verdict:
         """The best of the finalists."""
         return self.finalists[0]
 
+    def as_metrics(self, metric: str) -> dict[str, float]:
+        """What a tracker is told, beside the values of single runs, of which the best is too good; a `step` with it."""
+        found = {
+            f"finalist_{metric}": self.score,
+            f"finalist_{metric}_low": self.low,
+            f"finalist_{metric}_high": self.high,
+            f"single_run_{metric}": self.winner.single,
+            "finalist_fell": self.fell,
+            "finalist_trial": float(self.winner.trial),
+        }
+        told = {key: value for key, value in found.items() if value is not None}
+        return {**told, "step": float(len(self.finalists) * self.seeds)}
+
 
 def judge(singles: Mapping[int, float | None], scores: Mapping[int, Scores], objective: Objective) -> Verdict | None:
     """Who wins, and what the winner is worth.
