@@ -34,6 +34,8 @@ class TrialRecord:
         loss: `eval_loss` of that adapter.
         adapter: its folder.
         error: why it failed, one line.
+        values: of each of the study's metrics, all with that adapter; empty before the first evaluation.
+        broken: the limits of the study that it does not keep to, one line.
     """
 
     number: int
@@ -45,6 +47,8 @@ class TrialRecord:
     loss: float | None = None
     adapter: Path | None = None
     error: str | None = None
+    values: Mapping[str, float] = field(default_factory=dict)
+    broken: str | None = None
 
 
 @dataclass(frozen=True)
