@@ -52,6 +52,12 @@ LABEL_METRICS = ("eval_accuracy", "eval_f1", "eval_matthews_correlation")
 SET_METRICS = ("eval_accuracy", "eval_f1")
 NUMBER_METRICS = ("eval_mse", "eval_pearson", "eval_spearman")
 MINIMIZED = frozenset({"eval_loss", "eval_mse", "eval_perplexity"})
+# What every evaluation tells of the cost of an adapter, and what it is; the last is known on GPUs only.
+COSTS = {
+    "train_runtime": "seconds of training until the adapter",
+    "adapter_mb": "MB of the exported adapter's weights",
+    "gpu_memory_gib": "GiB of GPU memory that a worker's torch took",
+}
 
 PROMPT_TEMPLATE, COMPLETION_TEMPLATE = "{prompt}", "{completion}"
 # Of the formats that hold chats, the column.
@@ -528,7 +534,7 @@ class TrialConfig(Settings):
     @property
     def objective(self) -> Objective:
         """What the trial is judged by."""
-        return Objective(self.metric, self.metric not in MINIMIZED)
+        return objective(self.metric)
 
     @property
     def writes_several(self) -> bool:
@@ -557,6 +563,11 @@ class TrialConfig(Settings):
     def resolved_lora_alpha(self) -> float:
         """`lora_alpha`, or the paper's 2 x rank."""
         return 2.0 * self.rank if self.lora_alpha is None else self.lora_alpha
+
+
+def objective(metric: str) -> Objective:
+    """How `metric`, one that an evaluation reports, is judged."""
+    return Objective(metric, metric not in MINIMIZED and metric not in COSTS)
 
 
 FACTS = facts_of(TrialConfig)

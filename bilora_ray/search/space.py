@@ -19,7 +19,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from bilora_ray.checking import Float, Int, Settings, build
-from bilora_ray.config import TrialConfig, applies, coerce
+from bilora_ray.config import TrialConfig, applies, coerce, objective
+from bilora_ray.records import Objective
 
 Value = bool | int | float | str | None
 # What a search may use, beside its number of trials.
@@ -38,6 +39,13 @@ def _one_value(value: Any) -> Any:
 OneValue = Annotated[Value, BeforeValidator(_one_value)]
 
 
+class ObjectiveConfig(Settings):
+    """One of the things that a study looks for."""
+
+    metric: str = Field(description="what an evaluation tells, such as eval_loss or train_runtime")
+    mode: Literal["min", "max"] | None = Field(None, description="which is better, as a check: each metric has its own")
+
+
 class StudyConfig(Settings):
     """How a study searches."""
 
@@ -52,6 +60,15 @@ class StudyConfig(Settings):
         description="steps, of the largest batch that is searched, before the first stop; a ninth of a trial if absent",
     )
     reduction_factor: Int = Field(3, ge=2, description="at each rung one of so many trials goes on")
+    objectives: tuple[ObjectiveConfig, ...] = Field(
+        (),
+        description="what trials are judged by, such as [{metric: eval_loss}, {metric: train_runtime}]; the first "
+        "chooses a trial's adapter, whose values the others are. trial.metric alone if absent",
+    )
+    max_adapter_mb: Float | None = Field(None, gt=0, description="MB (10^6 bytes) that an adapter may have")
+    max_memory_gb: Float | None = Field(
+        None, gt=0, description="GiB of a GPU that a worker's torch may take, as gpu_memory_gib tells it"
+    )
     seed: Int = Field(0, ge=0, lt=2**32, description="of the proposals")
     max_concurrent: Int | None = Field(None, ge=1, description="trials at one time; what the cluster holds if absent")
     max_hours: Float | None = Field(None, gt=0, description="hours that the search may run, all its starts together")
@@ -176,6 +193,8 @@ class Range(Settings):
 
 
 Distribution = Choice | Range
+# A limit of a study -> the metric that must not be above it.
+LIMITED = {"max_adapter_mb": "adapter_mb", "max_memory_gb": "gpu_memory_gib"}
 
 
 @dataclass(frozen=True)
@@ -199,6 +218,12 @@ class Space:
     distributions: dict[str, Distribution]
     points_to_evaluate: tuple[dict[str, Value], ...]
     overridden: frozenset[str] = frozenset()
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What trials are judged by; the first chooses each trial's adapter."""
+        metric = str(self.fixed.get("metric", TrialConfig.model_fields["metric"].default))
+        return tuple(objective(one.metric) for one in self.study.objectives) or (objective(metric),)
 
     def trial_config(self, sampled: Mapping[str, Value]) -> TrialConfig:
         """The settings of the trial that got `sampled`; UserError if they do not go together."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Hashable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 
 from bilora_ray.checking import build, nearest_setting
 from bilora_ray.config import (
+    COSTS,
     FACTS,
     SOURCES,
     TrialConfig,
@@ -19,6 +21,7 @@ from bilora_ray.config import (
     deciding_the_split,
     is_integer,
     is_number,
+    objective,
     of_other_sources,
     takes_mapping,
 )
@@ -29,6 +32,9 @@ from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig,
 SECTIONS = ("study", "trial", "resources")
 # Trials that differ in these cannot be compared: they are judged by other rows, another measure or at other steps.
 NOT_SEARCHED = frozenset(key for key, facts in FACTS.items() if not facts.searched)
+GPU_MEMORY = "gpu_memory_gib"
+# What can search for several objectives.
+ABLE_OF_SEVERAL = {"sampler": ("tpe", "random", "gp", "nsga2", "nsga3", "qmc", "grid"), "scheduler": ("asha", "none")}
 MERGE = "tag:yaml.org,2002:merge"
 # What PyYAML raises: its own errors, and Python's on values such as the date 2024-02-30.
 YAML_ERRORS = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
@@ -100,6 +106,9 @@ def checked_space(
     space = Space(path, study, resources, fixed, distributions, points, frozenset(given["trial"]))
     _check_settings(space)
     _check_split(space)
+    _check_objectives(space)
+    if study.objectives:
+        space = replace(space, fixed={**space.fixed, "metric": study.objectives[0].metric})
     return space
 
 
@@ -233,6 +242,36 @@ def _check_split(space: Space) -> None:
         if key in deciding_the_split(space.fixed):
             needed = "split_seed or validation_data" if key == "seed" else "validation_data"
             raise UserError(f"{space.path}: trial.{key}: needs {needed}, or trials would hold out other rows")
+
+
+def _check_objectives(space: Space) -> None:
+    """Refuse objectives and limits that no evaluation tells, or that this sampler or scheduler cannot take."""
+    study, where, seen = space.study, f"{space.path}: study", set[str]()
+    chosen_by = space.first_config().available_metrics
+    for index, one in enumerate(study.objectives):
+        here, told = f"{where}.objectives[{index}]", (*chosen_by, *COSTS)
+        if one.metric not in told:
+            raise UserError(f"{here}: no evaluation tells '{one.metric}'; {nearest(one.metric, told)}")
+        if index == 0 and one.metric not in chosen_by:
+            allowed = ", ".join(chosen_by)
+            raise UserError(
+                f"{here}: {one.metric} cannot choose a trial's adapter, as the first does; one of {allowed}"
+            )
+        if one.metric in seen:
+            raise UserError(f"{here}: {one.metric} is there already")
+        better = "max" if objective(one.metric).greater_is_better else "min"
+        if one.mode not in (None, better):
+            raise UserError(f"{here}: mode of {one.metric} is {better}, got {one.mode}")
+        seen.add(one.metric)
+    first, metric = next((one.metric for one in study.objectives), None), space.fixed.get("metric")
+    if first is not None and metric not in (None, first):
+        raise UserError(f"{where}.objectives: the first is {first}, and trial.metric is {metric}; leave one out")
+    if not space.resources.gpus_per_worker and (GPU_MEMORY in seen or study.max_memory_gb is not None):
+        key = "objectives" if GPU_MEMORY in seen else "max_memory_gb"
+        raise UserError(f"{where}.{key}: {GPU_MEMORY} is known on GPUs only, and resources.gpus_per_worker is 0")
+    for key, able in ABLE_OF_SEVERAL.items() if len(seen) > 1 else ():
+        if (word := getattr(study, key)) not in able:
+            raise UserError(f"{where}.{key}: {word} takes one objective; of several, allowed: {', '.join(able)}")
 
 
 def check_draw(space: Space) -> None:

@@ -20,12 +20,14 @@ from bilora_ray.checking import Settings, before, build, completed
 from bilora_ray.config import TrialConfig, takes_mapping
 from bilora_ray.digests import BASE, CHAT_TEMPLATE, of_data, of_marked
 from bilora_ray.errors import UserError, nearest
+from bilora_ray.records import Status
 from bilora_ray.search.space import BUDGETS, Choice, Distribution, Range, ResourceConfig, Space, StudyConfig
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import making, naming_the_database, open_storage, read_storage, study_names
 from bilora_ray.search.study.study import SearchStudy
-from bilora_ray.search.study.view import DIGESTS, ID, StudyView, objective_of
+from bilora_ray.search.study.view import DIGESTS, ID, StudyView, objective_of, status_of
 
+MAXIMIZE, MINIMIZE = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
 SPACE = "space"
 LISTED = "`bilora-ray show` lists them"
 # What may differ between the first start of a study and its resume.
@@ -103,13 +105,8 @@ def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.St
     elif name in study_names(layout):
         optuna.delete_study(study_name=name, storage=storage)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    greater_is_better = space.first_config().objective.greater_is_better
-    study = optuna.create_study(
-        study_name=name,
-        storage=storage,
-        direction=StudyDirection.MAXIMIZE if greater_is_better else StudyDirection.MINIMIZE,
-        load_if_exists=True,
-    )
+    directions = [MAXIMIZE if one.greater_is_better else MINIMIZE for one in space.objectives]
+    study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
     if not begun:
         study.set_user_attr(ID, uuid.uuid4().hex)
         study.set_user_attr(DIGESTS, dict(digests))
@@ -152,7 +149,7 @@ def summarise(layout: Layout) -> list[StudySummary]:
 def _summary(study: optuna.Study) -> StudySummary:
     described = study.user_attrs[SPACE]
     trials = study.get_trials(deepcopy=False)
-    values = [trial.value for trial in trials if trial.state == TrialState.COMPLETE and trial.value is not None]
+    values = [trial.values[0] for trial in trials if status_of(trial) is Status.COMPLETE]
     objective = objective_of(study, described["fixed"])
     return StudySummary(
         study=study.study_name,

@@ -20,12 +20,13 @@ from bilora_ray.search.space import Space
 from bilora_ray.search.study.claims import Claims
 from bilora_ray.search.study.control.budget import Budget
 from bilora_ray.search.study.control.causes import common_cause
+from bilora_ray.search.study.control.evaluations import best_values, evaluations_of, excesses, remember
 from bilora_ray.search.study.control.requests import STOP
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.samplers import propose
-from bilora_ray.search.study.schedulers import SCHEDULERS
+from bilora_ray.search.study.schedulers import OF_SEVERAL, SCHEDULERS
 from bilora_ray.search.study.schedulers.base import Asked
-from bilora_ray.search.study.view import ENDED, ERROR, StudyView
+from bilora_ray.search.study.view import ENDED, ERROR, StudyView, status_of
 from bilora_ray.training.folder import EXAMPLES
 
 # So long the workers of a stopped trial may take to end.
@@ -57,8 +58,9 @@ class SearchStudy(StudyView):
             for number in self._orphans():
                 propose(self.study, self.space, number)
                 self._claims.release(number)
-        for trial in self._trials(TrialState.PRUNED, TrialState.FAIL):  # whose search may have died before `settle`
-            self.folder(trial.number).discard_tensors()
+        for trial in self._trials(*ENDED):
+            if status_of(trial) is not Status.COMPLETE:  # whose search may have died before `settle`
+                self.folder(trial.number).discard_tensors()
 
     def next_trials(self) -> list[int]:
         """The numbers of the trials to run together next; none when all are given.
@@ -148,26 +150,33 @@ class SearchStudy(StudyView):
 
         Args:
             number: of the trial.
-            metrics: `step`, `max_steps` and the study's metric, at least. An evaluation that the study knows already,
+            metrics: `step`, `max_steps` and the study's metrics, at least. An evaluation that the study knows already,
                 which a resumed trial tells again, changes nothing.
         """
         trial = self._live[number]
-        step, value = int(metrics["step"]), float(metrics[self.objective.metric])
-        stored = self._trial(number)
-        known = stored.intermediate_values
+        step, stored, objectives = int(metrics["step"]), self._trial(number), self.objectives
+        known = evaluations_of(stored, objectives)
         if step not in known:
-            trial.report(value, step)
+            remember(trial, metrics, objectives)
         self.budget.charge(trial, metrics)
-        if step >= metrics["max_steps"]:
-            self._end(number, TrialState.COMPLETE, self.objective.best_value([*known.values(), value]))
+        above = excesses(metrics, self.space.study)
+        if step >= metrics["max_steps"] or max(above.values(), default=0) > 0:
+            for limit in above.keys() - stored.constraints.keys():
+                trial.set_constraint(limit, above[limit])
+            # To Optuna a trial that breaks a limit is complete: of another state not every sampler learns of it.
+            self._end(number, TrialState.COMPLETE, best_values([*known.values(), metrics], objectives))
+            if max(above.values(), default=0) > 0:
+                self._stopped.add(number)
+                return Status.PRUNED
             return Status.COMPLETE
         newest, choosing = step >= max(known, default=0), self.layout.choosing(self.study.study_name)
         asked = Asked(trial, stored.params, step, int(metrics["max_steps"]), self.space, self.objective, choosing)
-        if newest and SCHEDULERS[self.space.study.scheduler](asked):
+        schedulers = OF_SEVERAL if len(objectives) > 1 else SCHEDULERS
+        if newest and schedulers[self.space.study.scheduler](asked):
             self._end(number, TrialState.PRUNED)
             return Status.PRUNED
         if newest and (self.budget.end() is not None or STOP in stored.user_attrs):
-            self._end(number, TrialState.COMPLETE, self.objective.best_value([*known.values(), value]))
+            self._end(number, TrialState.COMPLETE, best_values([*known.values(), metrics], objectives))
             return Status.COMPLETE
         return Status.RUNNING
 
@@ -208,7 +217,7 @@ class SearchStudy(StudyView):
             if trial.number in self._live or not self._claims.take(trial.number):
                 continue
             now = self._trial(trial.number)
-            if now.state == TrialState.RUNNING and not now.constraints:
+            if now.state == TrialState.RUNNING and ERROR not in now.constraints:
                 yield trial.number
                 continue
             if now.state == TrialState.RUNNING:  # whoever ran it died as it was failed by its settings
@@ -216,8 +225,8 @@ class SearchStudy(StudyView):
                 self.folder(trial.number).discard_tensors()
             self._claims.release(trial.number)  # it has ended, now or between the question and the claim
 
-    def _end(self, number: int, state: TrialState, value: float | None = None) -> None:
-        self.study.tell(self._live.pop(number), values=value, state=state)
+    def _end(self, number: int, state: TrialState, values: list[float] | None = None) -> None:
+        self.study.tell(self._live.pop(number), values=values, state=state)
         if state != TrialState.COMPLETE:
             self._stopped.add(number)
         self.folder(number).discard_tensors()

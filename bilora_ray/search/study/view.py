@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +13,13 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bilora_ray.config import TrialConfig, applies
 from bilora_ray.digests import by_setting
-from bilora_ray.errors import UserError
+from bilora_ray.errors import UserError, nearest
 from bilora_ray.files import is_held
 from bilora_ray.records import Objective, Status, TrialRecord
-from bilora_ray.search.space import Space
+from bilora_ray.search.space import LIMITED, Space
 from bilora_ray.search.study.control.budget import Ended, end_of
+from bilora_ray.search.study.control.evaluations import broken, evaluations_of
+from bilora_ray.search.study.control.front import front_of, losses_of
 from bilora_ray.search.study.importances import Importances, importances_of
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.training.folder import TrialFolder
@@ -36,9 +39,9 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 def objective_of(study: optuna.Study, fixed: Mapping[str, Any]) -> Objective:
-    """What the trials of `study`, which share the settings `fixed`, are judged by."""
+    """What the trials of `study`, which share the settings `fixed`, are judged by; the first of several objectives."""
     metric = fixed.get("metric", TrialConfig.model_fields["metric"].default)
-    return Objective(str(metric), study.direction == StudyDirection.MAXIMIZE)
+    return Objective(str(metric), study.directions[0] == StudyDirection.MAXIMIZE)
 
 
 class StudyView:
@@ -75,11 +78,15 @@ class StudyView:
         """What the study and the trial's folder know of one trial."""
         return self._record(self._trial(number))
 
-    def chosen(self, number: int | None) -> TrialRecord:
-        """As `record`, for a number that a user gave; None: the best. UserError if there is no such trial."""
+    def chosen(self, number: int | None, prefer: str | None = None) -> TrialRecord:
+        """As `record`, for a number that a user gave; None: the best, by the objective that a user may `prefer`.
+
+        Raises:
+            UserError: there is no such trial, or no such objective.
+        """
         records = self.records()
         if number is None:
-            best = self.objective.best_of(records)
+            best = self._best_by(prefer, records) if prefer is not None else self.objective.best_of(records)
             if best is None:
                 raise UserError(
                     f"study '{self.study.study_name}': no trial is complete; name one with --trial, or finish it"
@@ -134,16 +141,44 @@ class StudyView:
 
     @property
     def objective(self) -> Objective:
-        """What trials are judged by."""
+        """What trials are judged by; the first of several objectives."""
         return objective_of(self.study, self.space.fixed)
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """All that trials are judged by."""
+        return (self.objective, *self.space.objectives[1:])
+
+    def front(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
+        """Of all `records` those on the Pareto front, the best by the first objective first; none if there is one."""
+        return front_of(records, self.objectives) if len(self.objectives) > 1 else []
 
     def importances(self) -> Importances:
         """Which of the searched settings mattered, among the trials that are complete or were stopped early."""
-        judged = [trial for trial in self._trials(TrialState.COMPLETE, TrialState.PRUNED) if not _failed(trial)]
+        ended = [trial for trial in self._trials(TrialState.COMPLETE, TrialState.PRUNED) if not _failed(trial)]
+        judged = [trial if len(self.objectives) == 1 else self._by_the_first(trial) for trial in ended]
         workers = self.space.resources.workers
         return importances_of(
             judged, self.space.distributions, lambda sampled: self.space.trial_config(sampled).step_rows(workers)
         )
+
+    def _best_by(self, metric: str, records: Sequence[TrialRecord]) -> TrialRecord | None:
+        objectives = {one.metric: one for one in self.objectives}
+        if metric not in objectives:
+            name = self.study.study_name
+            raise UserError(f"study '{name}': '{metric}' is no objective of it; {nearest(metric, objectives)}")
+        # Of equal trials one that is on the front.
+        return min(
+            front_of(records, self.objectives),
+            key=lambda record: losses_of(record.values, [objectives[metric]]),
+            default=None,
+        )
+
+    def _by_the_first(self, trial: FrozenTrial) -> FrozenTrial:
+        """`trial` with its evaluations as Optuna keeps those of one objective, the first."""
+        known, judged = evaluations_of(trial, self.objectives), copy.copy(trial)
+        judged.intermediate_values = {step: metrics[self.objective.metric] for step, metrics in known.items()}
+        return judged
 
     def _trial(self, number: int) -> FrozenTrial:
         """One trial, read by itself: what a report costs must not grow with the study."""
@@ -161,24 +196,35 @@ class StudyView:
         folder = self.folder(trial.number)
         state = folder.state()
         history, best_step = state.get("history", ()), state.get("best_step")
-        kept: Mapping[str, float] = next((metrics for metrics in history if metrics["step"] == best_step), {})
+        metrics = [one.metric for one in self.objectives]
+        kept: Mapping[str, float] = next((told for told in history if told["step"] == best_step), {})
         settings: dict[str, Any] = {**self.space.fixed, **trial.params}
         if all(key in trial.params for key in self.space.distributions if self.space.asked(key, trial.params)):
             config = self.space.trial_config(trial.params)
             settings = {key: value for key, value in config.model_dump().items() if applies(key, config.method)}
-        failed = _failed(trial)
+        known = dict(zip(metrics, trial.values, strict=True)) if trial.state == TrialState.COMPLETE else kept
         return TrialRecord(
             number=trial.number,
-            status=Status.FAILED if failed else STATUS[trial.state],
+            status=status_of(trial),
             settings=settings,
             sampled=dict(trial.params),
             history=history,
-            value=trial.value if trial.state == TrialState.COMPLETE else kept.get(self.objective.metric),
+            value=known.get(self.objective.metric),
             loss=kept.get("eval_loss"),
             adapter=None if best_step is None else folder.adapter_at(best_step),
-            error=trial.user_attrs.get(ERROR) if failed else None,
+            error=trial.user_attrs.get(ERROR) if _failed(trial) else None,
+            values={metric: known[metric] for metric in metrics if metric in known},
+            broken=broken(trial, self.space.study),
         )
 
 
+def status_of(trial: FrozenTrial) -> Status:
+    """How a trial stands. One that breaks a limit of the study was stopped early for it, if only by its last step."""
+    if _failed(trial):
+        return Status.FAILED
+    excess = max((value for key, value in trial.constraints.items() if key in LIMITED), default=0.0)
+    return Status.PRUNED if trial.state == TrialState.COMPLETE and excess > 0 else STATUS[trial.state]
+
+
 def _failed(trial: FrozenTrial) -> bool:
-    return trial.state == TrialState.FAIL or (trial.state == TrialState.PRUNED and bool(trial.constraints))
+    return trial.state == TrialState.FAIL or (trial.state == TrialState.PRUNED and ERROR in trial.constraints)

@@ -17,9 +17,11 @@ BEST = 0.1
 
 
 def sampler(study: optuna.Study, space: Space, number: int) -> BaseSampler:
-    """Of trial `number`; random while what failed would be among the best."""
+    """Of trial `number`; random while what is no good would be among the best."""
     ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    worked = sum(not trial.constraints for trial in ended)
+    # Of several objectives Optuna ranks the trials that are complete only.
+    states = {TrialState.COMPLETE} if len(study.directions) > 1 else {TrialState.COMPLETE, TrialState.PRUNED}
+    worked = sum(trial.state in states and max(trial.constraints.values(), default=0) <= 0 for trial in ended)
     if worked < math.ceil(BEST * len(ended)):
         return random.sampler(study, space, number)
     # Optuna's ten random trials before the first modelled one would be most of a small study.

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bilora_ray.search.study.schedulers import asha, none
+from bilora_ray.search.study.schedulers import asha, nondominated, none
 from bilora_ray.search.study.schedulers.base import Asked, once
 
 # What `study.scheduler` says -> whether a trial is stopped.
 SCHEDULERS: dict[str, Callable[[Asked], bool]] = {
     "asha": once(asha.is_weak),
+    "none": none.is_weak,
+}
+# The same, of a study with several objectives.
+OF_SEVERAL: dict[str, Callable[[Asked], bool]] = {
+    "asha": once(nondominated.is_weak),
     "none": none.is_weak,
 }

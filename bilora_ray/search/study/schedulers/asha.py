@@ -23,14 +23,14 @@ def is_weak(asked: Asked) -> bool:
     verdict leaves the rung without one: the comparison is made again.
     """
     trial = asked.trial
-    first, step = _first_rung(asked)
+    first, step = first_rung(asked)
     pruner = SuccessiveHalvingPruner(min_resource=first, reduction_factor=asked.space.study.reduction_factor)
     measured = copy.copy(trial.storage.get_trial(trial._trial_id))
     measured.intermediate_values = {step * at: value for at, value in measured.intermediate_values.items()}
     return pruner.prune(trial.study, measured) or _lost_a_rung(asked, first, step)
 
 
-def _first_rung(asked: Asked) -> tuple[int, int]:
+def first_rung(asked: Asked) -> tuple[int, int]:
     """The study's first rung, and what a step of the trial is towards it: rows both, or steps in an old study."""
     study, space = asked.trial.study, asked.space
     known = study.user_attrs
