@@ -16,6 +16,7 @@ from bilora_ray.paths import COMMIT, cached_commit, kind_of, model_file
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import check_draw
 from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.samplers import check_sampler
 from bilora_ray.training.rows import about, check_first_rows, load_rows, notes
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Dataset, check_positions
@@ -80,6 +81,7 @@ def preflight(space: Space, dry_run: bool = False) -> Checked:
     Raises:
         UserError: a file, row, column, label or model is not as the space says, or a row is too long for the model.
     """
+    check_sampler(space)
     config = space.first_config()
     check_model(config)
     check_positions(positions(config), config, TASKS[config.task].continues)
@@ -105,6 +107,7 @@ def look(space: Space) -> None:
     Raises:
         UserError: what `preflight` would say too.
     """
+    check_sampler(space)
     check_draw(space)
     config = space.first_config()
     if kind_of(config.model_name_or_path, is_data=False) != "hub":

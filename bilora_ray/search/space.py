@@ -52,7 +52,11 @@ class StudyConfig(Settings):
     name: str = Field(description="name of the study and of its folder: letters, digits, '.', '_' and '-'")
     project: str = Field("bilora-ray", min_length=1, description="MLflow experiment that the study belongs to")
     num_trials: Int = Field(20, ge=1, description="trials to finish")
-    sampler: Literal["tpe", "random"] = Field("tpe", description="how settings are proposed")
+    sampler: Literal["tpe", "random", "grid", "qmc"] = Field(
+        "tpe",
+        description="how settings are proposed: tpe learns, of any space; random; grid runs each combination once; "
+        "qmc fills the space evenly",
+    )
     scheduler: Literal["asha", "none"] = Field("asha", description="whether weak trials are stopped early")
     grace_period: Int | None = Field(
         None,

@@ -6,15 +6,33 @@ import optuna
 from optuna.trial import Trial
 
 from bilora_ray.config import is_integer
+from bilora_ray.errors import UserError
 from bilora_ray.search.space import Choice, Space, Value
-from bilora_ray.search.study.samplers import random, tpe
-from bilora_ray.search.study.samplers.base import Sampler
+from bilora_ray.search.study.samplers import grid, qmc, random, tpe
+from bilora_ray.search.study.samplers.base import Limit, Sampler
 
 # What `study.sampler` says -> a sampler for one trial of a study.
 SAMPLERS: dict[str, Sampler] = {
     "tpe": tpe.sampler,
     "random": random.sampler,
+    "grid": grid.sampler,
+    "qmc": qmc.sampler,
 }
+# Of those that cannot search every space, why.
+LIMITS: dict[str, Limit] = {
+    "grid": grid.limit,
+}
+
+
+def check_sampler(space: Space) -> None:
+    """Refuse a space that its sampler cannot search, or would search without what it is chosen for.
+
+    Raises:
+        UserError: one line with what to write instead.
+    """
+    name = space.study.sampler
+    if space.distributions and name in LIMITS and (why := LIMITS[name](space)) is not None:
+        raise UserError(f"{space.path}: study.sampler: {name}: {why}")
 
 
 def propose(study: optuna.Study, space: Space, number: int) -> Trial:
@@ -23,7 +41,7 @@ def propose(study: optuna.Study, space: Space, number: int) -> Trial:
     Values that the trial has already stay.
     """
     study.sampler = SAMPLERS[space.study.sampler](study, space, number)
-    trial = Trial(study, study.get_trials(deepcopy=False)[number]._trial_id)
+    trial = Trial(study, study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number))
     sampled: dict[str, Value] = {}
     for key, distribution in space.distributions.items():
         if not space.asked(key, sampled):

@@ -2,18 +2,173 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 
 import numpy as np
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
 
-from bilora_ray.search.space import Space
+from bilora_ray.config import is_integer
+from bilora_ray.search.space import Choice, Distribution, Range, Space, Value
 
 # The study, its space and the trial's number -> what proposes that trial's settings.
 Sampler = Callable[[optuna.Study, Space, int], BaseSampler]
+# The space -> why a sampler cannot search it, and what to write instead; None where it can.
+Limit = Callable[[Space], str | None]
 
 
-def seed_of(space: Space, number: int) -> int:
-    """What trial `number` draws by, so that an interrupted one gets what it would have got, and no two the same."""
-    return int(np.random.SeedSequence([space.study.seed, number]).generate_state(1)[0])
+def seed_of(space: Space, number: int, setting: str | None = None) -> int:
+    """What trial `number` draws by, so that an interrupted one gets what it would have got, and no two the same.
+
+    Args:
+        space: of the study.
+        number: of the trial.
+        setting: if one is drawn by itself: what it gets then depends on no draw before it, which a process that died
+            may have made already.
+    """
+    own = [] if setting is None else [zlib.crc32(setting.encode())]
+    return int(np.random.SeedSequence([space.study.seed, number, *own]).generate_state(1)[0])
+
+
+class ForOneTrial(BaseSampler):
+    """One of Optuna's samplers, for one trial: whoever asks for a setting, and in what order, it gets the same value.
+
+    Args:
+        space: of the study.
+        number: of the trial.
+        make: a seed -> the sampler.
+    """
+
+    def __init__(self, space: Space, number: int, make: Callable[[int], BaseSampler]) -> None:
+        self._space = space
+        self._number = number
+        self._make = make
+        self._together = make(seed_of(space, number))
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """The settings that are drawn together."""
+        return self._together.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Value]:
+        """Values of those."""
+        return self._together.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Value:
+        """The value of a setting that is drawn by itself."""
+        one: Value = self._make(seed_of(self._space, self._number, param_name)).sample_independent(
+            study, trial, param_name, param_distribution
+        )
+        return one
+
+
+class Planned(BaseSampler):
+    """Settings that are known before any of them is asked for.
+
+    Args:
+        values: setting -> its value.
+        rest: proposes the settings that `values` lacks.
+    """
+
+    def __init__(self, values: Mapping[str, Value], rest: BaseSampler) -> None:
+        self._values = values
+        self._rest = rest
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Nothing is drawn here."""
+        return {}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Value]:
+        """Nothing, as `infer_relative_search_space` says."""
+        return {}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Value:
+        """The value of one setting."""
+        if param_name in self._values:
+            return self._values[param_name]
+        value: Value = self._rest.sample_independent(study, trial, param_name, param_distribution)
+        return value
+
+
+def given(trial: FrozenTrial) -> Mapping[str, Value]:
+    """The settings that nobody proposed for `trial`: a point to evaluate has them from its beginning."""
+    values: Mapping[str, Value] = trial.system_attrs.get("fixed_params", {})
+    return values
+
+
+def losses(study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[tuple[float, ...]]:
+    """What each of the ended `trials` of a study of one objective is sorted by, best first.
+
+    Those that were stopped early come after all that were not, the longest first (as Optuna's TPE has it), and those
+    that their own settings made fail come last.
+    """
+    sign = 1.0 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1.0
+    found: list[tuple[float, ...]] = []
+    for trial in trials:
+        if broken := sum(max(0.0, value) for value in trial.constraints.values()):
+            found.append((2.0, broken))
+        elif trial.state == TrialState.COMPLETE and trial.value is not None:
+            found.append((0.0, sign * trial.value))
+        elif trial.intermediate_values:
+            step, value = max(trial.intermediate_values.items())
+            found.append((1.0, -step, np.inf if np.isnan(value) else sign * value))
+        else:
+            found.append((1.0, 1.0))
+    return found
+
+
+def conditional(space: Space) -> tuple[str, ...]:
+    """The settings that some trials have and others have not."""
+    first = {key: distribution.ends()[0] for key, distribution in space.distributions.items()}
+    varied = [{**first, key: end} for key, among in space.distributions.items() for end in among.ends()]
+    return tuple(key for key in space.distributions if not all(space.asked(key, sampled) for sampled in varied))
+
+
+def among(key: str, distribution: Distribution) -> tuple[Value, ...] | None:
+    """All values that setting `key` may get, in order; None if they cannot be counted.
+
+    A range of a whole number has a step of 1 where it names none.
+    """
+    if isinstance(distribution, Choice):
+        return distribution.choice
+    count = steps(key, distribution)
+    if count is None:
+        return None
+    low = Decimal(repr(distribution.low))
+    step = Decimal(repr(distribution.step or 1))
+    return tuple(_number(key, float(low + index * step)) for index in range(count))
+
+
+def steps(key: str, distribution: Range) -> int | None:
+    """How many values a range has; None if they cannot be counted."""
+    if distribution.step is None and not is_integer(key):
+        return None
+    return round((distribution.high - distribution.low) / (distribution.step or 1)) + 1
+
+
+def at(key: str, distribution: Range, place: float) -> Value:
+    """The value of setting `key` at `place` of its range: 0 is the low end, 1 the high one, on its scale."""
+    low, high = distribution.low, distribution.high
+    if distribution.log:
+        value = float(np.exp(np.log(low) + place * (np.log(high) - np.log(low))))
+    else:
+        value = low + place * (high - low)
+    if distribution.step is not None:
+        step = Decimal(repr(distribution.step))
+        value = float(Decimal(repr(low)) + round((value - low) / distribution.step) * step)
+    return _number(key, min(max(value, low), high))
+
+
+def _number(key: str, value: float) -> Value:
+    return round(value) if is_integer(key) else value

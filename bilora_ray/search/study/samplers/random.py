@@ -6,9 +6,9 @@ import optuna
 from optuna.samplers import BaseSampler, RandomSampler
 
 from bilora_ray.search.space import Space
-from bilora_ray.search.study.samplers.base import seed_of
+from bilora_ray.search.study.samplers.base import ForOneTrial
 
 
 def sampler(study: optuna.Study, space: Space, number: int) -> BaseSampler:
     """Of trial `number`."""
-    return RandomSampler(seed=seed_of(space, number))
+    return ForOneTrial(space, number, lambda seed: RandomSampler(seed=seed))

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.samplers import random
-from bilora_ray.search.study.samplers.base import seed_of
+from bilora_ray.search.study.samplers.base import ForOneTrial
 
 # The share of trials that Optuna's TPE takes for good.
 BEST = 0.1
@@ -26,5 +26,8 @@ def sampler(study: optuna.Study, space: Space, number: int) -> BaseSampler:
         return random.sampler(study, space, number)
     # Optuna's ten random trials before the first modelled one would be most of a small study.
     startup = min(10, max(4, space.study.num_trials // 4))
-    seed = seed_of(space, number)
-    return TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True)
+
+    def make(seed: int) -> BaseSampler:
+        return TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True)
+
+    return ForOneTrial(space, number, make)

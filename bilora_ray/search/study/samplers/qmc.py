@@ -1,0 +1,51 @@
+"""Points that fill the space evenly, whatever is known: a scrambled Sobol sequence (Owen, 1998), the study's one.
+
+Each setting has a coordinate of its own, those too that only some trials have: where a setting decides about others,
+the points on either side of it fill the rest evenly still.
+"""
+
+from __future__ import annotations
+
+import optuna
+from optuna.samplers import BaseSampler
+
+from bilora_ray.search.space import Distribution, Range, Space, Value
+from bilora_ray.search.study.samplers import random
+from bilora_ray.search.study.samplers.base import Planned, among, at, given
+
+
+def sampler(study: optuna.Study, space: Space, number: int) -> BaseSampler:
+    """Of trial `number`: the sequence's next point after those of the trials before it.
+
+    A trial with a point that was given takes none; what that point does not say is drawn at random.
+    """
+    trials = study.get_trials(deepcopy=False)
+    rest = random.sampler(study, space, number)
+    if given(trials[number]):
+        return rest
+    index = sum(not given(trial) for trial in trials[:number])
+    return Planned(point(space, index), rest)
+
+
+def point(space: Space, index: int) -> dict[str, Value]:
+    """The values of all settings at point `index` of the study's sequence."""
+    from scipy.stats.qmc import Sobol  # takes half a second to import
+
+    sequence = Sobol(len(space.distributions), scramble=True, seed=space.study.seed)
+    if index:
+        sequence.fast_forward(index)
+    return {
+        key: _value(key, distribution, float(place))
+        for (key, distribution), place in zip(space.distributions.items(), sequence.random(1)[0], strict=True)
+    }
+
+
+def _value(key: str, distribution: Distribution, place: float) -> Value:
+    """The value at `place`, which is from 0 to below 1, so that each of several values gets an equal share."""
+    if isinstance(distribution, Range) and distribution.log:
+        return at(key, distribution, place)
+    values = among(key, distribution)
+    if values is not None:
+        return values[int(place * len(values))]
+    assert isinstance(distribution, Range)
+    return at(key, distribution, place)

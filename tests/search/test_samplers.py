@@ -1,0 +1,235 @@
+"""Each sampler: the same seed and results give the same trials, over kills and in parallel, inside the space."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.trial import Trial
+from scipy.stats import qmc as reference
+
+from bilora_ray.config import TrialConfig
+from bilora_ray.errors import UserError
+from bilora_ray.search.simulated import Metrics, simulate
+from bilora_ray.search.space import Choice, Space
+from bilora_ray.search.space_file import load_space
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.samplers import SAMPLERS, check_sampler, grid, qmc
+from bilora_ray.search.study.study import SearchStudy
+
+BASE = ("model_name_or_path=org/model", "task=causal-lm", "train_data=org/data", "method=bilora")
+RANGES = ("rho={low: 0.1, high: 0.9}", "learning_rate={low: 1e-5, high: 1e-1, log: true}", "rank={low: 2, high: 8}")
+COUNTED = ("rho={low: 0.1, high: 0.4, step: 0.1}", "rank={choice: [4, 8, 16]}")
+# What learns, and what of it takes seconds.
+LEARNERS = ("tpe",)
+KINDS = [*SAMPLERS]
+
+
+def space_of(sampler: str, num_trials: int = 12, settings: tuple[str, ...] | None = None, **study: Any) -> Space:
+    """A space that `sampler` takes, of trials that run to their end."""
+    chosen = settings or (COUNTED if sampler == "grid" else RANGES)
+    of_study = {"sampler": sampler, "name": "s", "num_trials": num_trials, "scheduler": "none", "seed": 3, **study}
+    return load_space(None, [*BASE, *chosen, *(f"study.{key}={value}" for key, value in of_study.items())])
+
+
+def loss(config: TrialConfig) -> float:
+    """A bowl with its lowest point, 0, at rho 0.3, learning rate 1e-3 and rank 4."""
+    away = (config.rho - 0.3) / 0.8, (np.log10(config.learning_rate) + 3) / 4, (config.rank - 4) / 6
+    return float(sum(part**2 for part in away))
+
+
+def curve(config: TrialConfig) -> list[Metrics]:
+    """Three evaluations that fall to the loss, in a time that differs from trial to trial."""
+    second = 1.0 + config.rho
+    return [
+        {"step": s, "max_steps": 3, "eval_loss": loss(config) + 1 / s, "train_runtime": s * second} for s in (1, 2, 3)
+    ]
+
+
+class Search:
+    """A study whose database is in memory, as a new process sees it each time that it is opened.
+
+    Args:
+        space: of the study.
+        path: where the trials' folders are.
+    """
+
+    def __init__(self, space: Space, path: Path) -> None:
+        self.space = space
+        self.layout = Layout(path)
+        self.layout.make("s")
+        self.stored = optuna.create_study(study_name="s")
+        for point in space.points_to_evaluate:
+            self.stored.enqueue_trial(point)
+
+    @contextmanager
+    def opened(self) -> Iterator[SearchStudy]:
+        study = SearchStudy(self.stored, self.space, self.layout)
+        study.adopt()
+        try:
+            yield study
+        finally:
+            study.release()
+
+    def settings(self) -> list[dict[str, Any]]:
+        """Those that each trial got."""
+        return [trial.params for trial in self.stored.get_trials(deepcopy=False)]
+
+
+def search(space: Space, path: Path, workers: int = 1) -> list[dict[str, Any]]:
+    """The settings that the trials of a whole search got."""
+    found = Search(space, path)
+    with found.opened() as study:
+        simulate(study, curve, workers)
+    return found.settings()
+
+
+def interrupted_search(space: Space, path: Path, interrupt: Callable[[], None]) -> list[dict[str, Any]]:
+    """As `search`, in one process a trial, of which `interrupt` may end some."""
+    found = Search(space, path)
+    while True:
+        try:
+            interrupt()
+            with found.opened() as study:
+                numbers = study.next_trials()
+                if not numbers:
+                    return found.settings()
+                for metrics in curve(study.config(numbers[0])):
+                    study.report(numbers[0], metrics)
+        except KeyboardInterrupt:
+            continue
+
+
+@pytest.mark.parametrize("sampler", KINDS)
+@pytest.mark.parametrize("workers", [1, 4])
+def test_the_same_seed_gives_the_same_trials(sampler: str, workers: int, tmp_path: Path) -> None:
+    first = search(space_of(sampler), tmp_path / "a", workers)
+    assert search(space_of(sampler), tmp_path / "b", workers) == first
+    assert search(space_of(sampler, seed=4), tmp_path / "c", workers) != first
+    assert len({repr(settings) for settings in first}) == len(first)
+
+
+@pytest.mark.parametrize("sampler", KINDS)
+def test_each_value_is_inside_the_space(sampler: str, tmp_path: Path) -> None:
+    space = space_of(sampler)
+    for settings in search(space, tmp_path):
+        assert settings.keys() == space.distributions.keys()
+        for key, value in settings.items():
+            distribution = space.distributions[key]
+            inside = value in distribution.choice if isinstance(distribution, Choice) else distribution.holds(value)
+            assert inside, (key, value)
+
+
+@pytest.mark.parametrize("sampler", KINDS)
+def test_a_process_that_dies_while_a_trial_is_proposed_changes_nothing(
+    sampler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once before each setting of each trial is stored."""
+    point = "[{rank: 4}]"
+    space = space_of(sampler, points_to_evaluate=point)
+    whole = search(space, tmp_path / "whole")
+    suggest, until = Trial._suggest, [0]
+
+    def dying(trial: Trial, name: str, distribution: Any) -> Any:
+        until[0] -= 1
+        if until[0] == 0:
+            raise KeyboardInterrupt
+        return suggest(trial, name, distribution)
+
+    monkeypatch.setattr(Trial, "_suggest", dying)
+    deaths = itertools.cycle([2, 0, 3, 0])
+    died = interrupted_search(space, tmp_path / "died", lambda: until.__setitem__(0, next(deaths)))
+    assert died == whole
+
+
+def test_qmc_is_one_sequence_whatever_else_is_run(tmp_path: Path) -> None:
+    """Of the reference's points, in its order, beside a point that the user gave."""
+    space = space_of("qmc", 17, RANGES[:2], points_to_evaluate="[{rho: 0.5, learning_rate: 0.01}]")
+    run = search(space, tmp_path, workers=4)[1:]
+    places = [[(one["rho"] - 0.1) / 0.8, (np.log10(one["learning_rate"]) + 5) / 4] for one in run]
+    expected = reference.Sobol(2, scramble=True, seed=3).random(16)
+    assert np.allclose(places, expected, atol=1e-12)
+    at_random = np.random.default_rng(0).random((16, 2))
+    assert reference.discrepancy(np.array(places)) < 0.5 * reference.discrepancy(at_random)
+
+
+def test_qmc_gives_each_choice_and_step_its_share() -> None:
+    space = space_of("qmc", 64, COUNTED)
+    points = [qmc.point(space, index) for index in range(64)]
+    for key, shares in (("rho", [16] * 4), ("rank", [21.3] * 3)):
+        values = sorted({point[key] for point in points})
+        counts = [sum(point[key] == value for point in points) for value in values]
+        assert max(abs(count - share) for count, share in zip(counts, shares, strict=True)) <= 2
+
+
+def test_qmc_draws_the_settings_of_each_method_from_one_sequence(tmp_path: Path) -> None:
+    space = space_of("qmc", 8, ("method={choice: [bilora, lora]}", "rho={low: 0.1, high: 0.9}"))
+    run = search(space, tmp_path)
+    assert sum("rho" in one for one in run) == 4
+    expected = [qmc.point(space, index) for index in range(8)]
+    assert run == [
+        {key: value for key, value in point.items() if key == "method" or point["method"] == "bilora"}
+        for point in expected
+    ]
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_grid_runs_each_point_once_those_too_that_the_user_gave(workers: int, tmp_path: Path) -> None:
+    given = "[{rank: 8, rho: 0.3}, {rank: 4}, {rank: 4}]"
+    run = search(space_of("grid", 12, points_to_evaluate=given), tmp_path, workers)
+    assert run[0] == {"rank": 8, "rho": pytest.approx(0.3)}
+    assert run[1]["rank"] == run[2]["rank"] == 4
+    assert {(one["rank"], round(one["rho"], 9)) for one in run} == set(
+        itertools.product((4, 8, 16), (0.1, 0.2, 0.3, 0.4))
+    )
+
+
+def test_grid_has_no_settings_that_a_method_does_not_read() -> None:
+    settings = ("method={choice: [lora, bilora]}", "rho={choice: [0.1, 0.2]}", "rank={choice: [4, 8]}")
+    points = list(grid.points(space_of("grid", 1, settings)))
+    assert len(points) == 2 + 2 * 2
+    assert all(("rho" in point) == (point["method"] == "bilora") for point in points)
+
+
+REFUSED = [
+    ("grid", RANGES, 12, r"trial\.rho is a range without a step.*step: .*sampler: qmc"),
+    ("grid", COUNTED, 13, r"the grid has 12 points, fewer than the 13 trials; num_trials: 12 runs each once"),
+    ("grid", ("rank={low: 1, high: 10001}",), 12, r"more than 10,000 points"),
+]
+
+
+@pytest.mark.parametrize(("sampler", "settings", "num_trials", "why"), REFUSED)
+def test_what_a_sampler_cannot_do_is_said_before_anything_starts(
+    sampler: str, settings: tuple[str, ...], num_trials: int, why: str
+) -> None:
+    with pytest.raises(UserError, match=f"^--set: study.sampler: {sampler}: .*{why}") as refusal:
+        check_sampler(space_of(sampler, num_trials, settings))
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("sampler", KINDS)
+def test_what_it_can_do_is_not_refused(sampler: str) -> None:
+    check_sampler(space_of(sampler))
+    check_sampler(replace(space_of(sampler), distributions={}))
+
+
+@pytest.mark.parametrize("sampler", LEARNERS)
+def test_who_learns_is_ahead_of_random_search(sampler: str, tmp_path: Path) -> None:
+    """Of the last ten of forty trials on a bowl, over three seeds, the median loss is less than half."""
+
+    def late(sampler: str) -> float:
+        found = []
+        for seed in range(3):
+            space = space_of(sampler, 40, seed=seed)
+            run = search(space, tmp_path / f"{sampler}{seed}")
+            found += [loss(space.trial_config(settings)) for settings in run[-10:]]
+        return float(np.median(found))
+
+    assert late(sampler) < 0.5 * late("random")
