@@ -52,10 +52,11 @@ class StudyConfig(Settings):
     name: str = Field(description="name of the study and of its folder: letters, digits, '.', '_' and '-'")
     project: str = Field("bilora-ray", min_length=1, description="MLflow experiment that the study belongs to")
     num_trials: Int = Field(20, ge=1, description="trials to finish")
-    sampler: Literal["tpe", "random", "grid", "qmc"] = Field(
+    sampler: Literal["tpe", "gp", "cmaes", "random", "grid", "qmc", "nsga2", "nsga3"] = Field(
         "tpe",
-        description="how settings are proposed: tpe learns, of any space; random; grid runs each combination once; "
-        "qmc fills the space evenly",
+        description="how settings are proposed: tpe learns, of any space; gp from few trials; cmaes over many, of "
+        "numbers only; random; grid runs each combination once; qmc fills the space evenly; nsga2 and nsga3 are for "
+        "several objectives",
     )
     scheduler: Literal["asha", "none"] = Field("asha", description="whether weak trials are stopped early")
     grace_period: Int | None = Field(

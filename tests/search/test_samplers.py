@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from optuna.trial import Trial
+from cmaes import CMAwM
+from optuna.trial import Trial, TrialState
 from scipy.stats import qmc as reference
 
 from bilora_ray.config import TrialConfig
@@ -21,21 +22,32 @@ from bilora_ray.search.simulated import Metrics, simulate
 from bilora_ray.search.space import Choice, Space
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.layout import Layout
-from bilora_ray.search.study.samplers import SAMPLERS, check_sampler, grid, qmc
+from bilora_ray.search.study.samplers import SAMPLERS, check_sampler, cmaes, gp, grid, qmc
+from bilora_ray.search.study.samplers.base import losses
 from bilora_ray.search.study.study import SearchStudy
 
 BASE = ("model_name_or_path=org/model", "task=causal-lm", "train_data=org/data", "method=bilora")
 RANGES = ("rho={low: 0.1, high: 0.9}", "learning_rate={low: 1e-5, high: 1e-1, log: true}", "rank={low: 2, high: 8}")
+METHODS = ("method={choice: [bilora, lora]}", "rho={low: 0.1, high: 0.9}")
 COUNTED = ("rho={low: 0.1, high: 0.4, step: 0.1}", "rank={choice: [4, 8, 16]}")
 # What learns, and what of it takes seconds.
-LEARNERS = ("tpe",)
+LEARNERS = ("tpe", "cmaes", pytest.param("gp", marks=pytest.mark.slow))
 KINDS = [*SAMPLERS]
+# So many that those that have generations have two of them, and that the process, which takes long, models two.
+TRIALS = {"gp": 6, "cmaes": 18, "nsga2": 20, "nsga3": 20}
 
 
-def space_of(sampler: str, num_trials: int = 12, settings: tuple[str, ...] | None = None, **study: Any) -> Space:
+def space_of(sampler: str, num_trials: int = 0, settings: tuple[str, ...] | None = None, **study: Any) -> Space:
     """A space that `sampler` takes, of trials that run to their end."""
     chosen = settings or (COUNTED if sampler == "grid" else RANGES)
-    of_study = {"sampler": sampler, "name": "s", "num_trials": num_trials, "scheduler": "none", "seed": 3, **study}
+    of_study = {
+        "sampler": sampler,
+        "name": "s",
+        "num_trials": num_trials or TRIALS.get(sampler, 12),
+        "scheduler": "none",
+        "seed": 3,
+        **study,
+    }
     return load_space(None, [*BASE, *chosen, *(f"study.{key}={value}" for key, value in of_study.items())])
 
 
@@ -149,6 +161,80 @@ def test_a_process_that_dies_while_a_trial_is_proposed_changes_nothing(
     assert died == whole
 
 
+def test_settings_that_are_drawn_at_random_are_drawn_apart(tmp_path: Path) -> None:
+    run = search(space_of("random", 60), tmp_path)
+    places = np.array([[one["rho"], np.log10(one["learning_rate"]), one["rank"]] for one in run])
+    assert np.abs(np.corrcoef(places.T) - np.eye(3)).max() < 0.4
+
+
+def test_cmaes_is_the_library_s_own_search(tmp_path: Path) -> None:
+    """One worker, two ranges and a whole number: as a loop of asks and tells, where the user's point is."""
+    space = space_of("cmaes", 22, points_to_evaluate="[{rho: 0.7, learning_rate: 0.001, rank: 5}]")
+    bounds, step = np.tile([0.0, 1.0], (3, 1)), np.array([0.0, 0.0, 1 / 6])
+    optimizer = CMAwM(mean=np.array([0.75, 0.5, 0.5]), sigma=0.2, bounds=bounds, steps=step)
+    expected, told = [], []
+    for number in range(1, 22):
+        if len(told) == 7:
+            optimizer.tell(told)
+            told = []
+        optimizer.reseed_rng(3 + number)
+        place, drawn = optimizer.ask()
+        settings = {
+            "rho": 0.1 + 0.8 * place[0],
+            "learning_rate": 10 ** (-5 + 4 * place[1]),
+            "rank": round(2 + 6 * place[2]),
+        }
+        told.append((drawn, loss(space.trial_config(settings))))
+        expected.append(settings)
+    cmaes._optimizer.cache_clear()
+    for found, wanted in zip(search(space, tmp_path)[1:], expected, strict=True):
+        assert found == pytest.approx(wanted)
+
+
+def test_the_gaussian_process_sees_what_was_stopped_early_and_what_failed() -> None:
+    study = optuna.create_study(direction="maximize")
+    for value, steps, state in ((0.9, 3, "COMPLETE"), (0.8, 3, "COMPLETE"), (0.6, 1, "PRUNED"), (0.7, 2, "PRUNED")):
+        trial = study.ask()
+        trial.report(value, steps)
+        study.tell(trial, value if state == "COMPLETE" else None, getattr(TrialState, state))
+    for error in (True, False):
+        failed = study.ask()
+        if error:
+            failed.set_constraint("error", 1.0)
+            study.tell(failed, state=TrialState.PRUNED)
+        else:
+            study.tell(failed, state=TrialState.FAIL)
+    trials, values = gp.evidence(study, study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)))
+    assert [trial.number for trial in trials] == [0, 1, 2, 3, 4]
+    assert values[:4, 0].tolist() == [-0.9, -0.8, -0.6, -0.7]
+    assert -0.6 < values[4, 0] < 0
+
+
+def test_the_gaussian_process_models_the_best_and_the_newest_of_many() -> None:
+    many = np.linspace(1.0, 2.0, 1000)[:, None]
+    assert gp._worth_modelling(many) == [*range(100), *range(900, 1000)]
+    assert gp._worth_modelling(many[::-1]) == [*range(800, 1000)]
+    assert gp._worth_modelling(many[:200]) == [*range(200)]
+
+
+def test_trials_are_sorted_as_the_search_values_them() -> None:
+    study = optuna.create_study()
+    for value, step, state in (
+        (0.5, 3, "PRUNED"),
+        (0.1, 1, "PRUNED"),
+        (2.0, 9, "COMPLETE"),
+        (float("nan"), 3, "PRUNED"),
+    ):
+        trial = study.ask()
+        trial.report(value, step)
+        study.tell(trial, value if state == "COMPLETE" else None, getattr(TrialState, state))
+    failed = study.ask()
+    failed.set_constraint("error", 1.0)
+    study.tell(failed, state=TrialState.PRUNED)
+    found = losses(study, study.get_trials())
+    assert sorted(range(5), key=found.__getitem__) == [2, 0, 3, 1, 4]
+
+
 def test_qmc_is_one_sequence_whatever_else_is_run(tmp_path: Path) -> None:
     """Of the reference's points, in its order, beside a point that the user gave."""
     space = space_of("qmc", 17, RANGES[:2], points_to_evaluate="[{rho: 0.5, learning_rate: 0.01}]")
@@ -170,7 +256,7 @@ def test_qmc_gives_each_choice_and_step_its_share() -> None:
 
 
 def test_qmc_draws_the_settings_of_each_method_from_one_sequence(tmp_path: Path) -> None:
-    space = space_of("qmc", 8, ("method={choice: [bilora, lora]}", "rho={low: 0.1, high: 0.9}"))
+    space = space_of("qmc", 8, METHODS)
     run = search(space, tmp_path)
     assert sum("rho" in one for one in run) == 4
     expected = [qmc.point(space, index) for index in range(8)]
@@ -202,6 +288,16 @@ REFUSED = [
     ("grid", RANGES, 12, r"trial\.rho is a range without a step.*step: .*sampler: qmc"),
     ("grid", COUNTED, 13, r"the grid has 12 points, fewer than the 13 trials; num_trials: 12 runs each once"),
     ("grid", ("rank={low: 1, high: 10001}",), 12, r"more than 10,000 points"),
+    ("cmaes", COUNTED, 20, r"trial\.rank is a choice.*{low: 4, high: 16, step: .*log: true}, or sampler: tpe"),
+    (
+        "cmaes",
+        ("rho={low: 0.1, high: 0.9}", "gradient_checkpointing={choice: [true, false]}"),
+        20,
+        r"trial.gradient_checkpointing is .* write sampler: tpe",
+    ),
+    ("cmaes", RANGES, 13, r"num_trials: 14 or more"),
+    ("nsga2", RANGES, 15, r"num_trials: 16 or more"),
+    *((kind, METHODS, 20, r"trial\.rho .*sampler: tpe") for kind in ("gp", "cmaes", "nsga2", "nsga3")),
 ]
 
 

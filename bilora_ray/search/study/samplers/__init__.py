@@ -8,19 +8,27 @@ from optuna.trial import Trial
 from bilora_ray.config import is_integer
 from bilora_ray.errors import UserError
 from bilora_ray.search.space import Choice, Space, Value
-from bilora_ray.search.study.samplers import grid, qmc, random, tpe
+from bilora_ray.search.study.samplers import cmaes, gp, grid, nsga, qmc, random, tpe
 from bilora_ray.search.study.samplers.base import Limit, Sampler
 
 # What `study.sampler` says -> a sampler for one trial of a study.
 SAMPLERS: dict[str, Sampler] = {
     "tpe": tpe.sampler,
+    "gp": gp.sampler,
+    "cmaes": cmaes.sampler,
     "random": random.sampler,
     "grid": grid.sampler,
     "qmc": qmc.sampler,
+    "nsga2": nsga.second,
+    "nsga3": nsga.third,
 }
 # Of those that cannot search every space, why.
 LIMITS: dict[str, Limit] = {
+    "gp": gp.limit,
+    "cmaes": cmaes.limit,
     "grid": grid.limit,
+    "nsga2": nsga.limit,
+    "nsga3": nsga.limit,
 }
 
 

@@ -34,6 +34,11 @@ def seed_of(space: Space, number: int, setting: str | None = None) -> int:
     return int(np.random.SeedSequence([space.study.seed, number, *own]).generate_state(1)[0])
 
 
+def startup_trials(space: Space) -> int:
+    """How many trials end before what is known of them is modelled; Optuna's ten would be most of a small study."""
+    return min(10, max(4, space.study.num_trials // 4))
+
+
 class ForOneTrial(BaseSampler):
     """One of Optuna's samplers, for one trial: whoever asks for a setting, and in what order, it gets the same value.
 

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.samplers import random
-from bilora_ray.search.study.samplers.base import ForOneTrial
+from bilora_ray.search.study.samplers.base import ForOneTrial, startup_trials
 
 # The share of trials that Optuna's TPE takes for good.
 BEST = 0.1
@@ -24,8 +24,7 @@ def sampler(study: optuna.Study, space: Space, number: int) -> BaseSampler:
     worked = sum(trial.state in states and max(trial.constraints.values(), default=0) <= 0 for trial in ended)
     if worked < math.ceil(BEST * len(ended)):
         return random.sampler(study, space, number)
-    # Optuna's ten random trials before the first modelled one would be most of a small study.
-    startup = min(10, max(4, space.study.num_trials // 4))
+    startup = startup_trials(space)
 
     def make(seed: int) -> BaseSampler:
         return TPESampler(seed=seed, n_startup_trials=startup, multivariate=True, group=True, constant_liar=True)
