@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from bilora_ray.config import TrialConfig
@@ -51,7 +51,11 @@ def simulate(study: SearchStudy, curve: Curve, workers: int = 4, keep: bool = Fa
         workers: how many trials run at one time.
         keep: whether each trial's folder gets its evaluations, as a reader of the study finds them; takes longer.
     """
-    moments: list[Moment] = []
+    return list(moments(study, curve, workers, keep))
+
+
+def moments(study: SearchStudy, curve: Curve, workers: int = 4, keep: bool = False) -> Iterator[Moment]:
+    """As `simulate`, one moment after the other: who has seen enough asks for no more."""
     known: dict[int, Sequence[Metrics]] = {}
     # When the evaluation is done, of which trial, the how manieth: of equal times the earlier trial's goes first.
     due: list[tuple[float, int, int]] = []
@@ -73,13 +77,12 @@ def simulate(study: SearchStudy, curve: Curve, workers: int = 4, keep: bool = Fa
         if keep:
             _write(study.folder(number), told[: index + 1], study)
         status = study.report(number, told[index])
-        moments.append(Moment(clock, number, told[index], seconds, status))
+        yield Moment(clock, number, told[index], seconds, status)
         if status is Status.RUNNING:
             following = told[index + 1]["train_runtime"] - told[index]["train_runtime"]
             heapq.heappush(due, (clock + following, number, index + 1))
         else:
             begin(clock)
-    return moments
 
 
 def _write(folder: TrialFolder, told: Sequence[Metrics], study: SearchStudy) -> None:
