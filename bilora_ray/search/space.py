@@ -4,12 +4,14 @@
     trial:      settings of every trial; any of them may be a distribution
     resources:  what one trial gets                (ResourceConfig)
 
-A distribution is `{choice: [a, b]}` or `{low: x, high: y}` with `log: true` or `step: s` if wanted. Nothing here
-imports torch, Ray or Optuna, so that a space file is checked in a moment. `space_file` reads one.
+A distribution is `{choice: [a, b]}` or `{low: x, high: y}` with `log: true` or `step: s` if wanted, and with
+`prior: {mean: m, sigma: 2x}` if something is known of it beforehand. Nothing here imports torch, Ray or Optuna, so that
+a space file is checked in a moment. `space_file` reads one.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -159,6 +161,45 @@ class Choice(Settings):
         return self.choice
 
 
+def _spread(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise ValueError("must be a number, or a factor such as 2x")
+    text = str(value).strip()
+    number, is_factor = text.removesuffix("x"), text.endswith("x")
+    try:
+        spread = float(number)
+    except ValueError:
+        raise ValueError("must be a number, or a factor such as 2x") from None
+    if is_factor and not 1 < spread < math.inf:
+        raise ValueError("a factor must be more than 1x")
+    if not is_factor and not 0 < spread < math.inf:
+        raise ValueError("must be more than 0")
+    return text if is_factor else spread
+
+
+class Prior(Settings):
+    """What is believed of a number before anything is measured: where it is good, and how sure that is."""
+
+    mean: Float = Field(description="the best guess")
+    sigma: Annotated[float | str, BeforeValidator(_spread)] = Field(
+        description="in two of three cases it is so near: a number, or a factor such as 2x on a log scale"
+    )
+
+    def __str__(self) -> str:
+        near = f"a factor of {self.width:g}" if self.is_factor else f"{self.width:g}"
+        return f"believed to be within {near} of {self.mean:g}"
+
+    @property
+    def is_factor(self) -> bool:
+        """Whether `sigma` is one."""
+        return isinstance(self.sigma, str)
+
+    @property
+    def width(self) -> float:
+        """`sigma` as a number."""
+        return float(str(self.sigma).removesuffix("x"))
+
+
 class Range(Settings):
     """Numbers from `low` to `high`, both included; on a log scale or in steps if asked."""
 
@@ -166,6 +207,7 @@ class Range(Settings):
     high: Float
     log: bool = False
     step: Float | None = Field(None, gt=0)
+    prior: Prior | None = None
 
     @model_validator(mode="after")
     def _ordered(self) -> Range:
@@ -182,10 +224,25 @@ class Range(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _believed_inside(self) -> Range:
+        if self.prior is None:
+            return self
+        if not self.low <= self.prior.mean <= self.high:
+            raise ValueError(
+                f"prior: mean must be from low {self.low:g} to high {self.high:g}, got {self.prior.mean:g}"
+            )
+        if self.prior.is_factor and not self.log:
+            raise ValueError(f"prior: sigma {self.prior.sigma} is a factor, which needs log: true; give a number")
+        if self.log and not self.prior.is_factor:
+            raise ValueError(f"prior: sigma of a log range must be a factor such as 2x, got {self.prior.width:g}")
+        return self
+
     def __str__(self) -> str:
         scale = ", on a log scale" if self.log else ""
         step = f", in steps of {self.step:.10g}" if self.step else ""
-        return f"{self.low:.10g} to {self.high:.10g}{scale}{step}"
+        prior = f", {self.prior}" if self.prior else ""
+        return f"{self.low:.10g} to {self.high:.10g}{scale}{step}{prior}"
 
     def holds(self, value: float) -> bool:
         """Whether `value` can be drawn."""

@@ -35,6 +35,8 @@ NOT_SEARCHED = frozenset(key for key, facts in FACTS.items() if not facts.search
 GPU_MEMORY = "gpu_memory_gib"
 # What can search for several objectives.
 ABLE_OF_SEVERAL = {"sampler": ("tpe", "random", "gp", "nsga2", "nsga3", "qmc", "grid"), "scheduler": ("asha", "none")}
+# The samplers that go through the whole space, whatever is believed of it.
+WITHOUT_PRIOR = frozenset({"grid", "qmc"})
 MERGE = "tag:yaml.org,2002:merge"
 # What PyYAML raises: its own errors, and Python's on values such as the date 2024-02-30.
 YAML_ERRORS = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
@@ -109,6 +111,7 @@ def checked_space(
     _check_objectives(space)
     if study.objectives:
         space = replace(space, fixed={**space.fixed, "metric": study.objectives[0].metric})
+    check_priors(space)
     return space
 
 
@@ -272,6 +275,14 @@ def _check_objectives(space: Space) -> None:
     for key, able in ABLE_OF_SEVERAL.items() if len(seen) > 1 else ():
         if (word := getattr(study, key)) not in able:
             raise UserError(f"{where}.{key}: {word} takes one objective; of several, allowed: {', '.join(able)}")
+
+
+def check_priors(space: Space) -> None:
+    """Refuse a prior where all trials are settled without one."""
+    if space.study.sampler in WITHOUT_PRIOR:
+        for key, distribution in space.distributions.items():
+            if isinstance(distribution, Range) and distribution.prior is not None:
+                raise UserError(f"{space.path}: trial.{key}: {space.study.sampler} heeds no prior; tpe and random do")
 
 
 def check_draw(space: Space) -> None:

@@ -297,7 +297,10 @@ def _comparable(described: Mapping[str, Any]) -> dict[str, Any]:
     workers = completed(ResourceConfig, described["resources"])["workers"]
     study = completed(StudyConfig, described["study"])
     compared = {f"study.{key}": value for key, value in study.items() if key not in FREE_TO_CHANGE}
-    trial = completed(TrialConfig, described["fixed"]) | described["distributions"]
+    searched = {
+        key: _distribution(values).model_dump(mode="json") for key, values in described["distributions"].items()
+    }
+    trial = completed(TrialConfig, described["fixed"]) | searched
     return {**compared, "resources.workers": workers, **trial}
 
 

@@ -10,6 +10,7 @@ from bilora_ray.errors import UserError
 from bilora_ray.search.space import Choice, Space, Value
 from bilora_ray.search.study.samplers import cmaes, gp, grid, nsga, qmc, random, tpe
 from bilora_ray.search.study.samplers.base import Limit, Sampler
+from bilora_ray.search.study.samplers.belief import with_belief
 
 # What `study.sampler` says -> a sampler for one trial of a study.
 SAMPLERS: dict[str, Sampler] = {
@@ -48,7 +49,7 @@ def propose(study: optuna.Study, space: Space, number: int) -> Trial:
 
     Values that the trial has already stay.
     """
-    study.sampler = SAMPLERS[space.study.sampler](study, space, number)
+    study.sampler = with_belief(SAMPLERS[space.study.sampler](study, space, number), space, number)
     trial = Trial(study, study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number))
     sampled: dict[str, Value] = {}
     for key, distribution in space.distributions.items():
