@@ -24,12 +24,18 @@ EPILOG = """\b
 Examples:
   bilora-ray export quickstart --output my-adapter
   bilora-ray export quickstart --trial 3 --output merged-model --merge
+  bilora-ray export quickstart --prefer train_runtime --output my-adapter
 """
 
 
 @click.command(epilog=EPILOG)
 @study_argument
 @trial_option
+@click.option(
+    "--prefer",
+    metavar="METRIC",
+    help="Of several objectives the one by which the trial is the best of the front.  [default: the first]",
+)
 @click.option("--output", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="A new folder.")
 @click.option("--merge", is_flag=True, help="Write the base model with the adapter merged in, and its tokenizer.")
 @storage_option
@@ -38,6 +44,7 @@ Examples:
 def command(
     study: str,
     number: int | None,
+    prefer: str | None,
     output: Path,
     merge: bool,
     storage_path: Path,
@@ -56,11 +63,13 @@ def command(
 
     layout = Layout(absolute(storage_path), study_database)
     have_home()
+    if number is not None and prefer is not None:
+        raise UserError("--prefer: --trial names the trial already; leave one out")
     with naming_the_database(layout, then=""):
         found = load_study(layout, study)
         _check_new(output)
-        record = found.chosen(number)
-        finals = finals_of(found) if number is None else None
+        record = found.chosen(number, prefer)
+        finals = finals_of(found) if number is None and prefer is None else None
     unjudged = "the best single run is taken, for its finalists are not all trained"
     told = [unjudged] if finals is not None and finals.winner is None else []
     if finals is not None and finals.winner is not None:
@@ -77,7 +86,7 @@ def command(
         quiet()
     from bilora_ray.release.export import export_adapter, export_merged
 
-    origin = {"study": study, "trial": record.number, found.objective.metric: record.value}
+    origin = {"study": study, "trial": record.number, found.objective.metric: record.value, **record.values}
     try:
         with telling_of_gpu_memory("; hide it with CUDA_VISIBLE_DEVICES= to merge in main memory"):
             notes = (export_merged if merge else export_adapter)(adapter, absolute(output), origin) or []
@@ -90,6 +99,10 @@ def command(
         for note in notes:
             click.secho(f"Note: {note}", fg="yellow", err=True)
         click.echo(f"{'Merged model' if merge else 'Adapter'} of trial {record.number} is in {output}")
+        others = [one.metric for one in found.objectives if one.metric != (prefer or found.objective.metric)]
+        if number is None and others:
+            chosen_by = prefer or found.objective.metric
+            click.echo(f"It is the best by {chosen_by}; --prefer {others[0]} or --trial N takes another of the front")
 
 
 def _check_new(output: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -28,21 +29,32 @@ STATUS_STYLE = {
 
 
 def print_leaderboard(
-    console: Console, records: Sequence[TrialRecord], objective: Objective, most: int | None = None
+    console: Console,
+    records: Sequence[TrialRecord],
+    objectives: Sequence[Objective],
+    front: Sequence[TrialRecord] = (),
+    most: int | None = None,
 ) -> None:
-    """Print the best `most` trials, or all."""
-    rows = objective.ranked(records)
-    table = TrialTable("trial", "status", objective.metric, "step")
+    """Print the best `most` trials, or all; of several objectives those on the `front` first, all of them."""
+    ahead = [record.number for record in front]
+    rows = [*front, *(record for record in objectives[0].ranked(records) if record.number not in ahead)]
+    most = None if most is None else max(most, len(ahead))
+    metrics = [objective.metric for objective in objectives]
+    table = TrialTable("trial", "status", *(["front"] if len(metrics) > 1 else []), *metrics, "step")
     for record in rows[:most]:
         step = step_of(record.history[-1]) if record.history else ""
         status = f"[{STATUS_STYLE[record.status]}]{STATUS_WORDS[record.status]}[/]"
-        table.add(str(record.number), status, in_short(record.value), step, sampled=record.sampled)
+        marked = ["yes" if record.number in ahead else ""] if len(metrics) > 1 else []
+        values = [in_short(record.value), *(in_short(record.values.get(metric)) for metric in metrics[1:])]
+        table.add(str(record.number), status, *marked, *values, step, sampled=record.sampled)
     console.print(table)
     if most is not None and len(rows) > most:
         console.print(f"[dim]and {len(rows) - most} more[/]")
     for record in rows:
         if record.error:
             console.print(f"trial {record.number} failed: {record.error}", style="red", markup=False, highlight=False)
+        if record.broken:
+            console.print(f"trial {record.number} is out: {record.broken}", markup=False, highlight=False)
 
 
 def print_settings(console: Console, settings: Mapping[str, Any]) -> None:
@@ -61,13 +73,20 @@ def print_best(console: Console, study: StudyView, records: Sequence[TrialRecord
     if best is None:
         return None
     assert best.value is not None
-    line = f"Best: trial {best.number}, {study.objective.metric} {best.value:.6g}"
+    front = study.front(records)
+    if front:
+        numbers = ", ".join(str(record.number) for record in front)
+        which = f"trial {numbers} is" if len(front) == 1 else f"trials {numbers} are"
+        console.print(f"No trial is better in everything than those on the front: {which} there.", markup=False)
+    line = f"Best: trial {best.number}, {in_words(best, study.objectives)}"
     others = [record for record in records if record.status is Status.COMPLETE and record is not best]
-    equal = [record for record in others if record.value == best.value]
+    equal = [record for record in others if record.value == best.value and not front]
     if equal:
         which = f"trial {equal[0].number}" if len(equal) == 1 else f"{len(equal)} others"
         lower = any(record.loss != best.loss for record in equal)
         line += f" (the same as {which}{', with a lower eval_loss' if lower else ''})"
+    if front:
+        line = line.replace("Best:", f"Best by {study.objective.metric}:")
     console.print(line, style="bold green", markup=False)
     sampled = {key: value for key, value in best.settings.items() if key in best.sampled}
     print_settings(console, sampled or {**non_default(best.settings), **_of_the_adapter(best.settings)})
@@ -80,6 +99,13 @@ def print_end(console: Console, study: StudyView) -> None:
     if end is not None:
         line = f"Ended by {end.line}. With another {end.by}, or without one, --resume goes on."
         console.print(line, style="yellow", markup=False, soft_wrap=True)
+
+
+def in_words(record: TrialRecord, objectives: Sequence[Objective]) -> str:
+    """The values of a trial that has some, such as `eval_loss 0.5, train_runtime 31.2`."""
+    assert record.value is not None
+    others = (f"{one.metric} {record.values[one.metric]:.6g}" for one in objectives[1:])
+    return ", ".join([f"{objectives[0].metric} {record.value:.6g}", *others])
 
 
 def _of_the_adapter(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -104,6 +130,7 @@ def study_as_json(study: StudyView) -> dict[str, Any]:
         "num_trials": study.space.study.num_trials,
         "ended_by": None if end is None else {"budget": end.by, "line": end.line},
         "best": None if best is None else as_json(best, metric),
+        **_several_as_json(study),
         "importances": {key: share.share for key, share in importances.shares.items()},
         "importances_detail": {
             "rows": importances.rows,
@@ -116,14 +143,24 @@ def study_as_json(study: StudyView) -> dict[str, Any]:
     }
 
 
+def _several_as_json(study: StudyView) -> dict[str, Any]:
+    """Of several objectives what they are, and the numbers of the trials on the front; nothing of one."""
+    if len(study.objectives) == 1:
+        return {}
+    front = [record.number for record in study.front(study.records())]
+    return {"objectives": [asdict(objective) for objective in study.objectives], "pareto_front": front}
+
+
 def as_json(record: TrialRecord, metric: str) -> dict[str, Any]:
     """A trial as JSON."""
     return {
         "number": record.number,
         "status": record.status.value,
         metric: record.value,
+        **record.values,
         "sampled": dict(record.sampled),
         "evaluations": [dict(metrics) for metrics in record.history],
         "adapter": str(record.adapter) if record.adapter else None,
         "error": record.error,
+        **({} if record.broken is None else {"broken": record.broken}),
     }

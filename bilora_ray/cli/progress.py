@@ -128,8 +128,9 @@ class SearchProgress:
         self._console.print(line, style=style, markup=False, soft_wrap=True)
 
     def _in_words(self, trial: TrialRecord) -> str:
-        value = "" if trial.value is None else f", {self.metric} {in_short(trial.value)}"
-        reason = f": {trial.error}" if trial.error else ""
+        values = {} if trial.value is None else {self.metric: trial.value, **trial.values}
+        value = "".join(f", {metric} {in_short(number)}" for metric, number in values.items())
+        reason = f": {problem}" if (problem := trial.error or trial.broken) else ""
         return f"trial {trial.number} {STATUS_WORDS[trial.status]}{value}{reason}"
 
     def _headline(self) -> Text:

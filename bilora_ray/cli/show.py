@@ -98,7 +98,7 @@ def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -
     summary = ", ".join(f"{count} {words}" for words, count in counts.items() if count) or "no trials"
     console.print(f"Study '{study}': {summary} of {found.space.study.num_trials}", style="bold", markup=False)
     print_end(console, found)
-    print_leaderboard(console, records, found.objective)
+    print_leaderboard(console, records, found.objectives, found.front(records))
     if found.space.distributions:
         _print_importances(console, found, importances)
     peak = max((metrics.get("gpu_memory_gib", 0) for record in records for metrics in record.history), default=0)

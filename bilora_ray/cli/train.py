@@ -123,8 +123,8 @@ def command(
     record = trained.record(0)
     if as_json:
         print_json(trial_as_json(record, objective.metric))
-    if record.error:
-        raise UserError(f"run '{name}' failed: {record.error}")
+    if problem := record.error or record.broken:
+        raise UserError(f"run '{name}' failed: {problem}")
     if not as_json:
         click.secho(f"{objective.metric} {record.value:.6g}", fg="green", bold=True)
         print_next(name, storage_path, study_database, where_adapter_is(trained, record), mlflow_uri)

@@ -227,7 +227,7 @@ def _print_result(
     records, name = study.records(), study.space.study.name
     console.print(f"\nStudy '{name}': {len(records)} trials{spent}", style="bold", markup=False)
     print_end(console, study)
-    print_leaderboard(console, records, study.objective, most=10)
+    print_leaderboard(console, records, study.objectives, study.front(records), most=10)
     best = print_best(console, study, records)
     if (finals := finals_of(study)) is not None:
         best = print_finalists(console, study, finals) or best

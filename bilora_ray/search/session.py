@@ -118,7 +118,8 @@ class Session:
         except BaseException:  # the study database is gone: MLflow is told what is known without it
             tracker.interrupt()
             raise
-        tracker.close(records, None if best is None else best.number, interrupted, others)
+        front = [record.number for record in self.study.front(records)]
+        tracker.close(records, None if best is None else best.number, interrupted, others, front)
 
 
 @contextmanager

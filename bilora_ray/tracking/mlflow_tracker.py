@@ -116,7 +116,12 @@ class MlflowTracker(_Reconciling):
         self.send()
 
     def close(
-        self, trials: Sequence[TrialRecord], best_number: int | None, interrupted: bool, others: bool = False
+        self,
+        trials: Sequence[TrialRecord],
+        best_number: int | None,
+        interrupted: bool,
+        others: bool = False,
+        front: Sequence[int] = (),
     ) -> None:
         """Make MLflow agree with `trials` and end the study's run. Trials that still run are marked as interrupted.
 
@@ -125,11 +130,12 @@ class MlflowTracker(_Reconciling):
             best_number: the best trial's; None if none is complete.
             interrupted: whether the study is to go on later.
             others: whether other processes go on with the study now: its run stays as it is.
+            front: the numbers of the trials on the Pareto front; none where there is one objective.
         """
         self.keep(trials)
         with self._sending, self._guard.attempt(AT_RESUME):
             self._runs = None  # other processes may have made and ended runs since
-            self._flush(lambda runs: runs.end(trials, best_number, interrupted, others))
+            self._flush(lambda runs: runs.end(trials, best_number, interrupted, others, front))
 
     def interrupt(self) -> None:
         """End the runs that were begun here, and the study's, as interrupted: the study cannot be asked any more."""

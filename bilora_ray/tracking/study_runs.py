@@ -14,7 +14,7 @@ MLflow's status of a run, and the tag `bilora_ray.status` beside it:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 STUDY, TRIAL, PARENT = "bilora_ray.study", "bilora_ray.trial", "mlflow.parentRunId"
 SAMPLED, ERROR, BEST = "bilora_ray.sampled", "bilora_ray.error", "bilora_ray.best"
 BEST_TRIAL, BEST_RUN, BEST_SAMPLED = "bilora_ray.best_trial", "bilora_ray.best_run_id", "bilora_ray.best_sampled"
+FRONT, BROKEN = "bilora_ray.pareto_front", "bilora_ray.broken"
 ADAPTER = "adapter"
 PAGE = 1000
 
@@ -92,25 +93,40 @@ class StudyRuns:
             return
         if trial.status is Status.COMPLETE and trial.adapter is not None and trial.adapter.is_dir():
             run.keep(trial.adapter, ADAPTER)
-        run.end(trial.status.value, {} if trial.error is None else {ERROR: trial.error}, len(trial.history))
+        why = {ERROR: trial.error, BROKEN: trial.broken}
+        run.end(trial.status.value, {key: line for key, line in why.items() if line is not None}, len(trial.history))
 
-    def end(self, trials: Iterable[TrialRecord], best_number: int | None, interrupted: bool, others: bool) -> None:
-        """End the parent and every run that is not over, and mark the best.
+    def end(
+        self,
+        trials: Iterable[TrialRecord],
+        best_number: int | None,
+        interrupted: bool,
+        others: bool,
+        front: Sequence[int] = (),
+    ) -> None:
+        """End the parent and every run that is not over, and mark the best, and the front.
 
         Args:
             trials: all of the study's, each in sync.
             best_number: the best trial's; None if none is complete.
             interrupted: whether the study is to go on later.
             others: whether other processes go on with it now.
+            front: the numbers of the trials on the Pareto front; none where there is one objective.
         """
         for number, run in self._trials.items():
             if number != best_number:
                 run.untag(BEST)
+            if number not in front:
+                run.untag(FRONT)
         for trial in trials:
             if trial.status is Status.RUNNING:
                 self._trials[trial.number].end(INTERRUPTED, {})
             if trial.number == best_number:
                 self._tell_best(trial)
+        if front:
+            for number in front:
+                self._trials[number].tag({FRONT: "true"})
+            self._parent.tag({FRONT: json.dumps(list(front))})
         if not others:
             ended = COMPLETE if best_number is not None else Status.FAILED.value
             self._parent.end(INTERRUPTED if interrupted else ended, {})
@@ -196,4 +212,5 @@ def _points(trial: TrialRecord) -> Iterator[Point]:
 
 def _result(trial: TrialRecord, step: int) -> Iterator[Point]:
     if trial.status is not Status.RUNNING and trial.value is not None:
-        yield f"best_{trial.settings['metric']}", step, trial.value
+        for metric, value in (trial.values or {trial.settings["metric"]: trial.value}).items():
+            yield f"best_{metric}", step, value

@@ -140,6 +140,8 @@ class Run:
         # Methods draw differently many numbers while they are built; dropout must not depend on that.
         seed_worker(config.seed, workers.rank)
         self.learning_rate = 0.0
+        exported = primary_parameters(self.model).values()
+        self.adapter_mb = sum(part.numel() * part.element_size() for part in exported) / 1e6
         self.losses = LateLosses()
         self.progress = Progress()
         self.window = Window()
@@ -258,6 +260,7 @@ class Run:
             "learning_rate": self.learning_rate,
             "train_loss": window.train_loss,
             "tokens_per_second": window.tokens / max(1e-9, window.seconds),
+            "adapter_mb": self.adapter_mb,
             **Truncation.of(self.data.truncation.values()).metrics(),
         }
         if torch.cuda.is_available():

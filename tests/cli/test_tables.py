@@ -32,7 +32,7 @@ def record(number: int, status: Status, value: float | None = None, **more: Any)
 
 def leaderboard(records: list[TrialRecord], width: int) -> list[str]:
     console = Console(file=StringIO(), width=width)
-    print_leaderboard(console, records, OBJECTIVE)
+    print_leaderboard(console, records, [OBJECTIVE])
     return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
 
 

@@ -269,3 +269,16 @@ def test_trials_that_mlflow_holds_are_not_written_again(
     counted.clear()
     tracker.reconcile(records)
     assert counted == {}
+
+
+def test_the_front_is_marked_with_its_values_and_the_mark_goes_where_another_takes_its_place(project: Project) -> None:
+    quick = record(0, Status.COMPLETE, steps=3, value=0.02, values={"eval_loss": 0.02, "train_runtime": 5.0})
+    good = record(1, Status.COMPLETE, steps=3, value=0.01, values={"eval_loss": 0.01, "train_runtime": 9.0})
+    large = record(2, Status.PRUNED, steps=1, broken="max_adapter_mb: adapter_mb is 4, 2 is allowed")
+    project.open().close([quick], 0, interrupted=True, front=[0])
+    project.open().close([quick, good, large], 1, interrupted=False, front=[1])
+    marks = {number: run.data.tags.get("bilora_ray.pareto_front") for number, run in project.trials().items()}
+    assert marks == {0: None, 1: "true", 2: None}
+    assert project.parent().data.tags["bilora_ray.pareto_front"] == "[1]"
+    assert project.trials()[1].data.metrics["best_train_runtime"] == 9.0
+    assert project.trials()[2].data.tags["bilora_ray.broken"].startswith("max_adapter_mb")

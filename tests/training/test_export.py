@@ -172,7 +172,9 @@ def test_an_adapter_folder_is_plain_peft(
     assert (settings["r"], settings["lora_alpha"], settings["peft_type"]) == (8, 16, "LORA")
     assert settings["base_model_name_or_path"] == trial.config.model_name_or_path
     assert settings["inference_mode"] is True
-    names = load_file(trial.adapter / "adapter_model.safetensors").keys()
+    weights = load_file(trial.adapter / "adapter_model.safetensors")
+    assert trial.metrics["adapter_mb"] * 1e6 == pytest.approx(sum(tensor.nbytes for tensor in weights.values()))
+    names = weights.keys()
     assert not [name for name in names if "auxiliary" in name or "optimizer" in name]
     heads = {"base_model.model.classifier.weight", "base_model.model.classifier.bias"}
     expected = heads if task in HEADS else set()

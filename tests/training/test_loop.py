@@ -29,7 +29,7 @@ QUERY = {
     **dict.fromkeys(KINDS, "0.attention.self.query"),
     "image-classification": "0.attention.q_proj",
 }
-REPORTED = COUNTERS | {"learning_rate", "train_loss"}
+REPORTED = COUNTERS | {"adapter_mb", "learning_rate", "train_loss"}
 
 
 def steps_of(run: Run) -> list[float]:
