@@ -24,6 +24,7 @@ DEPTH = {
     "runners": 5,
     "release": 5,
     "training.probe.profile": 5,
+    "training.probe.cost": 5,
     "training": 6,
     "training.probe": 7,
     "training.rows": 7,

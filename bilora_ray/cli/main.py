@@ -36,6 +36,7 @@ COMMANDS = {
     "export": "Copy a trial's adapter out, or merge it into its base model.",
     "evaluate": "Measure an exported adapter on a data file.",
     "ui": "Browse all runs in MLflow.",
+    "estimate": "Say what a search will take: memory, time, device-hours.",
     "doctor": "Look whether all is there that a search needs.",
     "settings": "List every key of a space file, with its default.",
 }

@@ -31,7 +31,7 @@ def healthy(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "BILORA_RAY_STUDY_DATABASE", "BILORA_RAY_STORAGE_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(services, "hub", lambda: iter([Finding("Hub", Verdict.OK, "answers")]))
-    monkeypatch.setattr(machine, "_free_memory", lambda: 64 * GIB)
+    monkeypatch.setattr(machine, "free_memory", lambda: 64 * GIB)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (65536, 65536))
     disk(monkeypatch, 500, 100)
 
@@ -86,7 +86,7 @@ def torch_without_cuda(patch: pytest.MonkeyPatch, path: Path) -> tuple[str, ...]
 
 
 def no_memory(patch: pytest.MonkeyPatch, path: Path) -> tuple[str, ...]:
-    patch.setattr(machine, "_free_memory", lambda: GIB // 2)
+    patch.setattr(machine, "free_memory", lambda: GIB // 2)
     return ()
 
 
@@ -157,7 +157,7 @@ def test_each_fault_is_told_with_its_mend_and_no_other(
 
 def test_what_could_be_better_is_a_note_and_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk(monkeypatch, 64 / 1024, 64 / 1024, where="/dev/shm")
-    monkeypatch.setattr(machine, "_free_memory", lambda: int(1.3 * GIB))
+    monkeypatch.setattr(machine, "free_memory", lambda: int(1.3 * GIB))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
     monkeypatch.setattr(machine, "_file_system", lambda _: "nfs4")
     code, found = examined(tmp_path)

@@ -81,7 +81,7 @@ def gpus() -> Iterator[Finding]:
 
 def memory() -> Iterator[Finding]:
     """Whether the memory holds a process of a trial for every core."""
-    cores, free = len(os.sched_getaffinity(0)), _free_memory()
+    cores, free = len(os.sched_getaffinity(0)), free_memory()
     found = f"{free / GIB:.1f} GiB of memory free, {cores} cores"
     held = int(free / PROCESS)
     if held < 1:
@@ -180,8 +180,8 @@ def _driver_sees() -> str:
     return ", ".join(done.stdout.split("\n")[:-1])
 
 
-def _free_memory() -> int:
-    """Bytes that this process could have, of the machine and of its container."""
+def free_memory() -> int:
+    """Bytes that processes here could have more, of the machine and of its container."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for line in _lines(Path("/proc/meminfo")):
         if line.startswith("MemAvailable:"):

@@ -1,0 +1,123 @@
+"""The extreme trials of a space, and what a trial between them takes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bilora_ray.config import FACTS, TrialConfig, is_integer
+from bilora_ray.search.space import Choice, Distribution, Range, Space, Value
+
+# Of the settings that decide the training, those that decide what a step of it takes too.
+COUNTED_IN_TRAINING = frozenset(
+    {
+        *("method", "rank", "auxiliary_rank", "target_modules", "lora_dropout", "gradient_checkpointing"),
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
+    }
+)
+# More kinds of trials than these are not all tried with each other: each choice is tried with the first of the others.
+MOST_KINDS = 8
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Trials that have the same of all that is no number: the cheapest of them, and the dearest.
+
+    Attributes:
+        chosen: what they have.
+        low: the settings of the one with the low ends, as they are sampled.
+        high: of the one with the high ends.
+    """
+
+    chosen: Mapping[str, Value]
+    low: dict[str, Value]
+    high: dict[str, Value]
+
+
+def kinds(space: Space) -> list[Kind]:
+    """The kinds of trials of `space`. What decides neither time nor memory is in the middle of its range."""
+    choices = {key: tuple(one.ends()) for key, one in space.distributions.items() if _is_kind(key, one)}
+    combined = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+    if len(combined) > MOST_KINDS:
+        first = {key: values[0] for key, values in choices.items()}
+        combined = [first, *({**first, key: one} for key, values in choices.items() for one in values[1:])]
+    return [Kind(chosen, _end(space, chosen, low=True), _end(space, chosen, low=False)) for chosen in combined]
+
+
+def position(space: Space, config: TrialConfig) -> float:
+    """Where a trial is between the cheapest one of its kind, 0, and the dearest, 1: the mean over its settings."""
+    places = [
+        _place(distribution, getattr(config, key))
+        for key, distribution in space.distributions.items()
+        if counts(key) and not _is_kind(key, distribution) and space.asked(key, {"method": config.method})
+    ]
+    return sum(places) / len(places) if places else 0.0
+
+
+def kind_of(all_kinds: Sequence[Kind], config: TrialConfig) -> Kind:
+    """The kind that a trial is of; where not all are tried, the one that it has the most in common with."""
+    return max(all_kinds, key=lambda kind: sum(getattr(config, key) == value for key, value in kind.chosen.items()))
+
+
+def counts(setting: str) -> bool:
+    """Whether a setting decides what a trial takes."""
+    return FACTS[setting].decides != "training" or setting in COUNTED_IN_TRAINING
+
+
+def _is_kind(key: str, distribution: Distribution) -> bool:
+    return counts(key) and isinstance(distribution, Choice) and not all(map(_is_number, distribution.choice))
+
+
+def _is_number(value: Value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _end(space: Space, chosen: Mapping[str, Value], low: bool) -> dict[str, Value]:
+    """What the cheapest trial of a kind samples, or the dearest."""
+    sampled: dict[str, Value] = {}
+    for key, distribution in space.distributions.items():
+        if key in chosen:
+            sampled[key] = chosen[key]
+        elif space.asked(key, sampled):
+            sampled[key] = _value(key, distribution, low)
+    return {key: value for key, value in sampled.items() if space.asked(key, sampled)}
+
+
+def _value(key: str, distribution: Distribution, low: bool) -> Value:
+    if not counts(key):
+        return _middle(key, distribution)
+    if isinstance(distribution, Range):
+        return _whole(key, distribution.low if low else distribution.high)
+    ends: list[Any] = sorted(distribution.choice, key=float)
+    return ends[0] if low else ends[-1]
+
+
+def _middle(key: str, distribution: Distribution) -> Value:
+    if isinstance(distribution, Choice):
+        return distribution.choice[len(distribution.choice) // 2]
+    low, high = distribution.low, distribution.high
+    if distribution.step is not None:
+        return _whole(key, low + distribution.step * (round((high - low) / distribution.step) // 2))
+    return _whole(key, math.sqrt(low * high) if distribution.log else (low + high) / 2)
+
+
+def _whole(key: str, value: float) -> Value:
+    return round(value) if is_integer(key) else value
+
+
+def _place(distribution: Distribution, value: Any) -> float:
+    ends = list(distribution.choice) if isinstance(distribution, Choice) else [distribution.low, distribution.high]
+    low, high = min(map(float, ends)), max(map(float, ends))  # type: ignore[arg-type]
+    return 0.0 if high == low else (float(value) - low) / (high - low)
+
+
+def in_words(settings: Mapping[str, Value]) -> str:
+    """Those of `settings` that decide what a trial takes, as in `--set`."""
+    return " ".join(f"{key}={value}" for key, value in _counted(settings))
+
+
+def _counted(settings: Mapping[str, Value]) -> Iterator[tuple[str, Value]]:
+    return ((key, value) for key, value in settings.items() if counts(key))

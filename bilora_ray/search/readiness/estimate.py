@@ -1,0 +1,227 @@
+"""What a search will take: its extreme trials are measured, and then searches of such trials are run on a clock."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from bilora_ray.config import TrialConfig
+from bilora_ray.errors import TrialFailure, UserError
+from bilora_ray.files import temporary_folder
+from bilora_ray.search.readiness.corners import Kind, in_words, kind_of, kinds, position
+from bilora_ray.search.simulated import Metrics, simulate
+from bilora_ray.search.space import Space
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.studies import open_study
+
+if TYPE_CHECKING:
+    from bilora_ray.training.probe.cost import Cost
+
+GIB = 2**30
+# Simulated trials in all: as many searches as that makes, within bounds.
+TRIALS, FEWEST, MOST = 400, 4, 20
+# An evaluation tells a trial's worth with so much noise, beside that of the worth among trials; less as it goes on.
+NOISE = 0.5
+# The quantiles that an interval is of.
+LOW, HIGH = 0.1, 0.9
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The middle of what is expected, and where eight of ten would lie."""
+
+    low: float
+    median: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        """Of what was found, one value or more."""
+        ranked = sorted(values)
+
+        def quantile(share: float) -> float:
+            return ranked[min(len(ranked) - 1, int(share * len(ranked)))]
+
+        return cls(quantile(LOW), statistics.median(ranked), quantile(HIGH))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a search will take, by estimate. Seconds are of the clock.
+
+    Attributes:
+        study: its name.
+        num_trials: that it has.
+        at_once: so many of them run at one time.
+        device: `GPU` or `CPU core`.
+        memory: bytes of a worker, of the smallest and of the largest trial that were measured.
+        room: bytes that a worker could have.
+        adapter: bytes of the largest adapter.
+        trial_seconds: of one that is trained to its end.
+        wall_seconds: of the search.
+        device_hours: of all trials.
+        trained: the share of the training that early stops leave.
+        cost: of the device-hours; None where no price is given.
+        notes: lines about what this leaves out.
+    """
+
+    study: str
+    num_trials: int
+    at_once: int
+    device: str
+    memory: tuple[int, int]
+    room: int
+    adapter: int
+    trial_seconds: Interval
+    wall_seconds: Interval
+    device_hours: Interval
+    trained: Interval
+    cost: Interval | None
+    notes: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A kind of trials, and what its ends take."""
+
+    kind: Kind
+    low: Cost
+    high: Cost
+
+    def seconds(self, space: Space, config: TrialConfig) -> tuple[float, float, float, int, int]:
+        """Of the start, a step and an evaluation; and how many steps and evaluations a trial with `config` has."""
+        place = position(space, config)
+
+        def between(low: float, high: float) -> float:
+            return low + place * (high - low)
+
+        rows = config.step_rows(space.resources.workers)
+        # Batches may be searched: what a row takes changes less among them than what a step does.
+        step = rows * between(self.low.step / self.low.step_rows, self.high.step / self.high.step_rows)
+        train_rows = round(between(self.low.train_rows, self.high.train_rows))
+        steps = config.max_steps or math.ceil(config.num_train_epochs * math.ceil(train_rows / rows) * (1 - 1e-9))
+        evaluations = round(between(self.low.evaluations, self.high.evaluations))
+        start, evaluation = between(self.low.start, self.high.start), between(self.low.evaluation, self.high.evaluation)
+        return start, step, evaluation, steps, max(1, min(evaluations, steps))
+
+
+def ends(space: Space) -> list[dict[str, Any]]:
+    """The settings of the trials to be measured, two of each kind."""
+    both = (end for kind in kinds(space) for end in (kind.low, kind.high))
+    return [space.trial_config(end).model_dump() for end in both]
+
+
+def estimate(
+    space: Space,
+    found: Sequence[tuple[float, Cost] | TrialFailure],
+    at_once: int,
+    room: int,
+    started: float,
+    price: float | None = None,
+) -> Estimate:
+    """What the search of `space` takes.
+
+    Args:
+        space: the space.
+        found: what was measured of its `ends`, in their order: seconds of imports, and the rest.
+        at_once: trials that run at one time.
+        room: bytes of memory that a worker of a trial could have.
+        started: seconds until the first trial could begin.
+        price: of an hour of a GPU.
+
+    Raises:
+        UserError: a trial of the space does not fit.
+    """
+    all_kinds = kinds(space)
+    measured = _pairs(all_kinds, found)
+    costs = [cost for pair in measured for cost in (pair.low, pair.high)]
+    imports = max(told[0] for told in found if isinstance(told, tuple))
+    largest = max(costs, key=lambda cost: cost.memory)
+    if largest.memory > room:
+        where = next(pair.kind.high for pair in measured if largest in (pair.low, pair.high))
+        raise UserError(
+            f"estimate: a trial with {in_words(where)} takes {largest.memory / GIB:.1f} GiB, and of {at_once} at one "
+            f"time each has {room / GIB:.1f} GiB; lower study.max_concurrent, the ranks or the batches"
+        )
+    per_trial = space.resources.workers * (space.resources.gpus_per_worker or space.resources.cpus_per_worker)
+    searches = max(FEWEST, min(MOST, TRIALS // space.study.num_trials))
+    told = [_search(space, measured, at_once, seed) for seed in range(searches)]
+    hours = Interval.of([one["trained"] * per_trial / 3600 for one in told])
+    priced = price is not None and space.resources.gpus_per_worker > 0
+    return Estimate(
+        study=space.study.name,
+        num_trials=space.study.num_trials,
+        at_once=at_once,
+        device="GPU" if space.resources.gpus_per_worker else "CPU core",
+        memory=(min(cost.memory for cost in costs), largest.memory),
+        room=room,
+        adapter=max(cost.adapter for cost in costs),
+        trial_seconds=Interval.of([seconds for one in told for seconds in one["full"]]),
+        wall_seconds=Interval.of([started + imports + one["wall"] for one in told]),
+        device_hours=hours,
+        trained=Interval.of([one["trained"] / sum(one["full"]) for one in told]),
+        cost=Interval(*(price * hour for hour in asdict(hours).values())) if priced and price is not None else None,
+        notes=_notes(space, costs),
+    )
+
+
+def _pairs(all_kinds: Sequence[Kind], found: Sequence[tuple[float, Cost] | TrialFailure]) -> list[Measured]:
+    pairs = []
+    for index, kind in enumerate(all_kinds):
+        costs = []
+        for end, told in zip((kind.low, kind.high), found[2 * index : 2 * index + 2], strict=True):
+            if isinstance(told, TrialFailure):
+                raise UserError(f"estimate: a trial with {in_words(end)} does not run: {told}")
+            costs.append(told[1])
+        pairs.append(Measured(kind, *costs))
+    return pairs
+
+
+def _notes(space: Space, costs: Sequence[Cost]) -> tuple[str, ...]:
+    notes = [line for cost in costs for line in cost.passes]
+    if space.resources.workers > 1:
+        notes.append(f"one of {space.resources.workers} workers was run: what they send each other takes time too")
+    if space.first_config().predict_with_generate:
+        notes.append("a model that has learned little writes long texts: the time of evaluations may become less")
+    return tuple(dict.fromkeys(notes))
+
+
+def _search(space: Space, measured: Sequence[Measured], at_once: int, seed: int) -> dict[str, Any]:
+    """One search of trials whose worth is drawn: seconds of the clock, of training, and of each trial to its end."""
+    study = space.study.model_copy(update={"sampler": "random", "seed": seed, "name": "estimate"})
+    full = []
+
+    def curve(config: TrialConfig) -> list[Metrics]:
+        told = _curve(replace(space, study=study), measured, config, random.Random(f"{seed} {config}"))
+        full.append(told[-1]["train_runtime"])
+        return told
+
+    with temporary_folder() as folder:
+        opened = open_study(replace(space, study=study), Layout(folder / "runs"), {})
+        try:
+            moments = simulate(opened, curve, at_once)
+        finally:
+            opened.release()
+    return {"wall": moments[-1].clock, "trained": sum(moment.seconds for moment in moments), "full": full}
+
+
+def _curve(space: Space, measured: Sequence[Measured], config: TrialConfig, draw: random.Random) -> list[Metrics]:
+    kind = kind_of([pair.kind for pair in measured], config)
+    pair = next(pair for pair in measured if pair.kind is kind)
+    start, step, evaluation, steps, evaluations = pair.seconds(space, config)
+    worth, every = draw.gauss(0, 1), math.ceil(steps / evaluations)
+    told: list[Metrics] = []
+    for index, at in enumerate([*range(every, steps, every), steps], start=1):
+        value = worth + NOISE * draw.gauss(0, 1) / math.sqrt(index)
+        measures: Mapping[str, float] = {"eval_loss": value, config.metric: value}
+        runtime = start + at * step + index * evaluation
+        told.append({**measures, "step": at, "max_steps": steps, "train_runtime": runtime})
+    return told

@@ -1,0 +1,143 @@
+"""What a search will take, from what its extreme trials took: the arithmetic, without any training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bilora_ray.config import FACTS, TrialConfig
+from bilora_ray.errors import OutOfMemory, UserError
+from bilora_ray.search.readiness.corners import COUNTED_IN_TRAINING, counts, kind_of, kinds, position
+from bilora_ray.search.readiness.estimate import Interval, ends, estimate
+from bilora_ray.search.space import Space
+from bilora_ray.search.space_file import load_space
+from bilora_ray.training.probe.cost import Cost, cost
+
+GIB = 2**30
+TRIAL = ("model_name_or_path=org/model", "task=causal-lm", "train_data=org/data", "study.name=s", "study.num_trials=8")
+COST = Cost(
+    start=1.0,
+    step=0.5,
+    evaluation=2.0,
+    step_rows=8,
+    train_rows=80,
+    evaluations=5,
+    memory=2 * GIB,
+    adapter=2**20,
+    passes=(),
+)
+
+
+def space(*settings: str) -> Space:
+    return load_space(None, [*TRIAL, *settings])
+
+
+def of_costs(space: Space, *costs: Cost, at_once: int = 2, room: int = 4 * GIB, price: float | None = None) -> Any:
+    assert len(ends(space)) == len(costs)
+    return estimate(space, [(3.0, one) for one in costs], at_once, room, started=5.0, price=price)
+
+
+def test_the_extreme_trials_have_the_ends_of_what_costs_and_the_middle_of_the_rest() -> None:
+    found = space(
+        "rank={choice: [16, 4, 8]}", "rho={low: 0.01, high: 1.0, log: true}", "max_length={low: 64, high: 256}"
+    )
+    (kind,) = kinds(found)
+    assert kind.low == {"rank": 4, "rho": pytest.approx(0.1), "per_device_train_batch_size": 1}
+    assert kind.high == {"rank": 16, "rho": pytest.approx(0.1), "per_device_train_batch_size": 3}
+
+
+def test_every_choice_that_is_no_number_is_measured_with_both_ends() -> None:
+    found = space("method={choice: [lora, bilora]}", "rank={choice: [4, 8]}", "rho={low: 0.01, high: 1.0}")
+    assert [kind.chosen for kind in kinds(found)] == [{"method": "lora"}, {"method": "bilora"}]
+    lora, bilora = kinds(found)
+    assert lora.high == {"method": "lora", "rank": 8}
+    assert bilora.high == {"method": "bilora", "rank": 8, "rho": pytest.approx(0.505)}
+    assert kind_of(kinds(found), found.trial_config({"method": "bilora", "rank": 4, "rho": 0.1})) is not lora
+    # Of many choices not all are tried with each other, and yet each is tried.
+    many = space(
+        "method={choice: [lora, bilora]}",
+        "quantization={choice: [null, nf4, int8]}",
+        "lora_dropout={choice: [0.0, 0.1]}",
+        "gradient_checkpointing={choice: [true, false]}",
+    )
+    tried = [kind.chosen for kind in kinds(many)]
+    assert len(tried) == 1 + 1 + 2 + 1
+    assert {one["quantization"] for one in tried} == {None, "nf4", "int8"}
+
+
+def test_each_setting_of_the_training_costs_or_is_known_not_to() -> None:
+    free = {
+        *("lora_alpha", "rho", "learning_rate", "auxiliary_learning_rate", "weight_decay", "adam_beta1", "adam_beta2"),
+        *("adam_epsilon", "max_grad_norm", "lr_scheduler_type", "warmup_ratio", "seed"),
+    }
+    of_training = {key for key, facts in FACTS.items() if facts.decides == "training" and facts.searched}
+    assert of_training - COUNTED_IN_TRAINING <= free
+    assert of_training >= COUNTED_IN_TRAINING
+    assert counts("rank")
+    assert not counts("rho")
+
+
+def test_a_trial_between_the_ends_takes_what_is_between() -> None:
+    found = space("rank={choice: [4, 8, 12]}", "num_train_epochs=2")
+    place = [position(found, found.trial_config({"rank": rank})) for rank in (4, 8, 12)]
+    assert place == [0.0, 0.5, 1.0]
+    dear = replace(COST, step=1.5, evaluation=4.0, start=3.0)
+    told = of_costs(found, COST, dear)
+    # 80 rows twice, 8 a step: 20 steps; five evaluations.
+    assert told.trial_seconds.low == pytest.approx(1 + 20 * 0.5 + 5 * 2)
+    assert told.trial_seconds.high == pytest.approx(3 + 20 * 1.5 + 5 * 4)
+
+
+def test_without_early_stops_a_search_takes_what_its_trials_take() -> None:
+    found = space("rho={low: 0.1, high: 0.9}", "num_train_epochs=1", "study.scheduler=none")
+    told = of_costs(found, COST, COST)
+    trial = 1 + 10 * 0.5 + 5 * 2
+    assert told.trained == Interval(1.0, 1.0, 1.0)
+    assert told.wall_seconds.median == pytest.approx(5 + 3 + 8 / 2 * trial)
+    assert told.device_hours.median == pytest.approx(8 * trial / 3600)
+    assert (told.device, told.cost, told.at_once) == ("CPU core", None, 2)
+
+
+def test_early_stops_leave_a_part_of_it() -> None:
+    settings = ("rho={low: 0.1, high: 0.9}", "num_train_epochs=4", "eval_steps=0.1")
+    told = of_costs(space(*settings), replace(COST, evaluations=10), replace(COST, evaluations=10))
+    assert 0.2 < told.trained.median < 0.9
+    assert told.trained.low <= told.trained.median <= told.trained.high
+
+
+def test_gpus_are_what_is_paid() -> None:
+    settings = ("rho={low: 0.1, high: 0.9}", "num_train_epochs=1", "study.scheduler=none")
+    found = space(*settings, "resources.workers=2", "resources.gpus_per_worker=1")
+    of_two = replace(COST, step_rows=16)
+    told = of_costs(found, of_two, of_two, price=3.0)
+    assert told.device == "GPU"
+    assert told.cost.median == pytest.approx(3.0 * told.device_hours.median)
+    assert told.device_hours.median == pytest.approx(8 * 2 * (1 + 5 * 0.5 + 5 * 2) / 3600)
+    assert any("one of 2 workers was run" in line for line in told.notes)
+
+
+def test_a_space_with_a_trial_that_has_no_room_is_refused() -> None:
+    found = space("rank={choice: [4, 64]}")
+    with pytest.raises(UserError, match=r"^estimate: a trial with rank=64 takes 9\.0 GiB, and of 2 at one time each"):
+        of_costs(found, COST, replace(COST, memory=9 * GIB))
+    with pytest.raises(UserError, match=r"^estimate: a trial with rank=64 does not run: no room for one row$"):
+        estimate(found, [(1.0, COST), OutOfMemory("no room for one row")], 2, 4 * GIB, started=1.0)
+
+
+def test_an_interval_holds_eight_of_ten() -> None:
+    assert Interval.of(range(100)) == Interval(10, 49.5, 90)
+    assert Interval.of([2.0]) == Interval(2.0, 2.0, 2.0)
+
+
+def test_a_trial_is_measured_by_some_of_its_steps(tmp_path: Path) -> None:
+    quickstart = load_space(Path("search_spaces/quickstart.yaml"))
+    config: TrialConfig = quickstart.first_config().model_copy(update={"max_eval_samples": 8, "num_train_epochs": 2.0})
+    found = cost(config, gpus_per_worker=0)
+    assert (found.step_rows, found.train_rows, found.evaluations) == (16, 240, 8)
+    assert min(found.step, found.evaluation, found.start) > 0
+    assert found.memory > 2**27
+    assert found.adapter > 0
+    assert found.passes == ()
