@@ -76,7 +76,7 @@ def _print(found: Estimate) -> None:
         ("trial", f"{_in_words(found.trial_seconds)}, to its end"),
         ("early stops", f"leave {found.trained.median:.0%} of the training ({_shares(found.trained)})"),
         ("search", _in_words(found.wall_seconds)),
-        (f"{found.device} hours", _numbers(found.device_hours)),
+        ("device-hours", _numbers(found.device_hours)),
     ]
     if found.cost is not None:
         lines.append(("cost", _numbers(found.cost)))

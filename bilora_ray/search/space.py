@@ -107,8 +107,6 @@ class StudyConfig(Settings):
     def _priced(self) -> StudyConfig:
         if self.max_cost is not None and self.price_per_gpu_hour is None:
             raise ValueError("max_cost needs price_per_gpu_hour")
-        if self.price_per_gpu_hour is not None and self.max_cost is None:
-            raise ValueError("price_per_gpu_hour needs max_cost")
         return self
 
     @model_validator(mode="after")

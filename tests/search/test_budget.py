@@ -175,7 +175,6 @@ def test_a_search_ends_when_no_settings_promise_a_gain_worth_having(tmp_path: Pa
     ("given", "line"),
     [
         ("study.max_cost=3", "max_cost needs price_per_gpu_hour"),
-        ("study.price_per_gpu_hour=3", "price_per_gpu_hour needs max_cost"),
         ("study.max_hours=0", "max_hours"),
     ],
 )

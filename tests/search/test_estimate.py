@@ -31,18 +31,27 @@ COST = Cost(
 )
 
 
+@pytest.fixture(autouse=True)
+def few_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is true of two searches is of twenty."""
+    monkeypatch.setattr("bilora_ray.search.readiness.estimate.FEWEST", 2)
+    monkeypatch.setattr("bilora_ray.search.readiness.estimate.MOST", 2)
+
+
 def space(*settings: str) -> Space:
     return load_space(None, [*TRIAL, *settings])
 
 
-def of_costs(space: Space, *costs: Cost, at_once: int = 2, room: int = 4 * GIB, price: float | None = None) -> Any:
+def of_costs(space: Space, *costs: Cost, at_once: int = 2, room: int = 4 * GIB) -> Any:
     assert len(ends(space)) == len(costs)
-    return estimate(space, [(3.0, one) for one in costs], at_once, room, started=5.0, price=price)
+    return estimate(space, [(3.0, one) for one in costs], at_once, room, started=5.0)
 
 
 def test_the_extreme_trials_have_the_ends_of_what_costs_and_the_middle_of_the_rest() -> None:
     found = space(
-        "rank={choice: [16, 4, 8]}", "rho={low: 0.01, high: 1.0, log: true}", "max_length={low: 64, high: 256}"
+        "rank={choice: [16, 4, 8]}",
+        "rho={low: 0.01, high: 1.0, log: true}",
+        "per_device_train_batch_size={low: 1, high: 3}",
     )
     (kind,) = kinds(found)
     assert kind.low == {"rank": 4, "rho": pytest.approx(0.1), "per_device_train_batch_size": 1}
@@ -71,7 +80,7 @@ def test_every_choice_that_is_no_number_is_measured_with_both_ends() -> None:
 def test_each_setting_of_the_training_costs_or_is_known_not_to() -> None:
     free = {
         *("lora_alpha", "rho", "learning_rate", "auxiliary_learning_rate", "weight_decay", "adam_beta1", "adam_beta2"),
-        *("adam_epsilon", "max_grad_norm", "lr_scheduler_type", "warmup_ratio", "seed"),
+        *("adam_epsilon", "max_grad_norm", "lr_scheduler_type", "warmup_ratio", "seed", "class_weights"),
     }
     of_training = {key for key, facts in FACTS.items() if facts.decides == "training" and facts.searched}
     assert of_training - COUNTED_IN_TRAINING <= free
@@ -98,7 +107,7 @@ def test_without_early_stops_a_search_takes_what_its_trials_take() -> None:
     assert told.trained == Interval(1.0, 1.0, 1.0)
     assert told.wall_seconds.median == pytest.approx(5 + 3 + 8 / 2 * trial)
     assert told.device_hours.median == pytest.approx(8 * trial / 3600)
-    assert (told.device, told.cost, told.at_once) == ("CPU core", None, 2)
+    assert (told.cost, told.at_once) == (None, 2)
 
 
 def test_early_stops_leave_a_part_of_it() -> None:
@@ -108,12 +117,11 @@ def test_early_stops_leave_a_part_of_it() -> None:
     assert told.trained.low <= told.trained.median <= told.trained.high
 
 
-def test_gpus_are_what_is_paid() -> None:
+def test_all_devices_of_a_trial_are_paid() -> None:
     settings = ("rho={low: 0.1, high: 0.9}", "num_train_epochs=1", "study.scheduler=none")
-    found = space(*settings, "resources.workers=2", "resources.gpus_per_worker=1")
+    found = space(*settings, "resources.workers=2", "resources.gpus_per_worker=1", "study.price_per_gpu_hour=3")
     of_two = replace(COST, step_rows=16)
-    told = of_costs(found, of_two, of_two, price=3.0)
-    assert told.device == "GPU"
+    told = of_costs(found, of_two, of_two)
     assert told.cost.median == pytest.approx(3.0 * told.device_hours.median)
     assert told.device_hours.median == pytest.approx(8 * 2 * (1 + 5 * 0.5 + 5 * 2) / 3600)
     assert any("one of 2 workers was run" in line for line in told.notes)

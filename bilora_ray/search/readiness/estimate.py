@@ -57,22 +57,20 @@ class Estimate:
         study: its name.
         num_trials: that it has.
         at_once: so many of them run at one time.
-        device: `GPU` or `CPU core`.
         memory: bytes of a worker, of the smallest and of the largest trial that were measured.
         room: bytes that a worker could have.
         adapter: bytes of the largest adapter.
         trial_seconds: of one that is trained to its end.
         wall_seconds: of the search.
-        device_hours: of all trials.
+        device_hours: of all trials, on each GPU of a worker, or on a worker that has none.
         trained: the share of the training that early stops leave.
-        cost: of the device-hours; None where no price is given.
+        cost: of the device-hours, by `price_per_gpu_hour`; None without one.
         notes: lines about what this leaves out.
     """
 
     study: str
     num_trials: int
     at_once: int
-    device: str
     memory: tuple[int, int]
     room: int
     adapter: int
@@ -125,7 +123,6 @@ def estimate(
     at_once: int,
     room: int,
     started: float,
-    price: float | None = None,
 ) -> Estimate:
     """What the search of `space` takes.
 
@@ -135,7 +132,6 @@ def estimate(
         at_once: trials that run at one time.
         room: bytes of memory that a worker of a trial could have.
         started: seconds until the first trial could begin.
-        price: of an hour of a GPU.
 
     Raises:
         UserError: a trial of the space does not fit.
@@ -151,16 +147,15 @@ def estimate(
             f"estimate: a trial with {in_words(where)} takes {largest.memory / GIB:.1f} GiB, and of {at_once} at one "
             f"time each has {room / GIB:.1f} GiB; lower study.max_concurrent, the ranks or the batches"
         )
-    per_trial = space.resources.workers * (space.resources.gpus_per_worker or space.resources.cpus_per_worker)
+    per_trial = space.resources.workers * (space.resources.gpus_per_worker or 1)
     searches = max(FEWEST, min(MOST, TRIALS // space.study.num_trials))
     told = [_search(space, measured, at_once, seed) for seed in range(searches)]
     hours = Interval.of([one["trained"] * per_trial / 3600 for one in told])
-    priced = price is not None and space.resources.gpus_per_worker > 0
+    price = space.study.price_per_gpu_hour
     return Estimate(
         study=space.study.name,
         num_trials=space.study.num_trials,
         at_once=at_once,
-        device="GPU" if space.resources.gpus_per_worker else "CPU core",
         memory=(min(cost.memory for cost in costs), largest.memory),
         room=room,
         adapter=max(cost.adapter for cost in costs),
@@ -168,7 +163,7 @@ def estimate(
         wall_seconds=Interval.of([started + imports + one["wall"] for one in told]),
         device_hours=hours,
         trained=Interval.of([one["trained"] / sum(one["full"]) for one in told]),
-        cost=Interval(*(price * hour for hour in asdict(hours).values())) if priced and price is not None else None,
+        cost=None if price is None else Interval(*(price * hour for hour in asdict(hours).values())),
         notes=_notes(space, costs),
     )
 
