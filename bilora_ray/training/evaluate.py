@@ -17,7 +17,7 @@ from bilora_ray.digests import check_base
 from bilora_ray.recipe import known_of
 from bilora_ray.training import model as models
 from bilora_ray.training.compute.cutting import Budget, cut, positions
-from bilora_ray.training.compute.generation import likeliest
+from bilora_ray.training.compute.generation import Read, Reader
 from bilora_ray.training.compute.memory import current_room, in_parts
 from bilora_ray.training.compute.precision import use_tensor_cores
 from bilora_ray.training.compute.varlen import batch_of, is_flat
@@ -105,27 +105,31 @@ def _losses(
     config: TrialConfig,
     tokenizer: PreTrainedTokenizerBase,
     workers: Workers,
-) -> tuple[dict[str, float], list[list[int]] | None]:
-    """The metrics of a pass over `examples`; and of each the likeliest tokens, if they tell what would be written."""
+) -> tuple[dict[str, float], list[Read] | None]:
+    """The metrics of a pass over `examples`; and what it says of how each would be written, if it does."""
     task = TASKS[config.task]
     telling = _tells_what_is_written(model, config, tokenizer, workers)
 
-    def measure(rows: Sequence[int]) -> list[tuple[Any, list[list[int]]]]:
+    padded = not is_flat(task, model)
+    reader = Reader(model, workers, writes_on=telling and task.continues and padded)
+
+    def measure(rows: Sequence[int]) -> list[tuple[Any, list[Read]]]:
         part = [examples[row] for row in rows]
-        logits, targets = task.forward(model, on_device(batch_of(task, model, part, tokenizer), model))
+        batch = on_device(batch_of(task, model, part, tokenizer), model)
+        with reader.reading(positions([sides[row] for row in rows], padded)) as kept:
+            logits, targets = task.forward(model, batch)
         counts = [int(task.target_count([example])) for example in part] if telling else []
-        return [(task.measure(logits, targets), likeliest(logits, targets, counts) if telling else [])]
+        return [(task.measure(logits, targets), reader.read(logits, targets, counts, kept) if telling else [])]
 
     sides = [task.sides(example) for example in examples]
     order = longest_first([sum(side) for side in sides])
     room = current_room(config, workers)
-    padded = not is_flat(task, model)
     measured = in_parts(room, "evaluation", measure, lambda rows: positions([sides[row] for row in rows], padded))
     budget = Budget(config.per_device_eval_batch_size, proven=room.proven.evaluation, padded=padded)
     parts = cut([sides[row] for row in order], budget, models.device().type)
     batches = [[order[place] for place in part] for part in parts]
     found = list(chain.from_iterable(workers.map(measured, batches)))
-    read = in_row_order(batches, [tokens for _, of_rows in found for tokens in of_rows]) if telling else None
+    read = in_row_order(batches, [read for _, of_rows in found for read in of_rows]) if telling else None
     return task.metrics([part for part, _ in found], config), read
 
 

@@ -3,10 +3,12 @@
 from array import array
 from itertools import takewhile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+from families import DECODERS, build
 from tiny_trials import Tiny, run_fit
 from transformers import (
     AutoModelForCausalLM,
@@ -22,7 +24,7 @@ from transformers import (
 
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.training.compute import generation
-from bilora_ray.training.compute.generation import MOST_ROWS, begun, ends, rows_at_once
+from bilora_ray.training.compute.generation import MOST_ROWS, Read, begun, ends, rows_at_once
 from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.evaluate import _losses, load_adapted, predict
 from bilora_ray.training.folder import TrialFolder
@@ -240,3 +242,70 @@ def test_a_model_that_reads_ahead_or_writes_alone_is_taken_at_no_word(tiny: Tiny
         with torch.no_grad():
             read.append(_losses(model, data.validation, config, data.tokenizer, ALONE)[1])
     assert [tokens is not None for tokens in read] == [True, False, False]
+
+
+# Sliding windows do not keep all positions, some have an attention of their own, and some no keys and values.
+KEEPS = ("llama", "gpt2", "opt", "phi", "mixtral", "bert")
+KEEPS_NOT = ("gemma2", "bloom", "gptj", "mpt", "mamba")
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        family if family in ("llama", "gpt2", "bloom", "gemma2") else pytest.param(family, marks=pytest.mark.slow)
+        for family in sorted({*DECODERS} - {"recurrent_gemma", "roberta", "rwkv", "xlnet"})
+    ],
+)
+@torch.no_grad()
+def test_texts_go_on_from_what_a_pass_has_kept(
+    family: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every prompt is read once, and neither a loss nor a text is another one for it."""
+    base = build("causal-lm", family, tiny, tmp_path)
+    asked = {"predict_with_generate": True, "max_new_tokens": 8, "max_length": 48, "per_device_eval_batch_size": 5}
+    trial = tiny.config("causal-lm", model_name_or_path=str(base), **asked)
+    model, data, _ = load_adapted(None, trial)
+    model.eval()
+
+    def read() -> tuple[dict[str, float], list[Read]]:
+        metrics, found = _losses(model, data.validation, trial, data.tokenizer, ALONE)
+        assert found is not None
+        return metrics, found
+
+    def positions(found: list[Read]) -> tuple[list[list[int]], int]:
+        counted: list[int] = []
+        hook = model.register_forward_pre_hook(
+            lambda _, given, named: counted.append(named["input_ids"].numel()), with_kwargs=True
+        )
+        texts, _ = ids(cast(Run, SimpleNamespace(model=model, config=trial, data=data)), found, monkeypatch)
+        hook.remove()
+        return texts, sum(counted)
+
+    metrics, found = read()
+    (texts, few), (known, many) = positions(found), positions([Read(row.tokens) for row in found])
+    assert texts == known
+    kept = any(row.states for row in found)
+    assert few < many if kept else few == many
+    if family in KEEPS + KEEPS_NOT:
+        assert kept == (family in KEEPS)
+    monkeypatch.setattr(generation, "CPU_BYTES", 0)
+    plain, found = read()
+    assert plain == metrics
+    assert not any(row.states for row in found)
+
+
+@torch.no_grad()
+def test_no_more_is_kept_than_has_room(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"predict_with_generate": True, "max_new_tokens": 8, "per_device_eval_batch_size": 2}
+    trial = tiny.config("causal-lm", **asked)
+    model, data, _ = load_adapted(None, trial)
+
+    def kept(workers: Workers = ALONE) -> int:
+        _, found = _losses(model.eval(), data.validation, trial, data.tokenizer, workers)
+        return sum(tensor.nbytes for row in found or () for layer in row.states or () for tensor in layer)
+
+    whole = kept()
+    assert whole > 0
+    monkeypatch.setattr(generation, "CPU_BYTES", whole // 2)
+    assert 0 < kept() <= whole // 2
+    assert kept(Workers(planned=2)) == 0

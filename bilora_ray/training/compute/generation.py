@@ -5,24 +5,27 @@ from __future__ import annotations
 import json
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from copy import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.paths import model_file
+from bilora_ray.training.compute.targets import base_of, is_plain, takes
 from bilora_ray.training.data.batches import eval_batches
 from bilora_ray.training.data.chat import Template
 from bilora_ray.training.metrics import IGNORED
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
+    from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
     from bilora_ray.training.distributed.workers import Workers
 
 # A transformers model or a PEFT model around one.
 Model = Any
+# Of each layer of a decoder its keys and its values of one row, (heads, positions, width) each.
+States = list[tuple["Tensor", "Tensor"]]
 # A step of so many texts takes a GPU hardly longer than that of one: it reads the weights once.
 MOST_ROWS = 256
 # Bytes that texts may take on a CPU, where more at once are not faster.
@@ -100,16 +103,102 @@ def greedy(
     )
 
 
-def likeliest(logits: Tensor, targets: Tensor, counts: Sequence[int]) -> list[list[int]]:
-    """Of each row of a batch the likeliest token at each of its targets, `counts` of them, in order.
+class Read(NamedTuple):
+    """What a pass over a row's completion says of how it would be written.
+
+    Attributes:
+        tokens: the likeliest at each target, in order.
+        states: what the text can be written on from; None where that was not kept.
+    """
+
+    tokens: list[int]
+    states: States | None = None
+
+
+class Reader:
+    """Reads, off passes over completions, how a model would write them.
+
+    Of rows that it would write otherwise the keys and values are kept, so that a text goes on from there, where that is
+    exact and spares something: in float32 on a CPU. A GPU reads prompts in no time beside what it writes, and bf16
+    would be rounded otherwise. Several workers write other rows than they have read.
 
     Args:
-        logits: (..., vocabulary).
-        targets: (...), IGNORED where there is nothing to predict; rows follow each other.
-        counts: targets of each row.
+        model: whose passes they are, of rows that are padded at the right.
+        workers: who share them.
+        writes_on: whether a text goes on with its prompt as such a pass has read it.
     """
-    tokens = logits.argmax(-1)[targets != IGNORED].cpu()
-    return [part.tolist() for part in tokens.split(list(counts))]
+
+    def __init__(self, model: Model, workers: Workers, writes_on: bool) -> None:
+        import torch
+
+        # A model's own products of keys may be rounded by where these lie: torch's attention is not.
+        is_exact = base_of(model).config._attn_implementation == "sdpa" and model.dtype == torch.float32
+        is_exact = is_exact and model.device.type == "cpu" and workers.planned == 1
+        can_keep = writes_on and is_exact and is_plain(model) and takes(model, "use_cache")
+        self.model = model
+        self.room = CPU_BYTES if can_keep else 0
+
+    @contextmanager
+    def reading(self, positions: int) -> Iterator[list[Any]]:
+        """Let the model's pass of so many `positions`, in the block, leave what it keeps in the list, if it can."""
+        kept: list[Any] = []
+        with ExitStack() as hooks:
+            if 0 < _bytes_of_a_row(self.model, 0, positions) <= self.room:
+                base = base_of(self.model)
+                hooks.callback(base.register_forward_pre_hook(_with_cache, with_kwargs=True).remove)
+                hooks.callback(base.register_forward_hook(lambda *call: kept.append(call[-1])).remove)
+            yield kept
+
+    def read(self, logits: Tensor, targets: Tensor, counts: Sequence[int], kept: Sequence[Any]) -> list[Read]:
+        """What a pass says of each of its rows: the likeliest token at each of its targets, and what is kept of it.
+
+        Args:
+            logits: (..., vocabulary).
+            targets: (...), IGNORED where there is nothing to predict; rows follow each other.
+            counts: targets of each row.
+            kept: what `reading` has yielded.
+        """
+        is_target = targets != IGNORED
+        found, wanted = (part[is_target].cpu().split(list(counts)) for part in (logits.argmax(-1), targets))
+        reads = [Read(tokens.tolist()) for tokens in found]
+        parted = [row for row, (ours, theirs) in enumerate(zip(found, wanted, strict=True)) if not ours.equal(theirs)]
+        layers = _layers_of(kept[0].get("past_key_values"), parted) if kept and parted else None
+        if layers is not None:
+            self.room -= sum(tensor.nbytes for layer in layers for tensor in layer)
+            for place, row in enumerate(parted):
+                reads[row] = Read(reads[row].tokens, [(keys[place], values[place]) for keys, values in layers])
+        return reads
+
+
+def _with_cache(_: Any, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return given, {**named, "use_cache": True}
+
+
+def _layers_of(cache: Any, rows: list[int]) -> States | None:
+    """Keys and values of `rows`; None where a `cache` holds something else, or not that of all positions."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    if type(cache) is not DynamicCache:
+        return None
+    if not all(type(layer) is DynamicLayer and layer.is_initialized for layer in cache.layers):
+        return None
+    return [(keys[rows], values[rows]) for keys, values, _ in cache]
+
+
+def _cache(states: Sequence[States], lengths: Sequence[int]) -> DynamicCache:
+    """One for all rows, of the first so many positions of each, padded at the left."""
+    from torch.nn.utils.rnn import pad_sequence
+    from transformers import DynamicCache
+
+    def joined(rows: Sequence[Tensor]) -> Tensor:
+        parts = [row[:, :length].transpose(0, 1) for row, length in zip(rows, lengths, strict=True)]
+        return pad_sequence(parts, batch_first=True, padding_side="left").transpose(1, 2)
+
+    cache = DynamicCache()
+    for number, rows in enumerate(zip(*states, strict=True)):
+        keys, values = zip(*rows, strict=True)
+        cache.update(joined(keys), joined(values), number)
+    return cache
 
 
 def begun(target: Sequence[int], read: Sequence[int], generation: GenerationConfig) -> list[int]:
@@ -150,6 +239,7 @@ def write(
     workers: Workers,
     *,
     continues: bool,
+    states: Sequence[States | None] | None = None,
 ) -> list[list[int]]:
     """The tokens that `model` writes after each of `prompts`; behind an end there may be others of no meaning.
 
@@ -163,6 +253,7 @@ def write(
         config: how many at once.
         workers: who share the batches.
         continues: whether a text goes on with its prompt, so that it begins behind the last position.
+        states: those of each prompt and its beginning, less the last token. Where they are known, a prompt is not read.
     """
     from bilora_ray.training.compute.memory import current_room, in_parts
 
@@ -173,7 +264,13 @@ def write(
         least, longest = min(len(texts[row]) for row in rows), max(len(prompts[row]) for row in rows)
         # All are written for as long as the shortest needs: none may get past where the longest prompt's text ends.
         known = [texts[row][: least + longest - len(prompts[row])] for row in rows]
-        inputs = collate([prompts[row] + array("i", text) for row, text in zip(rows, known, strict=True)])
+        inputs: dict[str, Any] = collate(
+            [prompts[row] + array("i", text) for row, text in zip(rows, known, strict=True)]
+        )
+        before = [state for row in rows if states is not None and (state := states[row]) is not None]
+        if len(before) == len(rows) and generation.use_cache:
+            lengths = [len(prompts[row]) + len(text) - 1 for row, text in zip(rows, known, strict=True)]
+            inputs["past_key_values"] = _cache(before, lengths)
         rest = copy(generation)
         rest.max_new_tokens = generation.max_new_tokens - least
         # Every forward pass gathers the weights, so whose texts are done goes on with those whose aren't.

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from bilora_ray.training.compute.generation import Read
     from bilora_ray.training.distributed.workers import Workers
 
 # A transformers model or a PEFT model around one: neither's stubs know what the other adds.
@@ -205,8 +206,8 @@ class Task:
             decides its validation rows.
         about: lines about a dataset, for people to read: its labels, and what the metric is without learning.
         tokenizer_notes: as `notes`, about what the tokenizer makes of the rows.
-        generated: metrics of what a model writes, with `predict_with_generate`; the last argument is, of each example,
-            the likeliest token at each of its targets, if a pass has found it.
+        generated: metrics of what a model writes, with `predict_with_generate`; the last argument is what a pass
+            over each example says of how it would be written, if it does.
         stops: tokens at which a text that was learned ends, if the model would go on behind one of them.
         model_arguments: label names -> what `from_pretrained` takes beside what all tasks give it.
         heads: modules that are trained and saved whole: by PEFT itself if it has a type for the task.
@@ -240,7 +241,7 @@ class Task:
     about: Callable[[Dataset, TrialConfig], Iterable[str]] = nothing
     tokenizer_notes: Callable[[Dataset, TrialConfig, PreTrainedTokenizerBase], Iterable[str]] = nothing
     generated: Callable[
-        [Model, Sequence[Example], TrialConfig, Processor, Workers, Sequence[Sequence[int]] | None],
+        [Model, Sequence[Example], TrialConfig, Processor, Workers, Sequence[Read] | None],
         dict[str, float],
     ] = nothing
     stops: Callable[[Model, PreTrainedTokenizerBase, TrialConfig], Sequence[int]] = nothing

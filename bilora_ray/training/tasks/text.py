@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from bilora_ray.config import EXACT_MATCH, LABEL_METRICS, TrialConfig, template_columns
 from bilora_ray.errors import UserError, nearest
-from bilora_ray.training.compute.generation import begun, greedy, is_whole, preferences, write
+from bilora_ray.training.compute.generation import Read, begun, greedy, is_whole, preferences, write
 from bilora_ray.training.data.chat import Template, all_special
 from bilora_ray.training.data.columns import filled, label_of, label_text_of, listed, names_of, text_of
 from bilora_ray.training.data.formats import prompt_and_completion
@@ -212,7 +212,7 @@ def generated(
     config: TrialConfig,
     tokenizer: PreTrainedTokenizerBase,
     workers: Workers,
-    read: Sequence[Sequence[int]] | None,
+    read: Sequence[Read] | None,
     *,
     continues: bool,
 ) -> dict[str, float]:
@@ -256,12 +256,12 @@ def _texts(
     config: TrialConfig,
     tokenizer: PreTrainedTokenizerBase,
     workers: Workers,
-    read: Sequence[Sequence[int]] | None,
+    read: Sequence[Read] | None,
     continues: bool,
 ) -> list[str]:
     """What `model` writes after the prompt of each example, which must have one.
 
-    What a pass over the completions has `read`, the likeliest token at each target, is not computed again.
+    What a pass over the completions has `read` is not computed again.
 
     A model that `continues` its prompt goes on after the last position, so that prompts are padded at the left, and
     what it writes begins behind them.
@@ -274,7 +274,8 @@ def _texts(
     generation = greedy(model, config, tokenizer, most_new_tokens(config, continues), beginning)
     prompts = [example.prompt_ids or array("i") for example in examples]
     known = [[]] * len(examples) if read is None else list(map(partial(_begun, generation, continues), examples, read))
-    ids = write(model, prompts, known, generation, collated, config, workers, continues=continues)
+    states = None if read is None else [row.states if text else None for row, text in zip(read, known, strict=True)]
+    ids = write(model, prompts, known, generation, collated, config, workers, continues=continues, states=states)
     kept = _special(_ids_alone([example.reference for example in examples], tokenizer, continues), tokenizer)
     if config.chat_column is None:
         return _decoded(ids, tokenizer, kept)
@@ -282,13 +283,13 @@ def _texts(
     return [template.answer(tokens, kept) for tokens in ids]
 
 
-def _begun(generation: GenerationConfig, continues: bool, example: Example, read: Sequence[int]) -> list[int]:
+def _begun(generation: GenerationConfig, continues: bool, example: Example, read: Read) -> list[int]:
     """What is known of the text that follows an example's prompt; nothing where a pass read the prompt in another way.
 
     A model that has an encoder is not asked to go on with a text: of such a text all is known or nothing.
     """
     if not continues:
-        text = begun(example.labels, read, generation)
+        text = begun(example.labels, read.tokens, generation)
         return text if is_whole(text, generation) else []
     prompt = example.prompt_ids or array("i")
     target = example.input_ids[len(prompt) :]
@@ -297,7 +298,7 @@ def _begun(generation: GenerationConfig, continues: bool, example: Example, read
         return []
     if IGNORED in example.labels[len(prompt) :]:  # what was read there was not predicted
         return []
-    return begun(target, read[-len(target) :], generation)
+    return begun(target, read.tokens[-len(target) :], generation)
 
 
 def answers_lost(
