@@ -219,11 +219,12 @@ def generated(
     """How often the answer in what `model` writes is the right one, and label metrics where the labels are given."""
     asked = [row for row, example in enumerate(examples) if example.prompt_ids is not None]
     examples = [examples[row] for row in asked]
-    texts = _texts(model, examples, config, tokenizer, workers, read and [read[row] for row in asked], continues)
-    references = [example.reference for example in examples]
+    told = read and [read[row] for row in asked]
+    texts, ids = _texts(model, examples, config, tokenizer, workers, told, continues)
     pattern = config.answer_pattern
-    # Those of chats are what the tokenizer makes of their turns.
-    written = references if config.chat_column is not None else _as_written(references, tokenizer, continues)
+    written = [example.reference for example in examples]
+    if config.chat_column is None:  # those of chats are what the tokenizer makes of their turns
+        written = _decoded(ids, tokenizer, _special(ids, tokenizer))
     found = {"eval_exact_match": exact_match(texts, written, pattern)}
     if config.label_names is not None:
         names = [name.strip() for name in _as_written(config.label_names, tokenizer, continues)]
@@ -244,7 +245,7 @@ def predict(
 ) -> list[Prediction]:
     """What `model` writes after each prompt; without one there is nothing to go on from."""
     examples = [example for example in examples if example.prompt_ids]
-    texts = _texts(model, examples, config, tokenizer, workers, None, continues)
+    texts, _ = _texts(model, examples, config, tokenizer, workers, None, continues)
     inputs = [str(tokenizer.decode(list(example.prompt_ids or ()))) for example in examples]
     references = [example.reference for example in examples]
     return [Prediction(*row) for row in zip(inputs, texts, references, strict=True)]
@@ -258,8 +259,8 @@ def _texts(
     workers: Workers,
     read: Sequence[Read] | None,
     continues: bool,
-) -> list[str]:
-    """What `model` writes after the prompt of each example, which must have one.
+) -> tuple[list[str], list[list[int]]]:
+    """What `model` writes after the prompt of each example, which must have one; and the ids of what it should.
 
     What a pass over the completions has `read` is not computed again.
 
@@ -276,11 +277,12 @@ def _texts(
     known = [[]] * len(examples) if read is None else list(map(partial(_begun, generation, continues), examples, read))
     states = None if read is None else [row.states if text else None for row, text in zip(read, known, strict=True)]
     ids = write(model, prompts, known, generation, collated, config, workers, continues=continues, states=states)
-    kept = _special(_ids_alone([example.reference for example in examples], tokenizer, continues), tokenizer)
+    wanted = _ids_alone([example.reference for example in examples], tokenizer, continues)
+    kept = _special(wanted, tokenizer)
     if config.chat_column is None:
-        return _decoded(ids, tokenizer, kept)
+        return _decoded(ids, tokenizer, kept), wanted
     template = Template.of(tokenizer, config)
-    return [template.answer(tokens, kept) for tokens in ids]
+    return [template.answer(tokens, kept) for tokens in ids], wanted
 
 
 def _begun(generation: GenerationConfig, continues: bool, example: Example, read: Read) -> list[int]:
