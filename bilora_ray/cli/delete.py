@@ -15,7 +15,6 @@ from bilora_ray.cli.options import (
     study_argument,
     study_database_option,
 )
-from bilora_ray.errors import UserError
 from bilora_ray.search.study.layout import Layout
 
 EPILOG = """\b
@@ -47,8 +46,7 @@ def command(
             if not yes:
                 size = in_bytes(size_of(layout.study(study)))
                 question = f"Remove study '{study}' of {layout.database}, its {len(found.records())} trials and {size}?"
-                if not click.confirm(question, err=True):
-                    raise UserError(f"study '{study}': nothing was removed")
+                click.confirm(question, abort=True, err=True)
             artifacts = layout.storage_path / "mlflow-artifacts"
             before = size_of(artifacts)
             runs = _remove_runs(mlflow_uri, layout, found.space.study.project, study, found.id)

@@ -140,10 +140,13 @@ def space_to_search(
 def _not_shrunk(space: Space, layout: Layout, more: int | None) -> Space:
     """`space` with as many trials as the study was asked for before, if that is more than its file says.
 
-    With `more`, it is so many more than the study was asked for, whatever its file says.
+    With `more`, it is so many more than the study was asked for, whatever its file says. UserError if none could begin.
     """
-    from bilora_ray.search.study.studies import num_trials_before
+    from bilora_ray.search.study.studies import end_before, num_trials_before
 
+    if more is not None and (end := end_before(space, layout)) is not None:
+        key = end.partition(":")[0]
+        raise UserError(f"--extend {more}: study '{space.study.name}' ended by {end}; give it another {key}")
     before = num_trials_before(layout, space.study.name)
     num_trials = max(space.study.num_trials, before) if more is None or not before else before + more
     return replace(space, study=space.study.model_copy(update={"num_trials": num_trials}))

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from chaos.searches import Search, kill_searches
 from click.testing import CliRunner, Result
 from optuna.trial import TrialState
-from tiny_trials import next_trial
+from postgresql import server
+from tiny_trials import Tiny, next_trial
 
 from bilora_ray.cli.main import main
 from bilora_ray.config import TrialConfig
-from bilora_ray.errors import MachineError
+from bilora_ray.errors import MachineError, UserError
 from bilora_ray.records import Status
 from bilora_ray.runners.task import BY_SETTINGS, FAILURE, NUMBER, TRIALS
 from bilora_ray.search.session import Observers
@@ -168,7 +171,7 @@ def test_a_study_is_deleted_only_if_that_is_meant_and_nobody_runs_it(tmp_path: P
         result = typed(tmp_path, "delete", "s", "--yes")
     assert (result.exit_code, "is being searched by another process" in result.stderr) == (2, True)
     result = typed(tmp_path, "delete", "s", answer="n\n")
-    assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, "Error: study 's': nothing was removed")
+    assert (result.exit_code, result.stdout) == (1, "")
     assert load_study(layout, "s").records()
     gone = json.loads(said(tmp_path, "delete", "s", "--yes", "--json"))
     assert gone["freed_bytes"] >= 5000
@@ -270,6 +273,17 @@ def test_an_extension_is_of_what_the_study_was_asked_for(tmp_path: Path) -> None
     small = load_space(None, [*TRIAL, "study.name=s", "study.num_trials=3"])
     assert _not_shrunk(small, study.layout, None).study.num_trials == 6
     assert _not_shrunk(small, study.layout, 5).study.num_trials == 11
+    unbegun = load_space(None, [*TRIAL, "study.name=t", "study.num_trials=3"])
+    assert _not_shrunk(unbegun, study.layout, 5).study.num_trials == 3  # of which the search says that it is not there
+    study.release()
+    ended = opened(tmp_path, "study.num_trials=6", "study.target=1")
+    next_trial(ended)
+    ended.report(0, told(1))
+    with pytest.raises(
+        UserError, match="study 's' ended by target: eval_loss 1 is as good as 1; give it another target"
+    ):
+        _not_shrunk(ended.space, study.layout, 5)
+    assert _not_shrunk(small, study.layout, 5).study.num_trials == 11
 
 
 # failures
@@ -368,3 +382,55 @@ def test_reads_of_a_report_do_not_grow_with_the_study(tmp_path: Path, monkeypatc
     assert counts[3] == counts[23]
     assert {trial.state for trial in study.study.trials} == {TrialState.COMPLETE}
     assert simulate(study, curve) == []
+
+
+@pytest.mark.slow
+def test_a_search_that_runs_is_steered_stopped_and_ended_by_its_time(tmp_path: Path, tiny: Tiny) -> None:
+    search = Search(tmp_path, tiny, num_trials=3, max_steps=20_000)
+    try:
+        process = search.start("--max-concurrent=1")
+        search.wait(process, lambda: search.reports() > 0)
+        assert "trial 1 is the next one" in said(tmp_path, "enqueue", "s", "learning_rate=0.002")
+        said(tmp_path, "stop", "s", "--trial", "0")
+        search.wait(process, lambda: 1 in search.in_flight())
+        assert "Go on:" in said(tmp_path, "stop", "s")
+        assert search.ends(process) == 130
+        states = [trial.state for trial in search.trials()]
+        assert states == [TrialState.COMPLETE, TrialState.RUNNING]
+        assert search.trials()[1].params["learning_rate"] == 0.002
+
+        # It goes on with the trial, whose next evaluation is its last: the time is over.
+        assert search.ends(search.start("--max-concurrent=1", "--resume", "--set=study.max_hours=0.0001")) == 0
+        assert [trial.state for trial in search.trials()] == [TrialState.COMPLETE] * 2
+        assert "Ended by max_hours: 0.0001 h are over." in search.log
+        shown = json.loads(said(tmp_path, "show", "s", "--json"))
+        assert shown["ended_by"]["budget"] == "max_hours"
+        assert shown["best"] is not None
+        refused = search.start("--extend=1", "--set=study.max_hours=0.0001")
+        assert search.ends(refused) == 2
+    finally:
+        kill_searches()
+
+
+@pytest.mark.slow
+def test_a_study_of_a_server_is_steered_as_any_other(tmp_path: Path) -> None:
+    with server() as running:
+        where = ("--study-database", running.url)
+        space = load_space(None, [*TRIAL, "study.name=s", "study.scheduler=none", "study.num_trials=4"])
+        study = open_study(space, Layout(tmp_path / "runs", running.url), {})
+        assert next_trial(study) == 0
+        assert "trial 1 is the next one" in said(tmp_path, "enqueue", "s", "rank=16", *where)
+        assert next_trial(study) == 1
+        assert study.config(1).rank == 16
+        said(tmp_path, "stop", "s", "--trial", "0", *where)
+        assert study.report(0, told(1)) is Status.COMPLETE
+        refused = typed(tmp_path, "delete", "s", "--yes", *where)
+        assert (refused.exit_code, "is being searched by another process" in refused.stderr) == (2, True)
+        with ThreadPoolExecutor() as pool:  # which waits until nobody runs it
+            stopping = pool.submit(said, tmp_path, "stop", "s", *where)
+            while not study.asked_to_stop():
+                assert not stopping.done()
+            study.release()
+            assert "stopped" in stopping.result()
+        assert "removed" in said(tmp_path, "delete", "s", "--yes", *where)
+        assert json.loads(said(tmp_path, "show", "--json", *where)) == []

@@ -22,6 +22,7 @@ from bilora_ray.digests import BASE, CHAT_TEMPLATE, of_data, of_marked
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.records import Status
 from bilora_ray.search.space import BUDGETS, Choice, Distribution, Range, ResourceConfig, Space, StudyConfig
+from bilora_ray.search.study.control.budget import end_of
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import making, naming_the_database, open_storage, read_storage, study_names
 from bilora_ray.search.study.study import SearchStudy
@@ -175,6 +176,14 @@ def num_trials_before(layout: Layout, name: str) -> int:
         if name not in study_names(layout):
             return 0
         return int(_read(layout, name).user_attrs.get(SPACE, {}).get("study", {}).get("num_trials", 0))
+
+
+def end_before(space: Space, layout: Layout) -> str | None:
+    """Which budget has ended the study of `space` and holds still, in words; None if it can go on, or is not there."""
+    name = space.study.name
+    with naming_the_database(layout, then=""):
+        end = end_of(_read(layout, name).user_attrs, space) if name in study_names(layout) else None
+    return None if end is None else end.line
 
 
 def delete_study(space: Space, layout: Layout) -> None:

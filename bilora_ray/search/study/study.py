@@ -6,6 +6,7 @@ claim to it was interrupted; it is handed out again, under its own number, befor
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -159,12 +160,12 @@ class SearchStudy(StudyView):
         if step not in known:
             remember(trial, metrics, objectives)
         self.budget.charge(trial, metrics)
-        above = excesses(metrics, self.space.study)
+        above, best = excesses(metrics, self.space.study), best_values([*known.values(), metrics], objectives)
         if step >= metrics["max_steps"] or max(above.values(), default=0) > 0:
             for limit in above.keys() - stored.constraints.keys():
                 trial.set_constraint(limit, above[limit])
             # To Optuna a trial that breaks a limit is complete: of another state not every sampler learns of it.
-            self._end(number, TrialState.COMPLETE, best_values([*known.values(), metrics], objectives))
+            self._end(number, TrialState.COMPLETE, best)
             if max(above.values(), default=0) > 0:
                 self._stopped.add(number)
                 return Status.PRUNED
@@ -175,8 +176,8 @@ class SearchStudy(StudyView):
         if newest and schedulers[self.space.study.scheduler](asked):
             self._end(number, TrialState.PRUNED)
             return Status.PRUNED
-        if newest and (self.budget.end() is not None or STOP in stored.user_attrs):
-            self._end(number, TrialState.COMPLETE, best_values([*known.values(), metrics], objectives))
+        if newest and not math.isnan(best[0]) and (self.budget.end() is not None or STOP in stored.user_attrs):
+            self._end(number, TrialState.COMPLETE, best)
             return Status.COMPLETE
         return Status.RUNNING
 
