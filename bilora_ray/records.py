@@ -33,6 +33,7 @@ class TrialRecord:
         value: of the study's metric with the best adapter so far; None before the first evaluation.
         loss: `eval_loss` of that adapter.
         adapter: its folder.
+        removed: the setting of the study for which the adapter was removed; then there is no folder.
         error: why it failed, one line.
         values: of each of the study's metrics, all with that adapter; empty before the first evaluation.
         broken: the limits of the study that it does not keep to, one line.
@@ -46,6 +47,7 @@ class TrialRecord:
     value: float | None = None
     loss: float | None = None
     adapter: Path | None = None
+    removed: str | None = None
     error: str | None = None
     values: Mapping[str, float] = field(default_factory=dict)
     broken: str | None = None

@@ -75,6 +75,11 @@ def command(
     if finals is not None and finals.winner is not None:
         study, found, record = finals.study.space.study.name, finals.study, finals.winner
     adapter = where_adapter_is(found, record)
+    if record.removed:
+        again = f"`bilora-ray train --study {study} --trial {record.number} --name NEW` trains it again"
+        raise UserError(
+            f"study '{study}': the adapter of trial {record.number} was removed by study.{record.removed}; {again}"
+        )
     if record.adapter is None and record.value is None:
         raise UserError(f"study '{study}': trial {record.number} has no adapter; it ended before its first evaluation")
     if record.adapter is None or not adapter.is_dir():

@@ -119,10 +119,11 @@ def non_default(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def study_as_json(study: StudyView) -> dict[str, Any]:
     """A study as JSON: what `tune --json` and `show --json` print."""
+    from bilora_ray.search.study.control.disk import used_by
     from bilora_ray.search.study.control.finalists import finals_of
 
     best, metric, importances, end = study.best(), study.objective.metric, study.importances(), study.end()
-    finals = finals_of(study)
+    finals, records = finals_of(study), study.records_now()
     return {
         "study": study.space.study.name,
         "metric": metric,
@@ -138,8 +139,9 @@ def study_as_json(study: StudyView) -> dict[str, Any]:
             "intervals": {key: [share.low, share.high] for key, share in importances.shares.items()},
             "unknown": importances.unknown,
         },
+        "disk": {"bytes": used_by(study), "adapters_removed": sum(bool(record.removed) for record in records)},
         "finalists": None if finals is None else finals_as_json(finals),
-        "trials": [as_json(record, metric) for record in study.records_now()],
+        "trials": [as_json(record, metric) for record in records],
     }
 
 
@@ -161,6 +163,7 @@ def as_json(record: TrialRecord, metric: str) -> dict[str, Any]:
         "sampled": dict(record.sampled),
         "evaluations": [dict(metrics) for metrics in record.history],
         "adapter": str(record.adapter) if record.adapter else None,
+        "adapter_removed": record.removed,
         "error": record.error,
         **({} if record.broken is None else {"broken": record.broken}),
     }

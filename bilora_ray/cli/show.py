@@ -105,6 +105,7 @@ def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -
     if peak:
         console.print(f"GPU memory of a worker: {peak + CUDA_GIB:.1f} GiB at the most, with CUDA's own")
     _print_limits(console, records)
+    _print_disk(console, found, records)
     if any(record.status is Status.INTERRUPTED for record in records):
         verb = "tune" if found.space.distributions else "train"
         console.print(f"What is interrupted goes on with `bilora-ray {verb}`, as it was begun, and --resume.")
@@ -123,6 +124,16 @@ def _print_limits(console: Console, records: Sequence[TrialRecord]) -> None:
     which = f"trial {limited[0]}" if len(limited) == 1 else f"{len(limited)} trials"
     for line in Proven.least(told.values()).in_words():
         console.print(f"In {which}: {line}.", markup=False, soft_wrap=True)
+
+
+def _print_disk(console: Console, study: StudyView, records: Sequence[TrialRecord]) -> None:
+    """Say what the study takes of the disk, and whose adapters are there."""
+    from bilora_ray.search.study.control.disk import GB, used_by
+
+    kept = sum(record.adapter is not None and record.adapter.is_dir() for record in records)
+    removed = sum(bool(record.removed) for record in records)
+    adapters = f"{kept} adapter{'' if kept == 1 else 's'}" + (f", {removed} more were removed" if removed else "")
+    console.print(f"Disk: {used_by(study) / GB:.3g} GB, {adapters}", markup=False)
 
 
 def _print_importances(console: Console, study: StudyView, found: Importances) -> None:

@@ -85,7 +85,7 @@ def command(
         check_mlflow(mlflow_uri)
     layout = Layout(absolute(storage_path), study_database)
     single = {"name": json.dumps(name), "num_trials": 1, "scheduler": "none", "points_to_evaluate": "[]"}
-    single |= {"finalists": 0, "finalist_seeds": "null"}
+    single |= {"finalists": 0, "finalist_seeds": "null", "keep_adapters": "null"}
     found_out: tuple[str, ...] = ()
     origin: StudyView | None = None
     overrides += tuple(f"study.{key}={value}" for key, value in single.items())

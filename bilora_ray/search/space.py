@@ -95,6 +95,12 @@ class StudyConfig(Settings):
     finalist_seeds: Int | None = Field(
         None, ge=2, description="trainings of each finalist, each with a seed that no trial had; 3 if absent"
     )
+    keep_adapters: Int | None = Field(None, ge=1, description="best trials whose adapters are kept; all if absent")
+    max_disk_gb: Float | None = Field(
+        None,
+        gt=0,
+        description="what the study's folder may hold: beyond it the worst adapters go, then no trial begins",
+    )
 
     @field_validator("name")
     @classmethod

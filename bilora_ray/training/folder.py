@@ -24,6 +24,8 @@ from bilora_ray.files import locked
 EXAMPLES = "examples"
 STATE = "state.json"
 TENSORS = "tensors.safetensors"
+# Ends the name of what is being removed.
+GONE = ".gone"
 # A killed search's worker may write for some seconds more; its successor waits for that.
 ORPHAN_WAIT_S = 60.0
 COMPLETE = re.compile(r"step-(\d{8})")
@@ -44,9 +46,14 @@ class TrialFolder:
         """The checkpoint of `step`, whether or not it exists."""
         return self.checkpoints / f"step-{step:08d}"
 
+    @property
+    def adapters(self) -> Path:
+        """Folder of the best adapter."""
+        return self.path / "adapters"
+
     def adapter_at(self, step: int) -> Path:
         """The adapter of `step`, whether or not it exists."""
-        return self.path / "adapters" / f"step-{step:08d}"
+        return self.adapters / f"step-{step:08d}"
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -70,7 +77,7 @@ class TrialFolder:
 
     def keep_only(self, step: int, best_step: int) -> None:
         """Remove older checkpoints, all adapters but the best, and what killed processes left half-done."""
-        for folder, kept in ((self.checkpoints, step), (self.path / "adapters", best_step)):
+        for folder, kept in ((self.checkpoints, step), (self.adapters, best_step)):
             for entry in folder.iterdir():
                 if entry.name != f"step-{kept:08d}":
                     shutil.rmtree(entry, ignore_errors=True)
@@ -96,9 +103,27 @@ class TrialFolder:
         for complete in _complete(self.checkpoints):
             (complete / TENSORS).unlink(missing_ok=True)
 
+    def discard_unfinished(self) -> None:
+        """Remove what processes that were killed left half-done. Nobody may write to the folder meanwhile."""
+        for folder in (self.checkpoints, self.adapters):
+            for entry in folder.iterdir() if folder.is_dir() else ():
+                if not COMPLETE.fullmatch(entry.name):
+                    shutil.rmtree(entry, ignore_errors=True)
+
+    def discard_adapters(self) -> None:
+        """Free the disk of the adapters: who is killed meanwhile leaves one that is whole, or none by its name.
+
+        What a worker, which has not heard of its trial's end, is about to write is left to `discard_unfinished`.
+        """
+        for adapter in _complete(self.adapters):
+            with contextlib.suppress(FileNotFoundError):  # another process has the same to do
+                adapter.rename(adapter.with_name(adapter.name + GONE))
+        for gone in self.adapters.glob(f"*{GONE}"):
+            shutil.rmtree(gone, ignore_errors=True)
+
     def make(self) -> None:
         """Make what `fit` writes into."""
-        for folder in (self.checkpoints, self.path / "adapters"):
+        for folder in (self.checkpoints, self.adapters):
             folder.mkdir(parents=True, exist_ok=True)
 
     def lock(self, wait_s: float) -> Any:

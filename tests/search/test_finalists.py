@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -9,7 +10,10 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
+from tiny_trials import Tiny
 
+from bilora_ray.cli.main import main
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.records import Objective
@@ -269,3 +273,26 @@ def test_finalists_have_neither_sampler_nor_early_stops(layout: Layout) -> None:
     study = searched(layout, space(study__scheduler="asha", study__sampler="tpe"))
     found = space_of(study, choose(study)).study
     assert (found.scheduler, found.finalists, found.name) == ("none", 0, "s-finalists")
+
+
+@pytest.mark.slow
+def test_a_search_goes_on_with_its_finalists_and_a_resume_trains_none_again(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = tiny.config("causal-lm", max_steps=2, eval_steps=1)
+    study = {"name": "s", "num_trials": 2, "scheduler": "none", "finalists": 2, "finalist_seeds": 2}
+    trial = {**config.model_dump(exclude_defaults=True), "rho": {"low": 0.1, "high": 0.9}}
+    Path("space.yaml").write_text(json.dumps({"study": study, "trial": trial}))
+    for more in ((), ("--resume",)):
+        result = CliRunner().invoke(main, ["tune", "--space", "space.yaml", "--json", *more])
+        assert result.exit_code == 0, result.stderr
+        told = json.loads(result.stdout)
+        assert len(told["trials"]) == 2
+        assert len(told["finalists"]["finalists"]) == 2
+        assert all(None not in finalist["scores"] for finalist in told["finalists"]["finalists"])
+        assert Path(told["finalists"]["adapter"]).is_dir()
+    assert len(load_study(Layout(tmp_path / "runs"), "s-finalists").records()) == 4
+    result = CliRunner().invoke(main, ["export", "s", "--output", "out", "--json"])
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["study"] == "s-finalists"

@@ -32,9 +32,10 @@ MAXIMIZE, MINIMIZE = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
 SPACE = "space"
 LISTED = "`bilora-ray show` lists them"
 # What may differ between the first start of a study and its resume.
-FREE_TO_CHANGE = frozenset({"num_trials", "max_concurrent", "finalists", "finalist_seeds", *BUDGETS})
-
-ONLY = "of a study only num_trials, max_concurrent, its finalists and what it may use may change"
+FREE_TO_CHANGE = frozenset(
+    {"num_trials", "max_concurrent", "finalists", "finalist_seeds", "keep_adapters", "max_disk_gb", *BUDGETS}
+)
+ONLY = "of a study only num_trials, max_concurrent, its finalists, what it keeps and what it may use may change"
 
 
 @dataclass(frozen=True)

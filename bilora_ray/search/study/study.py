@@ -19,6 +19,7 @@ from optuna.trial import Trial, TrialState
 from bilora_ray.records import Observer, Status, TrialRecord
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.claims import Claims
+from bilora_ray.search.study.control import disk
 from bilora_ray.search.study.control.budget import Budget
 from bilora_ray.search.study.control.causes import common_cause
 from bilora_ray.search.study.control.evaluations import best_values, evaluations_of, excesses, remember
@@ -62,6 +63,8 @@ class SearchStudy(StudyView):
         for trial in self._trials(*ENDED):
             if status_of(trial) is not Status.COMPLETE:  # whose search may have died before `settle`
                 self.folder(trial.number).discard_tensors()
+        disk.finish(self)
+        disk.trim(self)
 
     def next_trials(self) -> list[int]:
         """The numbers of the trials to run together next; none when all are given.
@@ -72,6 +75,8 @@ class SearchStudy(StudyView):
         with self.layout.choosing(self.study.study_name):
             number = next(self._orphans(), None)
             ended = self.budget.end(begins=number is None)
+            if number is None and ended is None and not self._all_given():
+                disk.check(self)
             if number is None and ended is None and not self._all_given():
                 # What `propose` samples is decided by the number, so this sampler has nothing to say.
                 self.study.sampler = RandomSampler(seed=0)
@@ -132,10 +137,14 @@ class SearchStudy(StudyView):
         The workers of a trial that has several go on while they wait to hear of its end.
         """
         while self._stopped:
-            folder = self.folder(self._stopped.pop())
+            number = self._stopped.pop()
+            folder = self.folder(number)
             # TimeoutError is an OSError; and the storage may be away.
             with suppress(OSError), folder.lock(STOP_WAIT_S):
                 folder.discard_tensors()
+                folder.discard_unfinished()
+                if self.record(number).removed:
+                    folder.discard_adapters()
 
     def discard_examples(self) -> None:
         """Free the disk of the tokenized rows of large data, once no trial will ask for them; more trials make anew."""
@@ -231,4 +240,5 @@ class SearchStudy(StudyView):
         if state != TrialState.COMPLETE:
             self._stopped.add(number)
         self.folder(number).discard_tensors()
+        disk.trim(self)
         self._claims.release(number)

@@ -27,6 +27,8 @@ from bilora_ray.training.folder import TrialFolder
 ID, ERROR, DIGESTS = "id", "error", "digests"
 # What a study keeps of the choice of its finalists: see `control.finalists`.
 FINALISTS = "finalists"
+# The trials whose adapters were removed, by the setting that was why: see `control.disk`.
+REMOVED = "removed"
 # A trial that failed by its own settings is PRUNED with a constraint that it broke, since samplers read nothing of a
 # FAIL. Other failures, and all of version 0.1.0, are FAIL.
 STATUS = {
@@ -180,6 +182,11 @@ class StudyView:
         judged.intermediate_values = {step: metrics[self.objective.metric] for step, metrics in known.items()}
         return judged
 
+    def _removed(self, number: int) -> str | None:
+        """The setting for which the adapter of trial `number` was removed, if it was."""
+        removed = self.study.user_attrs.get(REMOVED, {})
+        return next((why for why, numbers in removed.items() if number in numbers), None)
+
     def _trial(self, number: int) -> FrozenTrial:
         """One trial, read by itself: what a report costs must not grow with the study."""
         storage = self.study._storage
@@ -203,6 +210,9 @@ class StudyView:
             config = self.space.trial_config(trial.params)
             settings = {key: value for key, value in config.model_dump().items() if applies(key, config.method)}
         known = dict(zip(metrics, trial.values, strict=True)) if trial.state == TrialState.COMPLETE else kept
+        adapter = None if best_step is None else folder.adapter_at(best_step)
+        # The study is asked only about what is not there: most is.
+        removed = None if adapter is None or adapter.is_dir() else self._removed(trial.number)
         return TrialRecord(
             number=trial.number,
             status=status_of(trial),
@@ -211,7 +221,8 @@ class StudyView:
             history=history,
             value=known.get(self.objective.metric),
             loss=kept.get("eval_loss"),
-            adapter=None if best_step is None else folder.adapter_at(best_step),
+            adapter=None if removed else adapter,
+            removed=removed,
             error=trial.user_attrs.get(ERROR) if _failed(trial) else None,
             values={metric: known[metric] for metric in metrics if metric in known},
             broken=broken(trial, self.space.study),
