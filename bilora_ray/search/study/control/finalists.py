@@ -176,7 +176,11 @@ def finals_of(study: StudyView) -> Finals | None:
     name, chosen = name_of(study.space.study.name), chosen_of(study)
     if chosen is None or name not in study_names(study.layout):
         return None
-    finals = load_study(study.layout, name)
+    return told_by(study, load_study(study.layout, name), chosen)
+
+
+def told_by(study: StudyView, finals: StudyView, chosen: Chosen) -> Finals:
+    """As `finals_of`, of the study `finals` of what was `chosen` in `study`."""
     runs = {number: _runs(study, finals, number, chosen) for number in chosen.trials}
     if not finals.finished():
         return Finals(finals, None, None)
