@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from bilora_ray.checking import Float, Int, Settings, build
 from bilora_ray.config import TrialConfig, applies, coerce, objective
@@ -27,6 +27,15 @@ from bilora_ray.records import Objective
 Value = bool | int | float | str | None
 # What a search may use, beside its number of trials.
 BUDGETS = ("max_hours", "max_device_hours", "max_cost", "price_per_gpu_hour", "target", "min_gain")
+# The units of rungs of which a part is enough.
+PARTED = frozenset({"epochs", "seconds"})
+# The settings that only some schedulers read.
+READ_BY = {
+    "rung_unit": ("asha", "hyperband", "median"),
+    "grace_period": ("asha", "hyperband", "median"),
+    "reduction_factor": ("asha", "hyperband"),
+    "min_trials": ("median",),
+}
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # What the study of a study's finalists is called.
 FINALISTS_OF = "{}-finalists"
@@ -60,13 +69,19 @@ class StudyConfig(Settings):
         "numbers only; random; grid runs each combination once; qmc fills the space evenly; nsga2 and nsga3 are for "
         "several objectives",
     )
-    scheduler: Literal["asha", "none"] = Field("asha", description="whether weak trials are stopped early")
-    grace_period: Int | None = Field(
+    scheduler: Literal["asha", "hyperband", "median", "none"] = Field(
+        "asha", description="whether weak trials are stopped early"
+    )
+    rung_unit: Literal["steps", "epochs", "rows", "tokens", "seconds"] | None = Field(
         None,
-        ge=1,
-        description="steps, of the largest batch that is searched, before the first stop; a ninth of a trial if absent",
+        description="what trials are compared after as much of, and what grace_period is in; rows if absent, with "
+        "grace_period in steps of the largest batch that is searched",
+    )
+    grace_period: Int | Float | None = Field(
+        None, gt=0, description="how much of rung_unit comes before the first stop; a ninth of a trial if absent"
     )
     reduction_factor: Int = Field(3, ge=2, description="at each rung one of so many trials goes on")
+    min_trials: Int = Field(5, ge=1, description="median: complete trials to compare with, at the least")
     objectives: tuple[ObjectiveConfig, ...] = Field(
         (),
         description="what trials are judged by, such as [{metric: eval_loss}, {metric: train_runtime}]; the first "
@@ -122,6 +137,14 @@ class StudyConfig(Settings):
         if self.finalists and not STUDY_NAME.fullmatch(FINALISTS_OF.format(self.name)):
             raise ValueError(f"name: is too long for the study of its finalists, {FINALISTS_OF.format('NAME')}")
         return self
+
+    @field_validator("grace_period")
+    @classmethod
+    def _whole_unless_parted(cls, value: float | None, info: ValidationInfo) -> float | None:
+        unit = info.data.get("rung_unit") or "steps"
+        if value is not None and unit not in PARTED and value != int(value):
+            raise ValueError(f"must be a whole number of {unit}")
+        return value
 
 
 class ResourceConfig(Settings):

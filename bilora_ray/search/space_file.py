@@ -27,7 +27,7 @@ from bilora_ray.config import (
 )
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.paths import Locate, locate_here
-from bilora_ray.search.space import Choice, Distribution, Range, ResourceConfig, Space, StudyConfig, Value
+from bilora_ray.search.space import READ_BY, Choice, Distribution, Range, ResourceConfig, Space, StudyConfig, Value
 
 SECTIONS = ("study", "trial", "resources")
 # Trials that differ in these cannot be compared: they are judged by other rows, another measure or at other steps.
@@ -92,6 +92,7 @@ def checked_space(
         **absolute_sources(given["trial"], Path.cwd(), "--set trial", locate),
     }
     study = build(StudyConfig, {**sections["study"], **given["study"]}, f"{path}: study", given["study"])
+    _check_scheduler(study, sections["study"], given["study"], path)
     of_resources = {**sections["resources"], **given["resources"]}
     resources = build(ResourceConfig, of_resources, f"{path}: resources", given["resources"])
     distributions = {
@@ -223,6 +224,14 @@ def _distribution(section: str, key: str, value: dict[str, Any]) -> Distribution
             raise UserError(f"{where}: step must be a whole number, got {found.step:g}")
         return found
     raise UserError(f"{where}: a distribution is {{choice: [...]}} or {{low: ..., high: ...}}, got {value}")
+
+
+def _check_scheduler(study: StudyConfig, filed: Container[str], given: Container[str], path: Path) -> None:
+    """Refuse a setting that the scheduler does not read; of a file, only if the scheduler is the file's, too."""
+    for key, schedulers in READ_BY.items():
+        if study.scheduler not in schedulers and (key in given or (key in filed and "scheduler" not in given)):
+            where, readers = "--set study" if key in given else f"{path}: study", ", ".join(schedulers)
+            raise UserError(f"{where}.{key}: scheduler {study.scheduler} does not read it; allowed with {readers}")
 
 
 def _check_settings(space: Space) -> None:

@@ -21,7 +21,7 @@ from bilora_ray.config import TrialConfig, takes_mapping
 from bilora_ray.digests import BASE, CHAT_TEMPLATE, of_data, of_marked
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.records import Status
-from bilora_ray.search.space import BUDGETS, Choice, Distribution, Range, ResourceConfig, Space, StudyConfig
+from bilora_ray.search.space import BUDGETS, READ_BY, Choice, Distribution, Range, ResourceConfig, Space, StudyConfig
 from bilora_ray.search.study.control.budget import end_of
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import making, naming_the_database, open_storage, read_storage, study_names
@@ -306,7 +306,9 @@ def _comparable(described: Mapping[str, Any]) -> dict[str, Any]:
     """
     workers = completed(ResourceConfig, described["resources"])["workers"]
     study = completed(StudyConfig, described["study"])
-    compared = {f"study.{key}": value for key, value in study.items() if key not in FREE_TO_CHANGE}
+    # What the scheduler does not read was not refused before, and is now.
+    unread = {key for key, schedulers in READ_BY.items() if study["scheduler"] not in schedulers}
+    compared = {f"study.{key}": value for key, value in study.items() if key not in FREE_TO_CHANGE | unread}
     searched = {
         key: _distribution(values).model_dump(mode="json") for key, values in described["distributions"].items()
     }

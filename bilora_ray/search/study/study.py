@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 
 import optuna
 from optuna.samplers import RandomSampler
@@ -171,6 +172,9 @@ class SearchStudy(StudyView):
         self.budget.charge(trial, metrics)
         above, best = excesses(metrics, self.space.study), best_values([*known.values(), metrics], objectives)
         if step >= metrics["max_steps"] or max(above.values(), default=0) > 0:
+            if math.isnan(best[0]):  # which Optuna takes for no result at all
+                self.fail(number, f"{self.objective.metric} is nan in every evaluation", by_settings=True)
+                return Status.FAILED
             for limit in above.keys() - stored.constraints.keys():
                 trial.set_constraint(limit, above[limit])
             # To Optuna a trial that breaks a limit is complete: of another state not every sampler learns of it.
@@ -179,8 +183,8 @@ class SearchStudy(StudyView):
                 self._stopped.add(number)
                 return Status.PRUNED
             return Status.COMPLETE
-        newest, choosing = step >= max(known, default=0), self.layout.choosing(self.study.study_name)
-        asked = Asked(trial, stored.params, step, int(metrics["max_steps"]), self.space, self.objective, choosing)
+        newest, choosing = step >= max(known, default=0), partial(self.layout.choosing, self.study.study_name)
+        asked = Asked(trial, stored.params, metrics, self.space, self.objective, choosing)
         schedulers = OF_SEVERAL if len(objectives) > 1 else SCHEDULERS
         if newest and schedulers[self.space.study.scheduler](asked):
             self._end(number, TrialState.PRUNED)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bilora_ray.search.study.schedulers import asha, nondominated, none
+from bilora_ray.search.study.schedulers import asha, hyperband, median, nondominated, none
 from bilora_ray.search.study.schedulers.base import Asked, once
 
 # What `study.scheduler` says -> whether a trial is stopped.
 SCHEDULERS: dict[str, Callable[[Asked], bool]] = {
     "asha": once(asha.is_weak),
+    "hyperband": once(hyperband.is_weak),
+    "median": once(median.is_weak),
     "none": none.is_weak,
 }
 # The same, of a study with several objectives.

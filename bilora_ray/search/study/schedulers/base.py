@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from optuna.trial import Trial
 
@@ -24,20 +26,33 @@ class Asked:
     Attributes:
         trial: of the study.
         sampled: what the search chose for it.
-        step: of the evaluation.
-        max_steps: the trial's.
+        metrics: of the evaluation.
         space: the study's.
         objective: the study's.
-        choosing: in it no other process decides anything for the whole study.
+        choosing: makes a block in which no other process decides anything for the whole study.
     """
 
     trial: Trial
     sampled: Mapping[str, Value]
-    step: int
-    max_steps: int
+    metrics: Mapping[str, float]
     space: Space
     objective: Objective
-    choosing: AbstractContextManager[None]
+    choosing: Callable[[], AbstractContextManager[None]]
+
+    @property
+    def step(self) -> int:
+        """Of the evaluation."""
+        return int(self.metrics["step"])
+
+    @property
+    def max_steps(self) -> int:
+        """The trial's."""
+        return int(self.metrics["max_steps"])
+
+    @cached_property
+    def known(self) -> Mapping[str, Any]:
+        """What the study had decided for all of its trials as it was asked."""
+        return self.trial.study.user_attrs
 
 
 def once(is_weak: Callable[[Asked], bool]) -> Callable[[Asked], bool]:

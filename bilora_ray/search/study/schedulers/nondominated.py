@@ -10,8 +10,8 @@ from optuna.trial import FrozenTrial
 
 from bilora_ray.search.study.control.evaluations import evaluations_of
 from bilora_ray.search.study.control.front import best_rows, losses_of
-from bilora_ray.search.study.schedulers.asha import first_rung
 from bilora_ray.search.study.schedulers.base import JUDGED, Asked
+from bilora_ray.search.study.schedulers.rungs import first_rung, reached
 
 # Of a trial at a rung, its step and its losses there.
 RUNG = "front_rung_"
@@ -23,10 +23,11 @@ def is_weak(asked: Asked) -> bool:
     A process that died between the note of a rung and that of the verdict leaves the rung without one: the comparison
     is made again.
     """
-    first, rows = first_rung(asked)
+    now = reached(asked)
+    first = first_rung(asked, now)
     own = asked.trial.storage.get_trial(asked.trial._trial_id)
     factor, rung = asked.space.study.reduction_factor, 0
-    while first * factor**rung <= asked.step * rows:
+    while first * factor**rung <= now.amount:
         key = f"{RUNG}{rung}"
         if key not in own.user_attrs or own.user_attrs[key]["step"] > own.user_attrs.get(JUDGED, -1):
             _note(asked, own, key)

@@ -1,0 +1,31 @@
+"""HyperBand (Li et al., JMLR 2018): brackets of successive halving, each with a later first rung than the one before.
+
+Which bracket a trial is in follows from its number and the study's name. Nobody knows how soon a bad trial of this task
+shows: of some, few rungs would stop what would have been the best. The sampler learns of the trials of all brackets:
+Optuna gives it those of one, of which a study of some dozens has too few to go by.
+"""
+
+from __future__ import annotations
+
+from optuna.pruners import HyperbandPruner
+
+from bilora_ray.search.study.schedulers.base import Asked
+from bilora_ray.search.study.schedulers.halving import in_parts, is_stopped, let_go, lost_a_rung
+from bilora_ray.search.study.schedulers.rungs import first_rung, longest, reached
+
+
+def is_weak(asked: Asked) -> bool:
+    """Whether the trial's bracket stops it. Brackets, rungs and verdicts are functions of what the study keeps."""
+    now = reached(asked)
+    first, last = (in_parts(amount, now.unit) for amount in (first_rung(asked, now), longest(asked, now)))
+    study, factor = asked.trial.study, asked.space.study.reduction_factor
+    pruner = HyperbandPruner(min_resource=first, max_resource=max(first, last), reduction_factor=factor)
+    own = asked.trial.storage.get_trial(asked.trial._trial_id)
+    weak = is_stopped(asked, pruner, now)
+    bracket = pruner._get_bracket_id(study, own)
+    weak = weak or lost_a_rung(
+        asked, now, first * factor**bracket, lambda trial: pruner._get_bracket_id(study, trial) == bracket
+    )
+    if not weak:
+        let_go(asked, now)
+    return weak
