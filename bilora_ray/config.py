@@ -394,6 +394,15 @@ class TrialConfig(Settings):
     eval_steps: Float = setting(
         0.1, "steps between evaluations; below 1, a share of the training", gt=0, decides="training", searched=False
     )
+    early_stopping_patience: Int | None = setting(
+        None,
+        "evaluations in a row without a better metric that end a trial by itself, complete with its best adapter",
+        ge=1,
+        decides="training",
+    )
+    early_stopping_threshold: Float = setting(
+        0.0, "how much better the metric must be for early_stopping_patience to begin anew", ge=0, decides="training"
+    )
     predict_with_generate: bool = setting(False, "generate text and measure eval_exact_match", decides="evaluation")
     max_new_tokens: Int = setting(64, "length of generated text", ge=1, decides="evaluation")
     answer_pattern: str | None = setting(
@@ -486,6 +495,8 @@ class TrialConfig(Settings):
             raise ValueError(f"metric: '{self.metric}' is not measured here; {hint}")
         if self.predict_with_generate and not generates:
             raise ValueError(f"predict_with_generate: {self.task} generates no text")
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise ValueError("early_stopping_threshold: needs early_stopping_patience")
         if self.format is not None:
             self._check_format(generates)
         if self.class_weights is not None and not TASK_FACTS[self.task].has_classes:

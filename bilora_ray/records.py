@@ -9,6 +9,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
+# The metric of an evaluation that says how many more without a gain the trial waits for, if it does not for all.
+PATIENCE_LEFT = "patience_left"
+
+
+def is_last(evaluation: Mapping[str, float]) -> bool:
+    """Whether a trial ends by itself with this evaluation: it has made all of its steps, or is out of patience."""
+    return evaluation["step"] >= evaluation["max_steps"] or evaluation.get(PATIENCE_LEFT) == 0
+
 
 class Status(Enum):
     """Where a trial stands. The words are the same on the terminal, in JSON and in MLflow's tags."""
@@ -88,6 +96,19 @@ class Objective:
         if best is None or value != best[self.metric]:
             return self.is_better(value, None if best is None else best[self.metric])
         return Objective("eval_loss", greater_is_better=False).is_better(evaluation["eval_loss"], best["eval_loss"])
+
+    def in_vain(self, evaluations: Iterable[Mapping[str, float]], threshold: float) -> int:
+        """How many evaluations there were since the last that was better by more than `threshold` than all before it.
+
+        As transformers' EarlyStoppingCallback counts: what is better by less is what the next ones are compared with.
+        """
+        best, count = None, 0
+        for evaluation in evaluations:
+            value = evaluation[self.metric]
+            better = self.is_better(value, best)
+            count = 0 if better and (best is None or abs(value - best) > threshold) else count + 1
+            best = value if better else best
+        return count
 
     def rank(self, record: TrialRecord) -> tuple[float, float, int]:
         """What sorts trials from the best to the worst: the value, of equal ones the loss, then the number."""

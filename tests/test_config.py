@@ -184,6 +184,7 @@ def test_integers_are_known_and_so_are_numbers() -> None:
         "gradient_accumulation_steps",
         "tokens_per_pass",
         "seed",
+        "early_stopping_patience",
         "max_new_tokens",
     ]
     assert [key for key in NUMBERS if key not in INTEGERS] == [
@@ -198,6 +199,7 @@ def test_integers_are_known_and_so_are_numbers() -> None:
         "warmup_ratio",
         "num_train_epochs",
         "eval_steps",
+        "early_stopping_threshold",
     ]
 
 

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from bilora_ray.records import Objective
+from bilora_ray.records import Objective, is_last
 
 EXACT_MATCH = Objective("eval_exact_match", greater_is_better=True)
 
@@ -48,3 +48,31 @@ def test_the_best_value_is_no_nan(greater: bool, expected: float) -> None:
     assert objective.best_value([math.nan, 2.0, 1.0, math.nan, 3.0]) == expected
     assert objective.best_value([math.nan]) is None
     assert objective.best_value([]) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "threshold", "count"),
+    [
+        ([], 0.0, 0),
+        ([3.0], 0.0, 0),
+        ([3.0, 2.0, 2.0, 2.5], 0.0, 2),
+        ([3.0, 2.9, 2.8], 0.15, 2),  # each is compared with the one before, as transformers does
+        ([3.0, 2.9, 2.7], 0.15, 0),
+        ([math.nan, 3.0, math.nan], 0.0, 1),
+        ([math.nan, math.nan], 0.0, 2),
+    ],
+)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_evaluations_in_vain_are_those_since_the_last_gain(
+    values: list[float], threshold: float, count: int, sign: int
+) -> None:
+    objective = Objective("m", greater_is_better=sign < 0)
+    assert objective.in_vain([{"m": sign * value} for value in values], threshold) == count
+
+
+@pytest.mark.parametrize(
+    ("told", "last"),
+    [({}, False), ({"step": 9}, True), ({"patience_left": 1}, False), ({"patience_left": 0}, True)],
+)
+def test_a_trial_ends_by_itself_with_its_last_step_or_with_its_patience(told: dict[str, float], last: bool) -> None:
+    assert is_last({"step": 3, "max_steps": 9, **told}) is last

@@ -29,6 +29,7 @@ from bilora_ray.files import atomic_folder, temporary_folder
 from bilora_ray.method import export_primary, primary_parameters
 from bilora_ray.paths import cached_commit
 from bilora_ray.recipe import PAD, TEMPLATE, write_recipe
+from bilora_ray.records import PATIENCE_LEFT, is_last
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from bilora_ray.training.compute.compiled import Compiled
@@ -59,6 +60,7 @@ class Progress:
     best_step: int | None = None
     best_value: float | None = None
     train_runtime: float = 0.0
+    num_input_tokens_seen: int = 0
     history: list[dict[str, float]] = field(default_factory=list)
     resumed_at: list[int] = field(default_factory=list)
     proven: dict[str, int | None] = field(default_factory=dict)
@@ -167,6 +169,9 @@ class Run:
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
         self.progress = Progress(**state)
+        if "num_input_tokens_seen" not in state:  # an earlier version did not count them
+            rows = (row for step in range(self.progress.step) for row in self._rows_of(step))
+            self.progress.num_input_tokens_seen = sum(row.length for row in rows)
         if not self.room.cannot_retry:  # else what was learned since then is why there was another start
             self.room.proven = Proven(**self.progress.proven)
         self.gradients.agree()
@@ -192,6 +197,12 @@ class Run:
         """Whether the current step ends with an evaluation; the last one does."""
         return self.progress.step % self.eval_every == 0 or self.progress.step == self.max_steps
 
+    @property
+    def is_over(self) -> bool:
+        """Whether there is no step left, or no patience."""
+        history = self.progress.history
+        return self.progress.step >= self.max_steps or (bool(history) and is_last(history[-1]))
+
     def evaluate(self) -> dict[str, float]:
         """Measure the primary adapter on the validation rows, keep it if it is the best, and write a checkpoint.
 
@@ -207,12 +218,18 @@ class Run:
         progress = self.progress
         progress.train_runtime += time.perf_counter() - self.window.started
         metrics["train_runtime"] = progress.train_runtime
+        progress.num_input_tokens_seen += self.window.tokens
+        metrics["num_input_tokens_seen"] = progress.num_input_tokens_seen
         # From here on it is the next window's time: what is written below is part of training.
         self.window = Window()
         best = next((past for past in progress.history if past["step"] == progress.best_step), None)
         if self.config.objective.improves(metrics, best):
             progress.best_value, progress.best_step = metrics[self.config.metric], progress.step
             self._export(self.folder.adapter_at(progress.step))
+        if self.config.early_stopping_patience is not None:
+            told, threshold = [*progress.history, metrics], self.config.early_stopping_threshold
+            vain = self.config.objective.in_vain(told, threshold)
+            metrics[PATIENCE_LEFT] = max(0, self.config.early_stopping_patience - vain)
         progress.history.append(metrics)
         progress.proven = vars(self.room.proven).copy()
         state = {**vars(progress), "schedule": self.schedule.state_dict(), "settings": self._settings()}
@@ -238,7 +255,10 @@ class Run:
         return self.config.model_copy(update={"label_names": self.data.label_names})
 
     def _next_rows(self) -> list[Example]:
-        epoch, index = divmod(self.progress.step, self.steps_per_epoch)
+        return self._rows_of(self.progress.step)
+
+    def _rows_of(self, step: int) -> list[Example]:
+        epoch, index = divmod(step, self.steps_per_epoch)
         rows = train_batch(len(self.data.train), self.step_rows, self.config.seed, epoch, index)
         return [self.data.train[row] for row in rows]
 
@@ -340,7 +360,7 @@ def fit(
         run.resume()
         with _ending(run):
             goes_on = all(workers.gather(report(metrics))[0] is not False for metrics in run.progress.history)
-            while goes_on and run.progress.step < run.max_steps:
+            while goes_on and not run.is_over:
                 run.train_step()
                 if run.evaluation_due():
                     goes_on = workers.gather(report(run.evaluate()))[0] is not False

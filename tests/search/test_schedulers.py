@@ -354,3 +354,24 @@ def test_a_study_goes_on_without_what_its_scheduler_never_read(filed: Callable[[
 def test_a_first_rung_that_cannot_be_is_refused(settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(UserError, match=rf"^--set study: grace_period: {problem}"):
         space(**settings)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_trial_out_of_patience_is_complete_and_has_its_best_value(tmp_path: Path, scheduler: str) -> None:
+    study = in_memory(space(scheduler=scheduler), Layout(tmp_path), InMemoryStorage())
+    number = next_trial(study)
+    assert number == 0
+    told = [{**evaluation(10 * n, 90, 8, loss), "patience_left": left} for n, loss, left in ((1, 2.0, 1), (2, 3.0, 0))]
+    assert study.report(0, told[0]) is Status.RUNNING
+    # Its process has told the last evaluation, and the search died before it could end the trial.
+    study._live[0].report(3.0, 20)
+    study.release()
+    again = in_memory(study.space, study.layout, study.study._storage)
+    assert next_trial(again) == 0
+    assert [again.report(0, metrics) for metrics in told] == [Status.RUNNING, Status.COMPLETE]
+    assert again.record(0).value == 2.0
+
+
+def test_a_threshold_without_patience_is_refused() -> None:
+    with pytest.raises(UserError, match="early_stopping_threshold: needs early_stopping_patience"):
+        space({"early_stopping_threshold": 0.1})

@@ -1,5 +1,6 @@
 """`fit`: what it reports, that seeds and interruptions decide nothing else, and how it fails."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from bilora_ray.training import loop
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import trainable
 from bilora_ray.training.data.truncation import Truncation
-from bilora_ray.training.folder import TrialFolder
+from bilora_ray.training.folder import STATE, TrialFolder
 from bilora_ray.training.loop import Progress, Run, fit
 
-COUNTERS = {"step", "max_steps", "epoch", "train_runtime", "tokens_per_second", *Truncation(0).metrics()}
+COUNTERS = {"step", "max_steps", "epoch", "train_runtime", "tokens_per_second", "num_input_tokens_seen"}
+COUNTERS |= set(Truncation(0).metrics())
 QUERY = {
     "causal-lm": "0.self_attn.q_proj",
     "seq2seq-lm": "0.SelfAttention.q",
@@ -533,3 +535,50 @@ def test_chat_data_needs_a_chat_template(tiny: Tiny, tmp_path: Path) -> None:
 def test_device_is_where_all_parameters_are(tiny: Tiny, tmp_path: Path) -> None:
     run = Run(tiny.config("sequence-classification"), TrialFolder(tmp_path))
     assert {parameter.device.type for parameter in run.model.parameters()} == {models.device().type}
+
+
+def first_calm(config: TrialConfig, path: Path, patience: int) -> int | None:
+    """After how many evaluations a whole trial has had `patience` of them, in a row, without a better metric."""
+    losses = [report["eval_loss"] for report in run_fit(config, path)[0]]
+    for count in range(patience + 1, len(losses) + 1):
+        if min(losses[count - patience : count]) >= min(losses[: count - patience]):
+            return count
+    return None
+
+
+def test_a_trial_ends_by_itself_once_it_is_out_of_patience(tiny: Tiny, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "max_steps": 24,
+        "eval_steps": 1,
+        "learning_rate": 0.06,
+        "lr_scheduler_type": "constant",
+    }
+    count = first_calm(tiny.config("causal-lm", **settings), tmp_path / "whole", patience=3)
+    assert count is not None
+    assert 4 < count < 24
+    config = tiny.config("causal-lm", early_stopping_patience=3, **settings)
+    reports, progress = run_fit(config, tmp_path / "patient")
+    assert [report["step"] for report in reports] == list(range(1, count + 1))
+    assert reports[-1]["patience_left"] == 0 < reports[-2]["patience_left"] <= 3
+    assert progress.best_value == min(report["eval_loss"] for report in reports)
+    # Interrupted amid the evaluations that are in vain, it ends where it would have ended; and told again, it has.
+    fit_until(count - 1, config, tmp_path / "resumed")
+    for _ in range(2):
+        assert reproducible(run_fit(config, tmp_path / "resumed")[0]) == reproducible(reports)
+
+
+def test_the_tokens_that_a_trial_has_seen_are_counted_over_a_resume(tiny: Tiny, tmp_path: Path) -> None:
+    config = tiny.config("causal-lm", max_steps=8, eval_steps=2)
+    whole, _ = run_fit(config, tmp_path / "whole")
+    seen = [report["num_input_tokens_seen"] for report in whole]
+    run = Run(config, TrialFolder(tmp_path / "rows"))
+    assert seen[-1] == sum(row.length for step in range(8) for row in run._rows_of(step))
+    assert all(a < b for a, b in zip([0, *seen], seen, strict=False))
+    fit_until(4, config, tmp_path / "resumed")
+    state = TrialFolder(tmp_path / "resumed").latest()
+    assert state is not None
+    told = json.loads((state / STATE).read_text())
+    del told["num_input_tokens_seen"]  # as an earlier version left it
+    (state / STATE).write_text(json.dumps(told))
+    resumed, _ = run_fit(config, tmp_path / "resumed")
+    assert [report["num_input_tokens_seen"] for report in resumed] == seen

@@ -17,7 +17,7 @@ import optuna
 from optuna.samplers import RandomSampler
 from optuna.trial import Trial, TrialState
 
-from bilora_ray.records import Observer, Status, TrialRecord
+from bilora_ray.records import Observer, Status, TrialRecord, is_last
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.claims import Claims
 from bilora_ray.search.study.control import disk
@@ -171,7 +171,7 @@ class SearchStudy(StudyView):
             remember(trial, metrics, objectives)
         self.budget.charge(trial, metrics)
         above, best = excesses(metrics, self.space.study), best_values([*known.values(), metrics], objectives)
-        if step >= metrics["max_steps"] or max(above.values(), default=0) > 0:
+        if is_last(metrics) or max(above.values(), default=0) > 0:
             if math.isnan(best[0]):  # which Optuna takes for no result at all
                 self.fail(number, f"{self.objective.metric} is nan in every evaluation", by_settings=True)
                 return Status.FAILED
