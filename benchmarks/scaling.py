@@ -68,7 +68,9 @@ def evaluation(step: int, number: int) -> dict[str, float]:
 
 def space(num_trials: int, scheduler: str) -> Space:
     """The quickstart's space, with `num_trials` trials."""
-    study = {"num_trials": num_trials, "scheduler": scheduler, "grace_period": 2}
+    study = {"num_trials": num_trials, "scheduler": scheduler}
+    if scheduler != "none":
+        study["grace_period"] = 2
     overrides = [*(f"study.{key}={value}" for key, value in study.items()), "resources.cpus_per_worker=0.01"]
     return load_space(SPACE, overrides)
 

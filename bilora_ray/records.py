@@ -45,6 +45,7 @@ class TrialRecord:
         error: why it failed, one line.
         values: of each of the study's metrics, all with that adapter; empty before the first evaluation.
         broken: the limits of the study that it does not keep to, one line.
+        stopped_after: unit -> how much of it the trial had had when it was stopped early; empty if it was not.
     """
 
     number: int
@@ -59,6 +60,7 @@ class TrialRecord:
     error: str | None = None
     values: Mapping[str, float] = field(default_factory=dict)
     broken: str | None = None
+    stopped_after: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from bilora_ray.cli.finalists import finals_as_json
 from bilora_ray.cli.progress import STATUS_WORDS
-from bilora_ray.cli.tables import TrialTable, in_short, step_of
+from bilora_ray.cli.tables import TrialTable, amount_of, in_short, step_of
 from bilora_ray.config import TrialConfig, shown
 from bilora_ray.records import Objective, Status, TrialRecord
 
@@ -50,11 +50,21 @@ def print_leaderboard(
     console.print(table)
     if most is not None and len(rows) > most:
         console.print(f"[dim]and {len(rows) - most} more[/]")
+    _print_stops(console, records)
     for record in rows:
         if record.error:
             console.print(f"trial {record.number} failed: {record.error}", style="red", markup=False, highlight=False)
         if record.broken:
             console.print(f"trial {record.number} is out: {record.broken}", markup=False, highlight=False)
+
+
+def _print_stops(console: Console, records: Sequence[TrialRecord]) -> None:
+    stops = [stop for record in records for stop in record.stopped_after.items()]
+    for unit in dict.fromkeys(unit for unit, _ in stops):
+        amounts = sorted(amount for other, amount in stops if other == unit)
+        first, last = (amount_of(unit, amount) for amount in (amounts[0], amounts[-1]))
+        which = f"{first} at the earliest, {last} at the latest" if first != last else first
+        console.print(f"Stopped early: {len(amounts)}, after {which}", markup=False, highlight=False)
 
 
 def print_settings(console: Console, settings: Mapping[str, Any]) -> None:
@@ -165,5 +175,6 @@ def as_json(record: TrialRecord, metric: str) -> dict[str, Any]:
         "adapter": str(record.adapter) if record.adapter else None,
         "adapter_removed": record.removed,
         "error": record.error,
+        "stopped_after": dict(record.stopped_after) or None,
         **({} if record.broken is None else {"broken": record.broken}),
     }

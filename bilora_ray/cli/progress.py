@@ -12,7 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from bilora_ray.cli.tables import TrialTable, duration, in_short, step_of
+from bilora_ray.cli.tables import TrialTable, amount_of, duration, in_short, step_of
 from bilora_ray.records import Objective, Status, TrialRecord
 from bilora_ray.training.compute.cutting import Proven
 from bilora_ray.training.data.truncation import Truncation
@@ -131,7 +131,7 @@ class SearchProgress:
         values = {} if trial.value is None else {self.metric: trial.value, **trial.values}
         value = "".join(f", {metric} {in_short(number)}" for metric, number in values.items())
         reason = f": {problem}" if (problem := trial.error or trial.broken) else ""
-        return f"trial {trial.number} {STATUS_WORDS[trial.status]}{value}{reason}"
+        return f"trial {trial.number} {STATUS_WORDS[trial.status]}{_how_far(trial)}{value}{reason}"
 
     def _headline(self) -> Text:
         counts = {status: sum(t.status is status for t in self.ended.values()) for status in Status}
@@ -161,6 +161,18 @@ class SearchProgress:
         if done == 0:
             return None
         return (time.monotonic() - self.started) / done * (self.num_trials - len(self.ended))
+
+
+def _how_far(trial: TrialRecord) -> str:
+    for unit, amount in trial.stopped_after.items():
+        return f" after {amount_of(unit, amount)}"
+    if trial.status is Status.COMPLETE and trial.history and not _all_steps(trial.history[-1]):
+        return f" at step {step_of(trial.history[-1])}, out of patience"
+    return ""
+
+
+def _all_steps(metrics: Mapping[str, float]) -> bool:
+    return metrics["step"] >= metrics["max_steps"]
 
 
 def _not_compiled(metrics: Mapping[str, float]) -> Iterator[str]:

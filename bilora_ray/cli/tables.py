@@ -76,6 +76,11 @@ def step_of(metrics: Mapping[str, float]) -> str:
     return f"{metrics['step']:.0f}/{metrics['max_steps']:.0f}"
 
 
+def amount_of(unit: str, amount: float) -> str:
+    """How far a trial came, such as `1,440 rows` or `0.25 epochs`."""
+    return f"{amount:,.0f} {unit}" if amount == int(amount) else f"{amount:.4g} {unit}"
+
+
 def duration(seconds: float) -> str:
     """`75.2` as `1 min 15 s`."""
     minutes, rest = divmod(round(seconds), 60)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -66,3 +68,21 @@ def test_what_ran_out_of_memory_is_said_once(capsys: pytest.CaptureFixture[str])
             progress.trial_reported(trial(number, Status.RUNNING), metrics)
     line = "Note: trial 0: training passes of at most 512 positions: larger ones ran out of memory"
     assert capsys.readouterr().err.splitlines().count(line) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "more", "words"),
+    [
+        (Status.PRUNED, {"stopped_after": {"rows": 1440}}, "stopped early after 1,440 rows"),
+        (Status.PRUNED, {"stopped_after": {"epochs": 0.25}}, "stopped early after 0.25 epochs"),
+        (Status.PRUNED, {}, "stopped early"),
+        (Status.COMPLETE, {"history": [{"step": 30, "max_steps": 90}]}, "complete at step 30/90, out of patience"),
+        (Status.COMPLETE, {"history": [{"step": 90, "max_steps": 90}]}, "complete"),
+    ],
+)
+def test_how_far_a_trial_came_is_said(
+    status: Status, more: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = SearchProgress(2, Objective("eval_loss", greater_is_better=False))
+    progress.trial_ended(replace(trial(0, status), **more))
+    assert capsys.readouterr().err == f"1 of 2 trials done: trial 0 {words}, eval_loss 0\n"

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from tiny_trials import next_trial
 
 from bilora_ray.cli.main import main
+from bilora_ray.records import Status
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.importances import METHOD
 from bilora_ray.search.study.layout import Layout
@@ -91,3 +92,21 @@ def test_what_ran_out_of_memory_and_went_on_smaller_is_said() -> None:
 def test_nothing_is_said_of_memory_where_all_had_room() -> None:
     searched(2)
     assert "memory" not in shown()
+
+
+def test_how_far_trials_came_that_were_stopped_is_said() -> None:
+    study_settings = ["study.num_trials=4", "study.scheduler=asha", "study.grace_period=1000", "study.rung_unit=tokens"]
+    study = open_study(load_space(None, [*SPACE, *study_settings]), Layout(Path("runs")), {})
+    for loss, tokens in ((1.0, 500), (2.0, 500), (3.0, 625), (4.0, 1200)):
+        number, step = next_trial(study), 0
+        assert number is not None
+        status = Status.RUNNING
+        while status is Status.RUNNING:
+            step += 1
+            metrics = {"step": step, "max_steps": 8, "eval_loss": loss, "num_input_tokens_seen": tokens * step}
+            status = study.report(number, metrics)
+    study.release()
+    assert "Stopped early: 3, after 1,000 tokens at the earliest, 1,250 tokens at the latest" in shown().splitlines()
+    trials = json.loads(shown("--json"))["trials"]
+    after = [None, {"tokens": 1000}, {"tokens": 1250}, {"tokens": 1200}]
+    assert [trial["stopped_after"] for trial in trials] == after

@@ -29,6 +29,7 @@ ID, ERROR, DIGESTS = "id", "error", "digests"
 FINALISTS = "finalists"
 # The trials whose adapters were removed, by the setting that was why: see `control.disk`.
 REMOVED = "removed"
+ID, ERROR, DIGESTS, STOPPED = "id", "error", "digests", "stopped_after"
 # A trial that failed by its own settings is PRUNED with a constraint that it broke, since samplers read nothing of a
 # FAIL. Other failures, and all of version 0.1.0, are FAIL.
 STATUS = {
@@ -213,6 +214,8 @@ class StudyView:
         adapter = None if best_step is None else folder.adapter_at(best_step)
         # The study is asked only about what is not there: most is.
         removed = None if adapter is None or adapter.is_dir() else self._removed(trial.number)
+        failed = _failed(trial)
+        stopped = trial.state == TrialState.PRUNED and not failed
         return TrialRecord(
             number=trial.number,
             status=status_of(trial),
@@ -223,9 +226,10 @@ class StudyView:
             loss=kept.get("eval_loss"),
             adapter=None if removed else adapter,
             removed=removed,
-            error=trial.user_attrs.get(ERROR) if _failed(trial) else None,
+            error=trial.user_attrs.get(ERROR) if failed else None,
             values={metric: known[metric] for metric in metrics if metric in known},
             broken=broken(trial, self.space.study),
+            stopped_after=trial.user_attrs.get(STOPPED, {}) if stopped else {},
         )
 
 

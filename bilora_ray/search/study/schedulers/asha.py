@@ -5,7 +5,7 @@ from __future__ import annotations
 from optuna.pruners import SuccessiveHalvingPruner
 
 from bilora_ray.search.study.schedulers.base import Asked
-from bilora_ray.search.study.schedulers.halving import in_parts, is_stopped, let_go, lost_a_rung
+from bilora_ray.search.study.schedulers.halving import decided, in_parts, is_stopped, lost_a_rung
 from bilora_ray.search.study.schedulers.rungs import first_rung, reached
 
 
@@ -15,6 +15,4 @@ def is_weak(asked: Asked) -> bool:
     first = in_parts(first_rung(asked, now), now.unit)
     pruner = SuccessiveHalvingPruner(min_resource=first, reduction_factor=asked.space.study.reduction_factor)
     weak = is_stopped(asked, pruner, now) or lost_a_rung(asked, now, first, lambda trial: True)
-    if not weak:
-        let_go(asked, now)
-    return weak
+    return decided(asked, now, weak)

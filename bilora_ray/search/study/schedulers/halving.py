@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial
 
 from bilora_ray.search.space import PARTED
 from bilora_ray.search.study.schedulers.base import JUDGED, Asked
-from bilora_ray.search.study.schedulers.rungs import TOLD, Reached
+from bilora_ray.search.study.schedulers.rungs import TOLD, Reached, noted
 
 RUNG = "completed_rung_"
 # Of a trial, how far it had come when it was let go on, where its steps do not tell.
@@ -57,7 +57,8 @@ def lost_a_rung(asked: Asked, now: Reached, first: int, is_rival: Callable[[Froz
     return False
 
 
-def let_go(asked: Asked, now: Reached) -> None:
-    """Note how far a trial came that is not stopped, if nothing else tells that later on."""
-    if now.unit in TOLD:
+def decided(asked: Asked, now: Reached, weak: bool) -> bool:
+    """`weak`, once the study knows how far a trial came: one that goes on, only if nothing else tells that later."""
+    if not weak and now.unit in TOLD:
         asked.trial.set_user_attr(PASSED, now.amount)
+    return noted(asked, now, weak)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from optuna.pruners import HyperbandPruner
 
 from bilora_ray.search.study.schedulers.base import Asked
-from bilora_ray.search.study.schedulers.halving import in_parts, is_stopped, let_go, lost_a_rung
+from bilora_ray.search.study.schedulers.halving import decided, in_parts, is_stopped, lost_a_rung
 from bilora_ray.search.study.schedulers.rungs import first_rung, longest, reached
 
 
@@ -26,6 +26,4 @@ def is_weak(asked: Asked) -> bool:
     weak = weak or lost_a_rung(
         asked, now, first * factor**bracket, lambda trial: pruner._get_bracket_id(study, trial) == bracket
     )
-    if not weak:
-        let_go(asked, now)
-    return weak
+    return decided(asked, now, weak)

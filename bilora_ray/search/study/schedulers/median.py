@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from optuna.trial import FrozenTrial, TrialState
 
 from bilora_ray.search.study.schedulers.base import Asked
-from bilora_ray.search.study.schedulers.rungs import first_rung, reached
+from bilora_ray.search.study.schedulers.rungs import first_rung, noted, reached
 
 # Of a trial: [step, how far it had come, the best that it had measured] of each evaluation, by step.
 COURSE = "course"
@@ -22,16 +22,16 @@ COURSE = "course"
 def is_weak(asked: Asked) -> bool:
     """Whether the trial is worse than the median. What is compared is kept in the study, as it was measured."""
     now = reached(asked)
-    best = _noted(asked, now.amount)
+    best = _measured(asked, now.amount)
     if now.amount < first_rung(asked, now):
         return False
     others = list(_after(asked, now.amount))
     if len(others) < asked.space.study.min_trials:
         return False
-    return best is None or asked.objective.as_loss(best) > statistics.median(others)
+    return noted(asked, now, best is None or asked.objective.as_loss(best) > statistics.median(others))
 
 
-def _noted(asked: Asked, amount: float) -> float | None:
+def _measured(asked: Asked, amount: float) -> float | None:
     """The best that the trial has measured, which is added to its course; None: nothing but NaN."""
     own = asked.trial.storage.get_trial(asked.trial._trial_id)
     best = asked.objective.best_value(own.intermediate_values.values())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bilora_ray.search.study.schedulers.base import Asked
+from bilora_ray.search.study.view import STOPPED
 
 # In the study: the first rung of version 0.1.0, in steps; and in a unit, of which others ask: the first, the longest.
 FIRST_STEPS, FIRST, LONGEST = "grace_period", "grace_{}", "longest_{}"
@@ -65,6 +66,13 @@ def first_rung(asked: Asked, now: Reached) -> float:
 def longest(asked: Asked, now: Reached) -> float:
     """How much a whole trial takes, as far as the first that was asked about could tell."""
     return agreed(asked, LONGEST.format(now.unit), asked.max_steps * now.a_step)
+
+
+def noted(asked: Asked, now: Reached, weak: bool) -> bool:
+    """`weak`, once the study knows how far a trial came that is."""
+    if weak:
+        asked.trial.set_user_attr(STOPPED, {now.unit: now.amount})
+    return weak
 
 
 def agreed(asked: Asked, key: str, value: float) -> float:
