@@ -11,6 +11,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import TypeAdapter, ValidationError, field_validator, model_validator
@@ -664,13 +665,17 @@ def _kinds(setting: str) -> set[Any]:
 
 def coerce(setting: str, value: Any, where: str) -> Any:
     """`value` as the type of `setting`: YAML 1.1 reads `3e-4` as text. UserError if it can't be."""
-    field = TrialConfig.model_fields[setting]
     try:
-        kind: Any = Annotated[field.annotation, field]
-        adapter: TypeAdapter[Any] = TypeAdapter(kind, config=TrialConfig.model_config)
-        return adapter.validate_python(value)
+        return _adapter(setting).validate_python(value)
     except ValidationError as error:
         raise UserError(f"{where}: {in_words(TrialConfig, first_problem(error))}") from None
+
+
+@cache
+def _adapter(setting: str) -> TypeAdapter[Any]:
+    field = TrialConfig.model_fields[setting]
+    kind: Any = Annotated[field.annotation, field]
+    return TypeAdapter(kind, config=TrialConfig.model_config)
 
 
 def applies(setting: str, method: str) -> bool:

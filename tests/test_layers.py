@@ -44,6 +44,7 @@ DEPTH = {
     "checking": 15,
     "addresses": 16,
     "errors": 16,
+    "expressions": 16,
     "files": 16,
     "garbage": 16,
     "quiet": 16,

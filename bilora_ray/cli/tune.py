@@ -28,7 +28,7 @@ from bilora_ray.config import FACTS
 from bilora_ray.errors import UserError
 from bilora_ray.paths import Locate, have_home, locate_here
 from bilora_ray.search.cluster.protection import check_mlflow, check_ray
-from bilora_ray.search.space import Space
+from bilora_ray.search.space import Space, setting_of
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.layout import Layout
 
@@ -174,8 +174,8 @@ def _rehearse(
 
     configs = [space.first_config()]
     for key, distribution in space.distributions.items():
-        if FACTS[key].rehearsed:
-            configs += [configs[0].model_copy(update={key: value}) for value in distribution.ends()[1:]]
+        if FACTS[setting_of(key)].rehearsed:
+            configs += [configs[0].model_copy(update={setting_of(key): value}) for value in distribution.ends()[1:]]
     first, *_ = [rehearse(config, here) for config in configs]
     return first
 

@@ -188,8 +188,11 @@ def _unpinned(config: TrialConfig) -> Iterator[str]:
 
 def _choices(space: Space, setting: str) -> list[TrialConfig]:
     """The settings of a first trial with each value that `setting` may get."""
-    config, searched = space.first_config(), space.distributions.get(setting)
-    return [config] if searched is None else [config.model_copy(update={setting: one}) for one in searched.ends()]
+    found: dict[Any, TrialConfig] = {}
+    for sampled in space.each_value(setting):
+        config = space.trial_config(sampled)
+        found.setdefault(getattr(config, setting), config)
+    return list(found.values())
 
 
 def _by_source(config: TrialConfig, rows: Dataset) -> dict[str, str]:
@@ -234,7 +237,7 @@ def pinned(space: Space, resumed_in: Layout | None) -> Space:
     newer, found = _newer_settings(space, before), {}
     for source, revision in REVISIONS.items():
         name, given = getattr(config, source), getattr(config, revision)
-        if name is None or not space.distributions.keys().isdisjoint({source, revision}):
+        if name is None or not space.varied.isdisjoint({source, revision}):
             continue
         if before is not None and given is None:
             found[revision] = before.get(revision)
@@ -252,7 +255,7 @@ def pinned(space: Space, resumed_in: Layout | None) -> Space:
 
 def _newer_settings(space: Space, before: Mapping[str, Any] | None) -> dict[str, Any]:
     """The values of settings that not every version had, where `space` has none: those of the study from `before`."""
-    given = {key for key, value in space.fixed.items() if (key, value) != AUTO} | space.distributions.keys()
+    given = {key for key, value in space.fixed.items() if (key, value) != AUTO} | space.varied
     absent = checking.before(TrialConfig).keys() - given
     return {key: TrialConfig.model_fields[key].default if before is None else before[key] for key in absent}
 

@@ -13,7 +13,6 @@ import yaml
 from bilora_ray.checking import build, nearest_setting
 from bilora_ray.config import (
     COSTS,
-    FACTS,
     SOURCES,
     TrialConfig,
     coerce,
@@ -27,11 +26,23 @@ from bilora_ray.config import (
 )
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.paths import Locate, locate_here
-from bilora_ray.search.space import READ_BY, Choice, Distribution, Range, ResourceConfig, Space, StudyConfig, Value
+from bilora_ray.search.space import (
+    READ_BY,
+    Choice,
+    Distribution,
+    Given,
+    Range,
+    ResourceConfig,
+    Space,
+    StudyConfig,
+    Value,
+    When,
+    is_expression,
+    setting_of,
+)
+from bilora_ray.search.space_parts import NOT_SEARCHED, ONE_VALUE, check_settings, with_parts
 
 SECTIONS = ("study", "trial", "resources")
-# Trials that differ in these cannot be compared: they are judged by other rows, another measure or at other steps.
-NOT_SEARCHED = frozenset(key for key, facts in FACTS.items() if not facts.searched)
 GPU_MEMORY = "gpu_memory_gib"
 # What can search for several objectives.
 ABLE_OF_SEVERAL = {"sampler": ("tpe", "random", "gp", "nsga2", "nsga3", "qmc", "grid"), "scheduler": ("asha", "none")}
@@ -95,25 +106,27 @@ def checked_space(
     _check_scheduler(study, sections["study"], given["study"], path)
     of_resources = {**sections["resources"], **given["resources"]}
     resources = build(ResourceConfig, of_resources, f"{path}: resources", given["resources"])
-    distributions = {
-        key: _distribution("--set trial" if key in given["trial"] else f"{path}: trial", key, value)
-        for key, value in trial.items()
-        if isinstance(value, dict) and not takes_mapping(key)
-    }
-    distributions = dict(sorted(distributions.items(), key=lambda item: item[0] != "method"))
-    fixed = {key: value for key, value in trial.items() if key not in distributions}
+    parts: dict[str, list[Distribution | Given]] = {}
+    fixed: dict[str, Any] = {}
+    for key, value in trial.items():
+        found = _parts("--set trial" if key in given["trial"] else f"{path}: trial", key, value)
+        if isinstance(found, _Parts):
+            parts[key] = found
+        else:
+            fixed[key] = found
+    space = with_parts(Space(path, study, resources, fixed, {}, (), frozenset(given["trial"])), parts)
     if "points_to_evaluate" in given["study"]:
-        points = _points(study, Path.cwd(), Path("--set"), distributions, locate)
+        points = _points(study, Path.cwd(), Path("--set"), space, locate)
     else:
-        points = _points(study, path.resolve().parent, path, distributions, locate, replaced=given["trial"])
-    space = Space(path, study, resources, fixed, distributions, points, frozenset(given["trial"]))
-    _check_settings(space)
+        replaced = given["trial"].keys() | (parts.keys() - space.varied - space.fixed.keys())
+        points = _points(study, path.resolve().parent, path, space, locate, replaced)
+    check_settings(space)
     _check_split(space)
     _check_objectives(space)
     if study.objectives:
         space = replace(space, fixed={**space.fixed, "metric": study.objectives[0].metric})
     check_priors(space)
-    return space
+    return replace(space, points_to_evaluate=points)
 
 
 def _read_sections(path: Path) -> dict[str, dict[str, Any]]:
@@ -161,19 +174,33 @@ def absolute_sources(
 
     A trial runs in a folder of its own and a cluster's node in another package folder, so local paths become
     absolute here, once, while Hub names and `builtin:` names stay as they are. A choice of sources is treated value
-    by value.
+    by value, and so are conditions on one.
 
     Raises:
         UserError: a text that is neither an existing path nor can be a Hub name, or a path that cannot be looked at.
     """
     result = dict(settings)
-    for key, kind in SOURCES.items():
-        value = result.get(key)
-        if isinstance(value, str):
-            result[key] = locate(value, base, f"{where}.{key}", kind != "model")
-        elif isinstance(value, dict) and isinstance(value.get("choice"), list):
-            choice = [absolute_sources({key: v}, base, where, locate)[key] for v in value["choice"]]
-            result[key] = {**value, "choice": choice}
+    for key, value in settings.items():
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            result[key] = [absolute_sources({key: item}, base, where, locate)[key] for item in value]
+        elif isinstance(value, dict) and not takes_mapping(key):
+            result[key] = _absolute_part(key, value, base, where, locate)
+        elif isinstance(value, str) and key in SOURCES:
+            result[key] = locate(value, base, f"{where}.{key}", SOURCES[key] != "model")
+    return result
+
+
+def _absolute_part(key: str, part: Mapping[str, Any], base: Path, where: str, locate: Locate) -> dict[str, Any]:
+    """As `absolute_sources`, of what the setting `key` gets, value by value, and of the values in its condition."""
+
+    def absolute(key: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [absolute(key, item) for item in value]
+        return absolute_sources({key: value}, base, where, locate)[key]
+
+    result = {name: absolute(key, value) if name in ("choice", "value") else value for name, value in part.items()}
+    if isinstance(part.get("when"), dict):
+        result["when"] = {str(other): absolute(other, value) for other, value in part["when"].items()}
     return result
 
 
@@ -201,28 +228,50 @@ def parse_override(text: str) -> tuple[str, str, Any]:
     return section, name, parsed
 
 
-def _distribution(section: str, key: str, value: dict[str, Any]) -> Distribution:
-    where = f"{section}.{key}"
+def _parts(section: str, key: str, value: Any) -> Any:
+    """What a setting is drawn or derived from, or gets under conditions, as `_Parts`; else its value in all trials."""
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value) and not takes_mapping(key):
+        if not all(isinstance(item, dict) for item in value):
+            raise UserError(f"{section}.{key}: a list of cases holds {{..., when: ...}} only, got {value}")
+        return _Parts(_part(section, key, item, f"{section}.{key}[{index}]") for index, item in enumerate(value))
+    if isinstance(value, dict) and not takes_mapping(key):
+        part = _part(section, key, value, f"{section}.{key}")
+        if isinstance(part, Given) and not part.when and not is_expression(key, part.value):
+            return part.value
+        return _Parts([part])
+    return _Parts([Given(value=value)]) if is_expression(key, value) else value
+
+
+class _Parts(list[Distribution | Given]):
+    """Tells a list of parts from one that is a setting's value."""
+
+
+def _part(section: str, key: str, value: dict[str, Any], where: str) -> Distribution | Given:
     if key not in TrialConfig.model_fields:
         raise UserError(f"{section}: unknown key '{key}'; {nearest_setting(key, TrialConfig)}")
-    begun = bool(value.keys() & {"choice", "low", "high"})
+    begun = bool(value.keys() & {"choice", "low", "high", "value"})
     if value and not begun and all(item is None for item in value.values()):  # {answer} is a mapping to YAML
         braces = "{" + ", ".join(map(str, value)) + "}"
         raise UserError(f'{where}: a text that starts with a brace needs quotes: "{braces}"')
-    if key in NOT_SEARCHED:
-        raise UserError(f"{where}: must have one value: trials that differ in it cannot be compared")
+    if key in NOT_SEARCHED and not (begun and value.keys() == {"value"}):
+        raise UserError(f"{where}: {ONE_VALUE}")
     if "choice" in value:
-        choice = build(Choice, value, where).choice
-        if key == "precision" and "auto" in choice:
+        drawn = build(Choice, value, where)
+        if key == "precision" and "auto" in drawn.choice:
             raise UserError(f"{where}: auto is the one or the other, so a choice is among bf16 and fp32")
-        return Choice(choice=tuple(coerce(key, item, where) for item in choice))
+        choice = tuple(coerce(key, item, where) for item in drawn.choice)
+        return Choice(choice=choice, when=_when(drawn.when, where))
     if "low" in value or "high" in value:
         found = build(Range, value, where)
         if not is_number(key):
             raise UserError(f"{where}: takes no numbers, so its distribution is {{choice: [...]}}, got {value}")
         if is_integer(key) and found.step is not None and not found.step.is_integer():
             raise UserError(f"{where}: step must be a whole number, got {found.step:g}")
-        return found
+        return found.model_copy(update={"when": _when(found.when, where)})
+    if "value" in value:
+        given = build(Given, value, where)
+        plain = given.value if is_expression(key, given.value) else coerce(key, given.value, where)
+        return Given(value=plain, when=_when(given.when, where))
     raise UserError(f"{where}: a distribution is {{choice: [...]}} or {{low: ..., high: ...}}, got {value}")
 
 
@@ -234,23 +283,17 @@ def _check_scheduler(study: StudyConfig, filed: Container[str], given: Container
             raise UserError(f"{where}.{key}: scheduler {study.scheduler} does not read it; allowed with {readers}")
 
 
-def _check_settings(space: Space) -> None:
-    """Refuse a space of which any trial could be refused: both ends of every range, every choice."""
-    sampled = {key: distribution.ends()[0] for key, distribution in space.distributions.items()}
-    _check_parallelism(space, space.trial_config(sampled))
-    for key, distribution in space.distributions.items():
-        for value in distribution.ends():
-            _check_parallelism(space, space.trial_config({**sampled, key: value}))
-
-
-def _check_parallelism(space: Space, config: TrialConfig) -> None:
-    if space.resources.parallelism == "fsdp" and config.whole_only is not None:
-        raise UserError(f"{space.path}: trial.{config.whole_only}")
+def _when(when: When, where: str) -> When:
+    """The condition with the types of its settings. UserError if one is no setting, or can't have the value."""
+    for key in when:
+        if key not in TrialConfig.model_fields:
+            raise UserError(f"{where}.when: unknown key '{key}'; {nearest_setting(key, TrialConfig)}")
+    return {key: tuple(coerce(key, value, f"{where}.when.{key}") for value in values) for key, values in when.items()}
 
 
 def _check_split(space: Space) -> None:
     """Refuse a space whose trials would hold out different rows."""
-    for key in space.distributions:
+    for key in sorted(space.varied):
         if key in deciding_the_split(space.fixed):
             needed = "split_seed or validation_data" if key == "seed" else "validation_data"
             raise UserError(f"{space.path}: trial.{key}: needs {needed}, or trials would hold out other rows")
@@ -299,19 +342,14 @@ def check_draw(space: Space) -> None:
 
     Whether they draw is known once it is known whether a study of a version goes on that did not.
     """
-    for key in space.distributions:
+    for key in sorted(space.varied):
         if key in deciding_the_draw(space.fixed):
             needed = "split_seed or stratify: false" if key == "seed" else "stratify: false"
             raise UserError(f"{space.path}: trial.{key}: needs {needed}, or max_eval_samples would draw other rows")
 
 
 def _points(
-    study: StudyConfig,
-    base: Path,
-    path: Path,
-    distributions: Mapping[str, Distribution],
-    locate: Locate,
-    replaced: Container[str] = (),
+    study: StudyConfig, base: Path, path: Path, space: Space, locate: Locate, replaced: Container[str] = ()
 ) -> tuple[dict[str, Value], ...]:
     """The points to evaluate, checked, less the values that no longer fit a setting that `--set` replaced."""
     points = []
@@ -319,16 +357,41 @@ def _points(
         where = f"{path}: study.points_to_evaluate[{index}]"
         values = {}
         for key, text in absolute_sources(point, base, where, locate).items():
-            if key not in distributions and key not in replaced:
-                raise UserError(f"{where}: '{key}' has no distribution; {nearest(key, distributions)}")
+            drawn = [part for name, part in space.distributions.items() if setting_of(name) == key]
+            if not drawn and key not in replaced:
+                raise UserError(f"{where}: '{key}' has no distribution; {nearest(key, _drawn(space))}")
             value = coerce(key, text, f"{where}.{key}")
-            if key in distributions and _contains(distributions[key], value):
+            if any(_contains(part, value) for part in drawn):
                 values[key] = value
             elif key not in replaced:
                 raise UserError(f"{where}.{key}: {value!r} is outside its distribution")
+        for key in [key for key in values if not _fits(space, key, values, where, replaced)]:
+            del values[key]
         if values:
             points.append(values)
     return tuple(points)
+
+
+def _fits(space: Space, key: str, point: Mapping[str, Value], where: str, replaced: Container[str]) -> bool:
+    """Whether a trial that begins at `point` is asked for `key`, and may have its value there.
+
+    It is refused if not; but where `--set` is why, it is left out.
+    """
+    names = [name for name in space.distributions if setting_of(name) == key]
+    asked = [name for name in names if space.asked(name, point)]
+    if any(_contains(space.distributions[name], point[key]) for name in asked):
+        return True
+    if key in replaced or any(other in replaced for name in names for other in (*space.parts[name].when, "method")):
+        return False
+    if asked:
+        raise UserError(f"{where}.{key}: {point[key]!r} is outside its distribution, {space.distributions[asked[0]]}")
+    conditions = [space.parts[name].condition for name in names if space.parts[name].when]
+    why = f"it is asked for when {', or when '.join(conditions)}" if conditions else "the method does not read it"
+    raise UserError(f"{where}.{key}: has no effect at this point: {why}")
+
+
+def _drawn(space: Space) -> list[str]:
+    return list(dict.fromkeys(map(setting_of, space.distributions)))
 
 
 def _contains(distribution: Distribution, value: Value) -> bool:

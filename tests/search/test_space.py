@@ -470,7 +470,7 @@ def test_a_point_that_is_itself_an_override_gives_way_to_nothing(refused: Refuse
         ),
         ("rank", {"choice": []}, ".rank: choice: should have at least 1 item after validation, not 0, got []"),
         ("rank", {"choice": 4}, ".rank: choice: should be a valid tuple, got 4"),
-        ("rank", {"choice": [4], "low": 2}, ".rank: unknown key 'low'; allowed: choice"),
+        ("rank", {"choice": [4], "low": 2}, ".rank: unknown key 'low'; allowed: choice, when"),
         ("rank", {"choice": [4], 2: 3}, ".rank: 2: Keys should be strings, got 2"),
         (
             "target_modules",

@@ -8,7 +8,6 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from bilora_ray.config import SOURCES
 from bilora_ray.digests import MARKS
 from bilora_ray.errors import UserError
 from bilora_ray.paths import files_of, root
-from bilora_ray.search.space import Choice, Space
+from bilora_ray.search.space import Space
 from bilora_ray.training.data.sources import image_files
 
 # Where Ray unpacks what a job was sent; the name follows the content of all of it.
@@ -53,14 +52,7 @@ def keep_inputs(space: Space, digests: Mapping[str, str], storage_path: Path) ->
         return copies[value]
 
     try:
-        distributions = {
-            key: Choice(choice=tuple(kept(key, value) for value in found.choice))
-            if isinstance(found, Choice)
-            else found
-            for key, found in space.distributions.items()
-        }
-        fixed = {key: kept(key, value) for key, value in space.fixed.items()}
-        points = tuple({key: kept(key, value) for key, value in point.items()} for point in space.points_to_evaluate)
+        space = space.mapped(kept)
         kept_digests = {
             mark + copies.get(name := source.removeprefix(mark), name): digest
             for source, digest in digests.items()
@@ -68,7 +60,7 @@ def keep_inputs(space: Space, digests: Mapping[str, str], storage_path: Path) ->
         }
     except OSError as error:
         raise UserError(f"--storage-path {storage_path}: cannot be written ({error.strerror})") from None
-    return replace(space, fixed=fixed, distributions=distributions, points_to_evaluate=points), kept_digests
+    return space, kept_digests
 
 
 def _copy(source: Path, images: Iterable[Path], inputs: Path) -> Path:

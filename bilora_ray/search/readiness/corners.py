@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bilora_ray.config import FACTS, TrialConfig, is_integer
-from bilora_ray.search.space import Choice, Distribution, Range, Space, Value
+from bilora_ray.search.space import Choice, Distribution, Range, Space, Value, setting_of
 
 # Of the settings that decide the training, those that decide what a step of it takes too.
 COUNTED_IN_TRAINING = frozenset(
@@ -64,6 +64,7 @@ def kind_of(all_kinds: Sequence[Kind], config: TrialConfig) -> Kind:
 
 def counts(setting: str) -> bool:
     """Whether a setting decides what a trial takes."""
+    setting = setting_of(setting)
     return FACTS[setting].decides != "training" or setting in COUNTED_IN_TRAINING
 
 
@@ -105,7 +106,7 @@ def _middle(key: str, distribution: Distribution) -> Value:
 
 
 def _whole(key: str, value: float) -> Value:
-    return round(value) if is_integer(key) else value
+    return round(value) if is_integer(setting_of(key)) else value
 
 
 def _place(distribution: Distribution, value: Any) -> float:

@@ -17,11 +17,22 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from bilora_ray.checking import Settings, before, build, completed
-from bilora_ray.config import TrialConfig, takes_mapping
+from bilora_ray.config import TrialConfig
 from bilora_ray.digests import BASE, CHAT_TEMPLATE, of_data, of_marked
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.records import Status
-from bilora_ray.search.space import BUDGETS, READ_BY, Choice, Distribution, Range, ResourceConfig, Space, StudyConfig
+from bilora_ray.search.space import (
+    BUDGETS,
+    READ_BY,
+    Choice,
+    Distribution,
+    Given,
+    Range,
+    ResourceConfig,
+    Space,
+    StudyConfig,
+    setting_of,
+)
 from bilora_ray.search.study.control.budget import end_of
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import making, naming_the_database, open_storage, read_storage, study_names
@@ -114,7 +125,7 @@ def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.St
         study.set_user_attr(DIGESTS, dict(digests))
         (layout.study(name) / ID).write_text(study.user_attrs[ID])
     for point in space.points_to_evaluate:
-        study.enqueue_trial(point, skip_if_exists=True)
+        study.enqueue_trial(space.parameters(point), skip_if_exists=True)
     study.set_user_attr(SPACE, _described(space))
     return study
 
@@ -247,7 +258,8 @@ def _described(space: Space) -> dict[str, Any]:
         "study": space.study.model_dump(mode="json"),
         "resources": space.resources.model_dump(mode="json"),
         "fixed": space.fixed,
-        "distributions": {key: distribution.model_dump() for key, distribution in space.distributions.items()},
+        "distributions": {name: part.described() for name, part in space.distributions.items()},
+        "given": {name: part.described() for name, part in space.given.items()},
     }
     return json.loads(json.dumps(described))
 
@@ -261,6 +273,7 @@ def _space(study: optuna.Study) -> Space:
         fixed=_fixed(described),
         distributions={key: _distribution(values) for key, values in described["distributions"].items()},
         points_to_evaluate=(),
+        given={key: build(Given, values, name) for key, values in described.get("given", {}).items()},
     )
 
 
@@ -273,9 +286,10 @@ def _stored(study: optuna.Study) -> dict[str, Any]:
     """How the study database describes its space. UserError if that is what only a later version knows."""
     described = study.user_attrs[SPACE]
     kinds: dict[str, type[Settings]] = {"study": StudyConfig, "resources": ResourceConfig, "trial": TrialConfig}
-    sections = {**described, "trial": {**described["fixed"], **described["distributions"]}}
+    parts = {setting_of(part) for part in (*described["distributions"], *described.get("given", ()))}
+    sections = {**described, "trial": {*described["fixed"], *parts}}
     for section, kind in kinds.items():
-        if unknown := sections[section].keys() - kind.model_fields.keys():
+        if unknown := set(sections[section]) - kind.model_fields.keys():
             keys = ", ".join(f"{section}.{key}" for key in sorted(unknown))
             raise UserError(f"study '{study.study_name}': a later version wrote it, with {keys}, which this one lacks")
     return described
@@ -292,7 +306,7 @@ def _check_same(name: str, what: str, before: Mapping[str, Any], now: Mapping[st
     """
     for key in {**before, **now}:
         if before.get(key) != now.get(key):
-            was, given = (_in_words(key, values[key]) if key in values else "absent" for values in (before, now))
+            was, given = (_in_words(values[key]) if key in values else "absent" for values in (before, now))
             raise UserError(
                 f"study '{name}' began with other {what}: {key} was {was}, is {given}; "
                 f"{ONLY}{_as_it_was(key, before.get(key))}"
@@ -309,24 +323,34 @@ def _comparable(described: Mapping[str, Any]) -> dict[str, Any]:
     # What the scheduler does not read was not refused before, and is now.
     unread = {key for key, schedulers in READ_BY.items() if study["scheduler"] not in schedulers}
     compared = {f"study.{key}": value for key, value in study.items() if key not in FREE_TO_CHANGE | unread}
-    searched = {
-        key: _distribution(values).model_dump(mode="json") for key, values in described["distributions"].items()
-    }
-    trial = completed(TrialConfig, described["fixed"]) | searched
-    return {**compared, "resources.workers": workers, **trial}
+    trial = completed(TrialConfig, described["fixed"])
+    parts: dict[str, Any] = {}
+    for name, part in {**described["distributions"], **described.get("given", {})}.items():
+        parts.setdefault(setting_of(name), []).append(_part(part).described())
+    return {**compared, "resources.workers": workers, **trial, **parts}
 
 
-def _in_words(key: str, value: Any) -> str:
-    return str(_distribution(value)) if isinstance(value, dict) and not takes_mapping(key) else repr(value)
+def _in_words(value: Any) -> str:
+    return "; ".join(str(_part(part)) for part in value) if _are_parts(value) else repr(value)
+
+
+def _are_parts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(part, dict) for part in value)
 
 
 def _as_it_was(key: str, value: Any) -> str:
     """How to give a setting the distribution that it had, as it may be of a file that a later version ships."""
-    if not isinstance(value, dict) or takes_mapping(key):
+    if not _are_parts(value):
         return ""
-    told = {part: given for part, given in value.items() if given is not None and given is not False}
-    parts = ", ".join(f"{part}: {json.dumps(given)}" for part, given in told.items())
-    return f"; go on with --set {shlex.quote(f'{key}={{{parts}}}')}"
+    told = [{name: given for name, given in part.items() if given is not False or name == "value"} for part in value]
+    parts = [", ".join(f"{name}: {json.dumps(given)}" for name, given in part.items()) for part in told]
+    text = ", ".join(f"{{{part}}}" for part in parts)
+    text = text if len(parts) == 1 else f"[{text}]"
+    return f"; go on with --set {shlex.quote(f'{key}={text}')}"
+
+
+def _part(described: Mapping[str, Any]) -> Distribution | Given:
+    return Given(**described) if "value" in described else _distribution(described)
 
 
 def _distribution(described: Mapping[str, Any]) -> Distribution:

@@ -206,7 +206,7 @@ class StudyView:
         history, best_step = state.get("history", ()), state.get("best_step")
         metrics = [one.metric for one in self.objectives]
         kept: Mapping[str, float] = next((told for told in history if told["step"] == best_step), {})
-        settings: dict[str, Any] = {**self.space.fixed, **trial.params}
+        settings: dict[str, Any] = {**self.space.fixed, **self.space.sampled(trial.params)}
         if all(key in trial.params for key in self.space.distributions if self.space.asked(key, trial.params)):
             config = self.space.trial_config(trial.params)
             settings = {key: value for key, value in config.model_dump().items() if applies(key, config.method)}
@@ -220,7 +220,7 @@ class StudyView:
             number=trial.number,
             status=status_of(trial),
             settings=settings,
-            sampled=dict(trial.params),
+            sampled=self.space.sampled(trial.params),
             history=history,
             value=known.get(self.objective.metric),
             loss=kept.get("eval_loss"),

@@ -7,7 +7,7 @@ from optuna.trial import Trial
 
 from bilora_ray.config import is_integer
 from bilora_ray.errors import UserError
-from bilora_ray.search.space import Choice, Space, Value
+from bilora_ray.search.space import Choice, Space, Value, setting_of
 from bilora_ray.search.study.samplers import cmaes, gp, grid, nsga, qmc, random, tpe
 from bilora_ray.search.study.samplers.base import Limit, Sampler
 from bilora_ray.search.study.samplers.belief import with_belief
@@ -45,7 +45,7 @@ def check_sampler(space: Space) -> None:
 
 
 def propose(study: optuna.Study, space: Space, number: int) -> Trial:
-    """Trial `number` of `study`, with a value for each setting that its method reads.
+    """Trial `number` of `study`, with a value for each distribution that it is asked for.
 
     Values that the trial has already stay.
     """
@@ -57,7 +57,7 @@ def propose(study: optuna.Study, space: Space, number: int) -> Trial:
             continue
         if isinstance(distribution, Choice):
             sampled[key] = trial.suggest_categorical(key, distribution.choice)
-        elif is_integer(key):
+        elif is_integer(setting_of(key)):
             step = int(distribution.step or 1)
             low, high = int(distribution.low), int(distribution.high)
             sampled[key] = trial.suggest_int(key, low, high, step=step, log=distribution.log)

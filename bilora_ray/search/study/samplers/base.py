@@ -13,7 +13,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from bilora_ray.config import is_integer
-from bilora_ray.search.space import Choice, Distribution, Range, Space, Value
+from bilora_ray.search.space import Choice, Distribution, Range, Space, Value, setting_of
 
 # The study, its space and the trial's number -> what proposes that trial's settings.
 Sampler = Callable[[optuna.Study, Space, int], BaseSampler]
@@ -157,7 +157,7 @@ def among(key: str, distribution: Distribution) -> tuple[Value, ...] | None:
 
 def steps(key: str, distribution: Range) -> int | None:
     """How many values a range has; None if they cannot be counted."""
-    if distribution.step is None and not is_integer(key):
+    if distribution.step is None and not is_integer(setting_of(key)):
         return None
     return round((distribution.high - distribution.low) / (distribution.step or 1)) + 1
 
@@ -176,4 +176,4 @@ def at(key: str, distribution: Range, place: float) -> Value:
 
 
 def _number(key: str, value: float) -> Value:
-    return round(value) if is_integer(key) else value
+    return round(value) if is_integer(setting_of(key)) else value

@@ -20,7 +20,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial
 
 from bilora_ray.config import is_integer
-from bilora_ray.search.space import Range, Space, Value
+from bilora_ray.search.space import Range, Space, Value, setting_of
 from bilora_ray.search.study.samplers.base import seed_of
 
 # Of the first trials so many draw from the belief, and half as many after each HALVED_AFTER trials.
@@ -90,8 +90,8 @@ def _near(key: str, found: Range, chance: float | None) -> Value:
         normal = NormalDist(scale(value), scale(found.prior.width))
         low, high = normal.cdf(scale(found.low)), normal.cdf(scale(found.high))
         value = back(normal.inv_cdf(min(max(low + chance * (high - low), 1e-12), 1 - 1e-12)))
-    unit = found.step or (1.0 if is_integer(key) else None)
+    unit = found.step or (1.0 if is_integer(setting_of(key)) else None)
     if unit is not None:
         value = found.low + unit * round((value - found.low) / unit)
     value = min(max(value, found.low), found.high)
-    return int(value) if is_integer(key) else value
+    return int(value) if is_integer(setting_of(key)) else value

@@ -1,0 +1,384 @@
+"""Conditions, sub-spaces and derived settings: what a trial gets, and that none could be refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from bilora_ray.config import TrialConfig
+from bilora_ray.errors import UserError
+from bilora_ray.facts import METHOD_NAMES
+from bilora_ray.search.simulated import Metrics, simulate
+from bilora_ray.search.space import Range, Space, setting_of
+from bilora_ray.search.space_file import load_space
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.samplers import propose
+from bilora_ray.search.study.studies import SPACE, check_study, load_study, open_study
+from bilora_ray.search.study.study import SearchStudy
+
+TRIAL = {"model_name_or_path": "org/model", "task": "causal-lm", "train_data": "org/data"}
+METHODS = {"choice": ["lora", "bilora"]}
+FAST, SLOW = {"low": 1e-3, "high": 1e-1, "log": True}, {"low": 1e-5, "high": 1e-4, "log": True}
+LORA, BILORA = {"when": {"method": "lora"}}, {"when": {"method": "bilora"}}
+SUBSPACES = {
+    "learning_rate": [{**FAST, **LORA}, {**SLOW, **BILORA}],
+    "lora_alpha": "2 * rank",
+    "rank": {"choice": [4, 8]},
+    "weight_decay": [{"value": 0.1, **LORA}, {"low": 0, "high": 0.01, **BILORA}],
+    "method": METHODS,
+    "quantization": {"choice": ["nf4", "int8"], **BILORA},
+    "max_grad_norm": {"choice": [0.5, 2.0], "when": {"quantization": "nf4", "rank": [8]}},
+}
+
+
+def load(trial: dict[str, Any], study: dict[str, Any] | None = None, overrides: tuple[str, ...] = ()) -> Space:
+    sections = {"study": {"name": "s", "num_trials": 12, **(study or {})}, "trial": {**TRIAL, **trial}}
+    given = [f"{name}.{key}={json.dumps(value)}" for name, values in sections.items() for key, value in values.items()]
+    return load_space(None, [*given, *overrides])
+
+
+def load_file(path: Path, trial: dict[str, Any], study: dict[str, Any] | None = None, *overrides: str) -> Space:
+    path.write_text(json.dumps({"study": {"name": "s", **(study or {})}, "trial": {**TRIAL, **trial}}))
+    return load_space(path, overrides)
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Callable[..., str]:
+    def refused(trial: dict[str, Any], study: dict[str, Any] | None = None, *overrides: str) -> str:
+        with pytest.raises(UserError) as caught:
+            load_file(tmp_path / "space.yaml", trial, study, *overrides)
+        assert "\n" not in str(caught.value)
+        return str(caught.value).removeprefix(f"{tmp_path / 'space.yaml'}: ")
+
+    return refused
+
+
+def opened(space: Space, path: Path) -> SearchStudy:
+    return open_study(space, Layout(path), {})
+
+
+def curve(config: TrialConfig) -> list[Metrics]:
+    loss = config.learning_rate + config.rank
+    return [{"step": s, "max_steps": 3, "eval_loss": loss + 1 / s, "train_runtime": float(s)} for s in (1, 2, 3)]
+
+
+def searched(space: Space, path: Path) -> SearchStudy:
+    study = opened(space, path)
+    simulate(study, curve, workers=2)
+    study.release()
+    return study
+
+
+def test_the_method_comes_first_and_each_other_after_what_it_depends_on() -> None:
+    names = list(load(SUBSPACES).distributions)
+    assert names[:3] == ["method", "learning_rate@method=lora", "learning_rate@method=bilora"]
+    assert names.index("max_grad_norm") > max(names.index("quantization"), names.index("rank"))
+
+
+def test_each_method_has_a_space_of_its_own_and_a_trial_says_settings_only(tmp_path: Path) -> None:
+    space = load(SUBSPACES, {"num_trials": 16, "sampler": "random"})
+    study = searched(space, tmp_path)
+    assert {"learning_rate@method=lora", "learning_rate@method=bilora"} < study.study.trials[0].distributions.keys() | {
+        name for trial in study.study.trials for name in trial.params
+    }
+    methods = set()
+    for record in study.records():
+        settings, sampled = record.settings, record.sampled
+        methods.add(settings["method"])
+        bilora = settings["method"] == "bilora"
+        ends = SLOW if bilora else FAST
+        assert ends["low"] <= sampled["learning_rate"] <= ends["high"]
+        assert settings["learning_rate"] == sampled["learning_rate"]
+        assert settings["lora_alpha"] == 2 * sampled["rank"]
+        assert ("weight_decay" in sampled) is bilora
+        assert bilora or settings["weight_decay"] == 0.1
+        assert ("quantization" in sampled) is bilora
+        nested = sampled.get("quantization") == "nf4" and sampled["rank"] == 8
+        assert ("max_grad_norm" in sampled) is nested
+        assert nested or settings["max_grad_norm"] == 1.0
+        assert set(sampled) <= TrialConfig.model_fields.keys() - {"lora_alpha"}
+    assert methods == {"lora", "bilora"}
+
+
+def test_a_study_tells_its_space_again_and_goes_on_with_no_other(tmp_path: Path) -> None:
+    space, layout = load(SUBSPACES), Layout(tmp_path)
+    study = opened(space, tmp_path)
+    study.next_trials()
+    study.release()
+    shown = load_study(layout, "s").space
+    assert (shown.distributions, shown.given, shown.size()) == (space.distributions, space.given, None)
+    check_study(space, layout, True, {})
+    for changed, key in (
+        ({"lora_alpha": "rank"}, "lora_alpha was 2 * rank, is rank"),
+        ({"learning_rate": FAST}, "learning_rate was 0.001 to 0.1, on a log scale, when method is lora; 1e-05"),
+        ({"weight_decay": {"value": 0.1, **LORA}}, "weight_decay was 0 to 0.01, when method is bilora; 0.1, when"),
+        ({"max_grad_norm": {"choice": [0.5, 2.0]}}, "max_grad_norm was one of 0.5, 2.0, when quantization is nf4"),
+    ):
+        with pytest.raises(UserError) as error:
+            check_study(load({**SUBSPACES, **changed}), layout, True, {})
+        assert f"began with other space: {key}" in str(error.value)
+        override = str(error.value).rpartition("--set '")[2].removesuffix("'")
+        check_study(load({**SUBSPACES, **changed}, overrides=(override,)), layout, True, {})
+
+
+def test_a_study_of_before_conditions_opens_and_goes_on(tmp_path: Path) -> None:
+    space, layout = load({"rank": {"choice": [4, 8]}, "rho": {"low": 0.1, "high": 0.9}}), Layout(tmp_path)
+    study = opened(space, tmp_path)
+    study.next_trials()
+    described = study.study.user_attrs[SPACE]
+    described["distributions"]["rho"] = {"low": 0.1, "high": 0.9, "log": False, "step": None}
+    del described["given"]
+    study.study.set_user_attr(SPACE, described)
+    study.release()
+    check_study(space, layout, True, {})
+    assert load_study(layout, "s").space.distributions == space.distributions
+
+
+def test_points_are_given_in_settings_and_reach_the_sub_space(tmp_path: Path) -> None:
+    points = [{"method": "lora", "learning_rate": 0.05, "rank": 8}, {"learning_rate": 2e-5, "method": "bilora"}]
+    study = opened(load(SUBSPACES, {"points_to_evaluate": points}), tmp_path)
+    study.next_trials()
+    study.next_trials()
+    first, second = (record.sampled for record in study.records())
+    assert {key: first[key] for key in points[0]} == points[0]
+    assert {key: second[key] for key in points[1]} == points[1]
+
+
+def test_an_interrupted_trial_gets_the_rest_of_its_own_sub_space(tmp_path: Path) -> None:
+    space = load(SUBSPACES, {"points_to_evaluate": [{"method": "lora", "rank": 8}]})
+    study = opened(space, tmp_path)
+    study.study.ask()
+    study.release()
+    again = opened(space, tmp_path)
+    assert again.next_trials() == [0]
+    assert again.record(0).sampled.keys() == {"method", "rank", "learning_rate"}
+
+
+def test_set_takes_a_method_out_of_the_search(tmp_path: Path) -> None:
+    points = [{"method": "bilora", "quantization": "nf4", "rank": 8}]
+    space = load_file(tmp_path / "space.yaml", SUBSPACES, {"points_to_evaluate": points}, "method=lora")
+    assert list(space.distributions) == ["learning_rate", "rank"]
+    assert space.points_to_evaluate == ({"rank": 8},)
+    assert space.trial_config({"learning_rate": 0.05, "rank": 4}).weight_decay == 0.1
+    # What one method has alone is no sub-space.
+    assert space.distributions["learning_rate"].ends() == (1e-3, 1e-1)
+
+
+def test_what_is_derived_from_fixed_settings_is_fixed() -> None:
+    assert load({"rank": 4, "lora_alpha": "2 * rank", "split_seed": "seed"}).fixed.items() >= {
+        ("lora_alpha", 8),
+        ("split_seed", 0),
+    }
+    assert load({"learning_rate": "3e-4"}).given == {}
+    assert load({"rank": {"value": 4}}).fixed["rank"] == 4
+
+
+def test_what_is_derived_may_have_a_condition_and_a_chain() -> None:
+    space = load(
+        {
+            "method": METHODS,
+            "rank": {"low": 2, "high": 16},
+            "auxiliary_learning_rate": "learning_rate / auxiliary_rank",
+            "auxiliary_rank": "max(1, rank // 4)",
+            "lora_alpha": {"value": "rank", **LORA},
+        }
+    )
+    bilora = space.trial_config({"method": "bilora", "rank": 9})
+    assert (bilora.auxiliary_rank, bilora.auxiliary_learning_rate) == (2, 2.5e-4)
+    assert (bilora.lora_alpha, space.trial_config({"method": "lora", "rank": 9}).lora_alpha) == (None, 9)
+    # As `rho`, it is of one method.
+    assert space.trial_config({"method": "lora", "rank": 9}).auxiliary_rank == 8
+
+
+@pytest.mark.parametrize(
+    ("trial", "size"),
+    [
+        ({"rank": {"choice": [4, 8, 16]}, "lora_alpha": "2 * rank"}, 3),
+        ({"rank": {"low": 2, "high": 16}, "seed": {"low": 0, "high": 8, "step": 4}, "split_seed": 0}, 45),
+        ({"method": METHODS, "rank": {"choice": [4, 8]}, "auxiliary_rank": {"choice": [2, 4, 8]}}, 2 + 6),
+        ({"method": METHODS, "rank": {"choice": [4, 8], **LORA}}, 2 + 1),
+        ({"rank": {"low": 1, "high": 9}, "auxiliary_rank": {"low": 1, "high": 4, "when": {"rank": [2, 3]}}}, 8 + 7),
+        ({"rank": {"choice": [4, 8]}, "rho": {"low": 0.1, "high": 1}}, None),
+        ({}, 1),
+    ],
+)
+def test_the_size_is_the_number_of_different_trials(trial: dict[str, Any], size: int | None) -> None:
+    assert load(trial).size() == size
+
+
+def test_the_longest_and_the_shortest_step_are_of_trials_that_can_be() -> None:
+    space = load(
+        {
+            "method": METHODS,
+            "per_device_train_batch_size": [{"choice": [2, 4], **LORA}, {"choice": [8, 16], **BILORA}],
+            "gradient_accumulation_steps": "64 // per_device_train_batch_size",
+            "rank": {"choice": [4, 8]},
+        }
+    )
+    assert space.with_step(min).step_rows(1) == space.with_step(max).step_rows(1) == 64
+    assert (space.with_step(max).rank, space.first_config().per_device_train_batch_size) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("trial", "problem"),
+    [
+        (
+            {"rho": {"value": 1, "when": {"metod": "lora"}}},
+            "trial.rho.when: unknown key 'metod'; did you mean 'method'?",
+        ),
+        ({"rho": {"value": 1, "when": {"method": "sam"}}}, "trial.rho.when.method: should be 'lora' or 'bilora'"),
+        ({"rho": {"value": 1, "when": {"method": []}}}, "trial.rho: when.method: should have at least 1 item"),
+        ({"rank": {"value": 1, **LORA}}, "trial.rank: when method is 'lora': method is never 'lora'; it is 'bilora'"),
+        (
+            {"rank": {"value": 1, "when": {"seed": [1, 5]}}, "seed": {"low": 0, "high": 4}, "split_seed": 0},
+            "trial.rank: when seed is 1 or 5: seed is never 5; it is 0 to 4",
+        ),
+        (
+            {"rank": {"value": 1, "when": {"learning_rate": 0.01}}, "learning_rate": FAST},
+            "trial.rank: when learning_rate is 0.01: learning_rate is drawn from a continuous range",
+        ),
+        (
+            {"rank": {"value": 1, "when": {"lora_alpha": 4}}, "lora_alpha": "seed * 2"},
+            "trial.rank: when lora_alpha is 4.0: lora_alpha is derived",
+        ),
+        (
+            {"method": METHODS, "rho": {"low": 0.1, "high": 1, **LORA}},
+            "trial.rho: no trial has method is lora",
+        ),
+        (
+            {
+                "method": METHODS,
+                "rank": {"choice": [4, 8], **LORA},
+                "seed": {"value": 1, "when": {"rank": 4, **BILORA["when"]}},
+            },
+            "trial.seed: no trial has rank is 4 and method is bilora",
+        ),
+        (
+            {
+                "method": METHODS,
+                "rank": [{"value": 4, **LORA}, {"choice": [4, 8], "when": {"method": ["lora", "bilora"]}}],
+            },
+            "trial.rank: two of its entries hold when method is lora",
+        ),
+        ({"rank": [{"choice": [4]}, {"choice": [8]}]}, "trial.rank: two of its entries have the same condition"),
+        ({"rank": [{"value": 4, **BILORA}, 8]}, "trial.rank: a list of cases holds {..., when: ...} only"),
+        (
+            {"rank": {"choice": [4], "when": {"seed": 0}}, "seed": {"choice": [0], "when": {"rank": 4}}},
+            "trial.rank: settings depend on each other in a circle: rank -> seed -> rank",
+        ),
+        (
+            {"rank": "auxiliary_rank", "auxiliary_rank": "rank"},
+            "trial.rank: settings depend on each other in a circle: rank -> auxiliary_rank -> rank",
+        ),
+        ({"rank": "2 * rnk"}, "trial.rank: 2 * rnk has no setting 'rnk'; did you mean 'rank'?"),
+        ({"rank": "2 * method"}, "trial.rank: 2 * method computes with method, which is no number"),
+        ({"rank": "2 ** (seed"}, "trial.rank: '2 ** (seed' is no expression; it may have numbers"),
+        ({"rank": "max_steps + 1"}, "trial.rank: max_steps + 1: max_steps has no value there"),
+        (
+            {"auxiliary_rank": "rank / 2", "rank": {"low": 2, "high": 5}},
+            "trial.auxiliary_rank: rank / 2 with rank 3: should be a valid integer",
+        ),
+        (
+            {"auxiliary_rank": "rank // 4", "rank": {"choice": [16, 2]}},
+            "trial.auxiliary_rank: rank // 4 with rank 2: should be greater than or equal to 1, got 0",
+        ),
+        (
+            {"lora_dropout": "rank * rho", "rank": {"low": 1, "high": 8}, "rho": {"low": 0.1, "high": 0.2}},
+            "trial.lora_dropout: rank * rho with rank 5, rho 0.2: should be less than 1, got 1",
+        ),
+        (
+            {"lora_alpha": "1 / (rank - 4)", "rank": {"low": 2, "high": 8}},
+            "trial.lora_alpha: 1 / (rank - 4) with rank 2: should be greater than 0",
+        ),
+        ({"max_length": "64 * rank", "rank": {"choice": [4, 8]}}, "trial.max_length: must have one value"),
+        ({"task": {"value": "causal-lm", **BILORA}}, "trial.task: must have one value"),
+        ({"precision": {"value": "bf16", **LORA}, "method": METHODS}, "trial.precision: auto is the one or the other"),
+        ({"seed": {"value": 1, **LORA}, "method": METHODS}, "trial.seed: needs split_seed or validation_data"),
+    ],
+)
+def test_what_could_not_be_tried_is_refused_in_a_line(
+    refused: Callable[..., str], trial: dict[str, Any], problem: str
+) -> None:
+    assert refused(trial).startswith(problem)
+
+
+@pytest.mark.parametrize(
+    ("point", "problem"),
+    [
+        ({"quantization": "nf4"}, "quantization: has no effect at this point: it is asked for when method is bilora"),
+        ({"method": "lora", "quantization": "nf4"}, "quantization: has no effect at this point: it is asked for when"),
+        (
+            {"learning_rate": 0.05},
+            "learning_rate: has no effect at this point: it is asked for when method is lora, or",
+        ),
+        ({"learning_rate": 0.05, "method": "bilora"}, "learning_rate: 0.05 is outside its distribution, 1e-05 to"),
+        ({"method": "lora", "rho": 0.1}, "rho: has no effect at this point: the method does not read it"),
+    ],
+)
+def test_a_point_that_meets_no_condition_is_refused(
+    refused: Callable[..., str], point: dict[str, Any], problem: str
+) -> None:
+    trial = {**SUBSPACES, "rho": {"low": 0.1, "high": 1}}
+    assert refused(trial, {"points_to_evaluate": [point]}).startswith(f"study.points_to_evaluate[0].{problem}")
+
+
+def a_space(draw: random.Random) -> dict[str, Any]:
+    """Settings of a trial, right or wrong: conditions, cases and expressions of one another, as they come."""
+    whole = {key: draw.choice(({"choice": [1, 2, 4]}, {"low": 1, "high": 6}, 4)) for key in ("rank", "auxiliary_rank")}
+    real = {
+        key: draw.choice(({"low": 0.1, "high": 0.4}, {"choice": [0.1, 0.2]}, 0.3)) for key in ("rho", "lora_dropout")
+    }
+    trial: dict[str, Any] = {"method": draw.choice((METHODS, "bilora")), "max_steps": 8, **whole, **real}
+    tests = {"method": list(METHOD_NAMES), "rank": [1, 2, 4], "quantization": ["nf4", None], "torch_compile": [True]}
+    trial["quantization"], trial["torch_compile"] = {"choice": ["nf4", None]}, {"choice": [True, False]}
+    for key in draw.sample(sorted(trial), 4):
+        other = draw.choice(sorted(tests))
+        when = {other: draw.choice(tests[other])}
+        value = trial[key] if isinstance(trial[key], dict) else {"value": trial[key]}
+        trial[key] = {**value, "when": when}
+        if draw.random() < 0.3:
+            trial[key] = [trial[key], {**value, "when": {other: draw.choice(tests[other])}}]
+    for key in draw.sample(["lora_alpha", "auxiliary_learning_rate", "per_device_train_batch_size", "lora_dropout"], 2):
+        a, b = draw.sample(["rank", "auxiliary_rank", "rho", "lora_dropout", "max_steps"], 2)
+        trial[key] = draw.choice((f"{a} * {b}", f"{a} / {b}", f"max({a}, {b}) - 1", f"{a} // 2", f"2 * {a}"))
+    return trial
+
+
+def proposed(space: Space, trials: int) -> Iterator[dict[str, Any]]:
+    """What so many trials are proposed, by setting, from a study in memory."""
+    study = optuna.create_study()
+    for number in range(trials):
+        study.ask()
+        trial = propose(study, space, number)
+        yield space.sampled(trial.params)
+        study.tell(trial, float(number % 3))
+
+
+def test_no_trial_of_a_space_that_is_taken_is_refused() -> None:
+    draw, taken, proposals, conditional = random.Random(11), 0, 0, 0
+    while proposals < 400:
+        sampler = "tpe" if taken < 3 else "random"
+        try:
+            space = load(a_space(draw), {"num_trials": 12, "sampler": sampler})
+        except UserError:
+            continue
+        taken += 1
+        for sampled in proposed(space, 12):
+            proposals += 1
+            config = space.trial_config(sampled)
+            asked = {name for name in space.distributions if space.asked(name, sampled)}
+            assert sampled.keys() == space.sampled(dict.fromkeys(asked)).keys()
+            assert space.sampled(space.parameters(sampled)) == sampled
+            for name in asked:
+                drawn, value = space.distributions[name], sampled[setting_of(name)]
+                assert drawn.holds(value) if isinstance(drawn, Range) else value in drawn.choice
+                conditional += bool(drawn.when)
+                for key, allowed in drawn.when.items():
+                    assert getattr(config, key) in allowed
+    assert conditional >= 100
