@@ -183,8 +183,8 @@ def _rehearse(
 def _print_plan(space: Space, rehearsal: Rehearsal, checked: Checked) -> None:
     study, resources = space.study, space.resources
     click.echo(f"Study '{study.name}' would run {study.num_trials} trials ({study.sampler}, {study.scheduler}) over")
-    for key, distribution in space.distributions.items():
-        click.echo(f"  {key:<28} {distribution}")
+    for name, part in space.parts.items():
+        click.echo(f"  {setting_of(name):<28} {part}")
     workers = f"{resources.workers} workers, each with " if resources.workers > 1 else ""
     room = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
     click.echo(f"each on {workers}{room}.")

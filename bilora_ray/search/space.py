@@ -203,7 +203,17 @@ class Part(Settings):
         return self.model_dump(exclude=absent)
 
     def __str__(self) -> str:
-        return self.range + (f", when {self.condition}" if self.when else "")
+        return self.range + self.told_when
+
+    @property
+    def told_when(self) -> str:
+        """The condition, as it is told behind a range."""
+        return f", when {self.condition}" if self.when else ""
+
+    @property
+    def kind(self) -> str:
+        """What it is: a choice, a range, a log range, or given."""
+        raise NotImplementedError
 
     @property
     def range(self) -> str:
@@ -221,9 +231,17 @@ class Choice(Part):
     choice: tuple[OneValue, ...] = Field(min_length=1)
 
     @property
+    def kind(self) -> str:
+        """A choice."""
+        return "choice"
+
+    @property
     def range(self) -> str:
         """The values."""
-        return "one of " + ", ".join(str(value) for value in self.choice)
+        return ", ".join(str(value) for value in self.choice)
+
+    def __str__(self) -> str:
+        return f"one of {super().__str__()}"
 
     def ends(self) -> Sequence[Value]:
         """The values that must be allowed for the setting if every value is to be."""
@@ -316,9 +334,19 @@ class Range(Part):
         return self
 
     @property
+    def kind(self) -> str:
+        """A range, or a log range."""
+        return "log range" if self.log else "range"
+
+    @property
     def range(self) -> str:
-        """The ends, with the scale and the steps."""
-        scale = ", on a log scale" if self.log else ""
+        """The ends, with the steps and what is believed."""
+        return self._told("")
+
+    def __str__(self) -> str:
+        return self._told(", on a log scale" if self.log else "") + self.told_when
+
+    def _told(self, scale: str) -> str:
         step = f", in steps of {self.step:.10g}" if self.step else ""
         prior = f", {self.prior}" if self.prior else ""
         return f"{self.low:.10g} to {self.high:.10g}{scale}{step}{prior}"
@@ -356,6 +384,11 @@ class Given(Part):
     """A value, or what it is derived from: an expression of other settings."""
 
     value: Any
+
+    @property
+    def kind(self) -> str:
+        """Given."""
+        return "given"
 
     @property
     def range(self) -> str:

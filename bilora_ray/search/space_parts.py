@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
@@ -49,10 +49,11 @@ def with_parts(space: Space, parts: Parts) -> Space:
     fixed = dict(space.fixed)
     for key in {key for found in parts.values() for part in found for key in part.when} & fixed.keys():
         fixed[key] = coerce(key, fixed[key], f"{space.path}: trial.{key}")
-    kept = {key: [part for part in found if _can_be(space, key, part, parts, fixed)] for key, found in parts.items()}
+    order = _in_order(space, parts)
+    kept = _possible(space, {key: parts[key] for key in order}, fixed)
     distributions: dict[str, Distribution] = {}
     given: dict[str, Given] = {}
-    for key in _in_order(space, kept):
+    for key in order:
         constant = _constant(key, kept)
         if constant is not None:
             fixed[key] = space.derived(constant, key, fixed)
@@ -115,20 +116,35 @@ def _check_names(space: Space, key: str, part: Distribution | Given) -> None:
             raise UserError(f"{where}: {part.value} computes with {name}, which is no number")
 
 
-def _can_be(space: Space, key: str, part: Distribution | Given, parts: Parts, fixed: Mapping[str, Any]) -> bool:
-    """Whether the condition of `part`, of the setting `key`, can be met.
+def _possible(space: Space, parts: Parts, fixed: Mapping[str, Any]) -> dict[str, list[Distribution | Given]]:
+    """The `parts`, which are in order, less those whose condition can't be met since `--set` replaced what it is on."""
+    kept: dict[str, list[Distribution | Given]] = {}
+    replaced = set(space.overridden)
+    for key, found in parts.items():
+        kept[key] = [part for part in found if _can_be(space, key, part, kept, fixed, replaced)]
+        if len(kept[key]) < len(found):
+            replaced.add(key)
+    return kept
 
-    It is refused if not; but where `--set` is why, the part is left out.
-    """
+
+def _can_be(
+    space: Space,
+    key: str,
+    part: Distribution | Given,
+    parts: Parts,
+    fixed: Mapping[str, Any],
+    replaced: Container[str],
+) -> bool:
+    """Whether the condition of `part`, of the setting `key`, can be met; if not and nothing was `replaced`: refused."""
     for other, allowed in part.when.items():
         where = f"{space.path}: trial.{key}: when {other} is {' or '.join(map(repr, allowed))}"
-        if other not in parts:
+        if not parts.get(other):
             never = [] if fixed.get(other, _default(other)) in allowed else list(allowed)
             known = f"it is {fixed.get(other, _default(other))!r}"
         else:
             never = [value for value in allowed if not any(_may_be(other, one, value, where) for one in parts[other])]
             known = "it is " + " or ".join(one.range for one in parts[other])
-        if never and other in space.overridden:
+        if never and other in replaced:
             if len(never) == len(allowed):
                 return False
         elif never:

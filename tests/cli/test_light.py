@@ -260,34 +260,59 @@ def test_the_version_is_the_packages() -> None:
 def test_validate_says_what_is_searched_in_words(tmp_path: Path) -> None:
     space = tmp_path / "space.yaml"
     space.write_text(
-        "study: {name: s, num_trials: 3}\n"
+        "study: {name: s, num_trials: 3, points_to_evaluate: [{method: lora, rank: 8}]}\n"
         "trial:\n"
-        "  {model_name_or_path: owner/model, train_data: owner/data, task: causal-lm,\n"
+        "  {model_name_or_path: owner/model, train_data: owner/data, task: causal-lm, lora_alpha: 2 * rank,\n"
+        "  weight_decay: {value: 0.1, when: {method: lora}},\n"
         "  method: {choice: [lora, bilora]}, rank: {low: 4, high: 16, step: 4},\n"
         "  rho: {low: 5e-3, high: 0.5, log: true}, lora_dropout: {low: 0, high: 0.1}}\n"
     )
-    assert CliRunner().invoke(main, ["validate", str(space)]).output.splitlines() == [
-        f"{space} is valid: study 's', 3 trials over",
-        "  method                       one of lora, bilora",
-        "  rank                         4 to 16, in steps of 4",
-        "  rho                          0.005 to 0.5, on a log scale",
-        "  lora_dropout                 0 to 0.1",
+    output = CliRunner().invoke(main, ["validate", str(space)], env={"COLUMNS": "200"}).output
+    lines = [" ".join(line.split()) for line in output.splitlines() if line.strip(" ─")]
+    assert lines == [
+        f"{space} is valid: study 's', 3 trials",
+        "setting kind range when points",
+        "method choice lora, bilora 2",
+        "rank range 4 to 16, in steps of 4 4",
+        "rho log range 0.005 to 0.5 method is bilora continuous",
+        "lora_dropout range 0 to 0.1 continuous",
+        "lora_alpha derived 2 * rank",
+        "weight_decay fixed 0.1 method is lora",
+        "model_name_or_path fixed owner/model",
+        "train_data fixed owner/data",
+        "task fixed causal-lm",
+        "size: continuous in rho, lora_dropout",
+        "runs first: {method: lora, rank: 8}",
     ]
+
+
+def test_validate_counts_the_trials_of_a_finite_space(tmp_path: Path) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text(
+        "study: {name: s}\ntrial: {model_name_or_path: o/m, train_data: o/d, task: causal-lm, rank: {choice: [4, 8]}}\n"
+    )
+    output = CliRunner().invoke(main, ["validate", str(space)], env={"COLUMNS": "120"}).output
+    assert output.splitlines()[-1] == "size: 2 different trials"
+    assert " when " not in output
 
 
 def test_validate_says_when_there_is_nothing_to_search(tmp_path: Path) -> None:
     space = tmp_path / "space.yaml"
     space.write_text("study: {name: s}\ntrial: {model_name_or_path: o/m, train_data: o/d, task: causal-lm}\n")
-    assert CliRunner().invoke(main, ["validate", str(space)]).output.splitlines() == [
-        f"{space} is valid: study 's', 20 trials over",
-        "  nothing: no setting has a distribution, so `bilora-ray train` runs it and `tune` does not",
-    ]
+    output = CliRunner().invoke(main, ["validate", str(space)]).output.splitlines()
+    assert output[0] == f"{space} is valid: study 's', 20 trials"
+    assert output[-1] == "no setting has a distribution, so `bilora-ray train` runs it and `tune` does not"
 
 
 def test_validate_prints_json_for_scripts() -> None:
     result = CliRunner().invoke(main, ["validate", str(SPACE), "--set", "rank=8", "--set", "study.seed=3", "--json"])
     space = json.loads(result.output)
-    assert list(space) == ["study", "resources", "fixed", "distributions"]
+    assert list(space) == [
+        *("study", "resources", "fixed", "distributions", "given", "settings", "size", "points_to_evaluate")
+    ]
+    row = {"setting": "rho", "kind": "log range", "range": "0.005 to 1", "when": "", "points": "continuous"}
+    assert row in space["settings"]
+    assert space["size"] == {"trials": None, "continuous": ["rho", "learning_rate"]}
     assert (space["study"]["name"], space["study"]["seed"], space["fixed"]["rank"]) == ("llama-alpaca", 3, 8)
     assert space["distributions"]["rho"] == {"low": 0.005, "high": 1.0, "log": True}
     assert space["distributions"]["auxiliary_rank"] == {"choice": [2, 4, 8, 16]}
