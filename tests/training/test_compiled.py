@@ -102,6 +102,31 @@ def test_what_is_measured_is_computed_as_without(task: Task, tiny: Tiny, tmp_pat
     assert reproducible([metrics]) == reproducible([plain._metrics() | {"compiled": 1.0}])
 
 
+@pytest.mark.slow
+def test_an_encoder_and_a_decoder_have_two_graphs_each(
+    compiler: Callable[[Backend], None], tiny: Tiny, tmp_path: Path
+) -> None:
+    """However many blocks there are: in T5 the first of a stack makes the bias of positions that the others are given.
+
+    Three would do only if the first ones were not compiled, which gains nothing: they are as dear as the others.
+    """
+    makes_bias: list[bool] = []
+
+    def noted(graph: torch.fx.GraphModule, _: Any) -> Any:
+        makes_bias.append(any("embedding" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    compiler(noted)
+    assert compiled.why_not("cpu") is None
+    makes_bias.clear()
+    config = tiny.config("seq2seq-lm", max_steps=12, per_device_train_batch_size=5, torch_compile=True)
+    _, shapes, run = trained(config, tmp_path)
+    assert len(shapes) >= 4
+    assert len(compiled.blocks_of(run.model)) == 4
+    assert makes_bias == [True, False, True, False]
+    run.base.end()
+
+
 def told() -> list[object]:
     """What torch is told about compiling."""
     dynamo, shapes = torch._dynamo.config, torch.fx.experimental._config
