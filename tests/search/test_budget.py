@@ -11,6 +11,7 @@ from bilora_ray.errors import UserError
 from bilora_ray.records import Status
 from bilora_ray.search.simulated import Metrics, Moment, simulate
 from bilora_ray.search.space_file import load_space
+from bilora_ray.search.study.control.budget import Budget
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.studies import load_study, open_study
 from bilora_ray.search.study.study import SearchStudy
@@ -152,6 +153,15 @@ def test_the_study_runs_for_as_long_as_any_process_does(tmp_path: Path) -> None:
         told.append(budgets[number]._tick(study.study.user_attrs))
     # The ten seconds before the other began count once; a clock that goes back takes nothing away.
     assert told == [0.0, 20.0, 20.0, 50.0, 60.0, 60.0]
+
+
+def test_several_processes_are_charged_together(tmp_path: Path) -> None:
+    study = opened(tmp_path, "study.max_device_hours=4")
+    other = Budget(study.study, study.space, study.objective, study.folder, alone=False)
+    assert other.device_hours() == 0
+    (number,) = study.next_trials()
+    study.report(number, curve(study.config(number))[2])
+    assert study.budget.device_hours() == other.device_hours() == 3
 
 
 def planted(config: TrialConfig) -> list[Metrics]:

@@ -52,7 +52,7 @@ class SearchStudy(StudyView):
         self._live: dict[int, Trial] = {}
         self._stopped: set[int] = set()
         self._claims = Claims(layout, study.study_name)
-        self.budget = Budget(study, space, self.objective, self.folder)
+        self.budget = Budget(study, space, self.objective, self.folder, alone=layout.study_database is None)
         self._asked_before = study.user_attrs.get(STOP)
 
     def adopt(self) -> None:

@@ -71,13 +71,19 @@ class Budget:
         space: what is searched.
         objective: what trials are judged by.
         folder: a trial's.
+        alone: whether no other process may run trials of the study.
 
     Attributes:
         clock: tells the seconds since some moment that all processes of the study share.
     """
 
     def __init__(
-        self, study: optuna.Study, space: Space, objective: Objective, folder: Callable[[int], TrialFolder]
+        self,
+        study: optuna.Study,
+        space: Space,
+        objective: Objective,
+        folder: Callable[[int], TrialFolder],
+        alone: bool,
     ) -> None:
         self.clock: Callable[[], float] = time.time
         self._study, self._space, self._objective, self._folder = study, space, objective, folder
@@ -85,6 +91,8 @@ class Budget:
         self._charges = bool(self._limits.keys() & {"max_device_hours", "max_cost"})
         self._began: float | None = None
         self._best: float | None = None
+        self._alone = alone
+        self._seconds: dict[int, float] | None = None
         self._untold: dict[int, float] = {}
         self._weighed = 0
 
@@ -110,6 +118,8 @@ class Budget:
             self._best = value if self._objective.is_better(value, self._best_so_far()) else self._best
         if self._charges and TRAINED in metrics:
             trial.set_user_attr(TRAINED, float(metrics[TRAINED]))
+            if self._seconds is not None:
+                self._seconds[trial.number] = float(metrics[TRAINED])
 
     def device_hours(self) -> float:
         """What the trials have used, up to the last evaluation of each: training time on all devices of its workers.
@@ -118,7 +128,10 @@ class Budget:
         """
         resources = self._space.resources
         devices = resources.workers * (resources.gpus_per_worker or 1)
-        return sum(map(self._trained, self._study.get_trials(deepcopy=False))) * devices / HOUR_S
+        if self._seconds is None or not self._alone:
+            trials = self._study.get_trials(deepcopy=False)
+            self._seconds = {trial.number: self._trained(trial) for trial in trials}
+        return sum(self._seconds.values()) * devices / HOUR_S
 
     @property
     def _metric(self) -> str:
