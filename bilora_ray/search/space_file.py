@@ -278,7 +278,9 @@ def _part(section: str, key: str, value: dict[str, Any], where: str) -> Distribu
 def _check_scheduler(study: StudyConfig, filed: Container[str], given: Container[str], path: Path) -> None:
     """Refuse a setting that the scheduler does not read; of a file, only if the scheduler is the file's, too."""
     for key, schedulers in READ_BY.items():
-        if study.scheduler not in schedulers and (key in given or (key in filed and "scheduler" not in given)):
+        said = key in given or (key in filed and "scheduler" not in given)
+        changed = getattr(study, key) != StudyConfig.model_fields[key].default
+        if said and changed and study.scheduler not in schedulers:
             where, readers = "--set study" if key in given else f"{path}: study", ", ".join(schedulers)
             raise UserError(f"{where}.{key}: scheduler {study.scheduler} does not read it; allowed with {readers}")
 

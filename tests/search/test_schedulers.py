@@ -301,7 +301,7 @@ def test_a_first_rung_in_steps_of_the_largest_batch_is_where_it_was(tmp_path: Pa
 
 @pytest.mark.parametrize(("key", "schedulers"), READ_BY.items())
 def test_what_a_scheduler_does_not_read_is_refused(key: str, schedulers: tuple[str, ...]) -> None:
-    value = {"rung_unit": "epochs"}.get(key, 3)
+    value = {"rung_unit": "epochs"}.get(key, 4)
     for scheduler in SCHEDULERS:
         if scheduler in schedulers:
             assert getattr(space(scheduler=scheduler, **{key: value}).study, key) == value

@@ -1,8 +1,8 @@
 """HyperBand (Li et al., JMLR 2018): brackets of successive halving, each with a later first rung than the one before.
 
 Which bracket a trial is in follows from its number and the study's name. Nobody knows how soon a bad trial of this task
-shows: of some, few rungs would stop what would have been the best. The sampler learns of the trials of all brackets:
-Optuna gives it those of one, of which a study of some dozens has too few to go by.
+shows: in some brackets trials are stopped early, and many can be begun; in others they have longer to catch up. The
+sampler learns of the trials of all brackets, as Optuna's TPE does beside Optuna's HyperbandPruner.
 """
 
 from __future__ import annotations
