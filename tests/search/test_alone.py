@@ -29,7 +29,11 @@ from bilora_ray.training import loop
 @pytest.fixture
 def study(tiny: Tiny, tmp_path: Path) -> SearchStudy:
     """A study of one trial, which evaluates at the steps 2, 4, 6 and 8."""
-    trial = tiny.config("causal-lm").model_dump(exclude_unset=True)
+    return study_of_one(tiny, tmp_path)
+
+
+def study_of_one(tiny: Tiny, tmp_path: Path, **more: Any) -> SearchStudy:
+    trial = tiny.config("causal-lm", **more).model_dump(exclude_unset=True)
     settings = ["study.name=s", "study.num_trials=1", *(f"trial.{key}={value}" for key, value in trial.items())]
     study = open_study(load_space(None, settings), Layout(tmp_path / "runs"), {})
     assert study.next_trials() == [0]
@@ -47,6 +51,18 @@ def test_the_last_evaluation_ends_the_trial(study: SearchStudy, monkeypatch: pyt
     alone._train(study, 0, Observers([]))
     assert verdicts == [True, True, True, False]
     assert study.record(0).status is Status.COMPLETE
+
+
+def test_a_trial_that_is_out_of_patience_is_complete(tiny: Tiny, tmp_path: Path) -> None:
+    # No evaluation is better than the first by so much.
+    study = study_of_one(tiny, tmp_path, early_stopping_patience=2, early_stopping_threshold=100.0)
+    alone._train(study, 0, Observers([]))
+    record = study.record(0)
+    assert record.status is Status.COMPLETE
+    assert [metrics["step"] for metrics in record.history] == [2, 4, 6]
+    assert record.value == min(metrics["eval_loss"] for metrics in record.history)
+    assert record.adapter is not None
+    assert record.adapter.is_dir()
 
 
 def test_a_trial_that_the_study_ends_trains_no_further(study: SearchStudy, monkeypatch: pytest.MonkeyPatch) -> None:

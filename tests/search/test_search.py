@@ -295,6 +295,14 @@ def test_weak_trials_are_stopped_early(tiny: Tiny, tmp_path: Path) -> None:
     assert [metrics["step"] for metrics in weak.history] == [2]
 
 
+def test_trials_that_are_out_of_patience_are_complete(tiny: Tiny, tmp_path: Path) -> None:
+    # No evaluation is better than the first by so much.
+    patient = space(tiny, {"num_trials": 2}, early_stopping_patience=1, early_stopping_threshold=100.0)
+    records = run(patient, tmp_path).records()
+    assert [record.status for record in records] == [Status.COMPLETE] * 2
+    assert [[metrics["step"] for metrics in record.history] for record in records] == [[2, 4]] * 2
+
+
 class Killer(Spy):
     """Kills the worker process of a trial once, at its second report."""
 
