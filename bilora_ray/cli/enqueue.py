@@ -53,7 +53,7 @@ def command(
         found = steered_study(layout, study)
         checked(found.space, values)
         with layout.choosing(study):
-            waiting = enqueue(found.study, values)
+            waiting = enqueue(found.study, found.space.parameters(values))
         left = found.space.study.num_trials - len(found.records())
         end = found.end()
     behind = [*waiting.before, waiting.number][max(0, left) :]

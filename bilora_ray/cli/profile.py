@@ -87,8 +87,7 @@ def _seeing(gpus: float) -> Iterator[None]:
 
 
 def _first(space: Space) -> dict[str, Value]:
-    open_ = {key: distribution.ends()[0] for key, distribution in space.distributions.items()}
-    return {**open_, **(space.points_to_evaluate[0] if space.points_to_evaluate else {})}
+    return space.first(space.points_to_evaluate[0] if space.points_to_evaluate else {})
 
 
 def _print(found: Profile) -> None:

@@ -173,9 +173,9 @@ def _rehearse(
     from bilora_ray.training.rehearsal import rehearse
 
     configs = [space.first_config()]
-    for key, distribution in space.distributions.items():
-        if FACTS[setting_of(key)].rehearsed:
-            configs += [configs[0].model_copy(update={setting_of(key): value}) for value in distribution.ends()[1:]]
+    for key in sorted(key for key in space.varied if FACTS[key].rehearsed):
+        found = {getattr(config, key): config for config in map(space.trial_config, space.each_value(key))}
+        configs += [config for value, config in found.items() if value != getattr(configs[0], key)]
     first, *_ = [rehearse(config, here) for config in configs]
     return first
 

@@ -497,14 +497,19 @@ class Space:
             ),
         )
 
+    def names_of(self, setting: str) -> list[str]:
+        """The names of the distributions of `setting`."""
+        return [name for name in self.distributions if setting_of(name) == setting]
+
     def sampled(self, parameters: Mapping[str, Value]) -> dict[str, Value]:
         """Setting -> value, of Optuna's `parameters`."""
         return {setting_of(name): value for name, value in parameters.items()}
 
     def parameters(self, sampled: Mapping[str, Value]) -> dict[str, Value]:
         """Optuna's parameters -> value, of settings that go together: what `sampled` is the inverse of."""
-        asked = (name for name in self.distributions if setting_of(name) in sampled and self.asked(name, sampled))
-        return {name: sampled[setting_of(name)] for name in asked}
+        values = self.sampled(sampled)
+        asked = (name for name in self.distributions if setting_of(name) in values and self.asked(name, values))
+        return {name: values[setting_of(name)] for name in asked}
 
     def asked(self, name: str, sampled: Mapping[str, Value]) -> bool:
         """Whether a trial has the part `name` once `sampled`, by setting or by name, holds what comes before it.
@@ -543,9 +548,14 @@ class Space:
         """All that trials can get if the distributions that they are asked for have the `values` of their names."""
         return self._each(tuple(self.distributions), {}, values)
 
+    def first(self, values: Mapping[str, Value] | None = None) -> dict[str, Value]:
+        """What a trial samples that gets the first choice, or the low end, where `values`, by setting, say nothing."""
+        said = values or {}
+        return next(self.each(lambda name: [said.get(setting_of(name), self.ends(name)[0])]))
+
     def first_config(self) -> TrialConfig:
         """The settings of a trial that gets the first choice, or the low end, of every distribution."""
-        return self.trial_config(next(self.each(lambda name: self.distributions[name].ends()[:1])))
+        return self.trial_config(self.first())
 
     def with_step(self, choose: Callable[..., Any]) -> TrialConfig:
         """As `first_config`, of the trial whose steps take the most training rows, or the fewest: `max`, or `min`."""

@@ -336,7 +336,9 @@ def check_priors(space: Space) -> None:
     if space.study.sampler in WITHOUT_PRIOR:
         for key, distribution in space.distributions.items():
             if isinstance(distribution, Range) and distribution.prior is not None:
-                raise UserError(f"{space.path}: trial.{key}: {space.study.sampler} heeds no prior; tpe and random do")
+                raise UserError(
+                    f"{space.path}: trial.{setting_of(key)}: {space.study.sampler} heeds no prior; tpe and random do"
+                )
 
 
 def check_draw(space: Space) -> None:
@@ -359,7 +361,7 @@ def _points(
         where = f"{path}: study.points_to_evaluate[{index}]"
         values = {}
         for key, text in absolute_sources(point, base, where, locate).items():
-            drawn = [part for name, part in space.distributions.items() if setting_of(name) == key]
+            drawn = [space.distributions[name] for name in space.names_of(key)]
             if not drawn and key not in replaced:
                 raise UserError(f"{where}: '{key}' has no distribution; {nearest(key, _drawn(space))}")
             value = coerce(key, text, f"{where}.{key}")
@@ -379,7 +381,7 @@ def _fits(space: Space, key: str, point: Mapping[str, Value], where: str, replac
 
     It is refused if not; but where `--set` is why, it is left out.
     """
-    names = [name for name in space.distributions if setting_of(name) == key]
+    names = space.names_of(key)
     asked = [name for name in names if space.asked(name, point)]
     if any(_contains(space.distributions[name], point[key]) for name in asked):
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
 
@@ -73,7 +74,7 @@ def test_a_range_says_what_is_believed_of_it() -> None:
 @pytest.mark.parametrize("sampler", ["grid", "qmc"])
 def test_samplers_that_have_settled_all_trials_refuse_a_prior(sampler: str) -> None:
     space = space_of(RATE % RIGHT)
-    wanted = Space(**{**vars(space), "study": space.study.model_copy(update={"sampler": sampler})})
+    wanted = replace(space, study=space.study.model_copy(update={"sampler": sampler}))
     with pytest.raises(UserError, match=f"trial.learning_rate: {sampler} .* prior"):
         check_priors(wanted)
 
@@ -88,7 +89,7 @@ def test_a_study_keeps_its_priors_and_one_without_goes_on(tmp_path: Path) -> Non
     before["distributions"]["learning_rate"] = {"low": 1e-5, "high": 1e-1, "log": True, "step": None}
     assert studies._comparable(before) == studies._comparable(studies._described(plain))
     assert studies._comparable(before) != studies._comparable(studies._described(believed))
-    assert studies._as_it_was("learning_rate", kept).endswith(', prior: {"mean": 0.0007, "sigma": "2x"}}\'')
+    assert studies._as_it_was("learning_rate", [kept]).endswith(', prior: {"mean": 0.0007, "sigma": "2x"}}\'')
 
 
 def drawn(found: Range, key: str, count: int = 2000) -> np.ndarray:

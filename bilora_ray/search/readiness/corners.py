@@ -44,28 +44,35 @@ def kinds(space: Space) -> list[Kind]:
     if len(combined) > MOST_KINDS:
         first = {key: values[0] for key, values in choices.items()}
         combined = [first, *({**first, key: one} for key, values in choices.items() for one in values[1:])]
-    return [Kind(chosen, _end(space, chosen, low=True), _end(space, chosen, low=False)) for chosen in combined]
+    found: dict[str, Kind] = {}
+    for chosen in combined:
+        low, high = (_end(space, chosen, low) for low in (True, False))
+        # Of what a condition leaves out, all values are the same trial.
+        asked = {name: value for name, value in chosen.items() if name in low or name in high}
+        found.setdefault(repr((low, high)), Kind(asked, low, high))
+    return list(found.values())
 
 
 def position(space: Space, config: TrialConfig) -> float:
     """Where a trial is between the cheapest one of its kind, 0, and the dearest, 1: the mean over its settings."""
     places = [
-        _place(distribution, getattr(config, key))
+        _place(distribution, getattr(config, setting_of(key)))
         for key, distribution in space.distributions.items()
-        if counts(key) and not _is_kind(key, distribution) and space.asked(key, {"method": config.method})
+        if counts(key) and not _is_kind(key, distribution) and space.asked(key, config.model_dump())
     ]
     return sum(places) / len(places) if places else 0.0
 
 
 def kind_of(all_kinds: Sequence[Kind], config: TrialConfig) -> Kind:
     """The kind that a trial is of; where not all are tried, the one that it has the most in common with."""
-    return max(all_kinds, key=lambda kind: sum(getattr(config, key) == value for key, value in kind.chosen.items()))
+    return max(
+        all_kinds, key=lambda kind: sum(getattr(config, setting_of(key)) == value for key, value in kind.chosen.items())
+    )
 
 
 def counts(setting: str) -> bool:
     """Whether a setting decides what a trial takes."""
-    setting = setting_of(setting)
-    return FACTS[setting].decides != "training" or setting in COUNTED_IN_TRAINING
+    return FACTS[setting_of(setting)].decides != "training" or setting_of(setting) in COUNTED_IN_TRAINING
 
 
 def _is_kind(key: str, distribution: Distribution) -> bool:
@@ -80,11 +87,9 @@ def _end(space: Space, chosen: Mapping[str, Value], low: bool) -> dict[str, Valu
     """What the cheapest trial of a kind samples, or the dearest."""
     sampled: dict[str, Value] = {}
     for key, distribution in space.distributions.items():
-        if key in chosen:
-            sampled[key] = chosen[key]
-        elif space.asked(key, sampled):
-            sampled[key] = _value(key, distribution, low)
-    return {key: value for key, value in sampled.items() if space.asked(key, sampled)}
+        if space.asked(key, sampled):
+            sampled[key] = chosen[key] if key in chosen else _value(key, distribution, low)
+    return sampled
 
 
 def _value(key: str, distribution: Distribution, low: bool) -> Value:
@@ -117,7 +122,7 @@ def _place(distribution: Distribution, value: Any) -> float:
 
 def in_words(settings: Mapping[str, Value]) -> str:
     """Those of `settings` that decide what a trial takes, as in `--set`."""
-    return " ".join(f"{key}={value}" for key, value in _counted(settings))
+    return " ".join(f"{setting_of(key)}={value}" for key, value in _counted(settings))
 
 
 def _counted(settings: Mapping[str, Value]) -> Iterator[tuple[str, Value]]:

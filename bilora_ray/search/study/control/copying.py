@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from bilora_ray.checking import Settings
-from bilora_ray.search.space import Space
+from bilora_ray.search.space import Space, setting_of
 
 
 def sections_of(space: Space) -> dict[str, dict[str, Any]]:
@@ -16,10 +16,13 @@ def sections_of(space: Space) -> dict[str, dict[str, Any]]:
 
     What a study's trials have read is named by absolute paths, and pinned.
     """
-    distributions = {key: _told(distribution) for key, distribution in space.distributions.items()}
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for name, part in space.parts.items():
+        parts.setdefault(setting_of(name), []).append(_told(part))
+    searched = {key: told[0] if len(told) == 1 else told for key, told in parts.items()}
     return {
         "study": _told(space.study),
-        "trial": {**space.fixed, **distributions},
+        "trial": {**space.fixed, **searched},
         "resources": _told(space.resources),
     }
 

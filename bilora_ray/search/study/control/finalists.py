@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, TrialState
 from bilora_ray.checking import build
 from bilora_ray.errors import UserError
 from bilora_ray.records import Status, TrialRecord
-from bilora_ray.search.space import FINALISTS_OF, Choice, Space, StudyConfig, Value
+from bilora_ray.search.space import FINALISTS_OF, Choice, Space, StudyConfig, Value, setting_of
 from bilora_ray.search.study.control.verdict import Verdict, judge
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import study_names
@@ -138,23 +138,28 @@ def space_of(study: StudyView, chosen: Chosen) -> Space:
     space, params = study.space, [_params(study, number) for number in chosen.trials]
     splits = [space.trial_config(found).resolved_split_seed for found in params]
     # Where seeds are searched, each trial draws rows of its own; else one pins those of all.
-    own = "split_seed" not in space.distributions
+    own = not space.names_of("split_seed")
     varied = own and len(set(splits)) > 1
     fixed = {key: value for key, value in space.fixed.items() if key != "seed"}
-    distributions = {**space.distributions, "seed": Choice(choice=chosen.seeds)}
+    seeds = ("seed", "split_seed") if own else ("seed",)
+    given = {name: part for name, part in space.given.items() if setting_of(name) not in seeds}
+    distributions = {name: part for name, part in space.distributions.items() if setting_of(name) != "seed"}
+    distributions["seed"] = Choice(choice=chosen.seeds)
     if varied:
         distributions["split_seed"] = Choice(choice=tuple(dict.fromkeys(splits)))
     elif own:
         fixed["split_seed"] = splits[0]
     points: list[dict[str, Value]] = [
-        {**found, "seed": seed, **({"split_seed": split} if varied else {})}
+        {**space.sampled(found), "seed": seed, **({"split_seed": split} if varied else {})}
         for seed in chosen.seeds
         for found, split in zip(params, splits, strict=True)
     ]
     name, asked = name_of(space.study.name), space.study.model_dump(include={"project", "seed", "max_concurrent"})
     plain = {"name": name, "num_trials": len(points), "sampler": "random", "scheduler": "none"}
     config = build(StudyConfig, {**asked, **plain}, f"study '{name}'")
-    return replace(space, study=config, fixed=fixed, distributions=distributions, points_to_evaluate=tuple(points))
+    return replace(
+        space, study=config, fixed=fixed, distributions=distributions, points_to_evaluate=tuple(points), given=given
+    )
 
 
 def begin(study: StudyView, digests: Mapping[str, str]) -> tuple[Space, bool] | None:

@@ -18,7 +18,7 @@ from bilora_ray.config import applies
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.files import is_held
 from bilora_ray.records import Status
-from bilora_ray.search.space import Choice, Distribution, Space, Value
+from bilora_ray.search.space import Choice, Distribution, Space, Value, setting_of
 from bilora_ray.search.study.layout import Layout
 
 # Of a trial: it ends at its next evaluation. Of a study: which request was the last one.
@@ -59,20 +59,25 @@ def checked(space: Space, values: Mapping[str, Value]) -> None:
     """
     name = space.study.name
     for key, value in values.items():
-        distribution = space.distributions.get(key)
-        if distribution is None:
+        names = space.names_of(key)
+        if not names:
             fixed = f"is {space.fixed[key]!r} for all trials of it; " if key in space.fixed else "is not searched; "
-            raise UserError(f"study '{name}': {key} {fixed}{nearest(key, space.distributions)}")
-        if not _holds(distribution, value):
-            raise UserError(f"study '{name}': {key} {value!r} is outside its distribution, {distribution}")
+            raise UserError(f"study '{name}': {key} {fixed}{nearest(key, map(setting_of, space.distributions))}")
+        asked = [space.distributions[one] for one in names if space.asked(one, values)]
+        among = asked or [space.distributions[one] for one in names]
+        if not any(_holds(distribution, value) for distribution in among):
+            words = ", or ".join(map(str, among))
+            raise UserError(f"study '{name}': {key} {value!r} is outside its distribution, {words}")
     methods = [values["method"]] if "method" in values else _methods(space)
     for key in values:
         others = [str(method) for method in methods if not applies(key, str(method))]
         if others:
             name_it = "" if "method" in values else "; name the method too"
             raise UserError(f"study '{name}': {key} has no effect with method {' or '.join(others)}{name_it}")
-    first = {key: distribution.ends()[0] for key, distribution in space.distributions.items()}
-    space.trial_config({**first, **values})
+        if not any(space.asked(one, values) for one in space.names_of(key)):
+            conditions = ", or when ".join(space.parts[one].condition for one in space.names_of(key))
+            raise UserError(f"study '{name}': {key} has no effect but when {conditions}; name that too")
+    space.trial_config(space.first(values))
 
 
 def _holds(distribution: Distribution, value: Value) -> bool:

@@ -134,10 +134,10 @@ def losses(study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[tuple[flo
 
 
 def conditional(space: Space) -> tuple[str, ...]:
-    """The settings that some trials have and others have not."""
-    first = {key: distribution.ends()[0] for key, distribution in space.distributions.items()}
-    varied = [{**first, key: end} for key, among in space.distributions.items() for end in among.ends()]
-    return tuple(key for key in space.distributions if not all(space.asked(key, sampled) for sampled in varied))
+    """The settings that some trials have and others have not, or have another distribution of."""
+    cases = list(space.each_case())
+    names = (name for name in space.distributions if not all(space.asked(name, sampled) for sampled in cases))
+    return tuple(dict.fromkeys(map(setting_of, names)))
 
 
 def among(key: str, distribution: Distribution) -> tuple[Value, ...] | None:
