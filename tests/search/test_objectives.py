@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import math
+import multiprocessing
+import os
+import random
+import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from tiny_trials import next_trial
 
@@ -236,3 +243,54 @@ def test_a_kill_amid_the_end_of_a_trial_that_breaks_a_limit_ends_it_once(tmp_pat
     assert again.study.trials[0].state == TrialState.COMPLETE
     assert again.record(0).status is Status.PRUNED
     again.release()
+
+
+def traded(config: TrialConfig) -> list[Metrics]:
+    """Nine evaluations; a larger radius is better and takes longer, by and large."""
+    odd = math.sin(1000 * config.rho) / 4
+    return [
+        {"step": s, "max_steps": 9, "eval_loss": 1 - config.rho + odd + 1 / s, "train_runtime": (1 + config.rho) * s}
+        for s in range(1, 10)
+    ]
+
+
+def search_and_die(path: Path, writes: int | None) -> None:
+    """A search whose process is killed right after so many writes to the study database; None: it ends."""
+    left = itertools.count(writes or 0, -1)
+
+    def dying(write: Callable[..., Any]) -> Callable[..., Any]:
+        def written(*arguments: Any, **more: Any) -> Any:
+            result = write(*arguments, **more)
+            if next(left) == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return written
+
+    for name in ("create_new_trial", "set_trial_param", "set_trial_user_attr", "set_trial_state_values"):
+        setattr(RDBStorage, name, dying(getattr(RDBStorage, name)))
+    study = opened(path, TWO, "rank=8", "study.num_trials=14")
+    simulate(study, traded, workers=1)
+
+
+def ended(path: Path) -> list[tuple[Any, ...]]:
+    """How each trial of the study stands, and what is known of it."""
+    trials = load_study(Layout(path), "s").study.trials
+    return [(trial.number, trial.state, trial.params, trial.values, trial.user_attrs) for trial in trials]
+
+
+def test_five_kills_leave_the_study_that_none_would_have(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process
+    moments = random.Random(5)
+    for writes in [*(moments.randrange(4, 16) for _ in range(5)), None]:
+        child = process(target=search_and_die, args=(tmp_path / "killed", writes))
+        child.start()
+        child.join()
+        assert child.exitcode == (0 if writes is None else -signal.SIGKILL)
+    child = process(target=search_and_die, args=(tmp_path / "whole", None))
+    child.start()
+    child.join()
+    found = ended(tmp_path / "killed")
+    assert [number for number, *_ in found] == list(range(14))
+    assert {state for _, state, *_ in found} == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert found == ended(tmp_path / "whole")
