@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,7 @@ def preflight(space: Space, dry_run: bool = False) -> Checked:
         digests |= _by_source(other, load_rows(other, beginning=dry_run))
     for other in _choices(space, "prompt_template")[1:]:
         check_first_rows(other)
+    _check_size(space, rows.label_names)
     digests |= _others(space)
     told = (
         *_unpinned(config),
@@ -152,6 +154,26 @@ def _missing_of_gpus(kernel: str, precision: str, apart: bool) -> str | None:
     from bilora_ray.training.compute.precision import missing
 
     return missing(kernel, precision)
+
+
+def _check_size(space: Space, label_names: Sequence[str] | None) -> None:
+    """Refuse a limit that no trial's adapter would keep to. It takes torch, and seconds, where there is a limit."""
+    limit = space.study.max_adapter_mb
+    if limit is None:
+        return
+    from bilora_ray.quiet import quiet
+
+    quiet()
+    from bilora_ray.training.rehearsal import least_adapter_mb
+
+    least = min(one.rank for one in _choices(space, "rank"))
+    ends = product(_choices(space, "target_modules"), _choices(space, BASE))
+    configs = [other.model_copy(update={"rank": least, "target_modules": one.target_modules}) for one, other in ends]
+    size = min(least_adapter_mb(config, label_names) for config in configs)
+    if size > limit:
+        raise UserError(
+            f"study.max_adapter_mb: {limit:g} MB, and the smallest adapter, of rank {least}, has {size:.4g}"
+        )
 
 
 def chat_notes(checked: Checked) -> tuple[str, ...]:

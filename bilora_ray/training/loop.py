@@ -142,8 +142,7 @@ class Run:
         # Methods draw differently many numbers while they are built; dropout must not depend on that.
         seed_worker(config.seed, workers.rank)
         self.learning_rate = 0.0
-        exported = primary_parameters(self.model).values()
-        self.adapter_mb = sum(part.numel() * part.element_size() for part in exported) / 1e6
+        self.adapter_mb = models.adapter_mb(self.model)
         self.losses = LateLosses()
         self.progress = Progress()
         self.window = Window()

@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 
 from bilora_ray.config import TASK_FACTS, TrialConfig
 from bilora_ray.errors import SAME_AGAIN, UserError, comes_again, first_line, is_of_device, refusal
-from bilora_ray.method import MethodAdamW, build_method, fuse, settings_of
+from bilora_ray.method import MethodAdamW, build_method, fuse, primary_parameters, settings_of
 from bilora_ray.method.base import Place
 from bilora_ray.method.registry import stay
 from bilora_ray.paths import is_cached, kind_of, loadable
@@ -322,6 +322,11 @@ def add_primary(model: PreTrainedModel, config: TrialConfig, fresh: Sequence[str
         return get_peft_model(model, lora)
     except SAME_AGAIN as error:
         raise UserError(_naming_others(first_line(error), model, config)) from None
+
+
+def adapter_mb(model: PeftModel) -> float:
+    """What the weights of the exported adapter take, in MB (10^6 bytes)."""
+    return sum(part.numel() * part.element_size() for part in primary_parameters(model).values()) / 1e6
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from heapq import nlargest
 from itertools import chain, islice
@@ -74,6 +74,11 @@ def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
         *(_not_compiled() if here and config.torch_compile else ()),
     )
     return Rehearsal(data.truncation, task.read(first, data.tokenizer), target, notes)
+
+
+def least_adapter_mb(config: TrialConfig, label_names: Sequence[str] | None) -> float:
+    """What a trial's adapter takes, in MB, by the base model's shape; what its files hold no weights of is more."""
+    return models.adapter_mb(models.add_primary(models.load_shape(config, label_names, here=False), config, fresh=()))
 
 
 def _of_kernel(shape: Any, config: TrialConfig) -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
-from tiny_trials import next_trial
+from tiny_trials import Tiny, next_trial
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
@@ -294,3 +294,15 @@ def test_five_kills_leave_the_study_that_none_would_have(tmp_path: Path) -> None
     assert [number for number, *_ in found] == list(range(14))
     assert {state for _, state, *_ in found} == {TrialState.COMPLETE, TrialState.PRUNED}
     assert found == ended(tmp_path / "whole")
+
+
+def test_a_limit_that_no_adapter_keeps_to_is_refused_before_anything_starts(tiny: Tiny) -> None:
+    from bilora_ray.search.preflight import preflight
+    from bilora_ray.training.rehearsal import least_adapter_mb
+
+    data = tiny.folder / "texts-train.jsonl"
+    given = [f"model_name_or_path={tiny.model('causal-lm')}", f"train_data={data}", "max_length=64"]
+    least = least_adapter_mb(tiny.config("causal-lm", rank=4), None)
+    preflight(space(*given, f"study.max_adapter_mb={least * 1.01}"))
+    with pytest.raises(UserError, match=f"the smallest adapter, of rank 4, has {least:.4g}"):
+        preflight(space(*given, f"study.max_adapter_mb={least * 0.99}"))
