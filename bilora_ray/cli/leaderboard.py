@@ -140,6 +140,7 @@ def study_as_json(study: StudyView) -> dict[str, Any]:
         "greater_is_better": study.objective.greater_is_better,
         "num_trials": study.space.study.num_trials,
         "ended_by": None if end is None else {"budget": end.by, "line": end.line},
+        "warm_start": study.warm_start,
         "best": None if best is None else as_json(best, metric),
         **_several_as_json(study),
         "importances": {key: share.share for key, share in importances.shares.items()},

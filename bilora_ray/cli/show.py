@@ -98,6 +98,10 @@ def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -
     summary = ", ".join(f"{count} {words}" for words, count in counts.items() if count) or "no trials"
     console.print(f"Study '{study}': {summary} of {found.space.study.num_trials}", style="bold", markup=False)
     print_end(console, found)
+    if found.warm_start:
+        from bilora_ray.search.study.warm_start import in_words
+
+        console.print(f"It began with a {in_words(found.warm_start)}.", markup=False, soft_wrap=True)
     print_leaderboard(console, records, found.objectives, found.front(records))
     if found.space.distributions:
         _print_importances(console, found, importances)

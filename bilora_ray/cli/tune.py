@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -49,6 +50,11 @@ Examples:
 
 @click.command(epilog=EPILOG)
 @search_options
+@click.option(
+    "--warm-start",
+    metavar="STUDY[,STUDY]",
+    help="Begin with what was best in earlier studies of the storage path, be it for other data or another model.",
+)
 @click.option("--ray-address", envvar="RAY_ADDRESS", metavar="ADDRESS", help="Ray cluster.  [default: this machine]")
 @json_option
 def command(
@@ -63,6 +69,7 @@ def command(
     mlflow_uri: str | None,
     insecure: bool,
     dry_run: bool,
+    warm_start: str | None,
     ray_address: str | None,
     as_json: bool,
 ) -> None:
@@ -74,6 +81,8 @@ def command(
     if not insecure:
         check_ray(ray_address, "--ray-address")
         check_mlflow(mlflow_uri)
+    if warm_start is not None:
+        overrides = (*overrides, f"study.warm_start={json.dumps(warm_start.split(','))}")
     space = space_to_search(space_path, overrides, num_trials, max_concurrent)
     layout = Layout(absolute(storage_path), study_database)
     have_home()
@@ -188,6 +197,8 @@ def _print_plan(space: Space, rehearsal: Rehearsal, checked: Checked) -> None:
     workers = f"{resources.workers} workers, each with " if resources.workers > 1 else ""
     room = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
     click.echo(f"each on {workers}{room}.")
+    if study.warm_start:
+        click.echo(f"It would begin with what was best in {', '.join(study.warm_start)}.")
     for split, rows in rehearsal.rows.items():
         click.echo(f"{split} rows: {rows.rows}; {rows.in_words(space.first_config().model_dump())}")
     click.echo(f"of a training row the model reads {in_quotes(rehearsal.input)}")

@@ -20,6 +20,7 @@ from bilora_ray.search.study.layout import WAIT_S, Layout
 from bilora_ray.search.study.storage import is_database, naming_the_database, study_names
 from bilora_ray.search.study.studies import delete_study, open_study
 from bilora_ray.search.study.study import SearchStudy
+from bilora_ray.search.study.warm_start import in_words
 from bilora_ray.tracking.mlflow_tracker import BackgroundTracker, MlflowTracker, add_to_study, default_uri
 
 logger = logging.getLogger(__name__)
@@ -141,6 +142,8 @@ def session(
         try:
             with closing(running), watcher:
                 watcher.start(study.records())
+                if begins and study.warm_start:
+                    watcher.say(in_words(study.warm_start))
                 yield running
         except UserError as error:
             # Of a database that others use, nobody can tell who else is about to run the study.

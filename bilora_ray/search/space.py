@@ -134,6 +134,7 @@ class StudyConfig(Settings):
         gt=0,
         description="what the study's folder may hold: beyond it the worst adapters go, then no trial begins",
     )
+    warm_start: tuple[str, ...] = Field((), description="earlier studies, from whose best trials the search starts")
 
     @field_validator("name")
     @classmethod
@@ -361,6 +362,14 @@ class Range(Part):
         """Whether `value` can be drawn."""
         steps = 0.0 if self.step is None else (value - self.low) / self.step
         return self.low <= value <= self.high and abs(steps - round(steps)) < 1e-8
+
+    def nearest(self, value: float, whole: bool) -> float:
+        """The value that can be drawn, of a setting of `whole` numbers or of another, and is nearest to `value`."""
+        unit = self.step or (1.0 if whole else None)
+        if unit is not None:
+            value = self.low + unit * round((value - self.low) / unit)
+        value = min(max(value, self.low), self.high)
+        return int(value) if whole else value
 
     def ends(self) -> Sequence[Value]:
         """The values that must be allowed for the setting if every value is to be."""

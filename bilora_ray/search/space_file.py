@@ -332,13 +332,14 @@ def _check_objectives(space: Space) -> None:
 
 
 def check_priors(space: Space) -> None:
-    """Refuse a prior where all trials are settled without one."""
-    if space.study.sampler in WITHOUT_PRIOR:
+    """Refuse a prior, or a warm start, where all trials are settled without one."""
+    sampler = space.study.sampler
+    if sampler in WITHOUT_PRIOR:
         for key, distribution in space.distributions.items():
             if isinstance(distribution, Range) and distribution.prior is not None:
-                raise UserError(
-                    f"{space.path}: trial.{setting_of(key)}: {space.study.sampler} heeds no prior; tpe and random do"
-                )
+                raise UserError(f"{space.path}: trial.{setting_of(key)}: {sampler} heeds no prior; tpe and random do")
+        if space.study.warm_start:
+            raise UserError(f"{space.path}: study.warm_start: {sampler} heeds no earlier study; tpe and random do")
 
 
 def check_draw(space: Space) -> None:

@@ -38,6 +38,7 @@ from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import making, naming_the_database, open_storage, read_storage, study_names
 from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.search.study.view import DIGESTS, ID, StudyView, objective_of, status_of
+from bilora_ray.search.study.warm_start import WARM_START, first_points, taken
 
 MAXIMIZE, MINIMIZE = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
 SPACE = "space"
@@ -94,6 +95,8 @@ def check_study(space: Space, layout: Layout, resume: bool, digests: Mapping[str
         )
     elif any(layout.trials(name).glob("[0-9]*")):
         raise UserError(f"{layout.trials(name)}: holds trials that the study database does not know; move it away")
+    else:
+        _taken(space, layout)
 
 
 def open_study(space: Space, layout: Layout, digests: Mapping[str, str]) -> SearchStudy:
@@ -117,6 +120,7 @@ def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.St
         _check_begun(study, space, layout, digests)
     elif name in study_names(layout):
         optuna.delete_study(study_name=name, storage=storage)
+    warm = [] if begun else _taken(space, layout)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     directions = [MAXIMIZE if one.greater_is_better else MINIMIZE for one in space.objectives]
     study = optuna.create_study(study_name=name, storage=storage, directions=directions, load_if_exists=True)
@@ -124,8 +128,10 @@ def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.St
         study.set_user_attr(ID, uuid.uuid4().hex)
         study.set_user_attr(DIGESTS, dict(digests))
         (layout.study(name) / ID).write_text(study.user_attrs[ID])
-    for point in space.points_to_evaluate:
-        study.enqueue_trial(space.parameters(point), skip_if_exists=True)
+        if warm:
+            study.set_user_attr(WARM_START, warm)
+    for point in (*map(space.parameters, space.points_to_evaluate), *first_points(warm)):
+        study.enqueue_trial(point, skip_if_exists=True)
     study.set_user_attr(SPACE, _described(space))
     return study
 
@@ -135,6 +141,23 @@ def steered_study(layout: Layout, name: str) -> StudyView:
     found = load_study(layout, name)
     study = optuna.load_study(study_name=name, storage=open_storage(layout))
     return StudyView(study, found.space, layout)
+
+
+def _taken(space: Space, layout: Layout) -> list[dict[str, Any]]:
+    """What the study of `space` takes from those that it is to start from. UserError if one cannot be such."""
+    sources = []
+    for name in dict.fromkeys(space.study.warm_start):
+        if name == space.study.name:
+            raise UserError(f"--warm-start {name}: is the study itself; name earlier ones")
+        names = [known for known in study_names(layout) if known != space.study.name]
+        if name not in names:
+            hint = f"; {nearest(name, names, LISTED)}" if names else ""
+            raise UserError(f"--warm-start {name}: not in {layout.database}{hint}")
+        source = _read(layout, name)
+        if SPACE not in source.user_attrs:
+            raise UserError(f"--warm-start {name}: was never begun")
+        sources.append(source)
+    return taken(sources, space)
 
 
 def load_study(layout: Layout, name: str) -> StudyView:

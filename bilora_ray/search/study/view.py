@@ -22,6 +22,7 @@ from bilora_ray.search.study.control.evaluations import broken, evaluations_of
 from bilora_ray.search.study.control.front import front_of, losses_of
 from bilora_ray.search.study.importances import Importances, importances_of
 from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.warm_start import WARM_START
 from bilora_ray.training.folder import TrialFolder
 
 ID, ERROR, DIGESTS = "id", "error", "digests"
@@ -155,6 +156,11 @@ class StudyView:
     def front(self, records: Sequence[TrialRecord]) -> list[TrialRecord]:
         """Of all `records` those on the Pareto front, the best by the first objective first; none if there is one."""
         return front_of(records, self.objectives) if len(self.objectives) > 1 else []
+
+    @property
+    def warm_start(self) -> list[dict[str, Any]]:
+        """What the study took from earlier ones as it began: `study`, `trial` and `settings` of each trial."""
+        return list(self.study.user_attrs.get(WARM_START, ()))
 
     def importances(self) -> Importances:
         """Which of the searched settings mattered, among the trials that are complete or were stopped early."""

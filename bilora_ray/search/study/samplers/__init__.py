@@ -49,7 +49,7 @@ def propose(study: optuna.Study, space: Space, number: int) -> Trial:
 
     Values that the trial has already stay.
     """
-    study.sampler = with_belief(SAMPLERS[space.study.sampler](study, space, number), space, number)
+    study.sampler = with_belief(SAMPLERS[space.study.sampler](study, space, number), study, space, number)
     trial = Trial(study, study._storage.get_trial_id_from_study_id_trial_number(study._study_id, number))
     sampled: dict[str, Value] = {}
     for key, distribution in space.distributions.items():

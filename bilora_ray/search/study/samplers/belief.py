@@ -2,8 +2,8 @@
 
 A trial draws from the belief with a probability that halves with every few trials, and is proposed as ever else. So a
 right belief is used at once and learned from, and a wrong one costs some trials (as in PriorBand, Mallik et al.,
-NeurIPS 2023; piBO, Hvarfner et al., ICLR 2022, lets a belief fade too, by the number of trials). It depends on the
-trial's number alone: a resumed search draws the same.
+NeurIPS 2023; piBO, Hvarfner et al., ICLR 2022, lets a belief fade too, by the number of trials). Once the trials that
+drew from it do worse than the others it has no say. What a trial draws depends on its number alone.
 """
 
 from __future__ import annotations
@@ -11,20 +11,26 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
-from statistics import NormalDist
+from statistics import NormalDist, median
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from bilora_ray.config import is_integer
-from bilora_ray.search.space import Range, Space, Value, setting_of
+from bilora_ray.search.space import Prior, Range, Space, Value, setting_of
 from bilora_ray.search.study.samplers.base import seed_of
+from bilora_ray.search.study.warm_start import WARM_START, worth
 
-# Of the first trials so many draw from the belief, and half as many after each HALVED_AFTER trials.
-FIRST_SHARE, HALVED_AFTER = 0.75, 10
+# Of the first trials such a share draws from the belief, and half of it after each so many more. Of earlier studies the
+# best points run first anyway.
+PRIOR, EARLIER = (0.75, 10), (0.5, 5)
+# Of trials that draw from the belief, and of others: from so many on they are compared.
+ENOUGH = 3
+# Near a value that was good elsewhere: this share of the range, on its scale, is the standard deviation.
+NEAR = 0.08
 
 
 class Believing(BaseSampler):
@@ -60,25 +66,53 @@ class Believing(BaseSampler):
         return value
 
 
-def with_belief(sampler: BaseSampler, space: Space, number: int) -> BaseSampler:
-    """`sampler` of trial `number`, under what the space says of its settings beforehand."""
-    believed = {key: found for key, found in space.distributions.items() if isinstance(found, Range) and found.prior}
-    if not believed or not believes(space, number):
+def with_belief(sampler: BaseSampler, study: optuna.Study, space: Space, number: int) -> BaseSampler:
+    """`sampler` of trial `number`, under what the space or earlier studies say of its settings beforehand."""
+    priors = {key: found for key, found in space.distributions.items() if isinstance(found, Range) and found.prior}
+    warm = study.user_attrs.get(WARM_START, ()) if space.study.warm_start else ()
+    if not (priors or warm) or not believes(space, number) or refuted(study, space):
         return sampler
-    values = {
-        key: _near(key, found, _chance(space, number, key) if number else None) for key, found in believed.items()
-    }
-    return Believing(values, sampler)
+    ranges, values = dict(priors), {}
+    if warm:
+        chosen = warm[int(_chance(space, number, WARM_START) * len(warm))]["settings"]
+        for key, value in chosen.items():
+            found = space.distributions[key]
+            if isinstance(found, Range):
+                ranges[key] = _around(found, value)
+            else:
+                values[key] = value
+    chances = {key: _chance(space, number, key) if number else None for key in ranges}
+    return Believing({**values, **{key: _near(key, found, chances[key]) for key, found in ranges.items()}}, sampler)
 
 
 def believes(space: Space, number: int) -> bool:
     """Whether trial `number` draws from the belief: the first does, and gets the best guess."""
-    return number == 0 or _chance(space, number, "belief") < FIRST_SHARE * 0.5 ** (number / HALVED_AFTER)
+    first, halved_after = EARLIER if space.study.warm_start else PRIOR
+    return number == 0 or _chance(space, number, "belief") < first * 0.5 ** (number / halved_after)
+
+
+def refuted(study: optuna.Study, space: Space) -> bool:
+    """Whether the trials that drew from the belief did worse than the others, of which there are some of each."""
+    ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    ranked = sorted(ended, key=lambda trial: worth(study, trial))
+    places: dict[bool, list[int]] = {True: [], False: []}
+    for place, trial in enumerate(ranked):
+        places[believes(space, trial.number)].append(place)
+    return min(map(len, places.values())) >= ENOUGH and median(places[True]) > median(places[False])
 
 
 def _chance(space: Space, number: int, of: str) -> float:
     """A number from 0 to below 1, the same whenever trial `number` asks."""
     return float(np.random.default_rng([seed_of(space, number), zlib.crc32(of.encode())]).random())
+
+
+def _around(found: Range, value: float) -> Range:
+    """A range with the belief that it is near `value`, which was good elsewhere."""
+    if found.log:
+        sigma: float | str = f"{(found.high / found.low) ** NEAR}x"
+    else:
+        sigma = NEAR * (found.high - found.low)
+    return found.model_copy(update={"prior": Prior(mean=value, sigma=sigma)})
 
 
 def _near(key: str, found: Range, chance: float | None) -> Value:
@@ -90,8 +124,4 @@ def _near(key: str, found: Range, chance: float | None) -> Value:
         normal = NormalDist(scale(value), scale(found.prior.width))
         low, high = normal.cdf(scale(found.low)), normal.cdf(scale(found.high))
         value = back(normal.inv_cdf(min(max(low + chance * (high - low), 1e-12), 1 - 1e-12)))
-    unit = found.step or (1.0 if is_integer(setting_of(key)) else None)
-    if unit is not None:
-        value = found.low + unit * round((value - found.low) / unit)
-    value = min(max(value, found.low), found.high)
-    return int(value) if is_integer(setting_of(key)) else value
+    return found.nearest(value, is_integer(setting_of(key)))

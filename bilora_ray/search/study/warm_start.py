@@ -1,0 +1,116 @@
+"""What a study takes from earlier ones: the settings of their best trials, in order, and nothing that they measured.
+
+Values of other data, models or metrics cannot be compared, but the order of a study's own trials can be told. It is
+taken once, as the study begins, and kept in its attributes: whatever becomes of the others, a resumed search does the
+same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import optuna
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from bilora_ray.config import is_integer
+from bilora_ray.errors import UserError
+from bilora_ray.search.space import Choice, Distribution, Space, Value, setting_of
+
+WARM_START = "warm_start"
+# Of each source: the better quarter of its trials, and no more than so many, are what is believed of this study.
+BEST_SHARE, MOST = 0.25, 8
+# So many of their points run first, after those of the space file.
+FIRST_POINTS = 2
+
+
+def worth(study: optuna.Study, trial: FrozenTrial) -> tuple[float, ...]:
+    """What sorts ended trials of `study` from the best to the worst.
+
+    Trials that ran to their end come first, then those that were stopped early, the later the better, then those that
+    their own settings made fail or break a limit. Of several objectives it tells only whether no other trial is better
+    in all.
+    """
+    if max(trial.constraints.values(), default=0.0) > 0:
+        return (3.0,)
+    if trial.state == TrialState.COMPLETE:
+        if len(study.directions) > 1:
+            return (0.0, float(trial.number not in {best.number for best in study.best_trials}))
+        value = float(trial.value or 0.0)
+        return (0.0, -value if study.direction == StudyDirection.MAXIMIZE else value)
+    if not trial.intermediate_values:
+        return (2.0,)
+    step, value = max(trial.intermediate_values.items())
+    return (1.0, -step, -value if study.directions[0] == StudyDirection.MAXIMIZE else value)
+
+
+def taken(sources: Sequence[optuna.Study], space: Space) -> list[dict[str, Any]]:
+    """Of each source its best trials, best first, with those of their settings that `space` searches too.
+
+    A number outside its range becomes the end that is nearest; a value that is no choice here is left out.
+
+    Raises:
+        UserError: a source has no setting in common with `space`, or no trial that measured anything.
+    """
+    found = []
+    for source in sources:
+        ended = source.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        ranked = sorted(
+            (trial for trial in ended if worth(source, trial)[0] < 2),
+            key=lambda trial: (*worth(source, trial), trial.number),
+        )
+        if not ranked:
+            raise UserError(f"--warm-start {source.study_name}: none of its trials has measured anything")
+        best = ranked[: min(MOST, max(1, round(BEST_SHARE * len(ranked))))]
+        trials = [
+            {"study": source.study_name, "trial": trial.number, "settings": _here(trial, space)} for trial in best
+        ]
+        trials = [one for one in trials if one["settings"]]
+        if not trials:
+            raise UserError(
+                f"--warm-start {source.study_name}: none of its settings ({', '.join(best[0].params)}) has values "
+                f"that are searched here ({', '.join(space.distributions)})"
+            )
+        found += trials
+    return found
+
+
+def first_points(warm: Sequence[Mapping[str, Any]]) -> list[dict[str, Value]]:
+    """The settings to try first: the best trial of each source in turn, then the second ones."""
+    by_study: dict[str, list[dict[str, Value]]] = {}
+    for one in warm:
+        by_study.setdefault(one["study"], []).append(one["settings"])
+    in_turn = [settings for tier in zip_longest(*by_study.values()) for settings in tier if settings is not None]
+    return in_turn[:FIRST_POINTS]
+
+
+def in_words(warm: Sequence[Mapping[str, Any]]) -> str:
+    """What was taken, in a line; empty if nothing was."""
+    if not warm:
+        return ""
+    counts: dict[str, int] = {}
+    for one in warm:
+        counts[one["study"]] = counts.get(one["study"], 0) + 1
+    trials = ", ".join(f"{count} of the best trials of '{study}'" for study, count in counts.items())
+    settings = dict.fromkeys(key for one in warm for key in one["settings"])
+    return f"warm start from {trials}: {', '.join(settings)}"
+
+
+def _here(trial: FrozenTrial, space: Space) -> dict[str, Value]:
+    """The settings of another study's trial as this space can have them."""
+    values = {
+        key: _fitted(key, trial.params[key], space.distributions[key])
+        for key in trial.params
+        if key in space.distributions
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _fitted(key: str, value: Value, distribution: Distribution) -> Value:
+    if isinstance(distribution, Choice):
+        return value if value in distribution.choice else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return distribution.nearest(value, is_integer(setting_of(key)))
