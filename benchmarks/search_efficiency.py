@@ -76,8 +76,8 @@ RIVALS: dict[str, dict[str, int]] = {
     "Ray Tune: the same, reduction_factor 3": {"reduction_factor": 3},
 }
 DEFAULT, RANDOM, RIVAL = "tpe + asha (the default)", "random", "Ray Tune: OptunaSearch + ASHA"
-# CMA-ES searches numbers alone: it gets the largest of each choice.
-NUMBERS_ONLY = ("method=bilora", "rank=16", "auxiliary_rank=8")
+# What a sampler does not search: it has the last of these choices, and so an easier space than the others.
+NOT_SEARCHED = {"gp": ("method",), "cmaes": CHOICES}
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def read_table(file: Path) -> Table:
             curves["bilora", rank, auxiliary] = np.array(
                 [[trial("bilora", rank, auxiliary, rho, rate) for rate in rates] for rho in radii]
             )
-    choices = {"method": ["bilora", "lora"], "rank": sorted(ranks), "auxiliary_rank": sorted(auxiliaries)}
+    choices = {"method": ["lora", "bilora"], "rank": sorted(ranks), "auxiliary_rank": sorted(auxiliaries)}
     return Table(np.array(radii), np.array(rates), choices, steps, curves)
 
 
@@ -185,6 +185,7 @@ def ours(
     from bilora_ray.search.space_file import load_space
     from bilora_ray.search.study import studies
     from bilora_ray.search.study.layout import Layout
+    from bilora_ray.search.study.samplers import check_sampler
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -198,9 +199,11 @@ def ours(
         task += ["predict_with_generate=true"]
     study = ["study.name=s", f"study.num_trials={num_trials}", f"study.seed={seed}"]
     given = [f"{name}={value}" for name, value in searched.items() if name not in keys]
+    space = load_space(None, [*task, *study, *given, *overrides])
+    check_sampler(space)
     # SQLite would be nine tenths of the time, and decides nothing.
     with patch.object(studies, "open_storage", lambda _: optuna.storages.InMemoryStorage()):
-        opened = studies.open_study(load_space(None, [*task, *study, *given, *overrides]), Layout(folder), {})
+        opened = studies.open_study(space, Layout(folder), {})
     try:
         for moment in moments(
             opened, lambda config: table.curve(config.model_dump(include={*CHOICES, *RANGES})), WORKERS
@@ -308,7 +311,8 @@ def search(file: Path, judge: str, way: str, seed: int, trials: int) -> Search:
         return followed(rivals(table, judge, RIVALS[way], seed, most), judge, budget)
     memory = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="search-efficiency-", dir=memory if memory.is_dir() else None))
-    overrides = (*WAYS[way], *(NUMBERS_ONLY if way.startswith("cmaes") else ()))
+    fixed = (f"{name}={table.choices[name][-1]}" for name in NOT_SEARCHED.get(way.partition(" ")[0], ()))
+    overrides = (*WAYS[way], *fixed)
     told = ours(table, judge, overrides, seed, most, folder)
     try:
         return followed(told, judge, budget)

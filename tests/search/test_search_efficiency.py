@@ -121,7 +121,7 @@ def test_the_rival_sees_the_same_numbers(table: Table, judge: str, tmp_path: Pat
 
 def test_memory_decides_as_the_study_database_does(table: Table, tmp_path: Path) -> None:
     in_memory = [(one.trial, one.metrics, one.complete) for one in ours(table, "eval_loss", (), 7, 9, tmp_path / "a")]
-    searched = ("method={choice: [bilora, lora]}", "rank={choice: [4, 8]}", "auxiliary_rank={choice: [2]}")
+    searched = ("method={choice: [lora, bilora]}", "rank={choice: [4, 8]}", "auxiliary_rank={choice: [2]}")
     searched += ("rho={low: 0.01, high: 1.0, log: true}", "learning_rate={low: 1e-4, high: 1e-2, log: true}")
     task = ("model_name_or_path=org/model", "task=causal-lm", "train_data=org/data", "validation_data=org/validation")
     study = ("study.name=s", "study.num_trials=9", "study.seed=7", "max_steps=60")
