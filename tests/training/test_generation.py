@@ -266,6 +266,7 @@ def test_texts_go_on_from_what_a_pass_has_kept(
     trial = tiny.config("causal-lm", model_name_or_path=str(base), **asked)
     model, data, _ = load_adapted(None, trial)
     model.eval()
+    model.generation_config.use_cache = None  # as most files have it: they do not say
 
     def read() -> tuple[dict[str, float], list[Read]]:
         metrics, found = _losses(model, data.validation, trial, data.tokenizer, ALONE)

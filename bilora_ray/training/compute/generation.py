@@ -268,7 +268,8 @@ def write(
             [prompts[row] + array("i", text) for row, text in zip(rows, known, strict=True)]
         )
         before = [state for row in rows if states is not None and (state := states[row]) is not None]
-        if len(before) == len(rows) and generation.use_cache:
+        # None, as in the files of many bases, is as True.
+        if len(before) == len(rows) and generation.use_cache is not False:
             lengths = [len(prompts[row]) + len(text) - 1 for row, text in zip(rows, known, strict=True)]
             inputs["past_key_values"] = _cache(before, lengths)
         rest = copy(generation)
