@@ -107,7 +107,7 @@ class StudyConfig(Settings):
     max_memory_gb: Float | None = Field(
         None,
         gt=0,
-        description="GiB of its GPU that a worker may take, as gpu_memory_gib has it; a trial above it ends, never best",
+        description="GiB of its GPU that a worker may take (gpu_memory_gib); above it a trial ends, never best",
     )
     seed: Int = Field(0, ge=0, lt=2**32, description="of the proposals")
     max_concurrent: Int | None = Field(None, ge=1, description="trials at one time; what the cluster holds if absent")
