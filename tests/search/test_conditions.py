@@ -14,11 +14,15 @@ import pytest
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.facts import METHOD_NAMES
+from bilora_ray.search.readiness.corners import kind_of, kinds
 from bilora_ray.search.simulated import Metrics, simulate
 from bilora_ray.search.space import Range, Space, setting_of
 from bilora_ray.search.space_file import load_space
+from bilora_ray.search.study.control.copying import written
+from bilora_ray.search.study.control.finalists import Chosen, space_of
+from bilora_ray.search.study.control.requests import checked
 from bilora_ray.search.study.layout import Layout
-from bilora_ray.search.study.samplers import propose
+from bilora_ray.search.study.samplers import SAMPLERS, check_sampler, propose
 from bilora_ray.search.study.studies import SPACE, check_study, load_study, open_study
 from bilora_ray.search.study.study import SearchStudy
 
@@ -382,3 +386,73 @@ def test_no_trial_of_a_space_that_is_taken_is_refused() -> None:
                 for key, allowed in drawn.when.items():
                     assert getattr(config, key) in allowed
     assert conditional >= 100
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS.keys() - {"cmaes"}))
+def test_each_sampler_proposes_what_can_be(sampler: str) -> None:
+    trial = {
+        "method": METHODS,
+        "learning_rate": [{"choice": [1e-3, 1e-2], **LORA}, {"choice": [1e-4], **BILORA}],
+        "rank": {"choice": [4, 8]},
+        "quantization": {"choice": ["nf4", "int8"], **BILORA},
+        "max_grad_norm": {"choice": [0.5, 2.0], "when": {"quantization": "nf4"}},
+    }
+    space = load(trial, {"num_trials": 10, "sampler": sampler})
+    assert space.size() == 2 * 2 + 2 * (2 + 1)
+    found = list(proposed(space, 10))
+    for sampled in found:
+        bilora = sampled["method"] == "bilora"
+        assert (sampled["learning_rate"] == 1e-4, "quantization" in sampled) == (bilora, bilora)
+        assert ("max_grad_norm" in sampled) is (sampled.get("quantization") == "nf4")
+    if sampler == "grid":
+        assert len({json.dumps(sampled, sort_keys=True) for sampled in found}) == space.size()
+
+
+def test_cma_es_says_which_setting_is_in_its_way() -> None:
+    space = load({**SUBSPACES, "rank": {"low": 4, "high": 8}}, {"sampler": "cmaes", "num_trials": 40})
+    with pytest.raises(UserError, match=r"trial\.learning_rate some trials have not; write sampler: tpe"):
+        check_sampler(space)
+
+
+def test_a_clone_says_the_same_space(tmp_path: Path) -> None:
+    space = load(SUBSPACES, {"points_to_evaluate": [{"method": "lora", "learning_rate": 0.05}]})
+    (tmp_path / "clone.yaml").write_text(written(space))
+    again = load_space(tmp_path / "clone.yaml")
+    assert (again.distributions, again.given, again.fixed) == (space.distributions, space.given, space.fixed)
+    assert again.points_to_evaluate == space.points_to_evaluate
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"learning_rate": 0.05}, "learning_rate has no effect but when method is lora, or when method is bilora"),
+        (
+            {"learning_rate": 0.05, "method": "bilora"},
+            "learning_rate 0.05 is outside its distribution, 1e-05 to 0.0001",
+        ),
+        ({"max_grad_norm": 2.0, "method": "lora"}, "max_grad_norm has no effect but when quantization is nf4 and rank"),
+        ({"lora_alpha": 8.0}, "lora_alpha is not searched"),
+    ],
+)
+def test_what_is_asked_for_must_meet_its_conditions(values: dict[str, Any], problem: str) -> None:
+    space = load(SUBSPACES)
+    with pytest.raises(UserError, match=problem):
+        checked(space, values)
+    checked(space, {"method": "lora", "learning_rate": 0.05})
+
+
+def test_finalists_have_the_settings_of_their_sub_space(tmp_path: Path) -> None:
+    study = searched(load(SUBSPACES, {"num_trials": 8}), tmp_path)
+    chosen = Chosen((3, 5), (100, 101), 2, 8)
+    space = space_of(study, chosen)
+    points = [space.trial_config(space.parameters(point)) for point in space.points_to_evaluate]
+    assert [point.seed for point in points] == [100, 100, 101, 101]
+    for point, number in zip(points, (3, 5, 3, 5), strict=True):
+        assert {**study.config(number).model_dump(), "seed": point.seed, "split_seed": 0} == point.model_dump()
+
+
+def test_the_kinds_of_trials_to_measure_are_trials_that_can_be() -> None:
+    space = load({**SUBSPACES, "learning_rate": 1e-3, "weight_decay": 0})
+    found = [(kind.chosen.get("method"), kind.chosen.get("quantization")) for kind in kinds(space)]
+    assert found == [("lora", None), ("bilora", "nf4"), ("bilora", "int8")]
+    assert [kind_of(kinds(space), space.trial_config(kind.low)) for kind in kinds(space)] == kinds(space)
