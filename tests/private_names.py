@@ -79,7 +79,10 @@ NAMES: dict[str, tuple[str, ...]] = {
         "optuna.trial.Trial._trial_id",
         "optuna.trial.Trial.storage",
     ),
-    "early stops, to compare with the trials of a bracket": ("optuna.pruners.HyperbandPruner._get_bracket_id",),
+    "early stops, to compare with the trials of a bracket": (
+        "optuna.pruners.HyperbandPruner._get_bracket_id",
+        "optuna.pruners.HyperbandPruner._try_initialization",
+    ),
     "the digest of a Hub dataset": ("datasets.Dataset._fingerprint",),
     "attention by a kernel, to know which one it is and whose models it is for": (
         "transformers.PreTrainedConfig._attn_implementation",

@@ -118,10 +118,10 @@ def in_memory(searched: Space, layout: Layout, storage: InMemoryStorage) -> Sear
     return opened
 
 
-@pytest.mark.parametrize("unit", [None, "tokens"])
+@pytest.mark.parametrize("rungs", [{}, {"rung_unit": "tokens"}, {"rung_unit": "steps", "grace_period": 1}])
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_a_kill_before_each_write_changes_nothing(tmp_path: Path, scheduler: str, unit: str | None) -> None:
-    settings = {} if unit is None or scheduler == "none" else {"rung_unit": unit}
+def test_a_kill_before_each_write_changes_nothing(tmp_path: Path, scheduler: str, rungs: dict[str, Any]) -> None:
+    settings = {key: value for key, value in rungs.items() if scheduler in READ_BY[key]}
     searched = space(scheduler=scheduler, num_trials=14, **settings)
     undisturbed = in_memory(searched, Layout(tmp_path / "a"), InMemoryStorage())
     run(undisturbed, failing)

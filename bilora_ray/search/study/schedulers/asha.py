@@ -12,7 +12,7 @@ from bilora_ray.search.study.schedulers.rungs import first_rung, reached
 def is_weak(asked: Asked) -> bool:
     """Whether asynchronous successive halving stops the trial. Rungs and verdicts are kept in the study."""
     now = reached(asked)
-    first = in_parts(first_rung(asked, now), now.unit)
+    first = max(1, in_parts(first_rung(asked, now), now.unit))
     pruner = SuccessiveHalvingPruner(min_resource=first, reduction_factor=asked.space.study.reduction_factor)
-    weak = is_stopped(asked, pruner, now) or lost_a_rung(asked, now, first, lambda trial: True)
+    weak = lost_a_rung(asked, now, first, lambda trial: True) or is_stopped(asked, pruner, now)
     return decided(asked, now, weak)

@@ -21,7 +21,7 @@ PARTS = 1_000_000
 
 def in_parts(amount: float, unit: str) -> int:
     """An amount of a unit as a whole number, for Optuna."""
-    return max(1, round(amount * (PARTS if unit in PARTED else 1)))
+    return round(amount * (PARTS if unit in PARTED else 1))
 
 
 def is_stopped(asked: Asked, pruner: BasePruner, now: Reached) -> bool:
@@ -36,7 +36,7 @@ def lost_a_rung(asked: Asked, now: Reached, first: int, is_rival: Callable[[Froz
     """Whether the trial was noted at a rung for this evaluation and is not among the best of its rivals there.
 
     A process that died between Optuna's note of a rung and ours of the verdict leaves the rung without one: the
-    comparison is made again.
+    comparison is made again, before Optuna notes the trial at the rung behind.
 
     Args:
         asked: about the trial.
@@ -50,8 +50,8 @@ def lost_a_rung(asked: Asked, now: Reached, first: int, is_rival: Callable[[Froz
     before, here = in_parts(passed, now.unit), in_parts(now.amount, now.unit)
     for key, value in own.system_attrs.items():
         if key.startswith(RUNG) and before < first * factor ** int(key.removeprefix(RUNG)) <= here:
-            noted = (each for each in asked.trial.study.get_trials(deepcopy=False) if key in each.system_attrs)
-            losses = sorted(as_loss(each.system_attrs[key]) for each in noted if is_rival(each))
+            came = (each for each in asked.trial.study.get_trials(deepcopy=False) if key in each.system_attrs)
+            losses = sorted(as_loss(each.system_attrs[key]) for each in came if is_rival(each))
             if as_loss(value) > losses[max(1, len(losses) // factor) - 1]:
                 return True
     return False

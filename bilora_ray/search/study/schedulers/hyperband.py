@@ -17,13 +17,14 @@ from bilora_ray.search.study.schedulers.rungs import first_rung, longest, reache
 def is_weak(asked: Asked) -> bool:
     """Whether the trial's bracket stops it. Brackets, rungs and verdicts are functions of what the study keeps."""
     now = reached(asked)
-    first, last = (in_parts(amount, now.unit) for amount in (first_rung(asked, now), longest(asked, now)))
+    first = max(1, in_parts(first_rung(asked, now), now.unit))
+    last = max(first, in_parts(longest(asked, now), now.unit))
     study, factor = asked.trial.study, asked.space.study.reduction_factor
-    pruner = HyperbandPruner(min_resource=first, max_resource=max(first, last), reduction_factor=factor)
-    own = asked.trial.storage.get_trial(asked.trial._trial_id)
-    weak = is_stopped(asked, pruner, now)
-    bracket = pruner._get_bracket_id(study, own)
-    weak = weak or lost_a_rung(
+    pruner = HyperbandPruner(min_resource=first, max_resource=last, reduction_factor=factor)
+    pruner._try_initialization(study)  # or all would be in its first bracket
+    bracket = pruner._get_bracket_id(study, asked.trial.storage.get_trial(asked.trial._trial_id))
+    lost = lost_a_rung(
         asked, now, first * factor**bracket, lambda trial: pruner._get_bracket_id(study, trial) == bracket
     )
+    weak = lost or is_stopped(asked, pruner, now)
     return decided(asked, now, weak)

@@ -1,4 +1,4 @@
-"""The median rule (Golovin et al., KDD 2017, section 3.2.2), as Optuna's MedianPruner has it.
+"""The median rule (Golovin et al., KDD 2017, section 3.2.2), much as Optuna's MedianPruner has it.
 
 A trial is stopped when the best that it has measured so far is worse than the median of what the complete trials had at
 their best after as much of the rung unit.
