@@ -73,6 +73,10 @@ NAMES: dict[str, tuple[str, ...]] = {
         "optuna.study.Study._storage",
         "optuna.study.Study._study_id",
     ),
+    "the study, to read its trials once for a proposal or a verdict": (
+        "optuna.storages._cached_storage._CachedStorage.get_all_trials",
+        "optuna.storages._cached_storage._CachedStorage.get_trial",
+    ),
     "proposals and early stops, to go on with a trial of another process": (
         "optuna.trial.FrozenTrial.system_attrs",
         "optuna.trial.FrozenTrial._trial_id",

@@ -46,6 +46,8 @@ def open_storage(layout: Layout) -> optuna.storages.RDBStorage:
 def _open(layout: Layout) -> optuna.storages.RDBStorage:
     url, engine = _file(layout, "rwc") if layout.study_database is None else _server(layout.study_database)
     layout.storage_path.mkdir(parents=True, exist_ok=True)
+    # The same connection again, to which SQLite tells what others have written: see `looks`.
+    engine["pool_use_lifo"] = True
     with locked(layout.storage_path / "studies.db.lock", WAIT_S), _readable(layout), making(layout, "tables"):
         return optuna.storages.RDBStorage(url, engine_kwargs=engine)
 

@@ -35,6 +35,7 @@ from bilora_ray.search.space import (
 )
 from bilora_ray.search.study.control.budget import end_of
 from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.looks import Looks
 from bilora_ray.search.study.storage import making, naming_the_database, open_storage, read_storage, study_names
 from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.search.study.view import DIGESTS, ID, StudyView, objective_of, status_of
@@ -113,7 +114,7 @@ def open_study(space: Space, layout: Layout, digests: Mapping[str, str]) -> Sear
 
 
 def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.Study:
-    name, storage = space.study.name, open_storage(layout)
+    name, storage = space.study.name, Looks(open_storage(layout))
     begun = name in study_names(layout) and has_begun(name, layout)
     if begun:
         study = optuna.load_study(study_name=name, storage=storage)

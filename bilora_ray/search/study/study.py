@@ -10,12 +10,11 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from functools import partial
+from contextlib import contextmanager, suppress
 
 import optuna
 from optuna.samplers import RandomSampler
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bilora_ray.records import Observer, Status, TrialRecord, is_last
 from bilora_ray.search.space import Space
@@ -26,6 +25,7 @@ from bilora_ray.search.study.control.causes import common_cause
 from bilora_ray.search.study.control.evaluations import best_values, evaluations_of, excesses, remember
 from bilora_ray.search.study.control.requests import STOP
 from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.looks import look_again, one_look
 from bilora_ray.search.study.samplers import propose
 from bilora_ray.search.study.schedulers import OF_SEVERAL, SCHEDULERS
 from bilora_ray.search.study.schedulers.base import Asked
@@ -73,7 +73,7 @@ class SearchStudy(StudyView):
         Today that is one: an interrupted one if there is any, else a new one. It is this process's until it ends, or
         `release`.
         """
-        with self.layout.choosing(self.study.study_name):
+        with self._choosing():
             number = next(self._orphans(), None)
             ended = self.budget.end(begins=number is None)
             if number is None and ended is None and not self._all_given():
@@ -164,6 +164,10 @@ class SearchStudy(StudyView):
             metrics: `step`, `max_steps` and the study's metrics, at least. An evaluation that the study knows already,
                 which a resumed trial tells again, changes nothing.
         """
+        with one_look(self.study):
+            return self._report(number, metrics)
+
+    def _report(self, number: int, metrics: Mapping[str, float]) -> Status:
         trial = self._live[number]
         step, stored, objectives = int(metrics["step"]), self._trial(number), self.objectives
         known = evaluations_of(stored, objectives)
@@ -183,8 +187,8 @@ class SearchStudy(StudyView):
                 self._stopped.add(number)
                 return Status.PRUNED
             return Status.COMPLETE
-        newest, choosing = step >= max(known, default=0), partial(self.layout.choosing, self.study.study_name)
-        asked = Asked(trial, stored.params, metrics, self.space, self.objective, choosing)
+        newest = step >= max(known, default=0)
+        asked = Asked(trial, stored.params, metrics, self.space, self.objective, self._choosing)
         schedulers = OF_SEVERAL if len(objectives) > 1 else SCHEDULERS
         if newest and schedulers[self.space.study.scheduler](asked):
             self._end(number, TrialState.PRUNED)
@@ -222,6 +226,21 @@ class SearchStudy(StudyView):
             trial.set_constraint(ERROR, 1.0)
         self._end(number, TrialState.PRUNED if by_settings else TrialState.FAIL)
 
+    @contextmanager
+    def _choosing(self) -> Iterator[None]:
+        """In it no other process decides anything for the whole study, and what they decided before is known."""
+        with self.layout.choosing(self.study.study_name), one_look(self.study):
+            look_again(self.study)
+            yield
+
+    def _trial(self, number: int) -> FrozenTrial:
+        with one_look(self.study):
+            return super()._trial(number)
+
+    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+        with one_look(self.study):
+            return super()._trials(*states)
+
     def _all_given(self) -> bool:
         return len(self._trials(TrialState.RUNNING, *ENDED)) >= self.space.study.num_trials
 
@@ -230,6 +249,7 @@ class SearchStudy(StudyView):
         for trial in self._trials(TrialState.RUNNING):
             if trial.number in self._live or not self._claims.take(trial.number):
                 continue
+            look_again(self.study)
             now = self._trial(trial.number)
             if now.state == TrialState.RUNNING and ERROR not in now.constraints:
                 yield trial.number
