@@ -102,12 +102,12 @@ class StudyConfig(Settings):
     max_adapter_mb: Float | None = Field(
         None,
         gt=0,
-        description="MB (10^6 bytes) of an adapter at most; a trial above it ends at its first evaluation, never best",
+        description="MB (10^6 bytes) of an adapter at the most; a trial above it ends at its first evaluation",
     )
     max_memory_gb: Float | None = Field(
         None,
         gt=0,
-        description="GiB of its GPU that a worker may take (gpu_memory_gib); above it a trial ends, never best",
+        description="GiB of its GPU that a worker may take, as gpu_memory_gib tells it; a trial above it ends",
     )
     seed: Int = Field(0, ge=0, lt=2**32, description="of the proposals")
     max_concurrent: Int | None = Field(None, ge=1, description="trials at one time; what the cluster holds if absent")
