@@ -181,6 +181,19 @@ class TrialConfig(Settings):
         None, "split of a Hub dataset to validate on", decides="rows", holds_out=True
     )
     validation_revision: str | None = setting(None, "Hub revision of validation_data", decides="rows", holds_out=True)
+    test_data: str | None = setting(
+        None,
+        "as train_data: rows that the winner of study.finalists is scored on once, after all is decided",
+        decides="evaluation",
+        source="data",
+        revision="test_revision",
+    )
+    test_split: str | None = setting(
+        None,
+        "split of a Hub dataset with those rows, of train_data where test_data is absent; test when absent",
+        decides="evaluation",
+    )
+    test_revision: str | None = setting(None, "Hub revision of test_data", decides="evaluation")
     column_names: tuple[str, ...] | None = setting(
         None, "columns of a CSV or TSV file without a header", decides="rows", holds_out=True
     )
@@ -500,6 +513,8 @@ class TrialConfig(Settings):
             raise ValueError("early_stopping_threshold: needs early_stopping_patience")
         if self.format is not None:
             self._check_format(generates)
+        if self.test_revision is not None and self.test_data is None:
+            raise ValueError("test_revision: is of test_data, which is absent; train_revision is of train_data")
         if self.class_weights is not None and not TASK_FACTS[self.task].has_classes:
             allowed = ", ".join(task for task, facts in TASK_FACTS.items() if facts.has_classes)
             raise ValueError(f"class_weights: {self.task} has no classes to weigh; allowed with {allowed}")
@@ -549,6 +564,23 @@ class TrialConfig(Settings):
         return objective(self.metric)
 
     @property
+    def has_test(self) -> bool:
+        """Whether rows are named to score a winner on."""
+        return self.test_data is not None or self.test_split is not None
+
+    def on_test(self) -> TrialConfig:
+        """These settings, as those of an evaluation whose validation rows are the test rows, all of them."""
+        revision = self.train_revision if self.test_data is None else self.test_revision
+        name, split = self.test_data or self.train_data, self.test_split or "test"
+        named = {
+            f"{of}_{what}": value
+            for of in ("train", "validation")
+            for what, value in zip(("data", "split", "revision"), (name, split, revision), strict=True)
+        }
+        unused = {"max_eval_samples": None, "max_train_samples": None}
+        return self.model_copy(update={**named, **unused, **dict.fromkeys(TEST_SETTINGS)})
+
+    @property
     def writes_several(self) -> bool:
         """Whether prompts are padded, since several texts are written at once."""
         return (self.per_device_generation_batch_size or self.per_device_eval_batch_size) > 1
@@ -583,6 +615,8 @@ def objective(metric: str) -> Objective:
 
 
 FACTS = facts_of(TrialConfig)
+# What no trial reads.
+TEST_SETTINGS = ("test_data", "test_split", "test_revision")
 
 
 def deciding(*words: Decides) -> frozenset[str]:

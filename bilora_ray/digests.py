@@ -118,14 +118,15 @@ def source_of(config: TrialConfig, setting: str) -> str:
 
     Args:
         config: the settings.
-        setting: `train_data`, `validation_data`, or one of the MARKS, which is before the name.
+        setting: `train_data`, `validation_data`, `test_data`, or one of the MARKS, which is before the name.
     """
     if setting in MARKS:
         return f"{MARKS[setting]}{getattr(config, setting)}"
     name = str(getattr(config, setting) or config.train_data)
     if kind_of(name, is_data=True) != "hub":
         return name
-    split = config.train_split if setting == "train_data" else config.validation_split
+    splits = {"train_data": config.train_split, "test_data": config.test_split or "test"}
+    split = splits.get(setting, config.validation_split)
     return "/".join(filter(None, (name, config.dataset_config_name, split)))
 
 

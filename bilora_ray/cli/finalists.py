@@ -32,6 +32,9 @@ def print_finalists(console: Console, study: StudyView, finals: Finals) -> Trial
         table.add(str(finalist.trial), *cells, in_short(finalist.fell), sampled=sampled)
     console.print(table)
     console.print(_in_words(verdict, metric), style="bold green", markup=False, soft_wrap=True)
+    if finals.test:
+        found = ", ".join(f"{key.removeprefix('eval_')} {value:.6g}" for key, value in finals.test.items())
+        console.print(f"On the test rows, measured once: {found}", style="bold", markup=False, soft_wrap=True)
     taken = f"its run with the middle score is taken: trial {finals.winner.number} of '{name}'"
     console.print(f"{METHOD[0].upper()}{METHOD[1:]}; {taken}.", style="dim", markup=False, soft_wrap=True)
     return finals.winner
@@ -45,6 +48,7 @@ def finals_as_json(finals: Finals) -> dict[str, Any]:
     found: dict[str, Any] = {"study": finals.study.space.study.name, "method": METHOD}
     known = ("score", "low", "high", "fell", "seeds")
     found |= {key: None if verdict is None else getattr(verdict, key) for key in known}
+    found["test"] = dict(finals.test) or None
     found["winner"] = None if verdict is None else verdict.winner.trial
     found["run"] = None if winner is None else winner.number
     found["adapter"] = None if winner is None or winner.adapter is None else str(winner.adapter)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from bilora_ray.cli.options import (
     where_adapter_is,
 )
 from bilora_ray.cli.progress import SearchProgress
+from bilora_ray.config import TEST_SETTINGS
 from bilora_ray.digests import by_setting, changed
 from bilora_ray.errors import UserError
 from bilora_ray.paths import have_home
@@ -88,6 +90,9 @@ def command(
     single |= {"finalists": 0, "finalist_seeds": "null", "keep_adapters": "null"}
     found_out: tuple[str, ...] = ()
     origin: StudyView | None = None
+    for override in overrides:
+        if parse_override(override)[1] in TEST_SETTINGS:
+            raise UserError(f"--set {override}: one run has no winner to score; `bilora-ray evaluate` takes its export")
     overrides += tuple(f"study.{key}={value}" for key, value in single.items())
     if study is not None:
         if space_path is not None:
@@ -99,6 +104,7 @@ def command(
         raise UserError("--trial: needs --study")
     else:
         space = load_space(space_path, overrides)
+    space = replace(space, fixed={key: value for key, value in space.fixed.items() if key not in TEST_SETTINGS})
     if space.distributions:
         keys = ", ".join(f"--set {key}=VALUE" for key in space.distributions)
         raise UserError(f"{space.path}: one run needs one value for each setting; give {keys}")
@@ -132,11 +138,15 @@ def command(
 
 def _space_of(layout: Layout, study: str, number: int | None, overrides: Sequence[str]) -> tuple[Space, int, StudyView]:
     """The settings of a trial of `study`, the best as a rule, with `overrides` on top; its number; the study."""
+    from bilora_ray.search.study.control.finalists import finals_of
     from bilora_ray.search.study.storage import naming_the_database
     from bilora_ray.search.study.studies import load_study
 
     with naming_the_database(layout, then=""):
         found = load_study(layout, study)
+        finals = finals_of(found) if number is None else None
+        if finals is not None and finals.verdict is not None:
+            number = finals.verdict.winner.trial
         record = found.chosen(number)
     trial = non_default(record.settings)
     if ("trial", "seed") in {parse_override(text)[:2] for text in overrides}:

@@ -190,10 +190,14 @@ def _rehearse(
 
 
 def _print_plan(space: Space, rehearsal: Rehearsal, checked: Checked) -> None:
+    from bilora_ray.search.study.control.finalists import SEEDS
+
     study, resources = space.study, space.resources
     click.echo(f"Study '{study.name}' would run {study.num_trials} trials ({study.sampler}, {study.scheduler}) over")
     for name, part in space.parts.items():
         click.echo(f"  {setting_of(name):<28} {part}")
+    if study.finalists:
+        click.echo(f"and then the best {study.finalists} on {study.finalist_seeds or SEEDS} fresh seeds each,")
     workers = f"{resources.workers} workers, each with " if resources.workers > 1 else ""
     room = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
     click.echo(f"each on {workers}{room}.")
@@ -226,7 +230,10 @@ def _search(
     common: dict[str, Any] = {"ray_address": ray_address, "mlflow_uri": mlflow_uri, "digests": digests}
     study = search(space, layout, resume=resume, watcher=progress, **common)
     if space.study.finalists:
-        search_finalists(study, watcher_of=lambda finals: SearchProgress(finals.study.num_trials, objective), **common)
+        note = f"these are the best {space.study.finalists} settings of '{space.study.name}', on fresh seeds"
+        search_finalists(
+            study, watcher_of=lambda finals: SearchProgress(finals.study.num_trials, objective, (note,)), **common
+        )
     return study
 
 

@@ -18,7 +18,7 @@ from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import check_draw
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.samplers import check_sampler
-from bilora_ray.training.rows import about, check_first_rows, load_rows, notes
+from bilora_ray.training.rows import about, check_first_rows, load_rows, notes, shared_with
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Dataset, check_positions
 
@@ -94,7 +94,10 @@ def preflight(space: Space, dry_run: bool = False) -> Checked:
         check_first_rows(other)
     _check_size(space, rows.label_names)
     digests |= _others(space)
+    tested, shared = _tested(config, rows, dry_run) if config.has_test else ({}, ())
+    digests |= tested
     told = (
+        *shared,
         *_unpinned(config),
         *_unlooked_at(space),
         *_new_head(config, rows.label_names),
@@ -219,6 +222,16 @@ def _choices(space: Space, setting: str) -> list[TrialConfig]:
 
 def _by_source(config: TrialConfig, rows: Dataset) -> dict[str, str]:
     return {source_of(config, setting): digest for setting, digest in rows.digests.items()}
+
+
+def _tested(config: TrialConfig, rows: Dataset, dry_run: bool) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The digest of the test data, of which each row is checked; a line about rows that are elsewhere too.
+
+    Raises:
+        UserError: as `preflight`.
+    """
+    found = load_rows(config.on_test().model_copy(update={"label_names": rows.label_names}), beginning=dry_run)
+    return {source_of(config, "test_data"): found.digests["validation_data"]}, tuple(shared_with(found, rows))
 
 
 def _others(space: Space) -> dict[str, str]:

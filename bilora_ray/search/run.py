@@ -11,16 +11,19 @@ from contextlib import ExitStack, contextmanager
 from typing import NoReturn
 
 import ray
+from ray.exceptions import RayError
 
-from bilora_ray.errors import MachineError
+from bilora_ray.config import TEST_SETTINGS
+from bilora_ray.errors import MachineError, first_line
 from bilora_ray.runners import runner_for
+from bilora_ray.runners.scoring import score
 from bilora_ray.search.cluster.cluster import capacity, check_address, check_dashboard, cluster, is_own
 from bilora_ray.search.cluster.gpus import decided
 from bilora_ray.search.cluster.shared_storage import check_shared
 from bilora_ray.search.cluster.watchdog import head_watched
 from bilora_ray.search.session import Observers, Session, Watcher, session, tell_result
 from bilora_ray.search.space import Space
-from bilora_ray.search.study.control.finalists import begin, check_finalists, finals_of
+from bilora_ray.search.study.control.finalists import Finals, begin, check_finalists, finals_of, keep_test
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import naming_the_database, running_study
 from bilora_ray.search.study.studies import check_study
@@ -126,8 +129,35 @@ def search_finalists(
     )
     with naming_the_database(study.layout):
         finals = finals_of(study)
-        if finals is not None and finals.verdict is not None:
-            tell_result(study, mlflow_uri, finals.verdict.as_metrics(study.objective.metric), watcher.say)
+        if finals is None or finals.verdict is None:
+            return
+        test = finals.test or _score_once(study, finals, ray_address, watcher.say)
+        metrics = {f"test_{key.removeprefix('eval_')}": value for key, value in test.items()}
+        told = finals.verdict.as_metrics(study.objective.metric)
+        tell_result(study, mlflow_uri, {**told, **metrics}, watcher.say)
+
+
+def _score_once(
+    study: SearchStudy, finals: Finals, ray_address: str | None, say: Callable[[str], None]
+) -> Mapping[str, float]:
+    """Measure the winner's adapter on the test rows, if there are any, and keep what comes out."""
+    assert finals.verdict is not None
+    assert finals.winner is not None
+    settings = finals.study.config(finals.winner.number).model_dump()
+    named = study.config(finals.verdict.winner.trial).model_dump(include=set(TEST_SETTINGS))
+    adapter, resources = finals.winner.adapter, study.space.resources
+    if adapter is None or not any(value is not None for value in named.values()):
+        return {}
+    with cluster(ray_address):
+        task = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_retries=0)(score)
+        try:
+            found = ray.get(task.remote(str(adapter), {**settings, **named}))
+        except RayError as error:
+            cause = first_line(getattr(error, "cause", None) or error)
+            say(f"test_data: the winner could not be scored ({cause}); --resume tries again")
+            return {}
+    keep_test(finals, found)
+    return found
 
 
 def _end(running: Session, address: str | None) -> NoReturn:

@@ -24,7 +24,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from bilora_ray import __version__
-from bilora_ray.config import TrialConfig, deciding
+from bilora_ray.config import TEST_SETTINGS, TrialConfig, deciding
 from bilora_ray.errors import UserError
 from bilora_ray.files import temporary_folder
 from bilora_ray.training.data.cache import Stored, Writer, cached
@@ -36,7 +36,7 @@ from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Cut, Dataset, Example, Row
 
 # All settings but these decide the examples, or could.
-NOT_OF_EXAMPLES = deciding("training", "memory")
+NOT_OF_EXAMPLES = {*deciding("training", "memory"), *TEST_SETTINGS}
 WITHOUT_EFFECT = {key: TrialConfig.model_fields[key].default for key in NOT_OF_EXAMPLES}
 
 # Rows tokenized at one time: enough to be fast, few enough that Python's int lists stay small.

@@ -253,6 +253,19 @@ def notes(dataset: Dataset, config: TrialConfig, workers: int) -> Iterator[str]:
         yield f"num_train_epochs: changes nothing beside max_steps ({config.max_steps})"
 
 
+def shared_with(test: Dataset, rows: Dataset) -> Iterator[str]:
+    """A line where test rows were trained or judged on: their score would say nothing of others.
+
+    Args:
+        test: whose validation rows are the test rows.
+        rows: of the trials.
+    """
+    seen = {_content(row) for row in chain(_first(rows.train), _first(rows.validation))}
+    tested = _first(test.validation)
+    if shared := sum(_content(row) in seen for row in tested):
+        yield f"test_data: {shared} of {len(tested)} test rows are training or validation rows too"
+
+
 def _empty_notes(rows: Collection[Any], config: TrialConfig, counted: str) -> Iterator[str]:
     """Lines about rows of which there is nothing to read, with the place of the first. A completion has its own."""
     bare = filled(config.prompt_template, dict.fromkeys(template_columns(config.prompt_template), ""))

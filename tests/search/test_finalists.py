@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from tiny_trials import Tiny
+from tiny_trials import Tiny, evaluate_adapter, write_rows
 
 from bilora_ray.cli.main import main
 from bilora_ray.config import TrialConfig
@@ -27,6 +27,7 @@ from bilora_ray.search.study.control.finalists import (
     choose,
     chosen_of,
     finals_of,
+    keep_test,
     space_of,
 )
 from bilora_ray.search.study.control.verdict import Verdict, judge
@@ -262,6 +263,31 @@ def test_finalists_that_cannot_be_are_refused_before_anything_starts(layout: Lay
         check_finalists(space(study__name="t"), layout)
 
 
+def test_test_rows_are_read_by_no_trial_and_need_finalists(layout: Layout) -> None:
+    study = searched(layout, space(trial__test_data="org/test", trial__test_split="held-out"))
+    finals = space_of(study, choose(study))
+    configs = [finals.trial_config(point) for point in finals.points_to_evaluate]
+    assert {(config.test_data, config.test_split) for config in configs} == {(None, None)}
+    tested = study.config(0).on_test()
+    named = (tested.validation_data, tested.validation_split, tested.train_data, tested.has_test)
+    assert named == ("org/test", "held-out", "org/test", False)
+    assert study.config(0).has_test
+    with pytest.raises(UserError, match=r"trial\.test_data: is read once a winner is found among finalists"):
+        check_finalists(space(study__finalists=0, trial__test_data="org/test"), layout)
+
+
+def test_what_was_measured_on_the_test_rows_is_kept_with_the_run(layout: Layout) -> None:
+    study = searched(layout, space())
+    trained(study)
+    found = finals_of(study)
+    assert found is not None
+    assert found.test == {}
+    keep_test(found, {"eval_loss": 0.25})
+    again = finals_of(load_study(layout, "s"))
+    assert again is not None
+    assert again.test == {"eval_loss": 0.25}
+
+
 def test_a_study_without_finalists_has_none(layout: Layout) -> None:
     study = searched(layout, space(study__finalists=0))
     assert finals_of(study) is None
@@ -283,6 +309,8 @@ def test_a_search_goes_on_with_its_finalists_and_a_resume_trains_none_again(
     config = tiny.config("causal-lm", max_steps=2, eval_steps=1)
     study = {"name": "s", "num_trials": 2, "scheduler": "none", "finalists": 2, "finalist_seeds": 2}
     trial = {**config.model_dump(exclude_defaults=True), "rho": {"low": 0.1, "high": 0.9}}
+    trial["test_data"] = str(write_rows(tmp_path / "test.jsonl", [{"prompt": "say red", "completion": "red"}] * 3))
+    tested = []
     Path("space.yaml").write_text(json.dumps({"study": study, "trial": trial}))
     for more in ((), ("--resume",)):
         result = CliRunner().invoke(main, ["tune", "--space", "space.yaml", "--json", *more])
@@ -292,7 +320,12 @@ def test_a_search_goes_on_with_its_finalists_and_a_resume_trains_none_again(
         assert len(told["finalists"]["finalists"]) == 2
         assert all(None not in finalist["scores"] for finalist in told["finalists"]["finalists"])
         assert Path(told["finalists"]["adapter"]).is_dir()
+        tested.append(told["finalists"]["test"])
+    assert tested[0]["eval_loss"] > 0
+    assert tested[1] == tested[0]
     assert len(load_study(Layout(tmp_path / "runs"), "s-finalists").records()) == 4
     result = CliRunner().invoke(main, ["export", "s", "--output", "out", "--json"])
     assert result.exit_code == 0, result.stderr
     assert json.loads(result.stdout)["study"] == "s-finalists"
+    measured = evaluate_adapter(Path("out"), TrialConfig(**trial | {"rho": 0.1}).on_test())
+    assert measured["eval_loss"] == pytest.approx(tested[0]["eval_loss"], rel=1e-4)

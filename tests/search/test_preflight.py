@@ -525,3 +525,19 @@ def test_torch_is_not_imported_for_a_kernel_that_is_not_looked_for() -> None:
     texts = ["study.name=s", *(f"trial.{key}={value}" for key, value in trial.items())]
     done = subprocess.run([sys.executable, "-c", line, *texts], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+def test_test_data_are_checked_and_known_and_what_was_trained_on_is_told(tiny: Tiny) -> None:
+    rows = tiny.folder / "texts-train.jsonl"
+    checked = preflight(
+        space(tiny, "study.finalists=2", f"test_data={rows}", model_name_or_path=str(tiny.model("causal-lm")))
+    )
+    digests = checked.digests
+    assert str(rows) in digests
+    (line,) = (line for line in checked.notes if line.startswith("test_data"))
+    assert line == "test_data: 44 of 44 test rows are training or validation rows too"
+    wrong = tiny.folder / "labels-train.jsonl"
+    with pytest.raises(UserError, match=f"{wrong}, line 1"):
+        preflight(
+            space(tiny, "study.finalists=2", f"test_data={wrong}", model_name_or_path=str(tiny.model("causal-lm")))
+        )

@@ -46,8 +46,10 @@ def trim(study: StudyView) -> None:
     with study.layout.choosing(config.name):
         kept = _kept(study)
         if config.keep_adapters is not None:
-            _remove(study, "keep_adapters", _not_protected(study, kept[config.keep_adapters :]))
-            kept = kept[: config.keep_adapters]
+            behind = {record.number for record in kept[config.keep_adapters :]}
+            removed = [record for record in _not_protected(study, kept) if record.number in behind]
+            _remove(study, "keep_adapters", removed)
+            kept = [record for record in kept if record not in removed]
         if config.max_disk_gb is not None and used_by(study) > config.max_disk_gb * GB:
             _remove(study, "max_disk_gb", _worst(study, kept, config.max_disk_gb))
 
@@ -75,11 +77,12 @@ def _kept(study: StudyView) -> list[TrialRecord]:
     return [record for record in study.objective.ranked(records) if record.adapter is not None]
 
 
-def _not_protected(study: StudyView, records: Iterable[TrialRecord]) -> list[TrialRecord]:
-    best, chosen = study.best(), study.study.user_attrs.get(FINALISTS, {}).get("trials", ())
+def _not_protected(study: StudyView, kept: list[TrialRecord]) -> list[TrialRecord]:
+    """Those of `kept` that may go, the best first."""
+    best, chosen = study.objective.best_of(kept), study.study.user_attrs.get(FINALISTS, {}).get("trials", ())
     front = study.study.best_trials if len(study.study.directions) > 1 else ()
     protected = {*chosen, *(trial.number for trial in front), *([best.number] if best else [])}
-    return [record for record in records if record.number not in protected]
+    return [record for record in kept if record.number not in protected]
 
 
 def _worst(study: StudyView, kept: list[TrialRecord], most: float) -> list[TrialRecord]:

@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from bilora_ray.checking import build
+from bilora_ray.config import TEST_SETTINGS
 from bilora_ray.errors import UserError
 from bilora_ray.records import Status, TrialRecord
 from bilora_ray.search.space import FINALISTS_OF, Choice, Space, StudyConfig, Value, setting_of
 from bilora_ray.search.study.control.verdict import Verdict, judge
 from bilora_ray.search.study.layout import Layout
-from bilora_ray.search.study.storage import study_names
+from bilora_ray.search.study.storage import open_storage, study_names
 from bilora_ray.search.study.studies import has_begun, load_study, open_study
 from bilora_ray.search.study.view import FINALISTS, StudyView
 
 SEEDS = 3
+# What the finalists' study keeps of the test rows: run -> metrics.
+TESTED = "tested"
 # Of the finalists' seeds among what a study's seed decides: trials draw by their number.
 STREAM = 2**32 - 1
 
@@ -55,11 +59,13 @@ class Finals:
         study: their own.
         verdict: what their runs say; None before all have ended.
         winner: the run of the winner whose adapter is taken; None before that.
+        test: the metrics of that adapter on the test rows, measured once; empty before that, or without such rows.
     """
 
     study: StudyView
     verdict: Verdict | None
     winner: TrialRecord | None
+    test: Mapping[str, float] = field(default_factory=dict)
 
 
 def name_of(study: str) -> str:
@@ -74,6 +80,8 @@ def check_finalists(space: Space, layout: Layout) -> None:
         UserError: another study has their name, or they were chosen with another number of trials or seeds.
     """
     wanted, name = space.study.finalists, space.study.name
+    if not wanted and (unread := [key for key in TEST_SETTINGS if space.fixed.get(key) is not None]):
+        raise UserError(f"trial.{unread[0]}: is read once a winner is found among finalists; give study.finalists")
     names = study_names(layout) if wanted else []
     chosen = chosen_of(load_study(layout, name)) if name in names and has_begun(name, layout) else None
     if wanted and chosen is None and name_of(name) in names and has_begun(name_of(name), layout):
@@ -140,7 +148,7 @@ def space_of(study: StudyView, chosen: Chosen) -> Space:
     # Where seeds are searched, each trial draws rows of its own; else one pins those of all.
     own = not space.names_of("split_seed")
     varied = own and len(set(splits)) > 1
-    fixed = {key: value for key, value in space.fixed.items() if key != "seed"}
+    fixed = {key: value for key, value in space.fixed.items() if key not in ("seed", *TEST_SETTINGS)}
     seeds = ("seed", "split_seed") if own else ("seed",)
     given = {name: part for name, part in space.given.items() if setting_of(name) not in seeds}
     distributions = {name: part for name, part in space.distributions.items() if setting_of(name) != "seed"}
@@ -192,7 +200,20 @@ def told_by(study: StudyView, finals: StudyView, chosen: Chosen) -> Finals:
     scores = {number: [_value(run) for run in found] for number, found in runs.items()}
     verdict = judge({number: _single(study, number) for number in chosen.trials}, scores, study.objective)
     winner = None if verdict is None else runs[verdict.winner.trial][verdict.winner.median_seed]
-    return Finals(finals, verdict, None if winner is None else finals.record(winner.number))
+    if winner is None:
+        return Finals(finals, None, None)
+    tested = finals.study.user_attrs.get(TESTED, {})
+    return Finals(finals, verdict, finals.record(winner.number), tested.get(str(winner.number), {}))
+
+
+def keep_test(finals: Finals, metrics: Mapping[str, float]) -> None:
+    """Keep what the winner's adapter has on the test rows, so that it is not measured again."""
+    assert finals.winner is not None
+    name, layout = finals.study.space.study.name, finals.study.layout
+    study = optuna.load_study(study_name=name, storage=open_storage(layout))
+    with layout.choosing(name):
+        tested = study.user_attrs.get(TESTED, {})
+        study.set_user_attr(TESTED, {**tested, str(finals.winner.number): dict(metrics)})
 
 
 def _runs(study: StudyView, finals: StudyView, number: int, chosen: Chosen) -> list[FrozenTrial | None]:
