@@ -51,9 +51,9 @@ def command(
     layout = Layout(absolute(storage_path), study_database)
     with naming_the_database(layout, then=""):
         found = steered_study(layout, study)
-        checked(found.space, values)
+        parameters = checked(found.space, values)
         with layout.choosing(study):
-            waiting = enqueue(found.study, found.space.parameters(values))
+            waiting = enqueue(found.study, parameters)
         left = found.space.study.num_trials - len(found.records())
         end = found.end()
     behind = [*waiting.before, waiting.number][max(0, left) :]

@@ -147,6 +147,8 @@ class StudyConfig(Settings):
     def _priced(self) -> StudyConfig:
         if self.max_cost is not None and self.price_per_gpu_hour is None:
             raise ValueError("max_cost needs price_per_gpu_hour")
+        if self.min_gain is not None and len(self.objectives) > 1:
+            raise ValueError("min_gain: is of one objective; of several there is no single best to gain on")
         return self
 
     @model_validator(mode="after")

@@ -97,6 +97,26 @@ def test_a_resume_of_what_is_used_up_does_nothing_and_with_a_larger_budget_goes_
     assert statuses(tmp_path)[: len(before)] == before
 
 
+@pytest.mark.parametrize("limit", [(), ("study.max_adapter_mb=1",)])
+def test_the_target_is_of_the_first_objective_and_of_trials_that_keep_to_the_limits(
+    limit: tuple[str, ...], tmp_path: Path
+) -> None:
+    both = "study.objectives=[{metric: eval_loss}, {metric: train_runtime}]"
+
+    def large(config: TrialConfig) -> list[Metrics]:
+        return [{**metrics, "adapter_mb": 2.0} for metrics in curve(config)]
+
+    study = opened(tmp_path, "study.target=1.2", both, *limit)
+    moments = simulate(study, large, 1)
+    study.release()
+    again = opened(tmp_path, "study.target=1.2", both, *limit)
+    assert simulate(again, large, 1) == []
+    again.release()
+    reached = [moment for moment in moments if moment.metrics["eval_loss"] <= 1.2]
+    assert len(moments) == 12 if limit else moments[-1] is reached[0]
+    assert (load_study(Layout(tmp_path), "s").end() is None) is bool(limit)
+
+
 def test_a_budget_that_is_gone_holds_nobody(tmp_path: Path) -> None:
     search(tmp_path, "study.max_hours=5.5")
     search(tmp_path)

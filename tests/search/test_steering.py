@@ -25,6 +25,7 @@ from bilora_ray.search.session import Observers
 from bilora_ray.search.simulated import simulate
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.control.causes import IN_A_ROW, cause_of
+from bilora_ray.search.study.control.requests import checked
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import running_study
 from bilora_ray.search.study.studies import load_study, open_study
@@ -85,8 +86,9 @@ def test_what_is_asked_for_is_tried_next_in_its_order_while_a_search_runs(tmp_pa
         (["rnak=8"], "unknown key 'rnak'; did you mean 'rank'?"),
         (["rank=5"], "rank 5 is outside its distribution, one of 4, 8, 16"),
         (["rho=0.5", "method=bilora"], "rho 0.5 is outside its distribution, 0.01 to 0.2, on a log scale"),
-        (["rho=0.1", "method=lora"], "rho has no effect with method lora"),
-        (["rho=0.1"], "rho has no effect with method lora; name the method too"),
+        (["rho=0.1", "method=lora"], "rho has no effect where method is lora"),
+        (["rho=0.1"], "rho has no effect where method is lora; name method too"),
+        (["learning_rate=0.001"], "learning_rate is not searched"),
         (["task=causal-lm"], "task is 'causal-lm' for all trials of it"),
         (["study.seed=1"], "only a trial's settings"),
         (["rank=4", "rank=8"], "'rank' is given twice"),
@@ -100,6 +102,36 @@ def test_what_the_space_could_not_have_drawn_is_refused(settings: list[str], lin
     assert line in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert load_study(Layout(tmp_path / "runs"), "s").study.trials == []
+
+
+CASES = (
+    "method={choice: [lora, bilora]}",
+    "learning_rate=[{low: 1e-3, high: 1e-2, when: {method: lora}}, {low: 1e-4, high: 2e-3, when: {method: bilora}}]",
+    "lora_alpha=2 * rank",
+    "rank={choice: [4, 8]}",
+)
+
+
+def test_a_setting_that_has_a_range_in_each_case_is_asked_for_in_its_own(tmp_path: Path) -> None:
+    space = load_space(None, [*TRIAL[:3], *CASES, "study.name=s"])
+    assert checked(space, {"method": "lora", "learning_rate": 0.005}) == {
+        "method": "lora",
+        "learning_rate@method=lora": 0.005,
+    }
+    # It is in both.
+    assert len(checked(space, {"learning_rate": 0.0015})) == 2
+    with pytest.raises(UserError, match=r"learning_rate 0\.005 is outside its distribution, 0\.0001 to 0\.002"):
+        checked(space, {"learning_rate": 0.005})
+
+
+def test_a_clone_has_the_cases_and_the_derived_settings_too(tmp_path: Path) -> None:
+    given = [*TRIAL[:3], *CASES, "study.name=s", "study.objectives=[{metric: eval_loss}, {metric: train_runtime}]"]
+    open_study(load_space(None, given), Layout(tmp_path / "runs"), {})
+    file = tmp_path / "new.yaml"
+    said(tmp_path, "clone", "s", "new", "--output", str(file))
+    before, after = load_study(Layout(tmp_path / "runs"), "s").space, load_space(file)
+    assert (after.distributions, after.given, after.fixed) == (before.distributions, before.given, before.fixed)
+    assert after.objectives == before.objectives
 
 
 # stop

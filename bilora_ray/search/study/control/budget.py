@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bilora_ray.records import Objective
 from bilora_ray.search.space import Space
+from bilora_ray.search.study.control.evaluations import evaluations_of, excesses
 from bilora_ray.training.folder import TrialFolder
 
 # The study's attributes: the budget that ended it, and how long it has run; a trial's: for how long it has trained.
@@ -113,7 +114,7 @@ class Budget:
 
     def charge(self, trial: Trial, metrics: Mapping[str, float]) -> None:
         """Take in an evaluation of a running trial, before the trial can end by it."""
-        if "target" in self._limits:
+        if "target" in self._limits and max(excesses(metrics, self._space.study).values(), default=0) <= 0:
             value = float(metrics[self._metric])
             self._best = value if self._objective.is_better(value, self._best_so_far()) else self._best
         if self._charges and TRAINED in metrics:
@@ -171,9 +172,9 @@ class Budget:
 
     def _best_so_far(self) -> float | None:
         if self._best is None:  # also of the trials before this process
-            trials = self._study.get_trials(deepcopy=False)
-            values = (value for trial in trials for value in trial.intermediate_values.values())
-            self._best = self._objective.best_value(values)
+            allowed = filter(_keeps_limits, self._study.get_trials(deepcopy=False))
+            told = (evaluations_of(trial, self._space.objectives).values() for trial in allowed)
+            self._best = self._objective.best_value(metrics[self._metric] for one in told for metrics in one)
         return self._best
 
     def _trained(self, trial: FrozenTrial) -> float:
@@ -197,7 +198,8 @@ class Budget:
         Returns:
             None where trials are too few, or none has ended since it was asked last.
         """
-        complete = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        ended = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        complete = list(filter(_keeps_limits, ended))
         if len(complete) < FEWEST or len(complete) == self._weighed:
             return None
         self._weighed = len(complete)
@@ -206,3 +208,7 @@ class Budget:
 
         evaluator = RegretBoundEvaluator(min_n_trials=FEWEST, seed=self._space.study.seed)
         return float(evaluator.evaluate(complete, self._study.direction))
+
+
+def _keeps_limits(trial: FrozenTrial) -> bool:
+    return max(trial.constraints.values(), default=0.0) <= 0

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from bilora_ray.checking import Settings
-from bilora_ray.search.space import Space, setting_of
+from bilora_ray.search.space import Distribution, Given, Space, setting_of
 
 
 def sections_of(space: Space) -> dict[str, dict[str, Any]]:
@@ -16,13 +16,13 @@ def sections_of(space: Space) -> dict[str, dict[str, Any]]:
 
     What a study's trials have read is named by absolute paths, and pinned.
     """
-    parts: dict[str, list[dict[str, Any]]] = {}
+    parts: dict[str, list[Any]] = {}
     for name, part in space.parts.items():
-        parts.setdefault(setting_of(name), []).append(_told(part))
-    searched = {key: told[0] if len(told) == 1 else told for key, told in parts.items()}
+        parts.setdefault(setting_of(name), []).append(_part(part))
+    drawn = {key: found[0] if len(found) == 1 else found for key, found in parts.items()}
     return {
         "study": _told(space.study),
-        "trial": {**space.fixed, **searched},
+        "trial": {**space.fixed, **drawn},
         "resources": _told(space.resources),
     }
 
@@ -36,6 +36,12 @@ def written(space: Space) -> str:
         del sections["study"]["points_to_evaluate"]
     told = {name: _plain(section) for name, section in sections.items() if section}
     return yaml.safe_dump(told, sort_keys=False, allow_unicode=True, width=120)
+
+
+def _part(part: Distribution | Given) -> Any:
+    """What a setting is drawn or derived from, or its value under a condition."""
+    told = {key: value for key, value in part.described().items() if key == "value" or value is not False}
+    return told["value"] if told.keys() == {"value"} else told
 
 
 def _told(settings: Settings) -> dict[str, Any]:

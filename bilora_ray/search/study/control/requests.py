@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import optuna
 from optuna.trial import TrialState
 
-from bilora_ray.config import applies
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.files import is_held
 from bilora_ray.records import Status
@@ -39,55 +38,63 @@ class Waiting:
     before: Sequence[int]
 
 
-def enqueue(study: optuna.Study, values: Mapping[str, Value]) -> Waiting:
-    """Have `values`, which are `checked`, be those of the next trial, behind those that were asked for before.
+def enqueue(study: optuna.Study, parameters: Mapping[str, Value]) -> Waiting:
+    """Have `parameters`, which are `checked`, be those of the next trial, behind those that were asked for before.
 
     Nobody else may be `choosing` a trial of the study meanwhile.
     """
     before = [trial.number for trial in _waiting(study)]
-    study.enqueue_trial(dict(values))
+    study.enqueue_trial(dict(parameters))
     (number,) = {trial.number for trial in _waiting(study)}.difference(before)
     return Waiting(number, before)
 
 
-def checked(space: Space, values: Mapping[str, Value]) -> None:
-    """Refuse settings for a trial that `space` could not have drawn, or that would have no effect.
+def checked(space: Space, values: Mapping[str, Value]) -> dict[str, Value]:
+    """The parameters, as Optuna calls them, of a trial that gets `values`, which are by setting.
 
     Raises:
-        UserError: a setting is not searched, is outside its distribution, or is none of its method's; or they do not go
-            together.
+        UserError: a setting is not searched or is outside its distribution, or has no effect in some of the trials that
+            could begin so; or they do not go together.
     """
-    name = space.study.name
-    for key, value in values.items():
-        names = space.names_of(key)
-        if not names:
-            fixed = f"is {space.fixed[key]!r} for all trials of it; " if key in space.fixed else "is not searched; "
-            raise UserError(f"study '{name}': {key} {fixed}{nearest(key, map(setting_of, space.distributions))}")
-        asked = [space.distributions[one] for one in names if space.asked(one, values)]
-        among = asked or [space.distributions[one] for one in names]
-        if not any(_holds(distribution, value) for distribution in among):
-            words = ", or ".join(map(str, among))
-            raise UserError(f"study '{name}': {key} {value!r} is outside its distribution, {words}")
-    methods = [values["method"]] if "method" in values else _methods(space)
+    name, searched = space.study.name, {setting_of(part) for part in space.distributions}
     for key in values:
-        others = [str(method) for method in methods if not applies(key, str(method))]
-        if others:
-            name_it = "" if "method" in values else "; name the method too"
-            raise UserError(f"study '{name}': {key} has no effect with method {' or '.join(others)}{name_it}")
-        if not any(space.asked(one, values) for one in space.names_of(key)):
-            conditions = ", or when ".join(space.parts[one].condition for one in space.names_of(key))
-            raise UserError(f"study '{name}': {key} has no effect but when {conditions}; name that too")
-    space.trial_config(space.first(values))
+        if key not in searched:
+            fixed = f"is {space.fixed[key]!r} for all trials of it; " if key in space.fixed else "is not searched; "
+            raise UserError(f"study '{name}': {key} {fixed}{nearest(key, searched)}")
+
+    def told(part: str) -> Iterable[Value]:
+        if setting_of(part) in values:
+            return [values[setting_of(part)]]
+        return space.cases(part) if space.decides(part) else space.ends(part)[:1]
+
+    parameters: dict[str, Value] = {}
+    for case in space.each(told):
+        for key, value in values.items():
+            parts = [part for part in case if setting_of(part) == key]
+            if not parts:
+                raise UserError(f"study '{name}': {key} has no effect{_where(space, case, values)}")
+            for part in parts:
+                if not _holds(space.distributions[part], value):
+                    distribution = space.distributions[part]
+                    raise UserError(f"study '{name}': {key} {value!r} is outside its distribution, {distribution}")
+                parameters[part] = value
+        space.trial_config(case)
+    return parameters
+
+
+def _where(space: Space, case: Mapping[str, Value], values: Mapping[str, Value]) -> str:
+    """The condition of a `case` in words, and what to name beside `values` for another one."""
+    deciding = {setting_of(part): value for part, value in case.items() if space.decides(part)}
+    unnamed = [key for key in deciding if key not in values]
+    also = f"; name {' and '.join(unnamed)} too" if unnamed else ""
+    where = " and ".join(f"{key} is {value}" for key, value in deciding.items())
+    return f" where {where}{also}" if where else ""
 
 
 def _holds(distribution: Distribution, value: Value) -> bool:
     if isinstance(distribution, Choice):
         return value in distribution.choice
     return isinstance(value, int | float) and distribution.holds(value)
-
-
-def _methods(space: Space) -> Sequence[Value]:
-    return space.distributions["method"].ends() if "method" in space.distributions else ()
 
 
 def _waiting(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
