@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -456,3 +458,57 @@ def test_the_kinds_of_trials_to_measure_are_trials_that_can_be() -> None:
     found = [(kind.chosen.get("method"), kind.chosen.get("quantization")) for kind in kinds(space)]
     assert found == [("lora", None), ("bilora", "nf4"), ("bilora", "int8")]
     assert [kind_of(kinds(space), space.trial_config(kind.low)) for kind in kinds(space)] == kinds(space)
+
+
+@pytest.mark.slow
+def test_one_search_tries_each_method_in_its_own_space_on_real_data(tmp_path: Path) -> None:
+    shipped = Path(__file__).resolve().parents[2] / "search_spaces" / "methods.yaml"
+    short = ("study.num_trials=6", "num_train_epochs=1", "max_train_samples=64", "max_eval_samples=20")
+    words = [f"--set={text}" for text in (*short, "study.scheduler=none", "study.sampler=random", "eval_steps=0.5")]
+    command = [sys.executable, "-m", "bilora_ray", "tune", f"--space={shipped}", *words, "--json"]
+    done = subprocess.run([*command, f"--storage-path={tmp_path}"], capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr
+    trials = json.loads(done.stdout)["trials"]
+    assert [trial["status"] for trial in trials] == ["complete"] * 6
+    space, study = load_space(shipped), load_study(Layout(tmp_path), "methods")
+    assert {trial["sampled"]["method"] for trial in trials} == {"lora", "bilora"}
+    for trial in trials:
+        sampled, config = trial["sampled"], study.config(trial["number"])
+        bilora = config.method == "bilora"
+        assert ("rho" in sampled, "lora_dropout" in sampled, "auxiliary_rank" in sampled) == (bilora, not bilora, False)
+        (name,) = [name for name in space.names_of("learning_rate") if space.asked(name, sampled)]
+        assert name == f"learning_rate@method={config.method}"
+        assert space.distributions[name].holds(sampled["learning_rate"])
+        if bilora:
+            assert config.auxiliary_rank == max(2, config.rank // 2)
+        kept = json.loads((Path(trial["adapter"]) / "adapter_config.json").read_text())
+        assert (kept["r"], kept["lora_dropout"]) == (config.rank, config.lora_dropout)
+
+
+def test_a_warm_start_puts_what_was_best_into_the_sub_space_that_it_is_of(tmp_path: Path) -> None:
+    plain = {"rank": {"choice": [4, 8]}, "learning_rate": {"low": 1e-5, "high": 1e-1, "log": True}}
+    for name, method in (("a", "lora"), ("b", "bilora")):
+        earlier = opened(load({**plain, "method": method}, {"name": name, "num_trials": 4}), tmp_path)
+        simulate(earlier, curve, workers=1)
+        earlier.release()
+    study = opened(load(SUBSPACES, {"warm_start": ["a", "b"]}), tmp_path)
+    taken = {one["study"]: one["settings"] for one in study.study.user_attrs["warm_start"]}
+    assert taken["a"].keys() == {"rank", "learning_rate@method=lora"}
+    assert taken["b"].keys() == {"rank", "learning_rate@method=bilora"}
+    assert FAST["low"] <= taken["a"]["learning_rate@method=lora"] <= FAST["high"]
+
+
+def test_sources_under_a_condition_are_found_and_kept_as_others_are(tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    held_out = {"validation_data": "org/data", "train_data": {"choice": ["a.jsonl", "b.jsonl"]}, "method": METHODS}
+    long = {"choice": [4, 8], "when": {"train_data": "b.jsonl"}}
+    space = load_file(
+        tmp_path / "space.yaml", {**held_out, "rank": [long, {"value": 2, "when": {"train_data": "a.jsonl"}}]}
+    )
+    a, b = (str(tmp_path / name) for name in ("a.jsonl", "b.jsonl"))
+    assert space.distributions["rank"].when == {"train_data": (b,)}
+    assert space.trial_config({"train_data": a, "method": "lora"}).rank == 2
+    moved = space.mapped(lambda key, value: f"/kept{value}" if key == "train_data" else value)
+    assert moved.trial_config({"train_data": f"/kept{a}", "method": "lora"}).rank == 2
+    assert [moved.asked("rank", {"train_data": f"/kept{one}"}) for one in (a, b)] == [False, True]

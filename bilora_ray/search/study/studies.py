@@ -39,10 +39,9 @@ from bilora_ray.search.study.looks import Looks
 from bilora_ray.search.study.storage import making, naming_the_database, open_storage, read_storage, study_names
 from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.search.study.view import DIGESTS, ID, StudyView, objective_of, status_of
-from bilora_ray.search.study.warm_start import WARM_START, first_points, taken
+from bilora_ray.search.study.warm_start import SPACE, WARM_START, first_points, taken
 
 MAXIMIZE, MINIMIZE = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
-SPACE = "space"
 LISTED = "`bilora-ray show` lists them"
 # What may differ between the first start of a study and its resume.
 FREE_TO_CHANGE = frozenset(

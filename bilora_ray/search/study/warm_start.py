@@ -20,6 +20,8 @@ from bilora_ray.errors import UserError
 from bilora_ray.search.space import Choice, Distribution, Space, Value, setting_of
 
 WARM_START = "warm_start"
+# What a study says of its space, as `studies` writes it.
+SPACE = "space"
 # Of each source: the better quarter of its trials, and no more than so many, are what is believed of this study.
 BEST_SHARE, MOST = 0.25, 8
 # So many of their points run first, after those of the space file.
@@ -65,7 +67,8 @@ def taken(sources: Sequence[optuna.Study], space: Space) -> list[dict[str, Any]]
             raise UserError(f"--warm-start {source.study_name}: none of its trials has measured anything")
         best = ranked[: min(MOST, max(1, round(BEST_SHARE * len(ranked))))]
         trials = [
-            {"study": source.study_name, "trial": trial.number, "settings": _here(trial, space)} for trial in best
+            {"study": source.study_name, "trial": trial.number, "settings": _here(source, trial, space)}
+            for trial in best
         ]
         trials = [one for one in trials if one["settings"]]
         if not trials:
@@ -98,14 +101,16 @@ def in_words(warm: Sequence[Mapping[str, Any]]) -> str:
     return f"warm start from {trials}: {', '.join(settings)}"
 
 
-def _here(trial: FrozenTrial, space: Space) -> dict[str, Value]:
-    """The settings of another study's trial as this space can have them."""
+def _here(source: optuna.Study, trial: FrozenTrial, space: Space) -> dict[str, Value]:
+    """The settings of a trial of another study as this space can have them, each in the sub-space that it is of."""
+    own = space.sampled(trial.params)
+    known = {**source.user_attrs.get(SPACE, {}).get("fixed", {}), **own, **space.fixed}
     values = {
-        key: _fitted(key, trial.params[key], space.distributions[key])
-        for key in trial.params
-        if key in space.distributions
+        name: _fitted(name, own[setting_of(name)], distribution)
+        for name, distribution in space.distributions.items()
+        if setting_of(name) in own and space.asked(name, known)
     }
-    return {key: value for key, value in values.items() if value is not None}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _fitted(key: str, value: Value, distribution: Distribution) -> Value:
