@@ -172,7 +172,7 @@ def test_sources_are_ranked_by_their_own_metric_alone() -> None:
     assert first_points(warm) == [{"rho": pytest.approx(0.2)}, {"rho": pytest.approx(0.3)}]
 
 
-def test_the_belief_has_no_say_once_its_trials_do_worse() -> None:
+def test_the_belief_has_no_say_where_its_trials_do_no_better() -> None:
     space = load_space(None, [*TASK, *SPACE, "study.name=s"])
     study = optuna.create_study()
     for number in range(16):

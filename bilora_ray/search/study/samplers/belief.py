@@ -2,8 +2,8 @@
 
 A trial draws from the belief with a probability that halves with every few trials, and is proposed as ever else. So a
 right belief is used at once and learned from, and a wrong one costs some trials (as in PriorBand, Mallik et al.,
-NeurIPS 2023; piBO, Hvarfner et al., ICLR 2022, lets a belief fade too, by the number of trials). Once the trials that
-drew from it do worse than the others it has no say. What a trial draws depends on its number alone.
+NeurIPS 2023; piBO, Hvarfner et al., ICLR 2022, lets a belief fade too, by the number of trials). Where the trials that
+drew from it do no better than the others it has no say. What a trial draws depends on its number alone.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from bilora_ray.search.study.warm_start import WARM_START, worth
 # Of the first trials such a share draws from the belief, and half of it after each so many more. Of earlier studies the
 # best points run first anyway.
 PRIOR, EARLIER = (0.75, 10), (0.5, 5)
-# Of trials that draw from the belief, and of others: from so many on they are compared.
-ENOUGH = 3
+# Of trials that draw from the belief, and of others: from so many on they are compared. The median place of the first
+# must be this share of the others' or less, or the belief tells nothing.
+ENOUGH, NEARER = 3, 0.75
 # Near a value that was good elsewhere: this share of the range, on its scale, is the standard deviation.
 NEAR = 0.08
 
@@ -92,13 +93,13 @@ def believes(space: Space, number: int) -> bool:
 
 
 def refuted(study: optuna.Study, space: Space) -> bool:
-    """Whether the trials that drew from the belief did worse than the others, of which there are some of each."""
+    """Whether the trials that drew from the belief did no better than the others, of which there are some of each."""
     ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
     ranked = sorted(ended, key=lambda trial: worth(study, trial))
     places: dict[bool, list[int]] = {True: [], False: []}
-    for place, trial in enumerate(ranked):
+    for place, trial in enumerate(ranked, 1):
         places[believes(space, trial.number)].append(place)
-    return min(map(len, places.values())) >= ENOUGH and median(places[True]) > median(places[False])
+    return min(map(len, places.values())) >= ENOUGH and median(places[True]) > NEARER * median(places[False])
 
 
 def _chance(space: Space, number: int, of: str) -> float:
