@@ -10,7 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import optuna
 import pytest
+from click.testing import CliRunner
 
+from bilora_ray.cli import tune
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.search.simulated import Curve, Metrics, Moment, simulate
@@ -201,3 +203,16 @@ def test_a_related_study_helps_and_an_unrelated_one_does_not_mislead(layout: Lay
     warm = "study.warm_start=[old]"
     assert distance("related", RELATED, 6, warm) < 0.6 * distance("related", RELATED, 6)
     assert distance("unrelated", UNRELATED, 30, warm) < distance("unrelated", UNRELATED, 30) + 0.1
+
+
+def test_the_option_names_studies(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def stop(path: Path, overrides: Sequence[str], *_: object) -> None:
+        seen.extend(overrides)
+        raise UserError("seen")
+
+    monkeypatch.setattr(tune, "space_to_search", stop)
+    CliRunner().invoke(tune.command, ["--space", "x.yaml", "--set", "rho=0.1", "--warm-start", "a,b"])
+    assert seen == ["rho=0.1", 'study.warm_start=["a", "b"]']
+    assert load_space(None, [*TASK, *SPACE, "study.name=s", *seen[1:]]).study.warm_start == ("a", "b")
