@@ -29,6 +29,8 @@ NOT_SEARCHED = frozenset(key for key, facts in FACTS.items() if not facts.search
 ONE_VALUE = "must have one value: trials that differ in it cannot be compared"
 # So many combinations of what an expression is computed from are tried: all, or an even grid with the corners.
 TRIED = 2000
+# Of a distribution's: a database of studies keeps 512 characters.
+LONGEST_NAME = 500
 
 Parts = Mapping[str, Sequence[Distribution | Given]]
 
@@ -65,6 +67,8 @@ def with_parts(space: Space, parts: Parts) -> Space:
         for part in kept[key]:
             alone = len(drawn if isinstance(part, Choice | Range) else kept[key]) == 1
             name = named(key, part, alone)
+            if len(name) > LONGEST_NAME:
+                raise UserError(f"{space.path}: trial.{key}: a condition of over {LONGEST_NAME} characters is too long")
             if name in distributions or name in given:
                 raise UserError(f"{space.path}: trial.{key}: two of its entries have the same condition")
             if isinstance(part, Given):

@@ -272,6 +272,13 @@ def test_the_longest_and_the_shortest_step_are_of_trials_that_can_be() -> None:
             },
             "trial.rank: two of its entries hold when method is lora",
         ),
+        (
+            {
+                "prompt_template": {"choice": ["x" * 600, "y"]},
+                "rank": [{"choice": [n], "when": {"prompt_template": text}} for n, text in ((4, "x" * 600), (8, "y"))],
+            },
+            "trial.rank: a condition of over 500 characters is too long",
+        ),
         ({"rank": [{"choice": [4]}, {"choice": [8]}]}, "trial.rank: two of its entries have the same condition"),
         ({"rank": [{"value": 4, **BILORA}, 8]}, "trial.rank: a list of cases holds {..., when: ...} only"),
         (
