@@ -375,7 +375,7 @@ def proposed(space: Space, trials: int) -> Iterator[dict[str, Any]]:
 
 def test_no_trial_of_a_space_that_is_taken_is_refused() -> None:
     draw, taken, proposals, conditional = random.Random(11), 0, 0, 0
-    while proposals < 400:
+    while proposals < 240:
         sampler = "tpe" if taken < 3 else "random"
         try:
             space = load(a_space(draw), {"num_trials": 12, "sampler": sampler})
@@ -394,7 +394,7 @@ def test_no_trial_of_a_space_that_is_taken_is_refused() -> None:
                 conditional += bool(drawn.when)
                 for key, allowed in drawn.when.items():
                     assert getattr(config, key) in allowed
-    assert conditional >= 100
+    assert conditional >= 60
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS.keys() - {"cmaes"}))
@@ -434,12 +434,12 @@ def test_a_clone_says_the_same_space(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"learning_rate": 0.05}, "learning_rate has no effect but when method is lora, or when method is bilora"),
+        ({"learning_rate": 0.05}, "learning_rate 0.05 is outside its distribution, .* when method is bilora"),
         (
             {"learning_rate": 0.05, "method": "bilora"},
             "learning_rate 0.05 is outside its distribution, 1e-05 to 0.0001",
         ),
-        ({"max_grad_norm": 2.0, "method": "lora"}, "max_grad_norm has no effect but when quantization is nf4 and rank"),
+        ({"max_grad_norm": 2.0, "method": "lora"}, "max_grad_norm has no effect where method is lora and rank is 4"),
         ({"lora_alpha": 8.0}, "lora_alpha is not searched"),
     ],
 )
