@@ -14,13 +14,14 @@ from optuna.trial import TrialState
 from sqlalchemy import Engine, event
 
 from bilora_ray.config import TrialConfig
+from bilora_ray.errors import MachineError
 from bilora_ray.search.simulated import Metrics, simulate
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.looks import Looks, look_again, one_look
 from bilora_ray.search.study.samplers import SAMPLERS
 from bilora_ray.search.study.schedulers import SCHEDULERS
-from bilora_ray.search.study.storage import open_storage
+from bilora_ray.search.study.storage import naming_the_database, open_storage
 from bilora_ray.search.study.studies import open_study
 
 BASE = ("model_name_or_path=org/model", "task=causal-lm", "train_data=org/data")
@@ -116,6 +117,13 @@ def test_a_look_that_finds_nothing_new_asks_nothing(study: optuna.Study, stateme
         with one_look(study):
             study.get_trials()
     assert not statements
+
+
+def test_a_database_that_breaks_is_told_of_in_a_line(study: optuna.Study, tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    layout.database_file.write_bytes(b"no database" * 10_000)
+    with pytest.raises(MachineError, match=r"^study database of .*not a database"), naming_the_database(layout):
+        study._storage.look_again()  # type: ignore[attr-defined]
 
 
 def reads(path: Path, sampler: str, scheduler: str, num_trials: int, statements: list[str]) -> list[int]:

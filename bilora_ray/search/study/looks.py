@@ -9,6 +9,7 @@ a SQLite file they are read once until another connection writes to it, which SQ
 from __future__ import annotations
 
 import copy
+import sqlite3
 import threading
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.storages._cached_storage import _CachedStorage
 from optuna.trial import FrozenTrial, TrialState
@@ -75,6 +77,8 @@ class Looks(_CachedStorage):
         try:
             (number,) = connection.cursor().execute("PRAGMA data_version").fetchone()
             return connection.driver_connection, number
+        except sqlite3.Error as error:
+            raise StorageInternalError("PRAGMA data_version") from error
         finally:
             connection.close()
 
