@@ -21,7 +21,7 @@ DEPTH = {
     "search.study": 3,
     "search.cluster": 3,
     "search.space": 4,
-    "runners": 5,
+    "runners": 4,
     "release": 5,
     "training.probe.profile": 5,
     "training.probe.cost": 5,

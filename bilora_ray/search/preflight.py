@@ -17,7 +17,6 @@ from bilora_ray.paths import COMMIT, cached_commit, kind_of, model_file
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import check_draw
 from bilora_ray.search.study.layout import Layout
-from bilora_ray.search.study.samplers import check_sampler
 from bilora_ray.training.rows import about, check_first_rows, load_rows, notes, shared_with
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Dataset, check_positions
@@ -25,6 +24,8 @@ from bilora_ray.training.tasks.base import Dataset, check_positions
 HUB_TIMEOUT_S = 10
 # Is decided when a study begins, and stays so.
 AUTO = ("precision", "auto")
+# The samplers that can search any space.
+SEARCH_ALL = frozenset({"tpe", "random", "qmc"})
 # What `config.json` calls the positions of some kinds of models, which transformers has another name for.
 POSITIONS = {
     "codegen": "n_positions",
@@ -82,7 +83,7 @@ def preflight(space: Space, dry_run: bool = False) -> Checked:
     Raises:
         UserError: a file, row, column, label or model is not as the space says, or a row is too long for the model.
     """
-    check_sampler(space)
+    _check_sampler(space)
     config = space.first_config()
     check_model(config)
     check_positions(positions(config), config, TASKS[config.task].continues)
@@ -112,7 +113,7 @@ def look(space: Space) -> None:
     Raises:
         UserError: what `preflight` would say too.
     """
-    check_sampler(space)
+    _check_sampler(space)
     check_draw(space)
     config = space.first_config()
     if kind_of(config.model_name_or_path, is_data=False) != "hub":
@@ -120,6 +121,15 @@ def look(space: Space) -> None:
         check_positions(positions(config), config, TASKS[config.task].continues)
     for one in (config, *_choices(space, "train_data")[1:], *_choices(space, "prompt_template")[1:]):
         check_first_rows(one)
+
+
+def _check_sampler(space: Space) -> None:
+    if space.study.sampler in SEARCH_ALL:
+        return
+    # Late: it imports Optuna, which takes longer than all else that a look takes.
+    from bilora_ray.search.study.samplers import check_sampler
+
+    check_sampler(space)
 
 
 def check_kernels(space: Space, apart: bool) -> None:

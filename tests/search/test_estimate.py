@@ -81,6 +81,7 @@ def test_each_setting_of_the_training_costs_or_is_known_not_to() -> None:
     free = {
         *("lora_alpha", "rho", "learning_rate", "auxiliary_learning_rate", "weight_decay", "adam_beta1", "adam_beta2"),
         *("adam_epsilon", "max_grad_norm", "lr_scheduler_type", "warmup_ratio", "seed", "class_weights"),
+        *("early_stopping_patience", "early_stopping_threshold"),
     }
     of_training = {key for key, facts in FACTS.items() if facts.decides == "training" and facts.searched}
     assert of_training - COUNTED_IN_TRAINING <= free

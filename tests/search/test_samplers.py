@@ -18,11 +18,12 @@ from scipy.stats import qmc as reference
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.search.preflight import SEARCH_ALL
 from bilora_ray.search.simulated import Metrics, simulate
 from bilora_ray.search.space import Choice, Space
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.layout import Layout
-from bilora_ray.search.study.samplers import SAMPLERS, check_sampler, cmaes, gp, grid, qmc
+from bilora_ray.search.study.samplers import LIMITS, SAMPLERS, check_sampler, cmaes, gp, grid, qmc
 from bilora_ray.search.study.samplers.base import losses
 from bilora_ray.search.study.study import SearchStudy
 
@@ -329,3 +330,7 @@ def test_who_learns_is_ahead_of_random_search(sampler: str, tmp_path: Path) -> N
         return float(np.median(found))
 
     assert late(sampler) < 0.5 * late("random")
+
+
+def test_a_sampler_is_looked_at_before_a_start_unless_it_can_search_any_space() -> None:
+    assert SAMPLERS.keys() - LIMITS.keys() == SEARCH_ALL
