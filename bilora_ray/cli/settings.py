@@ -19,7 +19,7 @@ EPILOG = """\b
 Examples:
   bilora-ray settings
   bilora-ray settings rho
-  bilora-ray settings --schema > schema.json
+  bilora-ray settings --schema
 """
 
 SECTIONS: dict[str, type[Settings]] = {"study": StudyConfig, "trial": TrialConfig, "resources": ResourceConfig}
