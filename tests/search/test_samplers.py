@@ -18,6 +18,7 @@ from scipy.stats import qmc as reference
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.records import Status
 from bilora_ray.search.preflight import SEARCH_ALL
 from bilora_ray.search.simulated import Metrics, simulate
 from bilora_ray.search.space import Choice, Space
@@ -25,6 +26,7 @@ from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.samplers import LIMITS, SAMPLERS, check_sampler, cmaes, gp, grid, qmc
 from bilora_ray.search.study.samplers.base import losses
+from bilora_ray.search.study.studies import open_study
 from bilora_ray.search.study.study import SearchStudy
 
 BASE = ("model_name_or_path=org/model", "task=causal-lm", "train_data=org/data", "method=bilora")
@@ -160,6 +162,32 @@ def test_a_process_that_dies_while_a_trial_is_proposed_changes_nothing(
     deaths = itertools.cycle([2, 0, 3, 0])
     died = interrupted_search(space, tmp_path / "died", lambda: until.__setitem__(0, next(deaths)))
     assert died == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampler", KINDS)
+def test_a_search_that_dies_goes_on_as_if_it_had_not(sampler: str, tmp_path: Path) -> None:
+    """In a database of a file, with early stops: each third process dies with a trial just begun."""
+    given = "[{rank: 4}]"
+    space = space_of(sampler, scheduler="asha", points_to_evaluate=given)
+
+    def whole(path: Path, dies_every: int) -> list[tuple[Any, ...]]:
+        study = open_study(space, Layout(path), {})
+        for turn in itertools.count(1):
+            numbers = study.next_trials()
+            if not numbers:
+                study.release()
+                return [(record.sampled, record.status) for record in study.records()]
+            if turn % dies_every == 0:
+                study.release()
+                study = open_study(space, Layout(path), {})
+                assert study.next_trials() == numbers
+            for metrics in curve(study.config(numbers[0])):
+                if study.report(numbers[0], metrics) is not Status.RUNNING:
+                    break
+        raise AssertionError("a search has an end")
+
+    assert whole(tmp_path / "died", 3) == whole(tmp_path / "whole", 1000)
 
 
 def test_settings_that_are_drawn_at_random_are_drawn_apart(tmp_path: Path) -> None:
