@@ -423,7 +423,8 @@ def test_a_search_that_runs_is_steered_stopped_and_ended_by_its_time(tmp_path: P
     search = Search(tmp_path, tiny, num_trials=3, max_steps=20_000)
     try:
         process = search.start("--max-concurrent=1")
-        search.wait(process, lambda: search.reports() > 0)
+        # Who looks before the tables are made would make them too.
+        search.wait(process, lambda: search.trial(0).path.is_dir() and search.reports() > 0)
         assert "trial 1 is the next one" in said(tmp_path, "enqueue", "s", "learning_rate=0.002")
         said(tmp_path, "stop", "s", "--trial", "0")
         search.wait(process, lambda: 1 in search.in_flight())
