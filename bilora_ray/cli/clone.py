@@ -54,7 +54,7 @@ def command(
     if file.exists():
         raise UserError(f"--output {file}: exists; name another file")
 
-    from bilora_ray.search.study.control.copying import sections_of, written
+    from bilora_ray.search.study.steering.copying import sections_of, written
     from bilora_ray.search.study.storage import naming_the_database
     from bilora_ray.search.study.studies import load_study
 

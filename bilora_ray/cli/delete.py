@@ -35,7 +35,7 @@ def command(
     study: str, yes: bool, storage_path: Path, study_database: str | None, mlflow_uri: str | None, as_json: bool
 ) -> None:
     """Remove STUDY: its checkpoints and adapters, its records, and its runs in MLflow. Exported adapters stay."""
-    from bilora_ray.search.study.control.removal import none_searches, remove, size_of
+    from bilora_ray.search.study.steering.removal import none_searches, remove, size_of
     from bilora_ray.search.study.storage import naming_the_database
     from bilora_ray.search.study.studies import steered_study
 

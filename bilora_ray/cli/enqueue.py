@@ -44,7 +44,7 @@ def command(
     """
     values = _values(settings)
 
-    from bilora_ray.search.study.control.requests import checked, enqueue
+    from bilora_ray.search.study.steering.requests import checked, enqueue
     from bilora_ray.search.study.storage import naming_the_database
     from bilora_ray.search.study.studies import steered_study
 

@@ -40,7 +40,7 @@ def command(study: str, number: int | None, storage_path: Path, study_database: 
     A search that is stopped can be resumed; this command waits until it has ended. A trial that is stopped ends at its
     next evaluation, and counts with what it has reached: its value and its adapter are as any other's.
     """
-    from bilora_ray.search.study.control.requests import await_end, is_searched, stop_study, stop_trial
+    from bilora_ray.search.study.steering.requests import await_end, is_searched, stop_study, stop_trial
     from bilora_ray.search.study.storage import naming_the_database
     from bilora_ray.search.study.studies import steered_study
 

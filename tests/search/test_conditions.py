@@ -20,11 +20,11 @@ from bilora_ray.search.readiness.corners import kind_of, kinds
 from bilora_ray.search.simulated import Metrics, simulate
 from bilora_ray.search.space import Range, Space, setting_of
 from bilora_ray.search.space_file import load_space
-from bilora_ray.search.study.control.copying import written
 from bilora_ray.search.study.control.finalists import Chosen, space_of
-from bilora_ray.search.study.control.requests import checked
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.samplers import SAMPLERS, check_sampler, propose
+from bilora_ray.search.study.steering.copying import written
+from bilora_ray.search.study.steering.requests import checked
 from bilora_ray.search.study.studies import SPACE, check_study, load_study, open_study
 from bilora_ray.search.study.study import SearchStudy
 

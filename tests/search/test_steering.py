@@ -25,8 +25,8 @@ from bilora_ray.search.session import Observers
 from bilora_ray.search.simulated import simulate
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.control.causes import IN_A_ROW, cause_of
-from bilora_ray.search.study.control.requests import checked
 from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.steering.requests import checked
 from bilora_ray.search.study.storage import running_study
 from bilora_ray.search.study.studies import load_study, open_study
 from bilora_ray.search.study.study import SearchStudy
@@ -160,7 +160,7 @@ def test_a_search_that_is_stopped_hears_of_it_though_no_trial_reports(tmp_path: 
         asked = Steered(study)
         asked._ask_at = 0.0
         assert not asked.stop_all()
-        from bilora_ray.search.study.control import requests
+        from bilora_ray.search.study.steering import requests
 
         requests.stop_study(load_to_write(layout).study)
         asked._ask_at = 0.0

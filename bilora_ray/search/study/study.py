@@ -23,12 +23,12 @@ from bilora_ray.search.study.control import disk
 from bilora_ray.search.study.control.budget import Budget
 from bilora_ray.search.study.control.causes import common_cause
 from bilora_ray.search.study.control.evaluations import best_values, evaluations_of, excesses, remember
-from bilora_ray.search.study.control.requests import STOP
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.looks import look_again, one_look
 from bilora_ray.search.study.samplers import propose
 from bilora_ray.search.study.schedulers import OF_SEVERAL, SCHEDULERS
 from bilora_ray.search.study.schedulers.base import Asked
+from bilora_ray.search.study.steering.requests import STOP
 from bilora_ray.search.study.view import ENDED, ERROR, StudyView, status_of
 from bilora_ray.training.folder import EXAMPLES
 

@@ -1,1 +1,1 @@
-"""What a search is held to beside its trials: what it may use, what a person asks of it, what is done with its best."""
+"""What a study is held to beside its sampler and its scheduler: what it may use, keep, and call its best."""

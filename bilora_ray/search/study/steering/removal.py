@@ -10,8 +10,8 @@ from pathlib import Path
 import optuna
 
 from bilora_ray.errors import UserError
-from bilora_ray.search.study.control.requests import is_searched
 from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.steering.requests import is_searched
 from bilora_ray.search.study.storage import running_study
 from bilora_ray.search.study.view import StudyView
 
