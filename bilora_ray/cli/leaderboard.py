@@ -86,8 +86,9 @@ def print_best(console: Console, study: StudyView, records: Sequence[TrialRecord
     front = study.front(records)
     if front:
         numbers = ", ".join(str(record.number) for record in front)
-        which = f"trial {numbers} is" if len(front) == 1 else f"trials {numbers} are"
-        console.print(f"No trial is better in everything than those on the front: {which} there.", markup=False)
+        which = "trial" if len(front) == 1 else "trials"
+        line = f"Pareto front: {which} {numbers}; `export` takes the first, or what --prefer METRIC or --trial N says"
+        console.print(line, markup=False, soft_wrap=True)
     line = f"Best: trial {best.number}, {in_words(best, study.objectives)}"
     others = [record for record in records if record.status is Status.COMPLETE and record is not best]
     equal = [record for record in others if record.value == best.value and not front]
