@@ -202,7 +202,8 @@ def ours(
     space = load_space(None, [*task, *study, *given, *overrides])
     check_sampler(space)
     # SQLite would be nine tenths of the time, and decides nothing.
-    with patch.object(studies, "open_storage", lambda _: optuna.storages.InMemoryStorage()):
+    in_memory = {"open_storage": lambda _: optuna.storages.InMemoryStorage(), "Looks": lambda storage: storage}
+    with patch.multiple(studies, **in_memory):
         opened = studies.open_study(space, Layout(folder), {})
     try:
         for moment in moments(

@@ -32,6 +32,7 @@ PRIORS = {"none": "", "right": RIGHT, "wrong": WRONG}
 @pytest.fixture(autouse=True)
 def _in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(studies, "open_storage", lambda _: optuna.storages.InMemoryStorage())
+    monkeypatch.setattr(studies, "Looks", lambda storage: storage)
 
 
 def space_of(*overrides: str) -> Space:

@@ -37,6 +37,7 @@ def layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Layout:
     """A storage path whose database is memory, of which several studies know."""
     storage = optuna.storages.InMemoryStorage()
     monkeypatch.setattr(studies, "open_storage", lambda _: storage)
+    monkeypatch.setattr(studies, "Looks", lambda storage: storage)
     monkeypatch.setattr(studies, "read_storage", lambda _: storage)
     monkeypatch.setattr(studies, "study_names", lambda _: optuna.get_all_study_names(storage))
     return Layout(tmp_path)
