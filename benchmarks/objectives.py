@@ -68,17 +68,17 @@ def curve(config: TrialConfig) -> list[Metrics]:
 
 
 class Spending(SearchStudy):
-    """A study that begins no trial once `budget` seconds of training are spent."""
+    """A study that begins no trial once `left_s` seconds of training are spent."""
 
-    budget = math.inf
+    left_s = math.inf
 
     def next_trials(self) -> list[int]:
         """As in a search."""
-        return super().next_trials() if self.budget > 0 else []
+        return super().next_trials() if self.left_s > 0 else []
 
     def report(self, number: int, metrics: Metrics) -> Status:
         """As in a search."""
-        self.budget -= metrics["train_runtime"] * EVERY / metrics["step"]
+        self.left_s -= metrics["train_runtime"] * EVERY / metrics["step"]
         return super().report(number, metrics)
 
 
@@ -91,7 +91,7 @@ def searched(seed: int, scheduler: str, sampler: str, budget: float) -> list[Mom
         layout.make(space.study.name)
         # In memory the same is decided, in a thirtieth of the time.
         study = Spending(optuna.create_study(study_name="s", directions=["minimize", "minimize"]), space, layout)
-        study.budget = budget
+        study.left_s = budget
         try:
             return simulate(study, curve, WORKERS)
         finally:
