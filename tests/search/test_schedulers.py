@@ -102,7 +102,9 @@ class Mortal(InMemoryStorage):
         return found
 
     def write(self, name: str, method: Callable[..., Any], values: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        key = f"{name}{values}" if name.startswith("set_") else f"{name}{len(self.get_all_trials(0))}"
+        # How long the search has run is another number at each start.
+        told = values[:2] if name == "set_study_user_attr" else values
+        key = f"{name}{told}" if name.startswith("set_") else f"{name}{len(self.get_all_trials(0))}"
         if self.mortal and key not in self.survived:
             self.survived.add(key)
             raise Killed
