@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.search_efficiency import (
     MEASURED,
+    RIVAL,
     Search,
     Table,
     Told,
@@ -106,7 +107,7 @@ def test_seconds_are_counted_as_they_pass_and_the_budget_ends_a_search() -> None
 def test_the_rival_sees_the_same_numbers(table: Table, judge: str, tmp_path: Path) -> None:
     """Each of its evaluations is one of the table's, at the price of the table, for both, and nothing is told twice."""
     for told in (
-        list(rivals(table, judge, {}, 0, 12)),
+        list(rivals(table, judge, RIVAL, 0, 12)),
         list(ours(table, judge, (), 0, 12, tmp_path)),
     ):
         steps: dict[int, list[float]] = {}
