@@ -175,6 +175,19 @@ def test_a_trial_that_was_stopped_is_a_finalist_if_it_was_ahead_at_equal_rows(la
     assert by_evidence(study) == [2, 0, 1, 3, 4]
 
 
+def test_a_trial_that_breaks_a_limit_is_no_finalist_and_one_that_keeps_it_is(layout: Layout) -> None:
+    asked = {"study__num_trials": 4, "study__scheduler": "asha", "study__grace_period": 1, "study__max_adapter_mb": 10}
+    study = open_study(space(**asked), layout, {})
+    losses = ([5.0, 5.0, 4.0], [1.0], [3.0, 3.0, 3.0], [9.0])
+    for number, (values, size) in enumerate(zip(losses, (9.0, 12.0, 9.0, 9.0), strict=True)):
+        assert study.next_trials() == [number]
+        for step, value in enumerate(values, start=1):
+            study.report(number, {"step": step, "max_steps": 3, "eval_loss": value, "adapter_mb": size})
+    study.release()
+    assert [record.status.value for record in study.records()] == ["complete", "pruned", "complete", "pruned"]
+    assert by_evidence(study) == [2, 0, 3]
+
+
 def _ending(values: list[float]) -> tuple[Any, ...]:
     from optuna.trial import TrialState
 

@@ -119,17 +119,19 @@ def by_evidence(study: StudyView) -> list[int]:
 
     Complete ones are in the order of their values. One that was stopped early is before those complete ones that it was
     ahead of after as many rows as it had, but behind each that was ahead of it, and behind whatever is better than
-    that: a trial that came late is stopped by a rung whose best are complete by then.
+    that: a trial that came late is stopped by a rung whose best are complete by then. One that failed by its settings,
+    or breaks a limit, is none of them.
     """
-    trials = [trial for trial in study.study.get_trials(deepcopy=False) if trial.intermediate_values]
-    curves = {trial.number: _curve(study, trial) for trial in trials if not trial.constraints}
+    measured = [trial for trial in study.study.get_trials(deepcopy=False) if trial.intermediate_values]
+    trials = [trial for trial in measured if max(trial.constraints.values(), default=0.0) <= 0]
+    curves = {trial.number: _curve(study, trial) for trial in trials}
     as_loss, ranks = study.objective.as_loss, {}
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE and trial.value is not None]
     complete = sorted((t for t in complete if t.value == t.value), key=lambda t: (as_loss(t.value or 0.0), t.number))
     for place, trial in enumerate(complete):
         ranks[trial.number] = (place, 1, 0, 0.0)
     for trial in trials:
-        if trial.state != TrialState.PRUNED or trial.number not in curves or not curves[trial.number]:
+        if trial.state != TrialState.PRUNED or not curves[trial.number]:
             continue
         rows, own = curves[trial.number][-1]
         others = [_reached(curves[other.number], rows) for other in complete]
