@@ -266,6 +266,8 @@ def test_finalists_that_cannot_be_are_refused_before_anything_starts(layout: Lay
         space(study__finalists=0, study__finalist_seeds=3)
     with pytest.raises(UserError, match="too long for the study of its finalists"):
         space(study__name="n" * 95)
+    with pytest.raises(UserError, match="finalists: are of one objective"):
+        space(study__objectives="[{metric: eval_loss}, {metric: train_runtime}]")
     study = searched(layout, space())
     choose(study)
     check_finalists(space(), layout)

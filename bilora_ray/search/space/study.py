@@ -121,6 +121,8 @@ class StudyConfig(Settings):
     def _finalists_possible(self) -> StudyConfig:
         if self.finalist_seeds is not None and not self.finalists:
             raise ValueError("finalist_seeds: there are no finalists to train; finalists says how many there are")
+        if self.finalists and len(self.objectives) > 1:
+            raise ValueError("finalists: are of one objective; of several there is no single winner")
         if self.finalists and not STUDY_NAME.fullmatch(FINALISTS_OF.format(self.name)):
             raise ValueError(f"name: is too long for the study of its finalists, {FINALISTS_OF.format('NAME')}")
         return self
