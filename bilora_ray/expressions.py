@@ -59,6 +59,7 @@ class Expression:
         """Its value where each name has the number `number_of` it. ValueError if it has none that is finite."""
         try:
             found = _value(self.tree, number_of)
+            is_finite = math.isfinite(found)
         except ZeroDivisionError:
             raise ValueError(f"{self.text} divides by zero") from None
         except OverflowError:
@@ -66,7 +67,7 @@ class Expression:
         except ValueError as error:
             problem = "is no real number" if "math domain" in str(error) else str(error)
             raise ValueError(f"{self.text}: {problem}") from None
-        if not math.isfinite(found):
+        if not is_finite:
             raise ValueError(f"{self.text} is too large a number")
         return found
 

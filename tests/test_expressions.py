@@ -6,7 +6,7 @@ import pytest
 
 from bilora_ray.expressions import LONGEST, parsed
 
-NUMBERS = {"rank": 8, "rho": 0.05}
+NUMBERS = {"rank": 8, "rho": 0.05, "huge": 10**20}
 
 
 def value(text: str) -> float:
@@ -78,6 +78,7 @@ def test_anything_else_is_refused(text: str) -> None:
         ("rank // 0", "divides by zero"),
         ("10 ** 9 ** 9 ** 9", "is too large a number"),
         ("1e308 * 10", "is too large a number"),
+        (" * ".join(["huge"] * 20), "is too large a number"),
         ("(rho - 1) ** 0.5", "is no real number"),
     ],
 )

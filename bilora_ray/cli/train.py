@@ -33,7 +33,7 @@ from bilora_ray.digests import by_setting, changed
 from bilora_ray.errors import UserError
 from bilora_ray.paths import have_home
 from bilora_ray.search.cluster.protection import check_mlflow
-from bilora_ray.search.space import Space
+from bilora_ray.search.space import Space, setting_of
 from bilora_ray.search.space_file import checked_space, load_space, parse_override
 from bilora_ray.search.study.layout import Layout
 
@@ -106,7 +106,7 @@ def command(
         space = load_space(space_path, overrides)
     space = replace(space, fixed={key: value for key, value in space.fixed.items() if key not in TEST_SETTINGS})
     if space.distributions:
-        keys = ", ".join(f"--set {key}=VALUE" for key in space.distributions)
+        keys = ", ".join(f"--set {key}=VALUE" for key in dict.fromkeys(map(setting_of, space.distributions)))
         raise UserError(f"{space.path}: one run needs one value for each setting; give {keys}")
     have_home()
 

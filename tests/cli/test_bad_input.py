@@ -242,6 +242,18 @@ CASES: dict[str, Case] = {
     "train with distributions": Case(
         "train --space space.yaml", "space.yaml: one run needs one value for each setting; give --set rho=VALUE"
     ),
+    "train with a distribution of each method": Case(
+        "train --space space.yaml",
+        "space.yaml: one run needs one value for each setting; give --set method=VALUE, --set learning_rate=VALUE, "
+        "--set rho=VALUE",
+        trial={
+            "method": {"choice": ["lora", "bilora"]},
+            "learning_rate": [
+                {"low": 1e-4, "high": 1e-3, "when": {"method": "lora"}},
+                {"low": 1e-5, "high": 1e-4, "when": {"method": "bilora"}},
+            ],
+        },
+    ),
     "show without runs": Case("show", "--storage-path runs: no such folder; `bilora-ray tune` and `train` make it"),
     "train of a study and a space": Case(
         "train --space space.yaml --study s", "--study: --space says the settings already; give one of the two"
