@@ -46,8 +46,8 @@ SECTIONS = ("study", "trial", "resources")
 GPU_MEMORY = "gpu_memory_gib"
 # What can search for several objectives.
 ABLE_OF_SEVERAL = {"sampler": ("tpe", "random", "gp", "nsga2", "nsga3", "qmc", "grid"), "scheduler": ("asha", "none")}
-# The samplers that go through the whole space, whatever is believed of it.
-WITHOUT_PRIOR = frozenset({"grid", "qmc"})
+# The samplers that go through the whole space, whatever is believed of it, and one that moves only by its own draws.
+WITHOUT_PRIOR = frozenset({"grid", "qmc", "cmaes"})
 MERGE = "tag:yaml.org,2002:merge"
 # What PyYAML raises: its own errors, and Python's on values such as the date 2024-02-30.
 YAML_ERRORS = (yaml.YAMLError, ValueError, AttributeError, RecursionError)
@@ -332,7 +332,7 @@ def _check_objectives(space: Space) -> None:
 
 
 def check_priors(space: Space) -> None:
-    """Refuse a prior, or a warm start, where all trials are settled without one."""
+    """Refuse a prior, or a warm start, where a sampler has its trials without one."""
     sampler = space.study.sampler
     if sampler in WITHOUT_PRIOR:
         for key, distribution in space.distributions.items():

@@ -72,8 +72,8 @@ def test_a_range_says_what_is_believed_of_it() -> None:
     assert str(space.distributions["rho"]) == "0.01 to 1, on a log scale, believed to be within a factor of 2 of 0.05"
 
 
-@pytest.mark.parametrize("sampler", ["grid", "qmc"])
-def test_samplers_that_have_settled_all_trials_refuse_a_prior(sampler: str) -> None:
+@pytest.mark.parametrize("sampler", ["grid", "qmc", "cmaes"])
+def test_samplers_that_have_their_trials_without_it_refuse_a_prior(sampler: str) -> None:
     space = space_of(RATE % RIGHT)
     wanted = replace(space, study=space.study.model_copy(update={"sampler": sampler}))
     with pytest.raises(UserError, match=f"trial.learning_rate: {sampler} .* prior"):

@@ -145,8 +145,8 @@ def test_a_source_that_cannot_be_one_is_refused(layout: Layout) -> None:
         check_study(changed, layout, resume=True, digests={})
 
 
-@pytest.mark.parametrize("sampler", ["grid", "qmc"])
-def test_samplers_that_have_settled_all_trials_refuse_it(sampler: str) -> None:
+@pytest.mark.parametrize("sampler", ["grid", "qmc", "cmaes"])
+def test_samplers_that_have_their_trials_without_it_refuse_it(sampler: str) -> None:
     from bilora_ray.search.space_file import check_priors
 
     space = load_space(None, [*TASK, *SPACE, "study.name=s", "study.warm_start=[old]"])
