@@ -25,12 +25,11 @@ from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.warm_start import WARM_START
 from bilora_ray.training.folder import TrialFolder
 
-ID, ERROR, DIGESTS = "id", "error", "digests"
+ID, ERROR, DIGESTS, STOPPED = "id", "error", "digests", "stopped_after"
 # What a study keeps of the choice of its finalists: see `control.finalists`.
 FINALISTS = "finalists"
 # The trials whose adapters were removed, by the setting that was why: see `control.disk`.
 REMOVED = "removed"
-ID, ERROR, DIGESTS, STOPPED = "id", "error", "digests", "stopped_after"
 # A trial that failed by its own settings is PRUNED with a constraint that it broke, since samplers read nothing of a
 # FAIL. Other failures, and all of version 0.1.0, are FAIL.
 STATUS = {

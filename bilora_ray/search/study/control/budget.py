@@ -16,7 +16,7 @@ from bilora_ray.search.study.control.evaluations import evaluations_of, excesses
 from bilora_ray.training.folder import TrialFolder
 
 # The study's attributes: the budget that ended it, and how long it has run; a trial's: for how long it has trained.
-ENDED, RUN, TRAINED = "ended", "run", "train_runtime"
+END, RUN, TRAINED = "ended", "run", "train_runtime"
 # So often at most the study is told how long it has run, which is what a search that is killed forgets.
 TICK_S = 10.0
 # Of fewer trials no model of what others would be worth is trusted.
@@ -41,7 +41,7 @@ class Ended:
 
 def end_of(attributes: Mapping[str, Any], space: Space) -> Ended | None:
     """The end that a study's `attributes` tell of, if the budget of `space` is still that one."""
-    told = attributes.get(ENDED)
+    told = attributes.get(END)
     if told is None or _limits(space).get(told["by"]) != told["limit"]:
         return None
     return Ended(**told)
@@ -109,7 +109,7 @@ class Budget:
         if found is None:
             found = next(self._used_up(seconds, begins), None)
             if found is not None:
-                self._study.set_user_attr(ENDED, asdict(found))
+                self._study.set_user_attr(END, asdict(found))
         return found
 
     def charge(self, trial: Trial, metrics: Mapping[str, float]) -> None:
