@@ -550,6 +550,21 @@ def test_a_resume_with_another_distribution_says_how_to_give_what_it_was(
     check_study(space(trial={key: value.partition("=")[2]}), layout, True, DIGESTS)
 
 
+@pytest.mark.parametrize(
+    ("key", "now", "difference"),
+    [
+        ("points_to_evaluate", "[{rank: 4}]", "study.points_to_evaluate was [], is [{'rank': 4}]"),
+        ("objectives", "[{metric: eval_loss}]", "study.objectives was [], is [{'metric': 'eval_loss', 'mode': None}]"),
+    ],
+)
+def test_a_resume_with_another_list_of_the_study_says_what_it_was(
+    layout: Layout, key: str, now: str, difference: str
+) -> None:
+    next_trial(open_study(space(), layout))
+    with pytest.raises(UserError, match=re.escape(difference)):
+        check_study(space({key: now}), layout, True, DIGESTS)
+
+
 def test_a_resume_with_another_mapping_says_what_it_was(layout: Layout) -> None:
     chats = {"messages_column": "m", "chat_template_kwargs": "{low: 1}"}
     next_trial(open_study(space(trial=chats), layout))

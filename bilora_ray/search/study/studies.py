@@ -47,6 +47,8 @@ LISTED = "`bilora-ray show` lists them"
 FREE_TO_CHANGE = frozenset(
     {"num_trials", "max_concurrent", "finalists", "finalist_seeds", "keep_adapters", "max_disk_gb", *BUDGETS}
 )
+# What a distribution, or a value under a condition, is told from other mappings by.
+PARTS = {"choice", "low", "value"}
 ONLY = "of a study only num_trials, max_concurrent, its finalists, what it keeps and what it may use may change"
 
 
@@ -358,7 +360,8 @@ def _in_words(value: Any) -> str:
 
 
 def _are_parts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(part, dict) for part in value)
+    # The points to evaluate and the objectives are lists of mappings, too.
+    return isinstance(value, list) and any(isinstance(part, dict) and PARTS & part.keys() for part in value)
 
 
 def _as_it_was(key: str, value: Any) -> str:
