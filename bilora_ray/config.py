@@ -316,7 +316,9 @@ class TrialConfig(Settings):
     method: MethodName = setting("bilora", "how the adapter is trained", decides="training", shown=("best",))
     rank: Int = setting(8, "r of the primary adapter", ge=1, decides="training", shown=("card", "best"))
     lora_alpha: Float | None = setting(None, "2 x rank when absent", gt=0, decides="training", shown=("card",))
-    lora_dropout: Float = setting(0.0, "dropout on the primary adapter's input", ge=0, lt=1, decides="training")
+    lora_dropout: Float = setting(
+        0.0, "dropout on the primary adapter's input", ge=0, lt=1, decides="training", amid=True
+    )
     target_modules: str | tuple[str, ...] = setting(
         "all-linear", "modules that get an adapter", decides="training", rehearsed=True, shown=("card",)
     )
@@ -327,25 +329,30 @@ class TrialConfig(Settings):
         gt=0,
         decides="training",
         of=("bilora",),
+        amid=True,
         shown=("card", "best"),
     )
     auxiliary_rank: Int = setting(
         8, "r of the auxiliary adapter", ge=1, decides="training", of=("bilora",), shown=("card", "best")
     )
     auxiliary_learning_rate: Float | None = setting(
-        None, "learning_rate when absent", gt=0, decides="training", of=("bilora",), shown=("card",)
+        None, "learning_rate when absent", gt=0, decides="training", of=("bilora",), amid=True, shown=("card",)
     )
 
     # Optimisation
     learning_rate: Float = setting(
-        5e-4, "peak learning rate of the primary adapter", gt=0, decides="training", shown=("card", "best")
+        5e-4, "peak learning rate of the primary adapter", gt=0, decides="training", amid=True, shown=("card", "best")
     )
-    weight_decay: Float = setting(0.0, "AdamW weight decay of the primary adapter", ge=0, decides="training")
-    max_grad_norm: Float | None = setting(1.0, "gradient norm limit, per branch; null: none", gt=0, decides="training")
+    weight_decay: Float = setting(0.0, "AdamW weight decay of the primary adapter", ge=0, decides="training", amid=True)
+    max_grad_norm: Float | None = setting(
+        1.0, "gradient norm limit, per branch; null: none", gt=0, decides="training", amid=True
+    )
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = setting(
-        "cosine", "course of the learning rate over the steps", decides="training"
+        "cosine", "course of the learning rate over the steps", decides="training", amid=True
     )
-    warmup_ratio: Float = setting(0.03, "share of steps with rising learning rate", ge=0, lt=1, decides="training")
+    warmup_ratio: Float = setting(
+        0.03, "share of steps with rising learning rate", ge=0, lt=1, decides="training", amid=True
+    )
     num_train_epochs: Float = setting(3.0, "passes over the training rows", gt=0, decides="training", shown=("card",))
     max_steps: Int | None = setting(
         None, "optimizer steps, instead of num_train_epochs", ge=1, decides="training", shown=("card",)
@@ -649,6 +656,8 @@ def shown(place: Literal["card", "best"]) -> tuple[str, ...]:
 
 # What an evaluation of an adapter does not read.
 TRAINING_SETTINGS = deciding("training", "training rows")
+# What may be another from a checkpoint on.
+AMID = frozenset(key for key, facts in FACTS.items() if facts.amid)
 # What names a model or data -> which of the two.
 SOURCES = {key: facts.source for key, facts in FACTS.items() if facts.source is not None}
 # The same -> what names the commit of one that is on the Hub.

@@ -30,6 +30,8 @@ class Facts:
         source: what it names a file, a folder or a Hub repository of.
         revision: the setting that names the commit of such a repository.
         rehearsed: whether a dry run tries each of its values: it could have other modules, or ask for a package.
+        amid: whether a training may go on from a checkpoint with another value: nothing there has its shape or its
+            meaning from it. What an optimizer's group holds of it, is there by its name.
         shown: where a person is told of it unasked: in the table of a model `card`, under the `best` trial.
         before: what versions without the setting did, where its default does something else; None: the same.
     """
@@ -41,6 +43,7 @@ class Facts:
     source: Literal["model", "data", "template"] | None = None
     revision: str | None = None
     rehearsed: bool = False
+    amid: bool = False
     shown: tuple[Literal["card", "best"], ...] = ()
     before: bool | int | float | str | None = None
 

@@ -77,6 +77,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def link_files(source: Path, target: Path) -> None:
+    """Have the files of folder `source`, which nobody changes, in folder `target` too; copied, where it is far away."""
+    for file in source.iterdir():
+        try:
+            os.link(file, target / file.name)
+        except FileNotFoundError:
+            raise
+        except OSError:  # another disk, or one that has no links
+            shutil.copyfile(file, target / file.name)
+
+
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
     """A folder for the block, where the system keeps what is temporary. OSError if that cannot be written."""

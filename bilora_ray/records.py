@@ -29,6 +29,25 @@ class Status(Enum):
 
 
 @dataclass(frozen=True)
+class Parent:
+    """What a trial goes on from that did not begin by itself.
+
+    Attributes:
+        number: of the trial whose checkpoint it has.
+        step: after which that was written.
+        rung: at which both trials were compared, from 1.
+        seconds: for which its parent had trained until then, with what that had itself gone on from.
+        replaces: the number of the trial that was stopped there, whose place it has.
+    """
+
+    number: int
+    step: int
+    rung: int
+    seconds: float
+    replaces: int
+
+
+@dataclass(frozen=True)
 class TrialRecord:
     """One trial as the study database and the trial's folder know it.
 
@@ -46,6 +65,7 @@ class TrialRecord:
         values: of each of the study's metrics, all with that adapter; empty before the first evaluation.
         broken: the limits of the study that it does not keep to, one line.
         stopped_after: unit -> how much of it the trial had had when it was stopped early; empty if it was not.
+        parent: what it goes on from; None: it began by itself. Its history, its value and its adapter are its own.
     """
 
     number: int
@@ -61,6 +81,7 @@ class TrialRecord:
     values: Mapping[str, float] = field(default_factory=dict)
     broken: str | None = None
     stopped_after: Mapping[str, float] = field(default_factory=dict)
+    parent: Parent | None = None
 
 
 @dataclass(frozen=True)

@@ -40,12 +40,16 @@ def print_leaderboard(
     rows = [*front, *(record for record in objectives[0].ranked(records) if record.number not in ahead)]
     most = None if most is None else max(most, len(ahead))
     metrics = [objective.metric for objective in objectives]
-    table = TrialTable("trial", "status", *(["front"] if len(metrics) > 1 else []), *metrics, "step")
+    lineage = any(record.parent is not None for record in rows)
+    columns = [*(["from"] if lineage else []), *(["front"] if len(metrics) > 1 else [])]
+    table = TrialTable("trial", "status", *columns, *metrics, "step")
     for record in rows[:most]:
         step = step_of(record.history[-1]) if record.history else ""
         status = f"[{STATUS_STYLE[record.status]}]{STATUS_WORDS[record.status]}[/]"
         marked = ["yes" if record.number in ahead else ""] if len(metrics) > 1 else []
         values = [in_short(record.value), *(in_short(record.values.get(metric)) for metric in metrics[1:])]
+        parent = "" if record.parent is None else f"{record.parent.number} at {record.parent.step}"
+        marked = [*([parent] if lineage else []), *marked]
         table.add(str(record.number), status, *marked, *values, step, sampled=record.sampled)
     console.print(table)
     if most is not None and len(rows) > most:
@@ -178,5 +182,6 @@ def as_json(record: TrialRecord, metric: str) -> dict[str, Any]:
         "adapter_removed": record.removed,
         "error": record.error,
         "stopped_after": dict(record.stopped_after) or None,
+        **({} if record.parent is None else {"parent": asdict(record.parent)}),
         **({} if record.broken is None else {"broken": record.broken}),
     }

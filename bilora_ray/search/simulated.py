@@ -57,6 +57,8 @@ def simulate(study: SearchStudy, curve: Curve, workers: int = 4, keep: bool = Fa
 def moments(study: SearchStudy, curve: Curve, workers: int = 4, keep: bool = False) -> Iterator[Moment]:
     """As `simulate`, one moment after the other: who has seen enough asks for no more."""
     known: dict[int, Sequence[Metrics]] = {}
+    keep = keep or study.space.study.scheduler == "pbt"  # whose trials lend what is in their folders
+    before: dict[int, float] = {}
     # When the evaluation is done, of which trial, the how manieth: of equal times the earlier trial's goes first.
     due: list[tuple[float, int, int]] = []
     # The study's clock goes on where an earlier simulation of it ended.
@@ -65,15 +67,15 @@ def moments(study: SearchStudy, curve: Curve, workers: int = 4, keep: bool = Fal
 
     def begin(clock: float) -> None:
         for number in study.next_trials():
-            known[number] = curve(study.config(number))
-            heapq.heappush(due, (clock + known[number][0]["train_runtime"], number, 0))
+            known[number], before[number] = _left(study, number, curve(study.config(number)))
+            heapq.heappush(due, (clock + known[number][0]["train_runtime"] - before[number], number, 0))
 
     for _ in range(workers):
         begin(0.0)
     while due:
         clock, number, index = heapq.heappop(due)
         told = known[number]
-        seconds = told[index]["train_runtime"] - (told[index - 1]["train_runtime"] if index else 0.0)
+        seconds = told[index]["train_runtime"] - (told[index - 1]["train_runtime"] if index else before[number])
         if keep:
             _write(study.folder(number), told[: index + 1], study)
         status = study.report(number, told[index])
@@ -83,6 +85,19 @@ def moments(study: SearchStudy, curve: Curve, workers: int = 4, keep: bool = Fal
             heapq.heappush(due, (clock + following, number, index + 1))
         else:
             begin(clock)
+
+
+def _left(study: SearchStudy, number: int, told: Sequence[Metrics]) -> tuple[Sequence[Metrics], float]:
+    """What of `told` a trial has yet to evaluate, which may go on from another's checkpoint; and the seconds before.
+
+    Such a trial is as one that had its own settings from the beginning.
+    """
+    parent = study.record(number).parent
+    if parent is None:
+        return told, 0.0
+    past = max((metrics["train_runtime"] for metrics in told if metrics["step"] <= parent.step), default=0.0)
+    left = [metrics for metrics in told if metrics["step"] > parent.step]
+    return [{**m, "train_runtime": m["train_runtime"] - past + parent.seconds} for m in left], parent.seconds
 
 
 def _write(folder: TrialFolder, told: Sequence[Metrics], study: SearchStudy) -> None:

@@ -12,6 +12,7 @@ import yaml
 
 from bilora_ray.checking import build, nearest_setting
 from bilora_ray.config import (
+    AMID,
     COSTS,
     SOURCES,
     TrialConfig,
@@ -123,6 +124,7 @@ def checked_space(
     check_settings(space)
     _check_split(space)
     _check_objectives(space)
+    _check_changing(space)
     if study.objectives:
         space = replace(space, fixed={**space.fixed, "metric": study.objectives[0].metric})
     check_priors(space)
@@ -329,6 +331,13 @@ def _check_objectives(space: Space) -> None:
     for key, able in ABLE_OF_SEVERAL.items() if len(seen) > 1 else ():
         if (word := getattr(study, key)) not in able:
             raise UserError(f"{where}.{key}: {word} takes one objective; of several, allowed: {', '.join(able)}")
+
+
+def _check_changing(space: Space) -> None:
+    """Refuse a scheduler that changes settings amid a training where nothing is searched that may."""
+    if space.study.scheduler == "pbt" and not space.changing:
+        allowed = ", ".join(sorted(AMID))
+        raise UserError(f"{space.path}: study.scheduler: pbt changes settings amid a training; search one of {allowed}")
 
 
 def check_priors(space: Space) -> None:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 STUDY, TRIAL, PARENT = "bilora_ray.study", "bilora_ray.trial", "mlflow.parentRunId"
 SAMPLED, ERROR, BEST = "bilora_ray.sampled", "bilora_ray.error", "bilora_ray.best"
 BEST_TRIAL, BEST_RUN, BEST_SAMPLED = "bilora_ray.best_trial", "bilora_ray.best_run_id", "bilora_ray.best_sampled"
+# What a trial goes on from that did not begin by itself: its run has what was evaluated from there on.
+PARENT_TRIAL, PARENT_STEP = "bilora_ray.parent_trial", "bilora_ray.parent_step"
 FRONT, BROKEN = "bilora_ray.pareto_front", "bilora_ray.broken"
 ADAPTER = "adapter"
 PAGE = 1000
@@ -87,7 +89,10 @@ class StudyRuns:
             tags = {PARENT: self._parent.run_id, TRIAL: str(trial.number)}
             run = self._trials[trial.number] = self._create(f"{self._study.name}-{trial.number:04d}", tags)
         if not run.live:
-            run.begin(trial.settings, {SAMPLED: json.dumps(dict(trial.sampled))}, self._datasets)
+            tags = {SAMPLED: json.dumps(dict(trial.sampled))}
+            if trial.parent is not None:
+                tags |= {PARENT_TRIAL: str(trial.parent.number), PARENT_STEP: str(trial.parent.step)}
+            run.begin(trial.settings, tags, self._datasets)
         run.log(_points(trial))
         if trial.status is Status.RUNNING:
             return

@@ -3,6 +3,7 @@
 lock                          held by the process that trains
 checkpoints/step-00000120/    tensors.safetensors and state.json; only complete ones carry such a name
 adapters/step-00000090/       the best adapter so far, as PEFT writes it
+                              of a trial that goes on from another's, the first one is that one's: see `begin_from`
 scratch/                      what whoever runs the trial keeps while it runs
 ../passes.json                the largest passes that have room, where larger ones have not
 ../examples/                  of data too large for the memory: the tokenized rows, which the trials of a study share
@@ -14,16 +15,19 @@ import contextlib
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bilora_ray.errors import MachineError
-from bilora_ray.files import locked
+from bilora_ray.files import atomic_folder, link_files, locked
 
 EXAMPLES = "examples"
 STATE = "state.json"
 TENSORS = "tensors.safetensors"
+# Of a checkpoint that another trial wrote: the settings that have other values from there on.
+CHANGED = "changed"
 # Ends the name of what is being removed.
 GONE = ".gone"
 # A killed search's worker may write for some seconds more; its successor waits for that.
@@ -69,6 +73,30 @@ class TrialFolder:
             with contextlib.suppress(FileNotFoundError):  # the trial has just put a newer one in its place
                 return _parsed(newest / STATE)
         return {}
+
+    def begin_from(self, checkpoint: Path, changed: Mapping[str, Any]) -> None:
+        """Have the trial go on from another one's checkpoint, with its counters, and none of its evaluations.
+
+        Args:
+            checkpoint: a complete one.
+            changed: setting -> its value from there on, of those that are not as they were.
+
+        Raises:
+            FileNotFoundError: it is not there.
+        """
+        state = _parsed(checkpoint / STATE)
+        own: dict[str, Any] = {
+            "history": [],
+            "best_step": None,
+            "best_value": None,
+            "resumed_at": [],
+            CHANGED: dict(changed),
+        }
+        self.make()
+        with atomic_folder(self.checkpoint_at(state["step"])) as unfinished:
+            link_files(checkpoint, unfinished)
+            (unfinished / STATE).unlink()
+            (unfinished / STATE).write_text(json.dumps({**state, **own}), encoding="utf-8")
 
     def best_adapter(self) -> Path | None:
         """The best adapter that the newest checkpoint knows."""

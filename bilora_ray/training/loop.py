@@ -22,7 +22,7 @@ from peft import PeftModel
 from transformers import get_scheduler
 
 from bilora_ray.checking import completed
-from bilora_ray.config import TrialConfig
+from bilora_ray.config import AMID, TrialConfig
 from bilora_ray.digests import BASE, CHAT_TEMPLATE, check_unchanged, of_base, of_template
 from bilora_ray.errors import NonFiniteLoss, OutOfMemory, UserError
 from bilora_ray.files import atomic_folder, temporary_folder
@@ -42,7 +42,7 @@ from bilora_ray.training.data.truncation import Truncation
 from bilora_ray.training.distributed.parallel import Network, collected, shard
 from bilora_ray.training.distributed.workers import ALONE, Workers, seed_worker
 from bilora_ray.training.evaluate import evaluate
-from bilora_ray.training.folder import TrialFolder
+from bilora_ray.training.folder import CHANGED, TrialFolder
 from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.probe.passes import check_passes, check_tokens
 from bilora_ray.training.tasks import TASKS
@@ -156,15 +156,21 @@ class Run:
         """Go on from the newest checkpoint, if there is one. UserError if it is of a trial with other settings."""
         state = self.workers.gather(self.folder.state())[0]
         stored = state.get("settings")
-        # A setting that is new since then had its default's effect.
-        if stored is not None and completed(TrialConfig, stored) != self._settings():
+        if stored is not None:
+            # A setting that is new since then had its default's effect.
+            stored = {**completed(TrialConfig, stored), **_allowed(state.get(CHANGED, {}))}
+        if stored is not None and stored != self._settings():
             raise UserError(f"{self.folder.path}: holds a trial with other settings; move it away")
+        groups = [dict(group) for group in self.optimizer.param_groups]
         restored = load_checkpoint(self.folder, self.model, self.optimizer, self.workers)
         if restored is None:
             return
         state = restored
         del state["settings"]
-        self.schedule.load_state_dict(state.pop("schedule"))
+        schedule = state.pop("schedule")
+        if state.pop(CHANGED, None):
+            schedule |= self._of_own_settings(groups, schedule["last_epoch"])
+        self.schedule.load_state_dict(schedule)
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
         self.progress = Progress(**state)
@@ -175,6 +181,22 @@ class Run:
             self.room.proven = Proven(**self.progress.proven)
         self.gradients.agree()
         self.progress.resumed_at.append(self.progress.step)
+
+    def _of_own_settings(self, groups: list[dict[str, Any]], step: int) -> dict[str, Any]:
+        """Give the optimizer, restored from another trial's checkpoint, what this one's settings say.
+
+        Args:
+            groups: the optimizer's, as this trial's settings made them.
+            step: of the checkpoint.
+
+        Returns:
+            What the schedule gets of the same.
+        """
+        for group, own in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update({key: value for key, value in own.items() if key in AMID or key == "initial_lr"})
+        bases, courses = self.schedule.base_lrs, self.schedule.lr_lambdas
+        rates = [base * course(step) for base, course in zip(bases, courses, strict=True)]
+        return {"base_lrs": bases, "_last_lr": rates}
 
     def train_step(self) -> None:
         """One optimizer step over `step_rows` rows. NonFiniteLoss if the loss of the step before is NaN or infinite."""
@@ -384,6 +406,13 @@ def _ending(run: Run) -> Iterator[None]:
         run.base.end()
         raise
     run.base.end()
+
+
+def _allowed(changed: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`changed`, if another trial's checkpoint can be gone on from so. UserError if not."""
+    if other := sorted(changed.keys() - AMID):
+        raise UserError(f"{other[0]}: may not change amid a training; allowed: {', '.join(sorted(AMID))}")
+    return changed
 
 
 def share_of(share: float, count: int) -> int:

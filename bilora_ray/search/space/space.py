@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bilora_ray.checking import build
-from bilora_ray.config import FACTS, TrialConfig, applies, is_integer, objective
+from bilora_ray.config import AMID, FACTS, TrialConfig, applies, is_integer, objective
 from bilora_ray.errors import UserError
 from bilora_ray.expressions import Expression, parsed
 from bilora_ray.facts import METHOD_NAMES
@@ -188,6 +188,11 @@ class Space:
     def decides(self, name: str) -> bool:
         """Whether the value of the distribution `name` decides which others a trial is asked for."""
         return setting_of(name) in self.deciding
+
+    @cached_property
+    def changing(self) -> tuple[str, ...]:
+        """The distributions of which a trial may get another value amid its training."""
+        return tuple(name for name in self.distributions if setting_of(name) in AMID and not self.decides(name))
 
     def ends(self, name: str) -> Sequence[Value]:
         """The values that must be allowed if every value of the distribution `name` is to be."""

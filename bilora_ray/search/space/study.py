@@ -16,10 +16,11 @@ BUDGETS = ("max_hours", "max_device_hours", "max_cost", "price_per_gpu_hour", "t
 PARTED = frozenset({"epochs", "seconds"})
 # The settings that only some schedulers read.
 READ_BY = {
-    "rung_unit": ("asha", "hyperband", "median"),
-    "grace_period": ("asha", "hyperband", "median"),
+    "rung_unit": ("asha", "hyperband", "median", "pbt"),
+    "grace_period": ("asha", "hyperband", "median", "pbt"),
     "reduction_factor": ("asha", "hyperband"),
     "min_trials": ("median",),
+    "population": ("pbt",),
 }
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # What the study of a study's finalists is called.
@@ -47,8 +48,10 @@ class StudyConfig(Settings):
         "numbers only; random; grid runs each combination once; qmc fills the space evenly; nsga2 and nsga3 are for "
         "several objectives",
     )
-    scheduler: Literal["asha", "hyperband", "median", "none"] = Field(
-        "asha", description="whether weak trials are stopped early"
+    scheduler: Literal["asha", "hyperband", "median", "pbt", "none"] = Field(
+        "asha",
+        description="whether weak trials are stopped early; with pbt others go on from the checkpoints of the best "
+        "instead, with settings near theirs",
     )
     rung_unit: Literal["steps", "epochs", "rows", "tokens", "seconds"] | None = Field(
         None,
@@ -60,6 +63,12 @@ class StudyConfig(Settings):
     )
     reduction_factor: Int = Field(3, ge=2, description="at each rung one of so many trials goes on")
     min_trials: Int = Field(5, ge=1, description="median: complete trials to compare with, at the least")
+    population: Int = Field(
+        8,
+        ge=4,
+        description="pbt: at each grace_period the best quarter of so many trials lend their checkpoints; the worst "
+        "quarter of all that have come there end",
+    )
     objectives: tuple[ObjectiveConfig, ...] = Field(
         (),
         description="what trials are judged by, such as [{metric: eval_loss}, {metric: train_runtime}]; the first "
@@ -125,6 +134,14 @@ class StudyConfig(Settings):
             raise ValueError("finalists: are of one objective; of several there is no single winner")
         if self.finalists and not STUDY_NAME.fullmatch(FINALISTS_OF.format(self.name)):
             raise ValueError(f"name: is too long for the study of its finalists, {FINALISTS_OF.format('NAME')}")
+        return self
+
+    @model_validator(mode="after")
+    def _trained_alike(self) -> StudyConfig:
+        if self.scheduler == "pbt" and self.finalists:
+            raise ValueError("finalists: trials of pbt change settings amid their training, as no fresh seed would")
+        if self.scheduler == "pbt" and self.sampler == "grid":
+            raise ValueError("scheduler: with pbt not each number is a combination, as with grid; use another sampler")
         return self
 
     @field_validator("grace_period")

@@ -60,6 +60,10 @@ class Layout:
         """Folder of one trial: its checkpoints and its best adapter."""
         return TrialFolder(self.trials(name) / f"{number:04d}")
 
+    def lent(self, name: str) -> Path:
+        """Folder of the checkpoints from which trials of a study may yet go on that are others'."""
+        return self.study(name) / "lent"
+
     def make(self, name: str) -> None:
         """Make the folders of study `name`. Only who begins the study does, or goes on with it.
 

@@ -25,6 +25,7 @@ from bilora_ray.search.study.control.causes import common_cause
 from bilora_ray.search.study.control.evaluations import best_values, evaluations_of, excesses, remember
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.looks import look_again, one_look
+from bilora_ray.search.study.population.population import Population
 from bilora_ray.search.study.samplers import propose
 from bilora_ray.search.study.schedulers import OF_SEVERAL, SCHEDULERS
 from bilora_ray.search.study.schedulers.base import Asked
@@ -53,6 +54,7 @@ class SearchStudy(StudyView):
         self._stopped: set[int] = set()
         self._claims = Claims(layout, study.study_name)
         self.budget = Budget(study, space, self.objective, self.folder, alone=layout.study_database is None)
+        self._population = Population(self) if space.study.scheduler == "pbt" else None
         self._asked_before = study.user_attrs.get(STOP)
 
     def adopt(self) -> None:
@@ -79,12 +81,16 @@ class SearchStudy(StudyView):
             if number is None and ended is None and not self._all_given():
                 disk.check(self)
             if number is None and ended is None and not self._all_given():
+                if self._population is not None:
+                    self._population.fill_place()
                 # What `propose` samples is decided by the number, so this sampler has nothing to say.
                 self.study.sampler = RandomSampler(seed=0)
                 number = self.study.ask().number
                 self._claims.take(number)
             if number is not None:
                 self._live[number] = propose(self.study, self.space, number)
+                if self._population is not None:
+                    self._population.hand_on(number)
         return [] if number is None else [number]
 
     def await_others(self, observer: Observer, say: Callable[[str], None]) -> bool:
@@ -148,8 +154,12 @@ class SearchStudy(StudyView):
                     folder.discard_adapters()
 
     def discard_examples(self) -> None:
-        """Free the disk of the tokenized rows of large data, once no trial will ask for them; more trials make anew."""
+        """Free the disk of the tokenized rows of large data, once no trial will ask for them; more trials make anew.
+
+        So it is with the checkpoints that trials have lent.
+        """
         shutil.rmtree(self.layout.trials(self.study.study_name) / EXAMPLES, ignore_errors=True)
+        shutil.rmtree(self.layout.lent(self.study.study_name), ignore_errors=True)
 
     def release(self) -> None:
         """Leave the running trials of this process to whoever asks for them next."""
@@ -193,6 +203,8 @@ class SearchStudy(StudyView):
         if newest and schedulers[self.space.study.scheduler](asked):
             self._end(number, TrialState.PRUNED)
             return Status.PRUNED
+        if newest and self._population is not None:
+            self._population.lend(number, step)
         if newest and not math.isnan(best[0]) and (self.budget.end() is not None or STOP in stored.user_attrs):
             self._end(number, TrialState.COMPLETE, best)
             return Status.COMPLETE

@@ -22,6 +22,7 @@ from bilora_ray.search.study.control.evaluations import broken, evaluations_of
 from bilora_ray.search.study.control.front import front_of, losses_of
 from bilora_ray.search.study.importances import Importances, importances_of
 from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.population.lineage import parent_of
 from bilora_ray.search.study.warm_start import WARM_START
 from bilora_ray.training.folder import TrialFolder
 
@@ -163,7 +164,12 @@ class StudyView:
 
     def importances(self) -> Importances:
         """Which of the searched settings mattered, among the trials that are complete or were stopped early."""
-        ended = [trial for trial in self._trials(TrialState.COMPLETE, TrialState.PRUNED) if not _failed(trial)]
+        ended = [
+            trial
+            for trial in self._trials(TrialState.COMPLETE, TrialState.PRUNED)
+            # What one is worth that goes on from another is not its settings' doing alone.
+            if not _failed(trial) and parent_of(trial.user_attrs) is None
+        ]
         judged = [trial if len(self.objectives) == 1 else self._by_the_first(trial) for trial in ended]
         workers = self.space.resources.workers
         return importances_of(
@@ -235,6 +241,7 @@ class StudyView:
             values={metric: known[metric] for metric in metrics if metric in known},
             broken=broken(trial, self.space.study),
             stopped_after=trial.user_attrs.get(STOPPED, {}) if stopped else {},
+            parent=parent_of(trial.user_attrs),
         )
 
 

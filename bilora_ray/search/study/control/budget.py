@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from bilora_ray.records import Objective
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.control.evaluations import evaluations_of, excesses
+from bilora_ray.search.study.population.lineage import inherited_seconds
 from bilora_ray.training.folder import TrialFolder
 
 # The study's attributes: the budget that ended it, and how long it has run; a trial's: for how long it has trained.
@@ -118,9 +119,10 @@ class Budget:
             value = float(metrics[self._metric])
             self._best = value if self._objective.is_better(value, self._best_so_far()) else self._best
         if self._charges and TRAINED in metrics:
-            trial.set_user_attr(TRAINED, float(metrics[TRAINED]))
+            seconds = float(metrics[TRAINED]) - inherited_seconds(trial.user_attrs)
+            trial.set_user_attr(TRAINED, seconds)
             if self._seconds is not None:
-                self._seconds[trial.number] = float(metrics[TRAINED])
+                self._seconds[trial.number] = seconds
 
     def device_hours(self) -> float:
         """What the trials have used, up to the last evaluation of each: training time on all devices of its workers.
@@ -184,7 +186,7 @@ class Budget:
         if trial.number in self._untold:
             return self._untold[trial.number]
         history = self._folder(trial.number).state().get("history", ())
-        seconds = float(history[-1].get(TRAINED, 0.0)) if history else 0.0
+        seconds = float(history[-1].get(TRAINED, 0.0)) - inherited_seconds(trial.user_attrs) if history else 0.0
         if trial.state.is_finished():
             self._untold[trial.number] = seconds
         return seconds

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from bilora_ray.search.study.schedulers import asha, hyperband, median, nondominated, none
+from bilora_ray.search.study.schedulers import asha, hyperband, median, nondominated, none, pbt
 from bilora_ray.search.study.schedulers.base import Asked, once
 
 # What `study.scheduler` says -> whether a trial is stopped.
@@ -12,6 +12,7 @@ SCHEDULERS: dict[str, Callable[[Asked], bool]] = {
     "asha": once(asha.is_weak),
     "hyperband": once(hyperband.is_weak),
     "median": once(median.is_weak),
+    "pbt": once(pbt.is_weak),
     "none": none.is_weak,
 }
 # The same, of a study with several objectives.

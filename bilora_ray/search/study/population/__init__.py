@@ -1,0 +1,1 @@
+"""Trials that go on from the checkpoints of others: population based training."""

@@ -1,0 +1,278 @@
+"""Population based training: who ends, who goes on from whom and with what, and that no kill changes it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bilora_ray.search.study.control.requests import enqueue
+from optuna.storages import RDBStorage
+from optuna.trial import TrialState
+
+from bilora_ray.config import AMID, TrialConfig
+from bilora_ray.errors import MachineError, UserError
+from bilora_ray.records import Parent, Status
+from bilora_ray.search.simulated import Metrics, Moment, simulate
+from bilora_ray.search.space import Space
+from bilora_ray.search.space_file import load_space
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.population.offspring import changed, offspring
+from bilora_ray.search.study.studies import load_study, open_study
+from bilora_ray.search.study.study import SearchStudy
+from bilora_ray.training.folder import CHANGED
+
+TRIAL = (
+    *("model_name_or_path=org/model", "task=causal-lm", "train_data=org/data"),
+    *("rho={low: 0.01, high: 1, log: true}", "learning_rate={low: 0.0001, high: 0.01, log: true}"),
+    *("rank={choice: [4, 8]}", "weight_decay={choice: [0, 0.01, 0.1]}"),
+)
+STUDY = ("study.name=s", "study.scheduler=pbt", "study.sampler=random", "study.rung_unit=steps", "study.grace_period=2")
+pytestmark = pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+
+
+def space(*given: str) -> Space:
+    return load_space(None, [*TRIAL, *STUDY, *given])
+
+
+def opened(path: Path, *given: str) -> SearchStudy:
+    return open_study(space("study.num_trials=24", *given), Layout(path), {})
+
+
+def curve(config: TrialConfig) -> list[Metrics]:
+    """Nine evaluations, a second after each other; best where rho is 0.1."""
+    odd = math.sin(1000 * config.rho) / 4
+    end = abs(math.log(config.rho / 0.1)) + odd
+    return [{"step": s, "max_steps": 9, "eval_loss": end + 1 / s, "train_runtime": float(s)} for s in range(1, 10)]
+
+
+def searched(path: Path, workers: int = 4, *given: str) -> list[Moment]:
+    study = opened(path, *given)
+    try:
+        return simulate(study, curve, workers)
+    finally:
+        study.release()
+
+
+def children(path: Path) -> dict[int, Parent]:
+    records = load_study(Layout(path), "s").records()
+    return {record.number: record.parent for record in records if record.parent is not None}
+
+
+def test_the_places_of_the_worst_are_taken_by_trials_that_go_on_from_the_best(tmp_path: Path) -> None:
+    moments = searched(tmp_path)
+    study = load_study(Layout(tmp_path), "s")
+    records, found = study.records(), children(tmp_path)
+    assert [record.number for record in records] == list(range(24))
+    assert {record.status for record in records} == {Status.COMPLETE, Status.PRUNED}
+    assert len(found) >= 4
+    # A place is left by one that was stopped, and taken once.
+    replaced = [parent.replaces for parent in found.values()]
+    assert len(set(replaced)) == len(replaced)
+    assert {records[number].status for number in replaced} == {Status.PRUNED}
+    for number, parent in found.items():
+        told = [moment for moment in moments if moment.number == number]
+        assert [moment.metrics["step"] for moment in told][:1] == [parent.step + 1]
+        assert parent.step == 2 * parent.rung
+        assert [metrics["step"] for metrics in records[number].history] == [moment.metrics["step"] for moment in told]
+        # Its clock goes on where its parent's was; what it took by itself is what a search pays for.
+        assert sum(moment.seconds for moment in told) == pytest.approx(len(told))
+        assert told[-1].metrics["train_runtime"] == pytest.approx(parent.seconds + len(told))
+        settings, inherited = records[number].settings, records[parent.number].settings
+        assert {key for key in settings if settings[key] != inherited[key]} <= AMID
+        left = {metrics["step"]: metrics["eval_loss"] for metrics in records[parent.replaces].history}
+        lent = {metrics["step"]: metrics["eval_loss"] for metrics in records[parent.number].history}
+        assert lent[parent.step] < left[parent.step]
+    assert any(records[number].sampled != records[parent.number].sampled for number, parent in found.items())
+
+
+def test_no_trial_is_told_twice_at_a_rung_nor_at_its_parent_s(tmp_path: Path) -> None:
+    searched(tmp_path)
+    found = children(tmp_path)
+    for trial in load_study(Layout(tmp_path), "s").study.trials:
+        rungs = [int(key.rpartition("_")[2]) for key in trial.user_attrs if key.startswith("population_rung_")]
+        first = found[trial.number].rung + 1 if trial.number in found else 1
+        assert rungs == list(range(first, first + len(rungs)))
+        assert all(step > 2 * (first - 1) for step in trial.intermediate_values)
+
+
+def test_the_same_seed_tells_the_same_and_another_something_else(tmp_path: Path) -> None:
+    told = [searched(tmp_path / name, 4, f"study.seed={seed}") for name, seed in (("a", 1), ("b", 1), ("c", 2))]
+    assert told[0] == told[1]
+    assert told[0] != told[2]
+    assert children(tmp_path / "a") == children(tmp_path / "b")
+
+
+def test_the_checkpoints_that_are_lent_are_few_and_go_with_the_end(tmp_path: Path) -> None:
+    searched(tmp_path, 4, "study.population=8")
+    lent = [entry for rung in Layout(tmp_path).lent("s").iterdir() for entry in rung.iterdir()]
+    assert 4 <= len(lent) <= 4 * 2
+    study = opened(tmp_path, "study.population=8")
+    study.discard_examples()
+    assert not Layout(tmp_path).lent("s").exists()
+    study.release()
+
+
+def test_what_a_person_asks_for_comes_before_a_place_is_taken(tmp_path: Path) -> None:
+    study = opened(tmp_path)
+    while not any(record.status is Status.PRUNED for record in study.records()):
+        (number,) = study.next_trials()
+        told = [dict(metrics) for metrics in curve(study.config(number))]
+        for index in range(len(told)):
+            from bilora_ray.search.simulated import _write
+
+            _write(study.folder(number), told[: index + 1], study)
+            if study.report(number, told[index]) is not Status.RUNNING:
+                break
+    enqueue(study.study, {"rho": 0.5})
+    (asked,), (child,) = study.next_trials(), study.next_trials()
+    assert study.record(asked).parent is None
+    assert study.config(asked).rho == 0.5
+    assert study.record(child).parent is not None
+    assert CHANGED in study.folder(child).state()
+    study.release()
+
+
+def test_a_trial_whose_parent_s_checkpoint_is_gone_is_not_begun_as_another(tmp_path: Path) -> None:
+    study = opened(tmp_path)
+    searched(tmp_path)
+    study.release()
+    number, parent = next(iter(children(tmp_path).items()))
+    study.discard_examples()
+    import shutil
+
+    shutil.rmtree(study.folder(number).path)
+    assert study._population is not None
+    with pytest.raises(MachineError, match=rf"^trial {number}: .*/{parent.number:04d}, from which it is to go on"):
+        study._population.hand_on(number)
+
+
+def test_a_search_pays_for_no_training_twice(tmp_path: Path) -> None:
+    moments = searched(tmp_path, 4, "study.max_device_hours=100")
+    study = opened(tmp_path, "study.max_device_hours=100")
+    assert children(tmp_path)
+    assert study.budget.device_hours() * 3600 == pytest.approx(sum(moment.seconds for moment in moments))
+    study.release()
+
+
+def search_and_die(path: Path, writes: int | None) -> None:
+    """A search whose process is killed right after so many writes to the study database; None: it ends."""
+    left = itertools.count(writes or 0, -1)
+
+    def dying(write: Callable[..., Any]) -> Callable[..., Any]:
+        def written(*arguments: Any, **more: Any) -> Any:
+            result = write(*arguments, **more)
+            if next(left) == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return written
+
+    for name in ("create_new_trial", "set_trial_param", "set_trial_user_attr", "set_trial_state_values"):
+        setattr(RDBStorage, name, dying(getattr(RDBStorage, name)))
+    simulate(opened(path, "study.num_trials=14"), curve, workers=1)
+
+
+def ended(path: Path) -> list[tuple[Any, ...]]:
+    """How each trial of the study stands, and what is known of it."""
+    trials = load_study(Layout(path), "s").study.trials
+    return [(trial.number, trial.state, trial.params, trial.values, trial.user_attrs) for trial in trials]
+
+
+def in_process(path: Path, writes: int | None) -> None:
+    child = multiprocessing.get_context("fork").Process(target=search_and_die, args=(path, writes))
+    child.start()
+    child.join()
+    assert child.exitcode in ((0,) if writes is None else (0, -signal.SIGKILL))
+
+
+def test_five_kills_leave_the_study_that_none_would_have(tmp_path: Path) -> None:
+    moments = random.Random(5)
+    for writes in [*(moments.randrange(20, 60) for _ in range(5)), None]:
+        in_process(tmp_path / "killed", writes)
+    in_process(tmp_path / "whole", None)
+    found = ended(tmp_path / "killed")
+    assert [number for number, *_ in found] == list(range(14))
+    assert {state for _, state, *_ in found} == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert found == ended(tmp_path / "whole")
+    assert children(tmp_path / "killed")
+
+
+@pytest.mark.slow
+def test_a_kill_after_any_write_changes_nothing(tmp_path: Path) -> None:
+    in_process(tmp_path / "whole", None)
+    for writes in range(80, 240):
+        path = tmp_path / str(writes)
+        in_process(path, writes)
+        in_process(path, None)
+        assert ended(path) == ended(tmp_path / "whole"), writes
+
+
+def test_only_what_may_change_amid_a_training_does_and_stays_in_its_range() -> None:
+    searches = space("auxiliary_learning_rate=2 * learning_rate", "lora_alpha={choice: [8, 16]}")
+    inherited = {"rho": 0.9, "learning_rate": 0.001, "rank": 4, "weight_decay": 0.01, "lora_alpha": 8}
+    found = [offspring(searches, inherited, seed) for seed in range(200)]
+    assert found == [offspring(searches, inherited, seed) for seed in range(200)]
+    assert {(one["rank"], one["lora_alpha"]) for one in found} == {(4, 8)}
+    assert all(0.01 <= one["rho"] <= 1 and 1e-4 <= one["learning_rate"] <= 1e-2 for one in found)  # type: ignore[operator]
+    near = [one["rho"] for one in found if one["rho"] in (pytest.approx(0.72), 1.0)]
+    assert 120 <= len(near) <= 180  # 150 are expected
+    assert {one["weight_decay"] for one in found} == {0, 0.01, 0.1}
+    assert changed(searches, inherited, {**inherited, "learning_rate": 0.002}) == {
+        "learning_rate": 0.002,
+        "auxiliary_learning_rate": 0.004,
+    }
+
+
+def test_what_something_else_is_derived_from_stays() -> None:
+    searches = space("lora_alpha=1000 * learning_rate")
+    inherited = {"rho": 0.5, "learning_rate": 0.001, "rank": 4, "weight_decay": 0.01}
+    assert {offspring(searches, inherited, seed)["learning_rate"] for seed in range(20)} == {0.001}
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (["study.finalists=2"], "finalists: trials of pbt change settings amid their training"),
+        (["study.sampler=grid"], "with pbt not each number is a combination"),
+        (["study.population=3"], "population: .*greater than or equal to 4"),
+        (["study.scheduler=asha", "study.population=9"], r"study\.population: scheduler asha does not read it"),
+        (
+            ["study.objectives=[{metric: eval_loss}, {metric: train_runtime}]"],
+            "scheduler: pbt takes one objective",
+        ),
+        (
+            ["rho=0.1", "learning_rate=0.001", "weight_decay=0"],
+            "pbt changes settings amid a training; search one of .*learning_rate",
+        ),
+    ],
+)
+def test_what_no_population_can_do_is_refused(given: list[str], problem: str) -> None:
+    with pytest.raises(UserError, match=problem):
+        space(*given)
+
+
+def test_a_lineage_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from bilora_ray.cli.leaderboard import print_leaderboard, study_as_json
+
+    searched(tmp_path)
+    study = load_study(Layout(tmp_path), "s")
+    number, parent = next(iter(children(tmp_path).items()))
+    print_leaderboard(Console(width=160), study.records(), study.objectives)
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()]
+    assert lines[0][:3] == ["trial", "status", "from"]
+    line = next(line for line in lines if line[0] == str(number))
+    assert " ".join(line[:6]).endswith(f"{parent.number} at {parent.step}") or f"{parent.number} at" in " ".join(line)
+    told = json.loads(json.dumps(study_as_json(study)))["trials"]
+    assert told[number]["parent"] == vars(parent)
+    assert "parent" not in told[0]
