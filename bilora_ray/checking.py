@@ -97,8 +97,8 @@ def first_problem(error: ValidationError) -> ErrorDetails:
     return next((problem for problem in problems if problem["type"] == "extra_forbidden"), problems[0])
 
 
-def in_words(kind: type[Settings], problem: ErrorDetails) -> str:
-    """A `problem` with a group of settings of a `kind`, in a line."""
+def in_words(kind: type[Settings], problem: ErrorDetails, alone: str = "") -> str:
+    """A `problem` with a group of settings of a `kind`, or with the value of one that is checked `alone`, in a line."""
     key = ".".join(str(part) for part in problem["loc"] if not _is_union_branch(part))
     message = re.sub(r"^(Value error, |Input |String |Tuple )", "", problem["msg"])
     if problem["type"] == "extra_forbidden":
@@ -111,7 +111,7 @@ def in_words(kind: type[Settings], problem: ErrorDetails) -> str:
         message = f"{message}, got {given}"
     if problem["type"] == "string_type" and isinstance(problem["input"], bool):
         message += '; yes, no, on and off are true or false to YAML: a text needs quotes, as in "no"'
-    if isinstance(problem["input"], list) and problem["type"] in ONE_VALUE and _is_searched(kind, key):
+    if isinstance(problem["input"], list) and problem["type"] in ONE_VALUE and _is_searched(kind, key or alone):
         message += "; several values to choose from are {choice: [...]}"
     return f"{key}: {message}" if key else message
 

@@ -711,7 +711,7 @@ def coerce(setting: str, value: Any, where: str) -> Any:
     try:
         return _adapter(setting).validate_python(value)
     except ValidationError as error:
-        raise UserError(f"{where}: {in_words(TrialConfig, first_problem(error))}") from None
+        raise UserError(f"{where}: {in_words(TrialConfig, first_problem(error), setting)}") from None
 
 
 @cache

@@ -49,8 +49,9 @@ def with_parts(space: Space, parts: Parts) -> Space:
         for part in found:
             _check_names(space, key, part)
     fixed = dict(space.fixed)
-    for key in {key for found in parts.values() for part in found for key in part.when} & fixed.keys():
-        fixed[key] = coerce(key, fixed[key], f"{space.path}: trial.{key}")
+    for key in {needed for found in parts for needed in _needs(found, parts)} & fixed.keys():
+        where = "--set trial" if key in space.overridden else f"{space.path}: trial"
+        fixed[key] = coerce(key, fixed[key], f"{where}.{key}")
     order = _in_order(space, parts)
     kept = _possible(space, {key: parts[key] for key in order}, fixed)
     distributions: dict[str, Distribution] = {}
