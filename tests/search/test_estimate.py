@@ -10,21 +10,24 @@ import pytest
 
 from bilora_ray.config import FACTS, TrialConfig
 from bilora_ray.errors import OutOfMemory, UserError
-from bilora_ray.search.readiness.corners import COUNTED_IN_TRAINING, counts, kind_of, kinds, position
-from bilora_ray.search.readiness.estimate import Interval, ends, estimate
+from bilora_ray.search.readiness.corners import BESIDE_A_STEP, COUNTED_IN_TRAINING, counts, kind_of, kinds, position
+from bilora_ray.search.readiness.estimate import Interval, Measured, ends, estimate
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
 from bilora_ray.training.probe.cost import Cost, cost
 
 GIB = 2**30
-TRIAL = ("model_name_or_path=org/model", "task=causal-lm", "train_data=org/data", "study.name=s", "study.num_trials=8")
+TRIAL = (
+    *("model_name_or_path=org/model", "task=causal-lm", "train_data=org/data", "eval_steps=0.2"),
+    *("study.name=s", "study.num_trials=8"),
+)
 COST = Cost(
     start=1.0,
     step=0.5,
     evaluation=2.0,
     step_rows=8,
     train_rows=80,
-    evaluations=5,
+    row_tokens=30.0,
     memory=2 * GIB,
     adapter=2**20,
     passes=(),
@@ -79,13 +82,15 @@ def test_every_choice_that_is_no_number_is_measured_with_both_ends() -> None:
 
 def test_each_setting_of_the_training_costs_or_is_known_not_to() -> None:
     free = {
-        *("lora_alpha", "rho", "learning_rate", "auxiliary_learning_rate", "weight_decay", "adam_beta1", "adam_beta2"),
-        *("adam_epsilon", "max_grad_norm", "lr_scheduler_type", "warmup_ratio", "seed", "class_weights"),
+        *("lora_alpha", "rho", "learning_rate", "auxiliary_learning_rate", "weight_decay"),
+        *("max_grad_norm", "lr_scheduler_type", "warmup_ratio", "seed", "class_weights"),
         *("early_stopping_patience", "early_stopping_threshold"),
     }
+    assert free <= FACTS.keys()
     of_training = {key for key, facts in FACTS.items() if facts.decides == "training" and facts.searched}
     assert of_training - COUNTED_IN_TRAINING <= free
     assert of_training >= COUNTED_IN_TRAINING
+    assert FACTS.keys() >= BESIDE_A_STEP
     assert counts("rank")
     assert not counts("rho")
 
@@ -111,9 +116,58 @@ def test_without_early_stops_a_search_takes_what_its_trials_take() -> None:
     assert (told.cost, told.at_once) == (None, 2)
 
 
+def test_how_long_a_trial_is_trained_moves_nothing_of_what_a_step_takes() -> None:
+    settings = ("rank={choice: [4, 8]}", "num_train_epochs={choice: [1, 9]}", "max_train_samples={choice: [16, 80]}")
+    found = space(*settings, "seed={choice: [1, 2]}", "split_seed=0")
+    chosen = {"rank": 4, "num_train_epochs": 9, "max_train_samples": 16, "seed": 2}
+    assert position(found, found.trial_config(chosen)) == 0.0
+    assert position(found, found.trial_config({**chosen, "rank": 8})) == 1.0
+    (kind,) = kinds(found)
+    *_, last = Measured(kind, replace(COST, train_rows=16), COST).evaluations(found, found.trial_config(chosen))
+    assert (last["max_steps"], last["epoch"]) == (18, 9.0)
+    assert last["num_input_tokens_seen"] == 18 * 8 * 30
+
+
+@pytest.mark.parametrize("unit", ["steps", "epochs", "rows", "tokens", "seconds"])
+def test_early_stops_are_told_what_they_compare_trials_after(unit: str) -> None:
+    settings = ("rho={low: 0.1, high: 0.9}", "num_train_epochs=4", "eval_steps=0.1", f"study.rung_unit={unit}")
+    assert 0.2 < of_costs(space(*settings), COST, COST).trained.median < 0.9
+
+
+def test_a_study_is_told_all_that_it_judges_trials_by() -> None:
+    objectives = "study.objectives=[{metric: eval_token_accuracy}, {metric: adapter_mb}, {metric: gpu_memory_gib}]"
+    settings = (objectives, "rank={choice: [4, 8]}", "resources.gpus_per_worker=1", "num_train_epochs=1")
+    large = replace(COST, adapter=3 * 10**6)
+    assert of_costs(space(*settings), COST, large).trained.low > 0.1
+    # Trials above a limit end at their first evaluation.
+    told = of_costs(space(*settings, "study.max_adapter_mb=0.5"), COST, large)
+    assert told.trained.high < 0.5
+
+
+def test_nothing_that_is_drawn_ends_a_search_and_no_earlier_study_is_asked_for() -> None:
+    settings = ("rho={low: 0.1, high: 0.9}", "num_train_epochs=1", "study.scheduler=none")
+    plain = of_costs(space(*settings), COST, COST)
+    ends = ("study.target=100", "study.min_gain=50", "early_stopping_patience=2")
+    told = of_costs(space(*settings, *ends, "study.warm_start=[earlier]"), COST, COST)
+    assert told.device_hours == plain.device_hours
+    assert any("study.target, study.min_gain" in line for line in told.notes)
+    assert any("early_stopping_patience" in line for line in told.notes)
+
+
+def test_finalists_are_trained_on_top() -> None:
+    settings = ("rho={low: 0.1, high: 0.9}", "num_train_epochs=1", "study.scheduler=none", "study.price_per_gpu_hour=3")
+    plain = of_costs(space(*settings), COST, COST)
+    told = of_costs(space(*settings, "study.finalists=2", "study.finalist_seeds=4"), COST, COST)
+    trial = 1 + 10 * 0.5 + 5 * 2
+    assert told.device_hours.median == pytest.approx(plain.device_hours.median + 8 * trial / 3600)
+    assert told.cost.median == pytest.approx(3 * told.device_hours.median)
+    assert told.wall_seconds.median == pytest.approx(plain.wall_seconds.median + 5 + 3 + 8 / 2 * trial)
+    assert any("2 x 4 trainings" in line for line in told.notes)
+
+
 def test_early_stops_leave_a_part_of_it() -> None:
     settings = ("rho={low: 0.1, high: 0.9}", "num_train_epochs=4", "eval_steps=0.1")
-    told = of_costs(space(*settings), replace(COST, evaluations=10), replace(COST, evaluations=10))
+    told = of_costs(space(*settings), COST, COST)
     assert 0.2 < told.trained.median < 0.9
     assert told.trained.low <= told.trained.median <= told.trained.high
 
@@ -145,7 +199,8 @@ def test_a_trial_is_measured_by_some_of_its_steps(tmp_path: Path) -> None:
     quickstart = load_space(Path("search_spaces/quickstart.yaml"))
     config: TrialConfig = quickstart.first_config().model_copy(update={"max_eval_samples": 8, "num_train_epochs": 2.0})
     found = cost(config, gpus_per_worker=0)
-    assert (found.step_rows, found.train_rows, found.evaluations) == (16, 240, 8)
+    assert (found.step_rows, found.train_rows) == (16, 240)
+    assert 2 < found.row_tokens < 512
     assert min(found.step, found.evaluation, found.start) > 0
     assert found.memory > 2**27
     assert found.adapter > 0

@@ -18,6 +18,8 @@ COUNTED_IN_TRAINING = frozenset(
         *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
     }
 )
+# What decides how many steps there are, or which, and nothing of what one takes.
+BESIDE_A_STEP = frozenset({"num_train_epochs", "max_steps", "max_train_samples", "seed", "split_seed"})
 # More kinds of trials than these are not all tried with each other: each choice is tried with the first of the others.
 MOST_KINDS = 8
 
@@ -54,11 +56,12 @@ def kinds(space: Space) -> list[Kind]:
 
 
 def position(space: Space, config: TrialConfig) -> float:
-    """Where a trial is between the cheapest one of its kind, 0, and the dearest, 1: the mean over its settings."""
+    """Where a trial's step is between the cheapest of its kind, 0, and the dearest, 1: the mean over its settings."""
     places = [
         _place(distribution, getattr(config, setting_of(key)))
         for key, distribution in space.distributions.items()
-        if counts(key) and not _is_kind(key, distribution) and space.asked(key, config.model_dump())
+        if counts(key) and setting_of(key) not in BESIDE_A_STEP and not _is_kind(key, distribution)
+        if space.asked(key, config.model_dump())
     ]
     return sum(places) / len(places) if places else 0.0
 

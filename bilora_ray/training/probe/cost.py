@@ -22,6 +22,8 @@ from bilora_ray.training.loop import Run
 from bilora_ray.training.probe.roofline import wait
 
 WARM_UP, TIMED = 2, 6
+# So many rows are looked at for their length.
+SAMPLE = 256
 # An evaluation that is this short is measured once more: kernels are chosen at the first one.
 SHORT_S = 5.0
 
@@ -36,7 +38,7 @@ class Cost:
         evaluation: with its checkpoint and the adapter that is written.
         step_rows: training rows of a step of all workers.
         train_rows: those that there are.
-        evaluations: of the trial.
+        row_tokens: of a training row, the mean of some.
         memory: the most that the process had: of the GPU with CUDA's own, or of the machine.
         adapter: the file of the adapter's weights.
         passes: in words, the passes that had no room and were made smaller; empty if all had.
@@ -47,7 +49,7 @@ class Cost:
     evaluation: float
     step_rows: int
     train_rows: int
-    evaluations: int
+    row_tokens: float
     memory: int
     adapter: int
     passes: tuple[str, ...]
@@ -105,7 +107,7 @@ def _measured(run: Run, start: float) -> Cost:
         evaluation=evaluation / workers,
         step_rows=run.config.step_rows(workers),
         train_rows=len(run.data.train),
-        evaluations=-(-run.max_steps // run.eval_every),
+        row_tokens=statistics.fmean(run.data.train[row].length for row in range(min(SAMPLE, len(run.data.train)))),
         memory=_memory(),
         adapter=0 if best is None else sum(file.stat().st_size for file in best.glob("*.safetensors")),
         passes=tuple(run.room.proven.in_words()),
