@@ -46,6 +46,8 @@ def train(
         numbers = study.next_trials()
         for number in numbers:
             _train(study, number, observers)
+        if study.full is not None:
+            raise study.full
         if not numbers and not study.finished():
             raise MachineError(f"run '{space.study.name}' is being trained by another process")
     return study

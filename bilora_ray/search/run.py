@@ -178,6 +178,7 @@ def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> Non
 
     Raises:
         UserError: a trial met what stops all of them.
+        MachineError: the study takes more of the disk than it may; those that ran have ended.
         KeyboardInterrupt: of Ctrl-C, or asked for from elsewhere, once Tune has stopped the trials.
     """
     if study.finished():
@@ -219,6 +220,8 @@ def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> Non
     if study.in_hand():
         numbers = ", ".join(map(str, study.in_hand()))
         raise MachineError(f"Ray ended trials that are not done ({numbers}); go on with --resume")
+    if study.full is not None and not study.finished():
+        raise study.full
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import optuna
 from optuna.samplers import RandomSampler
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from bilora_ray.errors import MachineError
 from bilora_ray.records import Observer, Status, TrialRecord, is_last
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.claims import Claims
@@ -46,10 +47,15 @@ class SearchStudy(StudyView):
         study: the Optuna study.
         space: what is searched.
         layout: where the trials' folders are.
+
+    Attributes:
+        budget: what the search may use.
+        full: why no trial was begun when one was asked for last, if the disk was why.
     """
 
     def __init__(self, study: optuna.Study, space: Space, layout: Layout) -> None:
         super().__init__(study, space, layout)
+        self.full: MachineError | None = None
         self._live: dict[int, Trial] = {}
         self._stopped: set[int] = set()
         self._claims = Claims(layout, study.study_name)
@@ -78,9 +84,9 @@ class SearchStudy(StudyView):
         with self._choosing():
             number = next(self._orphans(), None)
             ended = self.budget.end(begins=number is None)
-            if number is None and ended is None and not self._all_given():
-                disk.check(self)
-            if number is None and ended is None and not self._all_given():
+            begins = number is None and ended is None and not self._all_given()
+            self.full = disk.full(self) if begins else None
+            if begins and self.full is None:
                 if self._population is not None:
                     self._population.fill_place()
                 # What `propose` samples is decided by the number, so this sampler has nothing to say.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bilora_ray.errors import MachineError
 from bilora_ray.records import TrialRecord
+from bilora_ray.search.study.looks import look_again
 from bilora_ray.search.study.view import ENDED, FINALISTS, REMOVED, StudyView
 
 GB = 1e9
@@ -44,6 +45,7 @@ def trim(study: StudyView) -> None:
     if config.keep_adapters is None and config.max_disk_gb is None:
         return
     with study.layout.choosing(config.name):
+        look_again(study.study)  # another process may have removed some meanwhile
         kept = _kept(study)
         if config.keep_adapters is not None:
             behind = {record.number for record in kept[config.keep_adapters :]}
@@ -61,12 +63,13 @@ def finish(study: StudyView) -> None:
             study.folder(number).discard_adapters()
 
 
-def check(study: StudyView) -> None:
-    """MachineError if the study takes more than it may, so that no trial may begin."""
+def full(study: StudyView) -> MachineError | None:
+    """Why no trial may begin, if the study takes more than it may."""
     most, name = study.space.study.max_disk_gb, study.space.study.name
-    if most is not None and (taken := used_by(study)) > most * GB:
-        line = f"study '{name}': takes {taken / GB:.2f} GB and max_disk_gb is {most:g}; what is left is to stay"
-        raise MachineError(f"{line}. Go on with --resume --set study.max_disk_gb=N")
+    if most is None or (taken := used_by(study)) <= most * GB:
+        return None
+    line = f"study '{name}': takes {taken / GB:.2f} GB and max_disk_gb is {most:g}; what is left is to stay"
+    return MachineError(f"{line}. Go on with --resume --set study.max_disk_gb=N")
 
 
 def _kept(study: StudyView) -> list[TrialRecord]:
