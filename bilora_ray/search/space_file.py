@@ -375,7 +375,7 @@ def _points(
             if not drawn and key not in replaced:
                 raise UserError(f"{where}: '{key}' has no distribution; {nearest(key, _drawn(space))}")
             value = coerce(key, text, f"{where}.{key}")
-            if any(_contains(part, value) for part in drawn):
+            if any(part.holds(value) for part in drawn):
                 values[key] = value
             elif key not in replaced:
                 raise UserError(f"{where}.{key}: {value!r} is outside its distribution")
@@ -393,7 +393,7 @@ def _fits(space: Space, key: str, point: Mapping[str, Value], where: str, replac
     """
     names = space.names_of(key)
     asked = [name for name in names if space.asked(name, point)]
-    if any(_contains(space.distributions[name], point[key]) for name in asked):
+    if any(space.distributions[name].holds(point[key]) for name in asked):
         return True
     if key in replaced or any(other in replaced for name in names for other in (*space.parts[name].when, "method")):
         return False
@@ -406,9 +406,3 @@ def _fits(space: Space, key: str, point: Mapping[str, Value], where: str, replac
 
 def _drawn(space: Space) -> list[str]:
     return list(dict.fromkeys(map(setting_of, space.distributions)))
-
-
-def _contains(distribution: Distribution, value: Value) -> bool:
-    if isinstance(distribution, Choice):
-        return value in distribution.choice
-    return isinstance(value, int | float) and distribution.holds(value)

@@ -162,11 +162,9 @@ def _may_be(key: str, part: Distribution | Given, value: Value, where: str) -> b
         if is_expression(key, part.value):
             raise UserError(f"{where}: {key} is derived, and a condition is on what is drawn or fixed")
         return part.value == value
-    if isinstance(part, Choice):
-        return value in part.choice
     if part.count(is_integer(key)) is None:
         raise UserError(f"{where}: {key} is drawn from a continuous range, so it is never just that")
-    return isinstance(value, int | float) and part.holds(value)
+    return part.holds(value)
 
 
 def _needs(key: str, parts: Parts) -> Iterator[str]:

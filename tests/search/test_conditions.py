@@ -185,6 +185,43 @@ def test_what_is_derived_from_fixed_settings_is_fixed() -> None:
     assert load({"rank": {"value": 4}}).fixed["rank"] == 4
 
 
+@pytest.mark.parametrize(
+    ("rank", "problem"),
+    [
+        ("[8, 16]", "valid integer, got [8, 16]; several values to choose from are {choice: [...]}"),
+        ("2024-01-02", "valid integer, got datetime.date(2024, 1, 2)"),
+        ("abc", "unable to parse string as an integer, got 'abc'"),
+    ],
+)
+def test_what_others_are_derived_from_is_checked_itself(rank: str, problem: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load({"lora_alpha": "2 * rank"}, overrides=(f"rank={rank}",))
+    assert str(caught.value).startswith("--set trial.rank: should be a")
+    assert str(caught.value).endswith(problem)
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "grid", "qmc", "cmaes"])
+def test_steps_are_the_numbers_that_a_condition_names(sampler: str) -> None:
+    conditional = {"rank": {"choice": [4, 8], "when": {"lora_dropout": [0.1, 0.3]}}} if sampler != "cmaes" else {}
+    step = {"lora_dropout": {"low": 0, "high": 0.5, "step": 0.1}}
+    space = load({**step, **conditional}, {"sampler": sampler, "num_trials": 8})
+    drawn = [space.sampled(one) for one in proposed(space, 40 if sampler in ("random", "tpe", "qmc") else 8)]
+    assert {one["lora_dropout"] for one in drawn} <= {0.0, 0.1, 0.2, 0.3, 0.4, 0.5}
+    if conditional:
+        assert {one["lora_dropout"] for one in drawn if "rank" in one} == {0.1, 0.3}
+        assert all("rank" in one for one in drawn if one["lora_dropout"] in (0.1, 0.3))
+
+
+@pytest.mark.parametrize(("whole", "low", "step"), [(False, 0.0, 0.1), (False, 0.1, 0.05), (True, 1.0, None)])
+def test_a_range_has_the_same_values_however_they_are_reached(whole: bool, low: float, step: float | None) -> None:
+    found = Range(low=low, high=low + (step or 1) * 10, step=step)
+    values = found.spread(whole, 11)
+    assert (len(values), found.count(whole)) == (11, 11)
+    assert list(values) == [found.at(index / 10, whole) for index in range(11)]
+    assert list(values) == [found.nearest(low + (step or 1) * index, whole) for index in range(11)]
+    assert all(len(repr(value)) <= len("0.35") for value in values)
+
+
 def test_what_is_derived_may_have_a_condition_and_a_chain() -> None:
     space = load(
         {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from decimal import Decimal
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -64,10 +65,6 @@ class Part(Settings):
         raise NotImplementedError
 
 
-def _evenly(low: float, high: float, most: int) -> Iterator[float]:
-    return (low + (high - low) * index / (most - 1) for index in range(most))
-
-
 class Choice(Part):
     """One of several values."""
 
@@ -85,6 +82,10 @@ class Choice(Part):
 
     def __str__(self) -> str:
         return f"one of {super().__str__()}"
+
+    def holds(self, value: Value) -> bool:
+        """Whether `value` can be drawn."""
+        return value in self.choice
 
     def ends(self) -> Sequence[Value]:
         """The values that must be allowed for the setting if every value is to be."""
@@ -194,18 +195,30 @@ class Range(Part):
         prior = f", {self.prior}" if self.prior else ""
         return f"{self.low:.10g} to {self.high:.10g}{scale}{step}{prior}"
 
-    def holds(self, value: float) -> bool:
+    def holds(self, value: Value) -> bool:
         """Whether `value` can be drawn."""
+        if not isinstance(value, int | float):
+            return False
         steps = 0.0 if self.step is None else (value - self.low) / self.step
         return self.low <= value <= self.high and abs(steps - round(steps)) < 1e-8
 
     def nearest(self, value: float, whole: bool) -> float:
-        """The value that can be drawn, of a setting of `whole` numbers or of another, and is nearest to `value`."""
+        """The value that can be drawn, of a setting of `whole` numbers or of another, and is nearest to `value`.
+
+        Of a range in steps it is the number that a person would write: 0.3, and not 0.1 + 0.2.
+        """
         unit = self.step or (1.0 if whole else None)
         if unit is not None:
-            value = self.low + unit * round((value - self.low) / unit)
+            steps = round((value - self.low) / unit)
+            value = float(Decimal(repr(self.low)) + steps * Decimal(repr(unit)))
         value = min(max(value, self.low), self.high)
         return int(value) if whole else value
+
+    def at(self, place: float, whole: bool) -> float:
+        """The value at `place`: 0 is the low end, 1 the high one, on its scale."""
+        scale, back = (math.log, math.exp) if self.log else (float, float)
+        low, high = scale(self.low), scale(self.high)
+        return self.nearest(back(low + place * (high - low)), whole)
 
     def ends(self) -> Sequence[Value]:
         """The values that must be allowed for the setting if every value is to be."""
@@ -218,17 +231,11 @@ class Range(Part):
 
     def spread(self, whole: bool, most: int) -> Sequence[Value]:
         """All values, or `most` if it has more, evenly on its scale, both ends among them."""
-        count, unit = self.count(whole), self.step or 1.0
+        count = self.count(whole)
         if count is not None and count <= most:
-            found = [self.low + unit * index for index in range(count)]
-        elif self.log:
-            found = [math.exp(value) for value in _evenly(math.log(self.low), math.log(self.high), most)]
-        else:
-            found = list(_evenly(self.low, self.high, most))
-        if count is not None:
-            found = [self.low + unit * round((value - self.low) / unit) for value in found]
-        inside = [min(max(value, self.low), self.high) for value in found]
-        return tuple(dict.fromkeys(map(int, inside) if whole else inside))
+            unit = self.step or 1.0
+            return tuple(self.nearest(self.low + unit * index, whole) for index in range(count))
+        return tuple(dict.fromkeys(self.at(index / (most - 1), whole) for index in range(most)))
 
 
 class Given(Part):

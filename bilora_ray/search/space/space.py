@@ -102,8 +102,8 @@ class Space:
         return [name for name in self.distributions if setting_of(name) == setting]
 
     def sampled(self, parameters: Mapping[str, Value]) -> dict[str, Value]:
-        """Setting -> value, of Optuna's `parameters`."""
-        return {setting_of(name): value for name, value in parameters.items()}
+        """Setting -> value, of Optuna's `parameters`, in which steps add up as floats do."""
+        return {setting_of(name): self._as_written(name, value) for name, value in parameters.items()}
 
     def parameters(self, sampled: Mapping[str, Value]) -> dict[str, Value]:
         """Optuna's parameters -> value, of settings that go together: what `sampled` is the inverse of."""
@@ -212,9 +212,7 @@ class Space:
         if isinstance(distribution, Choice):
             return dict.fromkeys(distribution.choice, 1)
         asked = {value for part in self.parts.values() for value in part.when.get(key, ())}
-        told: dict[Value, int] = dict.fromkeys(
-            (v for v in asked if isinstance(v, int | float) and distribution.holds(v)), 1
-        )
+        told: dict[Value, int] = dict.fromkeys(filter(distribution.holds, asked), 1)
         others = [value for value in self.spread(name, len(told) + 2) if value not in told]
         return {**told, **dict.fromkeys(others[:1], (self.count(name) or 0) - len(told))}
 
@@ -238,6 +236,12 @@ class Space:
         else:
             for value in values(names[0]):
                 yield from self._each(names[1:], {**sampled, names[0]: value}, values)
+
+    def _as_written(self, name: str, value: Value) -> Value:
+        part = self.distributions.get(name)
+        if isinstance(part, Choice) or not isinstance(value, float) or part is None or part.step is None:
+            return value
+        return part.nearest(value, is_integer(setting_of(name))) if part.holds(value) else value
 
     def _values(self, sampled: Mapping[str, Value]) -> dict[str, Any]:
         """Setting -> value, of all that a trial with `sampled` is given, but for what is derived."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from decimal import Decimal
 
 import numpy as np
 import optuna
@@ -12,8 +11,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from bilora_ray.config import is_integer
-from bilora_ray.search.space import Choice, Distribution, Range, Space, Value, setting_of
+from bilora_ray.search.space import Space, Value, setting_of
 
 # The study, its space and the trial's number -> what proposes that trial's settings.
 Sampler = Callable[[optuna.Study, Space, int], BaseSampler]
@@ -138,42 +136,3 @@ def conditional(space: Space) -> tuple[str, ...]:
     cases = list(space.each_case())
     names = (name for name in space.distributions if not all(space.asked(name, sampled) for sampled in cases))
     return tuple(dict.fromkeys(map(setting_of, names)))
-
-
-def among(key: str, distribution: Distribution) -> tuple[Value, ...] | None:
-    """All values that setting `key` may get, in order; None if they cannot be counted.
-
-    A range of a whole number has a step of 1 where it names none.
-    """
-    if isinstance(distribution, Choice):
-        return distribution.choice
-    count = steps(key, distribution)
-    if count is None:
-        return None
-    low = Decimal(repr(distribution.low))
-    step = Decimal(repr(distribution.step or 1))
-    return tuple(_number(key, float(low + index * step)) for index in range(count))
-
-
-def steps(key: str, distribution: Range) -> int | None:
-    """How many values a range has; None if they cannot be counted."""
-    if distribution.step is None and not is_integer(setting_of(key)):
-        return None
-    return round((distribution.high - distribution.low) / (distribution.step or 1)) + 1
-
-
-def at(key: str, distribution: Range, place: float) -> Value:
-    """The value of setting `key` at `place` of its range: 0 is the low end, 1 the high one, on its scale."""
-    low, high = distribution.low, distribution.high
-    if distribution.log:
-        value = float(np.exp(np.log(low) + place * (np.log(high) - np.log(low))))
-    else:
-        value = low + place * (high - low)
-    if distribution.step is not None:
-        step = Decimal(repr(distribution.step))
-        value = float(Decimal(repr(low)) + round((value - low) / distribution.step) * step)
-    return _number(key, min(max(value, low), high))
-
-
-def _number(key: str, value: float) -> Value:
-    return round(value) if is_integer(setting_of(key)) else value

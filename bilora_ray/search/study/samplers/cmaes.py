@@ -18,9 +18,10 @@ from cmaes import CMAwM
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from bilora_ray.search.space import Choice, Range, Space, Value
+from bilora_ray.config import is_integer
+from bilora_ray.search.space import Choice, Range, Space, Value, setting_of
 from bilora_ray.search.study.samplers import random
-from bilora_ray.search.study.samplers.base import Planned, at, conditional, given, losses, steps
+from bilora_ray.search.study.samplers.base import Planned, conditional, given, losses
 
 # Of a trial: its generation, what it drew, and, of the first of a generation, the trials that its parents are.
 DRAWN, GENERATION, PARENTS = "drawn", "generation", "parents"
@@ -71,7 +72,7 @@ def sampler(study: optuna.Study, space: Space, number: int) -> BaseSampler:
     values = {}
     for (key, distribution), place in zip(space.distributions.items(), evaluated, strict=True):
         assert isinstance(distribution, Range)
-        values[key] = at(key, distribution, float(place))
+        values[key] = distribution.at(float(place), is_integer(setting_of(key)))
     return Planned(values, rest)
 
 
@@ -117,7 +118,7 @@ def _start(space: Space) -> tuple[tuple[float, float], ...]:
     start = []
     for key, distribution in space.distributions.items():
         assert isinstance(distribution, Range)
-        count = None if distribution.log else steps(key, distribution)
+        count = None if distribution.log else space.count(key)
         start.append((_place_of(first.get(key), distribution), 1 / (count - 1) if count else 0.0))
     return tuple(start)
 

@@ -10,7 +10,7 @@ from optuna.samplers import BaseSampler
 
 from bilora_ray.search.space import Space, Value
 from bilora_ray.search.study.samplers import random
-from bilora_ray.search.study.samplers.base import Planned, among, given
+from bilora_ray.search.study.samplers.base import Planned, given
 
 # No study runs so many, and all are listed for each trial.
 MOST_POINTS = 10_000
@@ -19,8 +19,8 @@ Point = Mapping[str, Value]
 
 def limit(space: Space) -> str | None:
     """Why there is no grid over `space`, or one with fewer points than the study has trials."""
-    for key, distribution in space.distributions.items():
-        if among(key, distribution) is None:
+    for key in space.distributions:
+        if space.count(key) is None:
             instead = "write {low: ..., high: ..., step: ...} or {choice: [...]}, or sampler: qmc, which fills ranges"
             return f"trial.{key} is a range without a step, which has no grid; {instead}"
     count = sum(1 for _, _ in zip(points(space), range(MOST_POINTS + 1), strict=False))
@@ -40,7 +40,7 @@ def points(space: Space, settled: Point | None = None) -> Iterator[Point]:
     if key is None:
         yield settled
         return
-    for value in among(key, space.distributions[key]) or ():
+    for value in space.spread(key, space.count(key) or 0):
         yield from points(space, {**settled, key: value})
 
 

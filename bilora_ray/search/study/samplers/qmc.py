@@ -9,9 +9,10 @@ from __future__ import annotations
 import optuna
 from optuna.samplers import BaseSampler
 
-from bilora_ray.search.space import Distribution, Range, Space, Value
+from bilora_ray.config import is_integer
+from bilora_ray.search.space import Choice, Distribution, Space, Value, setting_of
 from bilora_ray.search.study.samplers import random
-from bilora_ray.search.study.samplers.base import Planned, among, at, given
+from bilora_ray.search.study.samplers.base import Planned, given
 
 
 def sampler(study: optuna.Study, space: Space, number: int) -> BaseSampler:
@@ -42,10 +43,10 @@ def point(space: Space, index: int) -> dict[str, Value]:
 
 def _value(key: str, distribution: Distribution, place: float) -> Value:
     """The value at `place`, which is from 0 to below 1, so that each of several values gets an equal share."""
-    if isinstance(distribution, Range) and distribution.log:
-        return at(key, distribution, place)
-    values = among(key, distribution)
-    if values is not None:
-        return values[int(place * len(values))]
-    assert isinstance(distribution, Range)
-    return at(key, distribution, place)
+    whole = is_integer(setting_of(key))
+    if isinstance(distribution, Choice):
+        return distribution.choice[int(place * len(distribution.choice))]
+    count = distribution.count(whole)
+    if count is None or distribution.log:
+        return distribution.at(place, whole)
+    return distribution.nearest(distribution.low + (distribution.step or 1) * int(place * count), whole)

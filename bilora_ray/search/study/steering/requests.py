@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.files import is_held
 from bilora_ray.records import Status
-from bilora_ray.search.space import Choice, Distribution, Space, Value, setting_of
+from bilora_ray.search.space import Space, Value, setting_of
 from bilora_ray.search.study.layout import Layout
 
 # Of a trial: it ends at its next evaluation. Of a study: which request was the last one.
@@ -74,7 +74,7 @@ def checked(space: Space, values: Mapping[str, Value]) -> dict[str, Value]:
             if not parts:
                 raise UserError(f"study '{name}': {key} has no effect{_where(space, case, values)}")
             for part in parts:
-                if not _holds(space.distributions[part], value):
+                if not space.distributions[part].holds(value):
                     distribution = space.distributions[part]
                     raise UserError(f"study '{name}': {key} {value!r} is outside its distribution, {distribution}")
                 parameters[part] = value
@@ -89,12 +89,6 @@ def _where(space: Space, case: Mapping[str, Value], values: Mapping[str, Value])
     also = f"; name {' and '.join(unnamed)} too" if unnamed else ""
     where = " and ".join(f"{key} is {value}" for key, value in deciding.items())
     return f" where {where}{also}" if where else ""
-
-
-def _holds(distribution: Distribution, value: Value) -> bool:
-    if isinstance(distribution, Choice):
-        return value in distribution.choice
-    return isinstance(value, int | float) and distribution.holds(value)
 
 
 def _waiting(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
