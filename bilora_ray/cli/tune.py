@@ -177,7 +177,7 @@ def _rehearse(
     check_address(ray_address)
     here = is_own(ray_address)
     if here:
-        capacity(space.resources, this_machine())
+        capacity(space.resources, [this_machine()])
     quiet()
     from bilora_ray.training.rehearsal import rehearse
 

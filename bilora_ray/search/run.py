@@ -17,7 +17,7 @@ from bilora_ray.config import TEST_SETTINGS
 from bilora_ray.errors import MachineError, first_line
 from bilora_ray.runners import runner_for
 from bilora_ray.runners.scoring import score
-from bilora_ray.search.cluster.cluster import capacity, check_address, check_dashboard, cluster, is_own
+from bilora_ray.search.cluster.cluster import capacity, check_address, check_dashboard, cluster, is_own, nodes
 from bilora_ray.search.cluster.gpus import decided
 from bilora_ray.search.cluster.shared_storage import check_shared
 from bilora_ray.search.cluster.watchdog import head_watched
@@ -84,7 +84,7 @@ def search(
             stack.enter_context(environment_inherited())
         stack.enter_context(head_watched(lambda: _end(running, ray_address)))
         study, observers = running.study, running.observers()
-        concurrent = space.study.max_concurrent or capacity(space.resources, ray.cluster_resources())
+        concurrent = space.study.max_concurrent or capacity(space.resources, list(nodes().values()))
         run_trials(study, observers, concurrent)
         while study.await_others(Observers([watcher]), watcher.say):
             run_trials(study, observers, concurrent)

@@ -40,12 +40,37 @@ from bilora_ray.training.compute.memory import keep_to_share
     ],
 )
 def test_as_many_trials_run_as_there_is_room_for(resources: dict[str, Any], total: dict[str, float], room: int) -> None:
-    assert capacity(ResourceConfig(**resources), total) == room
+    assert capacity(ResourceConfig(**resources), [total]) == room
+
+
+@pytest.mark.parametrize(
+    ("resources", "nodes", "room"),
+    [
+        ({"cpus_per_worker": 8}, [{"CPU": 12}, {"CPU": 8}, {"CPU": 4}], 2),
+        ({"gpus_per_worker": 1}, [{"CPU": 8, "GPU": 1}, {"CPU": 64}, {"CPU": 1, "GPU": 4}], 2),
+        ({"gpus_per_worker": 2}, [{"CPU": 8, "GPU": 3}, {"CPU": 8, "GPU": 3}], 2),
+        ({"cpus_per_worker": 3, "workers": 2}, [{"CPU": 4}, {"CPU": 4}], 1),
+        ({"cpus_per_worker": 3, "workers": 4, "min_workers": 2}, [{"CPU": 4}, {"CPU": 4}], 1),
+    ],
+)
+def test_a_worker_has_all_that_it_gets_on_one_node(
+    resources: dict[str, Any], nodes: list[dict[str, float]], room: int
+) -> None:
+    assert capacity(ResourceConfig(**resources), nodes) == room
+
+
+def test_what_no_node_has_by_itself_is_refused_though_all_together_have_it() -> None:
+    with pytest.raises(UserError) as caught:
+        capacity(ResourceConfig(cpus_per_worker=8), [{"CPU": 4}] * 4)
+    assert str(caught.value) == (
+        "resources: a trial wants 8 CPUs and 0 GPUs, and there are 16 CPUs and 0 GPUs on 4 nodes, "
+        "none of which has as much by itself"
+    )
 
 
 def test_a_part_of_a_gpu_that_is_not_there_is_no_room() -> None:
     with pytest.raises(UserError) as caught:
-        capacity(ResourceConfig(gpus_per_worker=0.5), {"CPU": 8})
+        capacity(ResourceConfig(gpus_per_worker=0.5), [{"CPU": 8}])
     assert str(caught.value) == (
         "resources: a trial wants 1 CPUs and 0.5 GPUs, and there are 8 CPUs and 0 GPUs; "
         "without GPUs say resources.gpus_per_worker: 0"

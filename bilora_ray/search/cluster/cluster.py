@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from urllib.parse import urlsplit
@@ -120,6 +120,11 @@ def total() -> dict[str, float]:
     return {**{kind: ray.cluster_resources().get(kind, 0.0) for kind in ("CPU", "GPU")}, "nodes": float(alive)}
 
 
+def nodes() -> dict[str, Mapping[str, float]]:
+    """Id -> what it has, of each node of the connected cluster."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+
+
 def this_machine() -> dict[str, float]:
     """What a cluster of our own would have, or somewhat more: Ray leaves out what a container may not use."""
     import torch
@@ -173,17 +178,26 @@ def _ask_dashboard() -> None:
     list_nodes(limit=1)
 
 
-def capacity(resources: ResourceConfig, total: Mapping[str, float]) -> int:
-    """How many trials have room at one time in a cluster with `total` resources. UserError if it is none."""
-    # 1 // 0.2 is 4: the float is a little more than a fifth.
-    room = [int(total.get("CPU", 0) / resources.cpus_per_worker + 1e-9)]
-    if gpus := resources.gpus_per_worker:
-        whole = max(gpus, 1.0)  # a part is one of a single GPU: two GPUs are four times 0.4
-        room.append(int(whole / gpus + 1e-9) * int(total.get("GPU", 0) / whole))
-    if min(room) < (resources.min_workers or resources.workers):
-        have = f"{total.get('CPU', 0):g} CPUs and {total.get('GPU', 0):g} GPUs"
+def capacity(resources: ResourceConfig, nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many trials have room at one time on `nodes`, each given by what it has. UserError if it is none."""
+    room = sum(workers_on(node, resources) for node in nodes)
+    if room < (resources.min_workers or resources.workers):
+        cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+        have = f"{cpus:g} CPUs and {gpus:g} GPUs"
+        if len(nodes) > 1:
+            have += f" on {len(nodes)} nodes" + ("" if room else ", none of which has as much by itself")
         each = f"{resources.cpus_per_worker:g} CPUs and {resources.gpus_per_worker:g} GPUs"
         workers = f"{resources.workers} workers with {each} each" if resources.workers > 1 else each
-        hint = "" if total.get("GPU") or not gpus else "; without GPUs say resources.gpus_per_worker: 0"
+        hint = "" if gpus or not resources.gpus_per_worker else "; without GPUs say resources.gpus_per_worker: 0"
         raise UserError(f"resources: a trial wants {workers}, and there are {have}{hint}")
-    return max(1, min(room) // resources.workers)
+    return max(1, room // resources.workers)
+
+
+def workers_on(node: Mapping[str, float], resources: ResourceConfig) -> int:
+    """How many workers of trials have room at one time on a node that has `node`."""
+    # 1 // 0.2 is 4: the float is a little more than a fifth.
+    room = int(node.get("CPU", 0) / resources.cpus_per_worker + 1e-9)
+    if gpus := resources.gpus_per_worker:
+        whole = max(gpus, 1.0)  # a part is one of a single GPU: two GPUs are four times 0.4
+        room = min(room, int(whole / gpus + 1e-9) * int(node.get("GPU", 0) / whole))
+    return room
