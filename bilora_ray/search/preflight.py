@@ -179,7 +179,7 @@ def _check_size(space: Space, label_names: Sequence[str] | None) -> None:
     quiet()
     from bilora_ray.training.rehearsal import least_adapter_mb
 
-    least = min(one.rank for one in _choices(space, "rank"))
+    least = space.with_end(min, lambda config: config.rank).rank
     ends = product(_choices(space, "target_modules"), _choices(space, BASE))
     configs = [other.model_copy(update={"rank": least, "target_modules": one.target_modules}) for one, other in ends]
     size = min(least_adapter_mb(config, label_names) for config in configs)

@@ -235,7 +235,7 @@ def _crossed(space: Space, values: Mapping[str, Sequence[Value]]) -> Iterator[di
 
     def of(name: str) -> Sequence[Value]:
         if space.decides(name):
-            return tuple(dict.fromkeys((*space.ends(name), *space.cases(name), *values.get(name, ()))))
+            return tuple(dict.fromkeys((*space.deciding_values(name), *values.get(name, ()))))
         return values.get(name, space.ends(name)[:1])
 
     return space.each(of)

@@ -159,17 +159,25 @@ class Space:
 
     def with_step(self, choose: Callable[..., Any]) -> TrialConfig:
         """As `first_config`, of the trial whose steps take the most training rows, or the fewest: `max`, or `min`."""
+        return self.with_end(choose, lambda config: config.step_rows(self.resources.workers))
 
-        def rows(sampled: Mapping[str, Value]) -> int:
-            return self.trial_config(sampled).step_rows(self.resources.workers)
+    def with_end(self, choose: Callable[..., Any], of: Callable[[TrialConfig], float]) -> TrialConfig:
+        """As `first_config`, of the trial that has the largest, or the smallest, number `of` it: `max`, or `min`."""
+
+        def number(sampled: Mapping[str, Value]) -> float:
+            return of(self.trial_config(sampled))
 
         found = []
-        for sampled in self.each_case():
+        for sampled in self.each(lambda name: self.deciding_values(name) or self.ends(name)[:1]):
             for name in sampled:
                 if not self.decides(name):
-                    sampled = choose([{**sampled, name: end} for end in self.ends(name)], key=rows)
+                    sampled = choose([{**sampled, name: end} for end in self.ends(name)], key=number)
             found.append(sampled)
-        return self.trial_config(choose(found, key=rows))
+        return self.trial_config(choose(found, key=number))
+
+    def deciding_values(self, name: str) -> tuple[Value, ...]:
+        """Of a distribution that decides which others a trial is asked for, its ends and a value of each case."""
+        return tuple(dict.fromkeys((*self.ends(name), *self.cases(name)))) if self.decides(name) else ()
 
     def each_case(self) -> Iterator[dict[str, Value]]:
         """As `each`, one for each case that conditions and methods tell from the others."""
