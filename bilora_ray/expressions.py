@@ -71,6 +71,10 @@ class Expression:
             raise ValueError(f"{self.text} is too large a number")
         return found
 
+    def __str__(self) -> str:
+        """The same for all texts that differ in spaces and brackets only."""
+        return ast.unparse(self.tree)
+
 
 @lru_cache(maxsize=1024)
 def parsed(text: str) -> Expression:

@@ -122,7 +122,7 @@ def test_a_study_tells_its_space_again_and_goes_on_with_no_other(tmp_path: Path)
     check_study(space, layout, True, {})
     for changed, key in (
         ({"lora_alpha": "rank"}, "lora_alpha was 2 * rank, is rank"),
-        ({"learning_rate": FAST}, "learning_rate was 0.001 to 0.1, on a log scale, when method is lora; 1e-05"),
+        ({"learning_rate": FAST}, "learning_rate was 1e-05 to 0.0001, on a log scale, when method is bilora; 0.001"),
         ({"weight_decay": {"value": 0.1, **LORA}}, "weight_decay was 0 to 0.01, when method is bilora; 0.1, when"),
         ({"max_grad_norm": {"choice": [0.5, 2.0]}}, "max_grad_norm was one of 0.5, 2.0, when quantization is nf4"),
     ):
@@ -131,6 +131,35 @@ def test_a_study_tells_its_space_again_and_goes_on_with_no_other(tmp_path: Path)
         assert f"began with other space: {key}" in str(error.value)
         override = str(error.value).rpartition("--set '")[2].removesuffix("'")
         check_study(load({**SUBSPACES, **changed}, overrides=(override,)), layout, True, {})
+
+
+def test_a_study_goes_on_with_the_same_space_in_other_words(tmp_path: Path) -> None:
+    words: dict[str, Any] = {
+        "learning_rate": "3e-4",
+        "max_steps": 8,
+        "rank": {"choice": [4, 8, 16]},
+        "lora_alpha": "2*rank",
+        "lora_dropout": {"choice": [0.1, 0.2], "when": {"rank": [8, 4], "method": "bilora"}},
+        "rho": [{"value": 0.1, "when": {"rank": 4}}, {"value": 0.2, "when": {"rank": [8, 16]}}],
+        "method": METHODS,
+    }
+    others = {
+        "learning_rate": 0.0003,
+        "max_steps": "8",
+        "lora_alpha": "(2 * rank)",
+        "lora_dropout": {"choice": ["0.1", 0.2], "when": {"method": ["bilora"], "rank": [4, 8]}},
+        "rho": [{"value": 0.2, "when": {"rank": [16, 8]}}, {"value": "0.1", "when": {"rank": [4]}}],
+    }
+    points = {"points_to_evaluate": [{"rank": "8"}]}, {"points_to_evaluate": [{"rank": 8}]}
+    space, again = load(words, points[0]), load({**words, **others}, points[1])
+    study = opened(space, tmp_path)
+    study.next_trials()
+    study.release()
+    check_study(again, Layout(tmp_path), True, {})
+    assert space.parts.keys() == again.parts.keys()
+    for key, value in (("max_steps", "9"), ("lora_alpha", "2*rank+0"), ("learning_rate", "3e-5")):
+        with pytest.raises(UserError, match=f"began with other space: {key}"):
+            check_study(load({**words, **others, key: value}, points[1]), Layout(tmp_path), True, {})
 
 
 def test_a_study_of_before_conditions_opens_and_goes_on(tmp_path: Path) -> None:
@@ -253,6 +282,13 @@ def test_what_is_derived_may_have_a_condition_and_a_chain() -> None:
 )
 def test_the_size_is_the_number_of_different_trials(trial: dict[str, Any], size: int | None) -> None:
     assert load(trial).size() == size
+
+
+def test_the_ends_of_what_is_derived_are_found_by_what_it_is_computed_from() -> None:
+    space = load({"rank": "2 * auxiliary_rank", "auxiliary_rank": {"choice": [16, 2, 8]}})
+    assert space.with_end(min, lambda config: config.rank).rank == 4
+    deciding = load({"rank": {"low": 2, "high": 16}, "rho": {"low": 0.1, "high": 1, "when": {"rank": 2}}})
+    assert deciding.with_end(max, lambda config: config.rank).rank == 16
 
 
 def test_the_longest_and_the_shortest_step_are_of_trials_that_can_be() -> None:

@@ -269,8 +269,8 @@ def setting_of(name: str) -> str:
 
 
 def named(setting: str, part: Part, alone: bool) -> str:
-    """What a part of `setting` is called: as the setting, if it is `alone`, else with its condition."""
-    conditions = (f"{key}={'|'.join(map(in_yaml, values))}" for key, values in part.when.items())
+    """What a part of `setting` is called: as the setting, if it is `alone`, else with its condition, in any order."""
+    conditions = (f"{key}={'|'.join(sorted(map(in_yaml, values)))}" for key, values in sorted(part.when.items()))
     return setting if alone else f"{setting}@{','.join(conditions)}"
 
 

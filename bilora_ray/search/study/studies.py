@@ -15,11 +15,13 @@ from typing import Any
 import optuna
 from optuna.study import StudyDirection
 from optuna.trial import TrialState
+from pydantic_core import to_jsonable_python
 
 from bilora_ray.checking import Settings, before, build, completed
-from bilora_ray.config import TrialConfig
+from bilora_ray.config import TrialConfig, coerce, takes_mapping
 from bilora_ray.digests import BASE, CHAT_TEMPLATE, of_data, of_marked
 from bilora_ray.errors import UserError, nearest
+from bilora_ray.expressions import parsed
 from bilora_ray.records import Status
 from bilora_ray.search.space import (
     BUDGETS,
@@ -31,6 +33,7 @@ from bilora_ray.search.space import (
     ResourceConfig,
     Space,
     StudyConfig,
+    is_expression,
     setting_of,
 )
 from bilora_ray.search.study.control.budget import end_of
@@ -348,11 +351,36 @@ def _comparable(described: Mapping[str, Any]) -> dict[str, Any]:
     # What the scheduler does not read was not refused before, and is now.
     unread = {key for key, schedulers in READ_BY.items() if study["scheduler"] not in schedulers}
     compared = {f"study.{key}": value for key, value in study.items() if key not in FREE_TO_CHANGE | unread}
-    trial = completed(TrialConfig, described["fixed"])
+    if "study.points_to_evaluate" in compared:
+        points = compared["study.points_to_evaluate"]
+        compared["study.points_to_evaluate"] = [{key: _typed(key, point[key]) for key in point} for point in points]
+    trial = {key: _typed(key, value) for key, value in completed(TrialConfig, described["fixed"]).items()}
     parts: dict[str, Any] = {}
     for name, part in {**described["distributions"], **described.get("given", {})}.items():
-        parts.setdefault(setting_of(name), []).append(_part(part).described())
+        parts.setdefault(setting_of(name), []).append(_in_order(setting_of(name), _part(part)))
+    for found in parts.values():
+        found.sort(key=lambda part: json.dumps(part.get("when"), sort_keys=True))
     return {**compared, "resources.workers": workers, **trial, **parts}
+
+
+def _in_order(key: str, part: Distribution | Given) -> dict[str, Any]:
+    """A part of the setting `key` in the same words, whatever order and spaces it was written in."""
+    told = part.described()
+    if part.when:
+        told["when"] = {other: sorted(values, key=repr) for other, values in part.when.items()}
+    if isinstance(part, Given) and is_expression(key, part.value):
+        told["value"] = str(parsed(part.value))
+    return told
+
+
+def _typed(key: str, value: Any) -> Any:
+    """A value as the type of its setting, as JSON holds it: of `3e-4`, which YAML reads as text, the number."""
+    if key not in TrialConfig.model_fields or takes_mapping(key):
+        return value
+    try:
+        return to_jsonable_python(coerce(key, value, key))
+    except UserError:
+        return value
 
 
 def _in_words(value: Any) -> str:
