@@ -17,12 +17,15 @@ import pytest
 import torch
 from chaos.nodes import free_port
 from click.testing import CliRunner
+from huggingface_hub.errors import HfHubHTTPError
 
 from bilora_ray.cli.main import main
 from bilora_ray.search.readiness import machine, services
 from bilora_ray.search.readiness.findings import Finding, Verdict
 
 GIB = 2**30
+VISIBLE = machine.VISIBLE
+HUB = services.hub
 
 
 @pytest.fixture(autouse=True)
@@ -108,6 +111,17 @@ def no_folder(patch: pytest.MonkeyPatch, path: Path) -> tuple[str, ...]:
     return ()
 
 
+def disk_that_ray_takes_for_full(patch: pytest.MonkeyPatch, path: Path) -> tuple[str, ...]:
+    patch.setenv("RAY_TMPDIR", "/tmp/of its own/that Ray makes")
+    disk(patch, 500, 24, where="/tmp")
+    return ()
+
+
+def sockets_too_long(patch: pytest.MonkeyPatch, path: Path) -> tuple[str, ...]:
+    patch.setenv("RAY_TMPDIR", f"/tmp/{'x' * 60}")
+    return ()
+
+
 def other_database(patch: pytest.MonkeyPatch, path: Path) -> tuple[str, ...]:
     (path / "studies.db").write_text("not a database, but long enough to be taken for one")
     return ()
@@ -134,6 +148,8 @@ BROKEN: dict[Broken, tuple[str, str, str]] = {
     full_disk: ("storage path", "0.1 GiB free", "--storage-path"),
     no_locks: ("storage path", "locks of files do not hold there", "two searches could run one trial"),
     no_folder: ("storage path", "cannot be written (Permission denied)", "--storage-path"),
+    disk_that_ray_takes_for_full: ("temporary files", "that Ray makes has 24.0 GiB free, 5%", "95% full"),
+    sockets_too_long: ("temporary files", "too long for Ray's sockets, by 2", "RAY_TMPDIR"),
     other_database: ("study database", "is not a database of studies", ""),
     dead_mlflow: ("MLflow", "MLflow does not answer", "start it"),
     open_mlflow: ("MLflow auth", "without credentials", "SECURITY.md"),
@@ -178,6 +194,75 @@ def test_what_cannot_be_looked_at_keeps_nothing_else_from_it(tmp_path: Path, mon
     assert code == 2
     assert "libcudart.so.12" in found["GPUs"]["found"]
     assert found["Ray"]["verdict"] == "ok"
+
+
+@pytest.mark.parametrize("name", ["taken", "taken/runs"])
+def test_a_file_is_no_storage_path(name: str, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    (found,) = machine.storage(tmp_path / name)
+    assert (found.verdict, found.found) == (Verdict.FAULT, f"{tmp_path / 'taken'} cannot be written (Not a directory)")
+
+
+@pytest.mark.parametrize("visible", ["", "-1"])
+def test_gpus_that_are_hidden_on_purpose_are_a_note(visible: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(machine, "_driver_sees", lambda: "NVIDIA L4")
+    (found,) = machine.gpus()
+    assert (found.verdict, found.found) == (Verdict.NOTE, f"the driver has NVIDIA L4, which {VISIBLE}={visible} hides")
+
+
+def test_a_driver_that_does_not_say_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise subprocess.CalledProcessError(9, "nvidia-smi")
+
+    monkeypatch.setattr(subprocess, "run", fails)
+    (found,) = machine.gpus()
+    assert (found.verdict, found.found[:28]) == (Verdict.NOTE, "none, and nvidia-smi fails (")
+
+
+@pytest.mark.parametrize(
+    ("code", "verdict"), [(401, Verdict.FAULT), (403, Verdict.FAULT), (429, Verdict.NOTE), (503, Verdict.NOTE)]
+)
+def test_a_hub_that_is_busy_refuses_nobody(code: int, verdict: Verdict, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any, **__: Any) -> Any:
+        raise HfHubHTTPError("refused", response=SimpleNamespace(status_code=code, headers={}, request=None))  # type: ignore[arg-type]
+
+    monkeypatch.setattr("huggingface_hub.constants.is_offline_mode", lambda: False)
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "hf_x")
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", refuses)
+    assert [one.verdict for one in HUB()] == [verdict]
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "left"),
+    [
+        ("0::/\n", {"": (8, 6, 3)}, 5),  # six are taken, three of which only hold what was read
+        ("0::/a/b\n", {"a": (8, 6, 0), "a/b": ("max", 2, 0)}, 2),
+        ("0::/of/its/host\n", {"": (4, 1, 0)}, 3),
+        ("0::/\n", {"": ("max", 6, 3)}, 64),
+        ("0::/\n", {}, 64),
+        ("9:cpu:/x\n4:hugetlb,memory:/slurm/job\n", {"memory/slurm/job": (9, 7, 1)}, 3),
+        ("4:memory:/docker/1\n", {"memory": (2**33, 7, 1)}, 64),
+    ],
+)
+def test_free_memory_is_what_the_nearest_limit_leaves(
+    groups: str, limits: dict[str, tuple[Any, int, int]], left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    (tmp_path / "groups").write_text(groups)
+    (tmp_path / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {64 * 2**20} kB\n")
+    for name, (most, used, cached) in limits.items():
+        folder, first = tmp_path / "cgroup" / name, name.startswith("memory")
+        folder.mkdir(parents=True, exist_ok=True)
+        files = ("memory.limit_in_bytes", "memory.usage_in_bytes") if first else ("memory.max", "memory.current")
+        for file, size in zip(files, (most, used), strict=True):
+            (folder / file).write_text(f"{size if size == 'max' else size * GIB}\n")
+        (folder / "memory.stat").write_text(f"anon 1\n{'total_' if first else ''}inactive_file {cached * GIB}\n")
+    for name, file in (("MEMINFO", "meminfo"), ("OWN_GROUPS", "groups"), ("GROUPS", "cgroup")):
+        monkeypatch.setattr(machine, name, tmp_path / file)
+    assert machine.free_memory() == left * GIB
 
 
 def test_the_driver_is_asked_for_its_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import resource
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from importlib import metadata
@@ -35,6 +37,11 @@ PROCESS = int(1.2 * GIB)
 # File systems of other machines, as Linux names them; those where locks are known to fail now and then.
 REMOTE = ("nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "fuse.s3fs", "fuse.gcsfuse", "lustre", "ceph", "9p")
 SHARED_MEMORY, MOUNTS = Path("/dev/shm"), Path("/proc/mounts")
+MEMINFO, OWN_GROUPS, GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+ON_CPU = "trials run on the CPU: resources.gpus_per_worker is 0"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+# The longest of Ray's sockets, in its folder of temporary files; and how many bytes the path of a socket may have.
+SOCKET, MOST_OF_SOCKET = "ray/session_2000-01-01_00-00-00_000000_{}/sockets/plasma_store", 107
 
 
 def packages() -> Iterator[Finding]:
@@ -59,14 +66,20 @@ def gpus() -> Iterator[Finding]:
     import torch
 
     if not torch.cuda.is_available():
-        seen = _driver_sees()
+        try:
+            seen = _driver_sees()
+        except (OSError, subprocess.SubprocessError) as error:
+            yield Finding("GPUs", Verdict.NOTE, f"none, and nvidia-smi fails ({first_line(error)})", ON_CPU)
+            return
         if not seen:
-            yield Finding("GPUs", Verdict.OK, "none; trials run on the CPU: resources.gpus_per_worker is 0")
+            yield Finding("GPUs", Verdict.OK, f"none; {ON_CPU}")
+            return
+        if (visible := os.environ.get(VISIBLE)) in ("", "-1"):
+            found = f"the driver has {seen}, which {VISIBLE}={visible} hides"
+            yield Finding("GPUs", Verdict.NOTE, found, f"unset {VISIBLE}, unless that is meant")
             return
         built = "is built without CUDA" if torch.version.cuda is None else f"is built for CUDA {torch.version.cuda}"
         mend = "install the build of torch that fits the driver: https://pytorch.org/get-started/locally"
-        if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
-            mend = "unset CUDA_VISIBLE_DEVICES, which is empty and hides them"
         yield Finding("GPUs", Verdict.FAULT, f"the driver has {seen}, and torch {torch.__version__} {built}", mend)
         return
     for index in range(torch.cuda.device_count()):
@@ -81,7 +94,9 @@ def gpus() -> Iterator[Finding]:
 
 def memory() -> Iterator[Finding]:
     """Whether the memory holds a process of a trial for every core."""
-    cores, free = len(os.sched_getaffinity(0)), free_memory()
+    # Not all systems say which of the cores a process may use.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    free = free_memory()
     found = f"{free / GIB:.1f} GiB of memory free, {cores} cores"
     held = int(free / PROCESS)
     if held < 1:
@@ -121,22 +136,32 @@ def shared_memory() -> Iterator[Finding]:
 
 
 def temporary() -> Iterator[Finding]:
-    """Whether the disk of Ray's own files is one that Ray takes for full."""
-    folder = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
-    usage = shutil.disk_usage(folder)
+    """Whether Ray's own files have a place: a disk that Ray does not take for full, and a path of which sockets can be.
+
+    It looks as Ray does, which makes the folder where it is missing.
+    """
+    on_linux = os.environ.get("TMPDIR") if sys.platform.startswith("linux") else None
+    folder = Path(os.environ.get("RAY_TMPDIR") or on_linux or "/tmp")
+    about, longest = "temporary files", len(os.fsencode(folder / SOCKET.format(os.getpid())))
+    usage = shutil.disk_usage(_there(folder))
     found = f"{folder} has {usage.free / GIB:.1f} GiB free, {usage.free / usage.total:.0%}"
-    if usage.free < (1 - FULL) * usage.total:
+    if longest > MOST_OF_SOCKET:
+        found = f"{folder} is too long for Ray's sockets, by {longest - MOST_OF_SOCKET} bytes"
+        yield Finding(about, Verdict.FAULT, found, "name a shorter folder in RAY_TMPDIR")
+    elif usage.free < (1 - FULL) * usage.total:
         mend = f"Ray takes a disk that is {FULL:.0%} full for full: free some, or name another folder in TMPDIR"
-        yield Finding("temporary files", Verdict.NOTE, found, mend)
+        yield Finding(about, Verdict.FAULT, found, mend)
     else:
-        yield Finding("temporary files", Verdict.OK, found)
+        yield Finding(about, Verdict.OK, found)
 
 
 def storage(path: Path) -> Iterator[Finding]:
     """Whether studies can be kept in `path`, which need not be there yet: written, locked, with room."""
-    place = next(folder for folder in (path, *path.parents) if folder.is_dir())
+    place = _there(path)
     about, option = "storage path", f"--storage-path {path}"
     try:
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         with tempfile.TemporaryDirectory(prefix=".doctor-", dir=place) as name:
             lock = Path(name, "lock")
             with locked(lock, wait_s=0):
@@ -161,6 +186,11 @@ def storage(path: Path) -> Iterator[Finding]:
         yield Finding(about, Verdict.OK, found)
 
 
+def _there(path: Path) -> Path:
+    """`path`, or of what is above it the nearest that exists."""
+    return next(each for each in (path, *path.absolute().parents) if each.exists())
+
+
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)
@@ -169,27 +199,49 @@ def _version(name: str) -> str | None:
 
 
 def _driver_sees() -> str:
-    """The GPUs that NVIDIA's driver has, in words; nothing where there is none."""
+    """The GPUs that NVIDIA's driver has, in words; nothing where there is none.
+
+    Raises:
+        OSError, SubprocessError: it does not say.
+    """
     if shutil.which("nvidia-smi") is None:
         return ""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"a fault ({first_line(error)})"
-    return ", ".join(done.stdout.split("\n")[:-1])
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    return ", ".join(line for line in done.stdout.splitlines() if line and line != "No devices were found")
 
 
 def free_memory() -> int:
-    """Bytes that processes here could have more, of the machine and of its container."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in _lines(Path("/proc/meminfo")):
+    """Bytes that processes here could have more, of the machine and of the control groups that this one is in."""
+    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # where the system tells no more than that
+    for line in _lines(MEMINFO):
         if line.startswith("MemAvailable:"):
             free = int(line.split()[1]) * 1024
-    most, used = _lines(Path("/sys/fs/cgroup/memory.max")), _lines(Path("/sys/fs/cgroup/memory.current"))
-    if most and used and most[0] != "max":
-        free = min(free, int(most[0]) - int(used[0]))
-    return free
+    return min([free, *_left_to_groups()])
+
+
+def _left_to_groups() -> Iterator[int]:
+    """What its limit leaves to each control group of this process, those above its own too.
+
+    In a container the path of its own may be one that only its host has: then what is above it is the container's.
+    https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
+    """
+    for line in _lines(OWN_GROUPS):
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, limit, used, cached = GROUPS, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            root, cached = GROUPS / "memory", "total_inactive_file"
+            limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        own = root / path.lstrip("/")
+        for group in (own, *own.parents[: len(own.parts) - len(root.parts)]):
+            most, taken = _lines(group / limit), _lines(group / used)
+            if most and taken and most[0] != "max":
+                told = dict(line.split() for line in _lines(group / "memory.stat"))
+                # The files that were read and are not in use go before anything else has to.
+                yield int(most[0]) - int(taken[0]) + int(told.get(cached, 0))
 
 
 def _file_system(folder: Path) -> str:

@@ -79,8 +79,12 @@ def hub() -> Iterator[Finding]:
         else:
             yield Finding("Hub", Verdict.OK, f"answers, to {HfApi().whoami()['name']}")
     except HfHubHTTPError as error:
-        where = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the stored token"
-        yield Finding("Hub", Verdict.FAULT, f"refuses {where} ({first_line(error)})", "hf auth login")
+        if error.response.status_code in (401, 403):
+            where = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "the stored token"
+            yield Finding("Hub", Verdict.FAULT, f"refuses {where} ({first_line(error)})", "hf auth login")
+        else:
+            mend = "it is busy, or something before it is: what is in the cache needs no answer"
+            yield Finding("Hub", Verdict.NOTE, f"does not answer as it should ({first_line(error)})", mend)
     except Exception as error:  # which one it is depends on the HTTP library beneath
         mend = "local models and data need none; a proxy is named in HTTPS_PROXY"
         yield Finding("Hub", Verdict.NOTE, f"cannot be reached ({first_line(error)})", mend)

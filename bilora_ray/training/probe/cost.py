@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -127,4 +128,5 @@ def _memory() -> int:
     """The most bytes that this process has had."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_reserved() + int(CUDA_GIB * 2**30)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Linux tells KiB, macOS bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
