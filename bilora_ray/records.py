@@ -64,7 +64,8 @@ class TrialRecord:
         error: why it failed, one line.
         values: of each of the study's metrics, all with that adapter; empty before the first evaluation.
         broken: the limits of the study that it does not keep to, one line.
-        stopped_after: unit -> how much of it the trial had had when it was stopped early; empty if it was not.
+        stopped_after: unit -> how much of it the trial had had when it was stopped or ended early; empty if it was not.
+        ended_by: the budget of the study that ended it early, or `stop`: it is complete with what it had reached.
         parent: what it goes on from; None: it began by itself. Its history, its value and its adapter are its own.
     """
 
@@ -82,6 +83,7 @@ class TrialRecord:
     broken: str | None = None
     stopped_after: Mapping[str, float] = field(default_factory=dict)
     parent: Parent | None = None
+    ended_by: str | None = None
 
 
 @dataclass(frozen=True)

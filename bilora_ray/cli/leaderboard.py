@@ -11,7 +11,7 @@ import yaml
 from rich.console import Console
 
 from bilora_ray.cli.finalists import finals_as_json
-from bilora_ray.cli.progress import STATUS_WORDS
+from bilora_ray.cli.progress import status_of
 from bilora_ray.cli.tables import TrialTable, amount_of, in_short, step_of
 from bilora_ray.config import TrialConfig, shown
 from bilora_ray.records import Objective, Status, TrialRecord
@@ -45,7 +45,7 @@ def print_leaderboard(
     table = TrialTable("trial", "status", *columns, *metrics, "step")
     for record in rows[:most]:
         step = step_of(record.history[-1]) if record.history else ""
-        status = f"[{STATUS_STYLE[record.status]}]{STATUS_WORDS[record.status]}[/]"
+        status = f"[{STATUS_STYLE[record.status]}]{status_of(record)}[/]"
         marked = ["yes" if record.number in ahead else ""] if len(metrics) > 1 else []
         values = [in_short(record.value), *(in_short(record.values.get(metric)) for metric in metrics[1:])]
         parent = "" if record.parent is None else f"{record.parent.number} at {record.parent.step}"
@@ -63,12 +63,15 @@ def print_leaderboard(
 
 
 def _print_stops(console: Console, records: Sequence[TrialRecord]) -> None:
-    stops = [stop for record in records for stop in record.stopped_after.items()]
-    for unit in dict.fromkeys(unit for unit, _ in stops):
-        amounts = sorted(amount for other, amount in stops if other == unit)
-        first, last = (amount_of(unit, amount) for amount in (amounts[0], amounts[-1]))
+    found: dict[tuple[str, str], list[float]] = {}
+    for record in records:
+        for unit, amount in record.stopped_after.items():
+            found.setdefault((status_of(record), unit), []).append(amount)
+    for (status, unit), amounts in found.items():
+        first, last = (amount_of(unit, amount) for amount in (min(amounts), max(amounts)))
         which = f"{first} at the earliest, {last} at the latest" if first != last else first
-        console.print(f"Stopped early: {len(amounts)}, after {which}", markup=False, highlight=False)
+        line = f"{status.capitalize()}: {len(amounts)}, after {which}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_settings(console: Console, settings: Mapping[str, Any]) -> None:
@@ -182,6 +185,7 @@ def as_json(record: TrialRecord, metric: str) -> dict[str, Any]:
         "adapter_removed": record.removed,
         "error": record.error,
         "stopped_after": dict(record.stopped_after) or None,
+        "ended_by": record.ended_by,
         **({} if record.parent is None else {"parent": asdict(record.parent)}),
         **({} if record.broken is None else {"broken": record.broken}),
     }

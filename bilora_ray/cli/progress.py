@@ -131,7 +131,7 @@ class SearchProgress:
         values = {} if trial.value is None else {self.metric: trial.value, **trial.values}
         value = "".join(f", {metric} {in_short(number)}" for metric, number in values.items())
         reason = f": {problem}" if (problem := trial.error or trial.broken) else ""
-        return f"trial {trial.number} {STATUS_WORDS[trial.status]}{_how_far(trial)}{value}{reason}"
+        return f"trial {trial.number} {status_of(trial)}{_how_far(trial)}{value}{reason}"
 
     def _headline(self) -> Text:
         counts = {status: sum(t.status is status for t in self.ended.values()) for status in Status}
@@ -161,6 +161,11 @@ class SearchProgress:
         if done == 0:
             return None
         return (time.monotonic() - self.started) / done * (self.num_trials - len(self.ended))
+
+
+def status_of(trial: TrialRecord) -> str:
+    """How a trial stands, in words, such as `ended by max_hours` of one that counts with what it had reached."""
+    return STATUS_WORDS[trial.status] if trial.ended_by is None else f"ended by {trial.ended_by}"
 
 
 def _how_far(trial: TrialRecord) -> str:

@@ -11,7 +11,6 @@ import click
 
 from bilora_ray.cli.finalists import print_finalists
 from bilora_ray.cli.leaderboard import (
-    STATUS_WORDS,
     print_best,
     print_end,
     print_leaderboard,
@@ -28,6 +27,7 @@ from bilora_ray.cli.options import (
     study_database_option,
     where_adapter_is,
 )
+from bilora_ray.cli.progress import STATUS_WORDS, status_of
 from bilora_ray.cli.tables import in_short
 from bilora_ray.config import CUDA_GIB
 from bilora_ray.errors import UserError
@@ -94,7 +94,8 @@ def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -
         print_json(study_as_json(found))
         return
     records, importances = found.records_now(), found.importances()
-    counts = {words: sum(record.status is status for record in records) for status, words in STATUS_WORDS.items()}
+    stand = list(map(status_of, records))
+    counts = {words: stand.count(words) for words in (*STATUS_WORDS.values(), *stand)}
     summary = ", ".join(f"{count} {words}" for words, count in counts.items() if count) or "no trials"
     console.print(f"Study '{study}': {summary} of {found.space.study.num_trials}", style="bold", markup=False)
     print_end(console, found)

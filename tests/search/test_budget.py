@@ -51,6 +51,7 @@ def test_the_time_of_the_search_ends_its_running_trials_at_their_next_evaluation
     assert [record.history[-1]["step"] for record in records] == [4, 4, 4, 4, 2, 2, 2, 2]
     # Judged: what each has reached counts.
     assert {record.status for record in records} == {Status.COMPLETE}
+    assert [record.ended_by for record in records] == [None] * 4 + ["max_hours"] * 4
     assert [record.value for record in records[4:]] == [record.history[1]["eval_loss"] for record in records[4:]]
 
 

@@ -152,6 +152,67 @@ def test_a_trial_that_is_stopped_ends_at_its_next_evaluation_and_counts(tmp_path
     assert (result.exit_code, result.stderr) == (2, "Error: study 's': trial 0 has ended already (complete)\n")
 
 
+def test_no_scheduler_has_a_say_of_a_trial_that_was_asked_to_stop(tmp_path: Path) -> None:
+    study = opened(tmp_path, "study.scheduler=asha", "study.grace_period=1", "study.reduction_factor=2")
+    next_trial(study), next_trial(study)
+    assert study.report(0, told(1, loss=0.5)) is Status.RUNNING
+    said(tmp_path, "stop", "s", "--trial", "1")
+    assert study.report(1, told(1, loss=0.9)) is Status.COMPLETE  # the weaker of two
+    record = study.record(1)
+    rows = record.settings["per_device_train_batch_size"]
+    assert (record.ended_by, record.stopped_after) == ("stop", {"rows": rows})
+    shown = json.loads(said(tmp_path, "show", "s", "--json"))["trials"][1]
+    assert (shown["status"], shown["ended_by"], shown["stopped_after"]) == ("complete", "stop", {"rows": rows})
+    lines = said(tmp_path, "show", "s").splitlines()
+    assert f"Ended by stop: 1, after {rows} rows" in lines
+    assert any("ended by stop" in line and "0.9" in line for line in lines)
+
+
+def test_workers_that_have_not_heard_of_the_end_leave_nothing_behind_and_are_judged_by_what_stays(
+    tmp_path: Path,
+) -> None:
+    study = opened(tmp_path, "study.target=0.5")
+    number = next_trial(study)
+    assert number == 0
+    assert study.report(0, told(1, loss=0.5)) is Status.COMPLETE
+    folder = study.folder(0)
+    late = folder.checkpoint_at(2)
+    late.mkdir(parents=True)
+    state = {"step": 2, "best_step": 2, "history": [told(1, loss=0.5), told(2, loss=0.4)]}
+    (late / "state.json").write_text(json.dumps(state))
+    (late / "tensors.safetensors").write_bytes(bytes(100))
+    study.settle()
+    assert [path.name for path in late.iterdir()] == ["state.json"]
+    record = study.record(0)
+    assert (record.ended_by, record.value, record.adapter) == ("target", 0.4, folder.adapter_at(2))
+
+
+def test_what_a_complete_trial_leaves_as_its_search_is_killed_goes_with_the_next_one(tmp_path: Path) -> None:
+    study = opened(tmp_path)
+    next_trial(study)
+    assert study.report(0, told(3)) is Status.COMPLETE
+    study.release()
+    tensors = study.folder(0).checkpoint_at(3) / "tensors.safetensors"
+    tensors.parent.mkdir(parents=True)  # it died before it removed them
+    tensors.write_bytes(bytes(100))
+    opened(tmp_path).release()
+    assert not tensors.exists()
+
+
+def test_the_end_by_a_budget_that_a_kill_left_untold_is_none_where_the_budget_has_grown(tmp_path: Path) -> None:
+    study = opened(tmp_path, "study.target=0.5")
+    assert next_trial(study) == 0
+    tell, study.study.tell = study.study.tell, None  # type: ignore[method-assign,assignment]
+    with pytest.raises(TypeError):
+        study.report(0, told(1, loss=0.5))
+    study.study.tell = tell  # type: ignore[method-assign]
+    study.release()
+    again = opened(tmp_path, "study.target=0.1")
+    assert next_trial(again) == 0
+    assert [again.report(0, told(step, loss=0.5)) for step in (1, 2, 3)] == [*[Status.RUNNING] * 2, Status.COMPLETE]
+    assert (again.record(0).ended_by, again.record(0).stopped_after) == (None, {})
+
+
 def test_a_search_that_is_stopped_hears_of_it_though_no_trial_reports(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "runs")
     with running_study(layout, "s"):

@@ -30,8 +30,9 @@ from bilora_ray.search.study.population.population import Population
 from bilora_ray.search.study.samplers import propose
 from bilora_ray.search.study.schedulers import OF_SEVERAL, SCHEDULERS
 from bilora_ray.search.study.schedulers.base import Asked
+from bilora_ray.search.study.schedulers.rungs import reached
 from bilora_ray.search.study.steering.requests import STOP
-from bilora_ray.search.study.view import ENDED, ERROR, StudyView, status_of
+from bilora_ray.search.study.view import ENDED, ENDED_BY, ERROR, STOPPED, StudyView
 from bilora_ray.training.folder import EXAMPLES
 
 # So long the workers of a stopped trial may take to end.
@@ -69,9 +70,8 @@ class SearchStudy(StudyView):
             for number in self._orphans():
                 propose(self.study, self.space, number)
                 self._claims.release(number)
-        for trial in self._trials(*ENDED):
-            if status_of(trial) is not Status.COMPLETE:  # whose search may have died before `settle`
-                self.folder(trial.number).discard_tensors()
+        for trial in self._trials(*ENDED):  # whose search may have died before it did, or before `settle`
+            self.folder(trial.number).discard_tensors()
         disk.finish(self)
         disk.trim(self)
 
@@ -197,23 +197,24 @@ class SearchStudy(StudyView):
                 return Status.FAILED
             for limit in above.keys() - stored.constraints.keys():
                 trial.set_constraint(limit, above[limit])
+            if ENDED_BY in stored.user_attrs:  # a search that died as it wrote this; the budget has grown since
+                trial.set_user_attr(ENDED_BY, None)
             # To Optuna a trial that breaks a limit is complete: of another state not every sampler learns of it.
-            self._end(number, TrialState.COMPLETE, best)
-            if max(above.values(), default=0) > 0:
-                self._stopped.add(number)
-                return Status.PRUNED
-            return Status.COMPLETE
+            self._end(number, TrialState.COMPLETE, best, by_itself=is_last(metrics))
+            return Status.PRUNED if max(above.values(), default=0) > 0 else Status.COMPLETE
         newest = step >= max(known, default=0)
+        judged = newest and not math.isnan(best[0])
         asked = Asked(trial, stored.params, metrics, self.space, self.objective, self._choosing)
+        if judged and STOP in stored.user_attrs:  # who asked was told that it counts: no scheduler has a say
+            return self._end_early(asked, best, by=STOP)
         schedulers = OF_SEVERAL if len(objectives) > 1 else SCHEDULERS
         if newest and schedulers[self.space.study.scheduler](asked):
             self._end(number, TrialState.PRUNED)
             return Status.PRUNED
         if newest and self._population is not None:
             self._population.lend(number, step)
-        if newest and not math.isnan(best[0]) and (self.budget.end() is not None or STOP in stored.user_attrs):
-            self._end(number, TrialState.COMPLETE, best)
-            return Status.COMPLETE
+        if judged and (ended := self.budget.end()) is not None:
+            return self._end_early(asked, best, by=ended.by)
         return Status.RUNNING
 
     def asked_to_stop(self) -> bool:
@@ -277,9 +278,18 @@ class SearchStudy(StudyView):
                 self.folder(trial.number).discard_tensors()
             self._claims.release(trial.number)  # it has ended, now or between the question and the claim
 
-    def _end(self, number: int, state: TrialState, values: list[float] | None = None) -> None:
+    def _end_early(self, asked: Asked, values: list[float], by: str) -> Status:
+        """End a trial that counts with what it has reached."""
+        now = reached(asked)
+        asked.trial.set_user_attr(STOPPED, {now.unit: now.amount})
+        asked.trial.set_user_attr(ENDED_BY, by)
+        self._end(asked.trial.number, TrialState.COMPLETE, values)
+        return Status.COMPLETE
+
+    def _end(self, number: int, state: TrialState, values: list[float] | None = None, by_itself: bool = False) -> None:
+        """End a trial. Unless it has ended `by_itself`, its workers may go on until they hear of it."""
         self.study.tell(self._live.pop(number), values=values, state=state)
-        if state != TrialState.COMPLETE:
+        if not by_itself:
             self._stopped.add(number)
         self.folder(number).discard_tensors()
         disk.trim(self)

@@ -27,6 +27,8 @@ from bilora_ray.search.study.warm_start import WARM_START
 from bilora_ray.training.folder import TrialFolder
 
 ID, ERROR, DIGESTS, STOPPED = "id", "error", "digests", "stopped_after"
+# Of a trial that counts with what it had reached: the budget whose end ended it, or that a person had it stopped.
+ENDED_BY = "ended_by"
 # What a study keeps of the choice of its finalists: see `control.finalists`.
 FINALISTS = "finalists"
 # The trials whose adapters were removed, by the setting that was why: see `control.disk`.
@@ -221,12 +223,15 @@ class StudyView:
         if all(key in trial.params for key in self.space.distributions if self.space.asked(key, trial.params)):
             config = self.space.trial_config(trial.params)
             settings = {key: value for key, value in config.model_dump().items() if applies(key, config.method)}
-        known = dict(zip(metrics, trial.values, strict=True)) if trial.state == TrialState.COMPLETE else kept
+        told = dict(zip(metrics, trial.values, strict=True)) if trial.state == TrialState.COMPLETE else {}
+        # The workers of a trial that was ended may have made an evaluation more, and with it another adapter.
+        known = kept or told
         adapter = None if best_step is None else folder.adapter_at(best_step)
         # The study is asked only about what is not there: most is.
         removed = None if adapter is None or adapter.is_dir() else self._removed(trial.number)
         failed = _failed(trial)
-        stopped = trial.state == TrialState.PRUNED and not failed
+        ended_by = trial.user_attrs.get(ENDED_BY) if trial.state == TrialState.COMPLETE else None
+        stopped = ended_by is not None or (trial.state == TrialState.PRUNED and not failed)
         return TrialRecord(
             number=trial.number,
             status=status_of(trial),
@@ -242,6 +247,7 @@ class StudyView:
             broken=broken(trial, self.space.study),
             stopped_after=trial.user_attrs.get(STOPPED, {}) if stopped else {},
             parent=parent_of(trial.user_attrs),
+            ended_by=ended_by,
         )
 
 

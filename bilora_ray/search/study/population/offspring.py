@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from bilora_ray.config import AMID
-from bilora_ray.search.space import Choice, Range, Space, Value
-from bilora_ray.search.study.samplers.base import at
+from bilora_ray.config import AMID, is_integer
+from bilora_ray.search.space import Choice, Space, Value, setting_of
 
 # As the paper's "perturb" and "resample" are, of its experiments on machine translation and on GANs.
 FACTORS, ANEW = (0.8, 1.2), 0.25
@@ -44,16 +42,8 @@ def _other(space: Space, name: str, value: Value, random: np.random.Generator) -
             return distribution.choice[int(random.integers(count))]
         place = distribution.choice.index(value) + int(random.choice((-1, 1)))
         return distribution.choice[min(max(place, 0), count - 1)]
+    whole = is_integer(setting_of(name))
     if anew:
-        return at(name, distribution, float(random.random()))
+        return distribution.at(float(random.random()), whole)
     assert isinstance(value, int | float)
-    return at(name, distribution, _place(distribution, value * float(random.choice(FACTORS))))
-
-
-def _place(distribution: Range, value: float) -> float:
-    """Where `value` is in the range, from 0 to 1 on its scale; an end where it is beyond it."""
-    low, high = distribution.low, distribution.high
-    value = min(max(value, low), high)
-    if distribution.log:
-        return math.log(value / low) / math.log(high / low)
-    return (value - low) / (high - low)
+    return distribution.nearest(value * float(random.choice(FACTORS)), whole)
