@@ -251,6 +251,18 @@ def test_the_time_of_a_search_ends_it_though_no_trial_reports(tmp_path: Path) ->
     assert study.report(0, told(1)) is Status.COMPLETE
 
 
+def test_a_trial_that_died_as_it_was_failed_and_was_run_again_is_no_failure(tmp_path: Path) -> None:
+    study = opened(tmp_path, f"study.num_trials={IN_A_ROW}")
+    for number in range(IN_A_ROW):
+        assert next_trial(study) == number
+        study._live[number].set_user_attr("error", "diverged")
+        if number:
+            study.fail(number, "diverged", by_settings=False)
+        else:
+            study.report(number, told(3))
+    assert study.common_cause() is None
+
+
 # delete
 
 

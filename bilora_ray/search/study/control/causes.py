@@ -8,7 +8,8 @@ from datetime import datetime
 import optuna
 from optuna.trial import FrozenTrial
 
-from bilora_ray.search.study.view import ENDED, ERROR
+from bilora_ray.records import Status
+from bilora_ray.search.study.view import ENDED, ERROR, status_of
 
 # Of a study, how many of its trials had ended when it was halted last.
 HALTED = "halted"
@@ -41,7 +42,8 @@ def cause_of(line: str) -> str:
 
 
 def _cause(trial: FrozenTrial) -> str | None:
-    line = trial.user_attrs.get(ERROR)
+    # One that died as it was failed, and was run again, has the line and is complete.
+    line = trial.user_attrs.get(ERROR) if status_of(trial) is Status.FAILED else None
     return None if line is None else cause_of(line)
 
 
