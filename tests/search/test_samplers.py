@@ -23,9 +23,9 @@ from bilora_ray.search.preflight import SEARCH_ALL
 from bilora_ray.search.simulated import Metrics, simulate
 from bilora_ray.search.space import Choice, Space
 from bilora_ray.search.space_file import load_space
+from bilora_ray.search.study.control.evaluations import ENDED_BY, losses
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.samplers import LIMITS, SAMPLERS, check_sampler, cmaes, gp, grid, qmc
-from bilora_ray.search.study.samplers.base import losses
 from bilora_ray.search.study.studies import open_study
 from bilora_ray.search.study.study import SearchStudy
 
@@ -260,8 +260,19 @@ def test_trials_are_sorted_as_the_search_values_them() -> None:
     failed = study.ask()
     failed.set_constraint("error", 1.0)
     study.tell(failed, state=TrialState.PRUNED)
+    by_a_budget = study.ask()  # its value is no better than that of a trial that was stopped there
+    by_a_budget.report(0.1, 2)
+    by_a_budget.set_user_attr(ENDED_BY, "max_hours")
+    study.tell(by_a_budget, 0.1)
     found = losses(study, study.get_trials())
-    assert sorted(range(5), key=found.__getitem__) == [2, 0, 3, 1, 4]
+    assert sorted(range(6), key=found.__getitem__) == [2, 0, 3, 5, 1, 4]
+
+
+def test_trials_of_several_objectives_are_sorted_by_their_fronts() -> None:
+    study = optuna.create_study(directions=["minimize", "maximize"])
+    for values in ([3.0, 0.1], [1.0, 0.9], [2.0, 0.95], [2.0, 0.5]):
+        study.tell(study.ask(), values)
+    assert losses(study, study.get_trials()) == [(0.0, 2.0), (0.0, 0.0), (0.0, 0.0), (0.0, 1.0)]
 
 
 def test_qmc_is_one_sequence_whatever_else_is_run(tmp_path: Path) -> None:

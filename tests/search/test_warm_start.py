@@ -11,6 +11,7 @@ import numpy as np
 import optuna
 import pytest
 from click.testing import CliRunner
+from optuna.samplers import RandomSampler
 
 from bilora_ray.cli import tune
 from bilora_ray.config import TrialConfig
@@ -18,11 +19,12 @@ from bilora_ray.errors import UserError
 from bilora_ray.search.simulated import Curve, Metrics, Moment, simulate
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study import studies
+from bilora_ray.search.study.control.evaluations import best_first
 from bilora_ray.search.study.layout import Layout
-from bilora_ray.search.study.samplers import belief
+from bilora_ray.search.study.samplers import belief, propose
 from bilora_ray.search.study.studies import check_study, load_study, open_study
 from bilora_ray.search.study.study import SearchStudy
-from bilora_ray.search.study.warm_start import first_points, in_words, taken, worth
+from bilora_ray.search.study.warm_start import first_points, in_words, taken
 
 TASK = ("model_name_or_path=org/model", "task=causal-lm", "train_data=org/data")
 SPACE = (
@@ -77,7 +79,7 @@ def test_the_best_of_each_source_are_taken_as_they_fit(layout: Layout) -> None:
     warm = begun(layout, "new", "study.warm_start=[old]", space=narrow).warm_start
     assert 4 <= len(warm) <= 5
     old = layout_study("old")
-    ranked = sorted(old.trials, key=lambda trial: worth(old, trial))
+    ranked = best_first(old, old.trials)
     assert [one["trial"] for one in warm] == [trial.number for trial in ranked[: len(warm)]]
     for one, trial in zip(warm, ranked, strict=False):
         assert one["study"] == "old"
@@ -100,7 +102,7 @@ def test_their_points_run_first_after_the_users(layout: Layout) -> None:
     numbers = [study.next_trials()[0] for _ in range(3)]
     found = [study.study.trials[number].params for number in numbers]
     assert found[0] == {"rank": 4, "rho": 0.5, "learning_rate": 2e-3}
-    best = [min(layout_study(name).trials, key=lambda t, n=name: worth(layout_study(n), t)).params for name in "ab"]
+    best = [best_first(layout_study(name), layout_study(name).trials)[0].params for name in "ab"]
     assert found[1:] == best == first_points(study.warm_start)
 
 
@@ -177,16 +179,47 @@ def test_sources_are_ranked_by_their_own_metric_alone() -> None:
 
 def test_the_belief_has_no_say_where_its_trials_do_no_better() -> None:
     space = load_space(None, [*TASK, *SPACE, "study.name=s"])
-    study = optuna.create_study()
-    for number in range(16):
-        assert not belief.refuted(study, space) or number > 5
-        loss = 1.0 if belief.believes(space, number) else 0.5
-        study.add_trial(optuna.trial.create_trial(value=loss))
-    assert belief.refuted(study, space)
-    better = optuna.create_study()
-    for number in range(16):
-        better.add_trial(optuna.trial.create_trial(value=0.5 if belief.believes(space, number) else 1.0))
-    assert not belief.refuted(better, space)
+
+    def study_of(believed: float, other: float, number_of: int = 16) -> optuna.Study:
+        study = optuna.create_study()
+        for number in range(number_of):
+            drawn = belief.believes(space, number)
+            told = {belief.DRAWN: drawn}
+            study.add_trial(optuna.trial.create_trial(value=believed if drawn else other, system_attrs=told))
+        return study
+
+    assert not belief.refuted(study_of(1.0, 0.5, 5))
+    worse, better = study_of(1.0, 0.5), study_of(0.5, 1.0)
+    assert belief.refuted(worse)
+    assert not belief.refuted(better)
+    # What a person asked for, or a source began with, is neither; and what was not drawn from it once it was refuted is
+    # no more than another proposal.
+    for value, attributes in (
+        (2.0, {belief.DRAWN: False, "fixed_params": {"rho": 0.1}}),
+        (0.1, {belief.DRAWN: True, "fixed_params": {"rho": 0.1}}),
+        (0.4, {belief.DRAWN: False}),
+    ):
+        for _ in range(20):
+            worse.add_trial(optuna.trial.create_trial(value=value, system_attrs=attributes))
+    assert belief.refuted(worse)
+
+
+def test_what_a_trial_draws_from_stays_though_it_is_refuted_since() -> None:
+    priors = ("rho={low: 0.01, high: 1, log: true, prior: {mean: 0.1, sigma: 2x}}", SPACE[2], "study.name=s")
+    space = load_space(None, [*TASK, *priors])
+    study, rho = optuna.create_study(), optuna.distributions.FloatDistribution(0.01, 1, log=True)
+    study.ask()
+    assert propose(study, space, 0).params["rho"] == pytest.approx(0.1)
+    for value in (0.5, 0.6, 0.7, 1.0, 1.1, 1.2):
+        told = {belief.DRAWN: value >= 1}
+        study.add_trial(
+            optuna.trial.create_trial(value=value, params={"rho": 0.5}, distributions={"rho": rho}, system_attrs=told)
+        )
+    assert belief.refuted(study)
+    assert belief.with_belief(RandomSampler(), study, space, 0)._values["rho"] == pytest.approx(0.1)  # type: ignore[attr-defined]
+    later = study.ask().number
+    propose(study, space, later)
+    assert study.trials[later].system_attrs[belief.DRAWN] is False
 
 
 def test_a_related_study_helps_and_an_unrelated_one_does_not_mislead(layout: Layout) -> None:

@@ -23,7 +23,7 @@ from bilora_ray.search.study.claims import Claims
 from bilora_ray.search.study.control import disk
 from bilora_ray.search.study.control.budget import Budget
 from bilora_ray.search.study.control.causes import common_cause
-from bilora_ray.search.study.control.evaluations import best_values, evaluations_of, excesses, remember
+from bilora_ray.search.study.control.evaluations import ENDED_BY, best_values, evaluations_of, excesses, remember
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.looks import look_again, one_look
 from bilora_ray.search.study.population.population import Population
@@ -32,7 +32,7 @@ from bilora_ray.search.study.schedulers import OF_SEVERAL, SCHEDULERS
 from bilora_ray.search.study.schedulers.base import Asked
 from bilora_ray.search.study.schedulers.rungs import reached
 from bilora_ray.search.study.steering.requests import STOP
-from bilora_ray.search.study.view import ENDED, ENDED_BY, ERROR, STOPPED, StudyView
+from bilora_ray.search.study.view import ENDED, ERROR, STOPPED, StudyView
 from bilora_ray.training.folder import EXAMPLES
 
 # So long the workers of a stopped trial may take to end.

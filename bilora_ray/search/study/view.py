@@ -18,7 +18,7 @@ from bilora_ray.files import is_held
 from bilora_ray.records import Objective, Status, TrialRecord
 from bilora_ray.search.space import LIMITED, Space
 from bilora_ray.search.study.control.budget import Ended, end_of
-from bilora_ray.search.study.control.evaluations import broken, evaluations_of
+from bilora_ray.search.study.control.evaluations import ENDED_BY, broken, evaluations_of
 from bilora_ray.search.study.control.front import front_of, losses_of
 from bilora_ray.search.study.importances import Importances, importances_of
 from bilora_ray.search.study.layout import Layout
@@ -27,8 +27,6 @@ from bilora_ray.search.study.warm_start import WARM_START
 from bilora_ray.training.folder import TrialFolder
 
 ID, ERROR, DIGESTS, STOPPED = "id", "error", "digests", "stopped_after"
-# Of a trial that counts with what it had reached: the budget whose end ended it, or that a person had it stopped.
-ENDED_BY = "ended_by"
 # What a study keeps of the choice of its finalists: see `control.finalists`.
 FINALISTS = "finalists"
 # The trials whose adapters were removed, by the setting that was why: see `control.disk`.

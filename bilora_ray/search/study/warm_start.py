@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
-from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from bilora_ray.config import is_integer
 from bilora_ray.errors import UserError
 from bilora_ray.search.space import Choice, Distribution, Space, Value, setting_of
+from bilora_ray.search.study.control.evaluations import best_first
 
 WARM_START = "warm_start"
 # What a study says of its space, as `studies` writes it.
@@ -25,26 +25,6 @@ SPACE = "space"
 BEST_SHARE, MOST = 0.25, 8
 # Of so many sources the best point runs first, after those of the space file; a wrong one costs a whole trial.
 FIRST_POINTS = 2
-
-
-def worth(study: optuna.Study, trial: FrozenTrial) -> tuple[float, ...]:
-    """What sorts ended trials of `study` from the best to the worst.
-
-    Trials that ran to their end come first, then those that were stopped early, the later the better, then those that
-    their own settings made fail or break a limit. Of several objectives it tells only whether no other trial is better
-    in all.
-    """
-    if max(trial.constraints.values(), default=0.0) > 0:
-        return (3.0,)
-    if trial.state == TrialState.COMPLETE:
-        if len(study.directions) > 1:
-            return (0.0, float(trial.number not in {best.number for best in study.best_trials}))
-        value = float(trial.value or 0.0)
-        return (0.0, -value if study.direction == StudyDirection.MAXIMIZE else value)
-    if not trial.intermediate_values:
-        return (2.0,)
-    step, value = max(trial.intermediate_values.items())
-    return (1.0, -step, -value if study.directions[0] == StudyDirection.MAXIMIZE else value)
 
 
 def taken(sources: Sequence[optuna.Study], space: Space) -> list[dict[str, Any]]:
@@ -58,10 +38,7 @@ def taken(sources: Sequence[optuna.Study], space: Space) -> list[dict[str, Any]]
     found = []
     for source in sources:
         ended = source.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-        ranked = sorted(
-            (trial for trial in ended if worth(source, trial)[0] < 2),
-            key=lambda trial: (*worth(source, trial), trial.number),
-        )
+        ranked = best_first(source, [trial for trial in ended if _has_measured(trial)])
         if not ranked:
             raise UserError(f"--warm-start {source.study_name}: none of its trials has measured anything")
         best = ranked[: min(MOST, max(1, round(BEST_SHARE * len(ranked))))]
@@ -97,6 +74,12 @@ def in_words(warm: Sequence[Mapping[str, Any]]) -> str:
     trials = ", ".join(f"{count} of the best trials of '{study}'" for study, count in counts.items())
     settings = dict.fromkeys(key for one in warm for key in one["settings"])
     return f"warm start from {trials}: {', '.join(settings)}"
+
+
+def _has_measured(trial: FrozenTrial) -> bool:
+    """Whether a trial tells how good its settings are, that is not that they fail or break a limit."""
+    told = trial.state == TrialState.COMPLETE or bool(trial.intermediate_values)
+    return told and max(trial.constraints.values(), default=0.0) <= 0
 
 
 def _here(source: optuna.Study, trial: FrozenTrial, space: Space) -> dict[str, Value]:

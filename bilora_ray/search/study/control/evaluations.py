@@ -9,12 +9,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
-from optuna.trial import FrozenTrial, Trial
+import optuna
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from bilora_ray.records import Objective
 from bilora_ray.search.space import LIMITED, StudyConfig
+from bilora_ray.search.study.control.front import fronts
 
 EVALUATION = "evaluation_"
+# Of a trial that counts with what it had reached: the budget whose end ended it, or that a person had it stopped.
+ENDED_BY = "ended_by"
 # Of equal evaluations the one with the lower loss is a trial's best.
 LOSS = "eval_loss"
 
@@ -51,6 +56,47 @@ def best_values(evaluations: Iterable[Mapping[str, float]], objectives: Sequence
 
     best = min(evaluations, key=rank)
     return [float(best[one.metric]) for one in objectives]
+
+
+def losses(study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[tuple[float, ...]]:
+    """What each of the ended `trials` of a study is sorted by, best first.
+
+    Those that were stopped or ended early come after all that were not, the longest first (as Optuna's TPE has it), and
+    those that their own settings made fail, or break a limit, come last. Of several objectives the fronts are sorted.
+    """
+    signs = [1.0 if direction == StudyDirection.MINIMIZE else -1.0 for direction in study.directions]
+    whole = {
+        trial.number: [sign * value for sign, value in zip(signs, trial.values, strict=True)]
+        for trial in trials
+        if trial.state == TrialState.COMPLETE and not _excess(trial)
+    }
+    if len(signs) > 1 and whole:
+        rows = list(whole)
+        places = enumerate(fronts(list(whole.values())))
+        whole = {rows[row]: [float(place)] for place, front in places for row in front}
+    found: list[tuple[float, ...]] = []
+    for trial in trials:
+        early = trial.state != TrialState.COMPLETE or trial.user_attrs.get(ENDED_BY) is not None
+        if broken := _excess(trial):
+            found.append((2.0, broken))
+        elif early and trial.intermediate_values:
+            step, value = max(trial.intermediate_values.items())
+            found.append((1.0, -step, math.inf if math.isnan(value) else signs[0] * value))
+        elif trial.number in whole:
+            found.append((0.0, *whole[trial.number]))
+        else:
+            found.append((1.0, 1.0))
+    return found
+
+
+def best_first(study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The ended `trials` by their `losses`, of equal ones the earliest first."""
+    found = zip(losses(study, trials), trials, strict=True)
+    return [trial for _, trial in sorted(found, key=lambda one: (one[0], one[1].number))]
+
+
+def _excess(trial: FrozenTrial) -> float:
+    return sum(max(0.0, value) for value in trial.constraints.values())
 
 
 def excesses(metrics: Mapping[str, float], study: StudyConfig) -> dict[str, float]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 
 from bilora_ray.search.space import Space, Value, setting_of
 
@@ -73,7 +73,7 @@ class ForOneTrial(BaseSampler):
 
 
 class Planned(BaseSampler):
-    """Settings that are known before any of them is asked for.
+    """A sampler whose proposal gives way to settings that are known before any of them is asked for.
 
     Args:
         values: setting -> its value.
@@ -85,14 +85,15 @@ class Planned(BaseSampler):
         self._rest = rest
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Nothing is drawn here."""
-        return {}
+        """The settings that `rest` draws together."""
+        return self._rest.infer_relative_search_space(study, trial)
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Value]:
-        """Nothing, as `infer_relative_search_space` says."""
-        return {}
+        """Values of those."""
+        proposed = self._rest.sample_relative(study, trial, search_space)
+        return {key: self._values.get(key, value) for key, value in proposed.items()}
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -108,27 +109,6 @@ def given(trial: FrozenTrial) -> Mapping[str, Value]:
     """The settings that nobody proposed for `trial`: a point to evaluate has them from its beginning."""
     values: Mapping[str, Value] = trial.system_attrs.get("fixed_params", {})
     return values
-
-
-def losses(study: optuna.Study, trials: Sequence[FrozenTrial]) -> list[tuple[float, ...]]:
-    """What each of the ended `trials` of a study of one objective is sorted by, best first.
-
-    Those that were stopped early come after all that were not, the longest first (as Optuna's TPE has it), and those
-    that their own settings made fail come last.
-    """
-    sign = 1.0 if study.direction == optuna.study.StudyDirection.MINIMIZE else -1.0
-    found: list[tuple[float, ...]] = []
-    for trial in trials:
-        if broken := sum(max(0.0, value) for value in trial.constraints.values()):
-            found.append((2.0, broken))
-        elif trial.state == TrialState.COMPLETE and trial.value is not None:
-            found.append((0.0, sign * trial.value))
-        elif trial.intermediate_values:
-            step, value = max(trial.intermediate_values.items())
-            found.append((1.0, -step, np.inf if np.isnan(value) else sign * value))
-        else:
-            found.append((1.0, 1.0))
-    return found
 
 
 def conditional(space: Space) -> tuple[str, ...]:

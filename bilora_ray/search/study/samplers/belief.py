@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping
 from statistics import NormalDist, median
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 from bilora_ray.config import is_integer
 from bilora_ray.search.space import Prior, Range, Space, Value, setting_of
-from bilora_ray.search.study.samplers.base import seed_of
-from bilora_ray.search.study.warm_start import WARM_START, worth
+from bilora_ray.search.study.control.evaluations import best_first
+from bilora_ray.search.study.samplers.base import Planned, given, seed_of
+from bilora_ray.search.study.warm_start import WARM_START
 
+# Of a trial: whether it drew from the belief.
+DRAWN = "believed"
 # Of the first trials such a share draws from the belief, and half of it after each so many more. Of earlier studies the
 # best points run first anyway.
 PRIOR, EARLIER = (0.75, 10), (0.5, 5)
@@ -34,44 +35,11 @@ ENOUGH, NEARER = 3, 0.75
 NEAR = 0.08
 
 
-class Believing(BaseSampler):
-    """A sampler whose proposal gives way to the values of a belief.
-
-    Args:
-        values: setting -> its value.
-        rest: proposes the other settings.
-    """
-
-    def __init__(self, values: Mapping[str, Value], rest: BaseSampler) -> None:
-        self._values = values
-        self._rest = rest
-
-    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """The settings that `rest` draws together."""
-        return self._rest.infer_relative_search_space(study, trial)
-
-    def sample_relative(
-        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Value]:
-        """Values of those."""
-        proposed = self._rest.sample_relative(study, trial, search_space)
-        return {key: self._values.get(key, value) for key, value in proposed.items()}
-
-    def sample_independent(
-        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Value:
-        """The value of one setting."""
-        if param_name in self._values:
-            return self._values[param_name]
-        value: Value = self._rest.sample_independent(study, trial, param_name, param_distribution)
-        return value
-
-
 def with_belief(sampler: BaseSampler, study: optuna.Study, space: Space, number: int) -> BaseSampler:
     """`sampler` of trial `number`, under what the space or earlier studies say of its settings beforehand."""
     priors = {key: found for key, found in space.distributions.items() if isinstance(found, Range) and found.prior}
     warm = study.user_attrs.get(WARM_START, ()) if space.study.warm_start else ()
-    if not (priors or warm) or not believes(space, number) or refuted(study, space):
+    if not (priors or warm) or not _draws(study, space, number):
         return sampler
     ranges, values = dict(priors), {}
     if warm:
@@ -83,22 +51,35 @@ def with_belief(sampler: BaseSampler, study: optuna.Study, space: Space, number:
             else:
                 values[key] = value
     chances = {key: _chance(space, number, key) if number else None for key in ranges}
-    return Believing({**values, **{key: _near(key, found, chances[key]) for key, found in ranges.items()}}, sampler)
+    return Planned({**values, **{key: _near(key, found, chances[key]) for key, found in ranges.items()}}, sampler)
+
+
+def _draws(study: optuna.Study, space: Space, number: int) -> bool:
+    """Whether trial `number` draws from the belief, which it remembers: more trials have ended when it is resumed."""
+    trial = study.get_trials(deepcopy=False)[number]
+    if DRAWN not in trial.system_attrs:
+        drawn = believes(space, number) and not refuted(study)
+        study._storage.set_trial_system_attr(trial._trial_id, DRAWN, drawn)
+        return drawn
+    return bool(trial.system_attrs[DRAWN])
 
 
 def believes(space: Space, number: int) -> bool:
-    """Whether trial `number` draws from the belief: the first does, and gets the best guess."""
+    """Whether trial `number` draws from a belief that holds: the first does, and gets the best guess."""
     first, halved_after = EARLIER if space.study.warm_start else PRIOR
     return number == 0 or _chance(space, number, "belief") < first * 0.5 ** (number / halved_after)
 
 
-def refuted(study: optuna.Study, space: Space) -> bool:
-    """Whether the trials that drew from the belief did no better than the others, of which there are some of each."""
+def refuted(study: optuna.Study) -> bool:
+    """Whether the trials that drew from the belief did no better than the others, of which there are some of each.
+
+    Points that were given say nothing of it.
+    """
     ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    ranked = sorted(ended, key=lambda trial: worth(study, trial))
     places: dict[bool, list[int]] = {True: [], False: []}
-    for place, trial in enumerate(ranked, 1):
-        places[believes(space, trial.number)].append(place)
+    proposed = [trial for trial in ended if DRAWN in trial.system_attrs and not given(trial)]
+    for place, trial in enumerate(best_first(study, proposed), 1):
+        places[trial.system_attrs[DRAWN]].append(place)
     return min(map(len, places.values())) >= ENOUGH and median(places[True]) > NEARER * median(places[False])
 
 

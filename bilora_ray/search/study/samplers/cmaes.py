@@ -20,8 +20,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from bilora_ray.config import is_integer
 from bilora_ray.search.space import Choice, Range, Space, Value, setting_of
+from bilora_ray.search.study.control.evaluations import losses
 from bilora_ray.search.study.samplers import random
-from bilora_ray.search.study.samplers.base import Planned, conditional, given, losses
+from bilora_ray.search.study.samplers.base import Planned, conditional, given
 
 # Of a trial: its generation, what it drew, and, of the first of a generation, the trials that its parents are.
 DRAWN, GENERATION, PARENTS = "drawn", "generation", "parents"
