@@ -222,6 +222,21 @@ def test_what_a_trial_draws_from_stays_though_it_is_refuted_since() -> None:
     assert study.trials[later].system_attrs[belief.DRAWN] is False
 
 
+def test_what_all_trials_of_a_source_shared_is_taken_where_it_is_searched_here(layout: Layout) -> None:
+    fixed = ("method=lora", "learning_rate={low: 1e-5, high: 1e-2, log: true}", "rank=8")
+    searched(layout, "old", OLD, "study.num_trials=8", space=fixed)
+    searched(layout, "plain", OLD, "study.num_trials=8", space=SPACE)  # whose method is its default
+    wide = (*SPACE[1:], "rank={choice: [4, 8]}", "method={choice: [bilora, lora]}")
+    study = begun(layout, "new", "study.warm_start=[old, plain]", space=wide)
+    first, second = first_points(study.warm_start)
+    assert (first["method"], first["rank"], first.keys()) == ("lora", 8, {"method", "learning_rate", "rank"})
+    assert (second["method"], "rho" in second) == ("bilora", True)
+    assert study.next_trials() == [0]
+    assert study.config(0).method == "lora"
+    with pytest.raises(UserError, match="--warm-start old: none of its settings"):  # but by itself it is no finding
+        begun(layout, "other", "study.warm_start=[old]", space=("method={choice: [bilora, lora]}",))
+
+
 def test_a_related_study_helps_and_an_unrelated_one_does_not_mislead(layout: Layout) -> None:
     """The mean distance from the best after a few trials; `benchmarks/warm_start.py` tells more of many searches."""
     searched(layout, "old", OLD, "study.num_trials=30", "study.seed=9")

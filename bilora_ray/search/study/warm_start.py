@@ -13,7 +13,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from bilora_ray.config import is_integer
+from bilora_ray.config import TrialConfig, is_integer
 from bilora_ray.errors import UserError
 from bilora_ray.search.space import Choice, Distribution, Space, Value, setting_of
 from bilora_ray.search.study.control.evaluations import best_first
@@ -85,13 +85,16 @@ def _has_measured(trial: FrozenTrial) -> bool:
 def _here(source: optuna.Study, trial: FrozenTrial, space: Space) -> dict[str, Value]:
     """The settings of a trial of another study as this space can have them, each in the sub-space that it is of."""
     own = space.sampled(trial.params)
-    known = {**source.user_attrs.get(SPACE, {}).get("fixed", {}), **own, **space.fixed}
+    fixed = {"method": TrialConfig.model_fields["method"].default, **source.user_attrs.get(SPACE, {}).get("fixed", {})}
+    known = {**fixed, **own, **space.fixed}
     values = {
-        name: _fitted(name, own[setting_of(name)], distribution)
+        name: _fitted(name, known[setting_of(name)], distribution)
         for name, distribution in space.distributions.items()
-        if setting_of(name) in own and space.asked(name, known)
+        if setting_of(name) in known and space.asked(name, known)
     }
-    return {name: value for name, value in values.items() if value is not None}
+    found = {name: value for name, value in values.items() if value is not None}
+    # What all trials of the source shared goes along with what it searched, and is nothing that it found.
+    return found if any(setting_of(name) in own for name in found) else {}
 
 
 def _fitted(key: str, value: Value, distribution: Distribution) -> Value:
