@@ -261,6 +261,18 @@ def test_a_kill_before_each_write_changes_nothing(tmp_path: Path) -> None:
     assert {study.folder(n).state()["history"][0]["step"] == p.step + 1 for n, p in children(study).items()} == {True}
 
 
+def test_of_equals_none_ends_and_what_is_no_number_is_the_worst(tmp_path: Path) -> None:
+    study = opened(tmp_path, "study.num_trials=9")
+    statuses = []
+    for loss in (1.0, 1.0, 1.0, 1.0, 1.0, math.nan, 2.0, math.nan, 1.0):
+        (number,) = study.next_trials()
+        told = {"step": 2, "max_steps": 9, "train_runtime": 2.0, "eval_loss": loss}
+        statuses.append(study.report(number, told))
+    stopped = [number for number, status in enumerate(statuses) if status is Status.PRUNED]
+    assert stopped == [5, 7]
+    study.release()
+
+
 def test_only_what_may_change_amid_a_training_does_and_stays_in_its_range() -> None:
     searches = space("auxiliary_learning_rate=2 * learning_rate", "lora_alpha={choice: [8, 16]}")
     inherited = {"rho": 0.9, "learning_rate": 0.001, "rank": 4, "weight_decay": 0.01, "lora_alpha": 8}

@@ -30,13 +30,16 @@ def inherited_seconds(attributes: Mapping[str, Any]) -> float:
 
 def ranked(trials: Iterable[FrozenTrial], rung: int, lent: bool = False) -> list[FrozenTrial]:
     """Those that have come to `rung`, the best there first; only those that lend their checkpoints if `lent`."""
-    key, among = RUNG.format(rung), LENT.format(rung) if lent else RUNG.format(rung)
+    key = (LENT if lent else RUNG).format(rung)
+    return sorted(
+        (trial for trial in trials if key in trial.user_attrs), key=lambda trial: (loss_at(trial, rung), trial.number)
+    )
 
-    def rank(trial: FrozenTrial) -> tuple[float, int]:
-        loss = trial.user_attrs[key]["loss"]
-        return math.inf if loss is None else loss, trial.number
 
-    return sorted((trial for trial in trials if among in trial.user_attrs), key=rank)
+def loss_at(trial: FrozenTrial, rung: int) -> float:
+    """What the trial had measured at `rung`; of what is no number, nothing is worse."""
+    loss = trial.user_attrs[RUNG.format(rung)]["loss"]
+    return math.inf if loss is None else float(loss)
 
 
 def newest_rung(trial: FrozenTrial) -> int:

@@ -1,6 +1,6 @@
 """Population based training (Jaderberg et al., 2017, https://arxiv.org/abs/1711.09846), as trials end by it.
 
-There is a rung after each `grace_period`. Whoever comes to one and is among the worst quarter of all that have come
+There is a rung after each `grace_period`. Whoever comes to one and is worse than three quarters of all that have come
 there ends; its place is taken by a new trial, which goes on from the checkpoint of one of the best: see `population`.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from bilora_ray.search.study.population.lineage import RUNG, parent_of, ranked
+from bilora_ray.search.study.population.lineage import RUNG, loss_at, parent_of, ranked
 from bilora_ray.search.study.schedulers.base import JUDGED, Asked
 from bilora_ray.search.study.schedulers.rungs import first_rung, noted, reached
 
@@ -31,17 +31,14 @@ def is_weak(asked: Asked) -> bool:
     # At its parent's rung a trial is not compared again: that would count one training twice.
     if rung <= (0 if parent is None else parent.rung):
         return False
+    loss = asked.objective.as_loss(float(asked.metrics[asked.objective.metric]))
+    loss = loss if math.isfinite(loss) else math.inf
     if key not in own.user_attrs:
-        _note(asked, key)
+        # JSON has no infinity.
+        told = {"step": asked.step, "loss": None if math.isinf(loss) else loss}
+        asked.trial.set_user_attr(key, {**told, "seconds": float(asked.metrics.get("train_runtime", 0.0))})
     elif own.user_attrs[key]["step"] <= own.user_attrs.get(JUDGED, -1):
         return False
-    there = [trial.number for trial in ranked(asked.trial.study.get_trials(deepcopy=False), rung)]
-    return noted(asked, now, own.number in there[len(there) - len(there) // SHARE :])
-
-
-def _note(asked: Asked, key: str) -> None:
-    loss = asked.objective.as_loss(float(asked.metrics[asked.objective.metric]))
-    seconds = float(asked.metrics.get("train_runtime", 0.0))
-    # JSON of PostgreSQL has no NaN.
-    told = {"step": asked.step, "loss": None if math.isnan(loss) else loss, "seconds": seconds}
-    asked.trial.set_user_attr(key, told)
+    there = ranked(asked.trial.study.get_trials(deepcopy=False), rung)
+    # Of equals none ends: nothing is known of who is the worse.
+    return noted(asked, now, loss > loss_at(there[len(there) - len(there) // SHARE - 1], rung))
