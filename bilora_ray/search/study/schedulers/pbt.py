@@ -40,5 +40,8 @@ def is_weak(asked: Asked) -> bool:
     elif own.user_attrs[key]["step"] <= own.user_attrs.get(JUDGED, -1):
         return False
     there = ranked(asked.trial.study.get_trials(deepcopy=False), rung)
-    # Of equals none ends: nothing is known of who is the worse.
-    return noted(asked, now, loss > loss_at(there[len(there) - len(there) // SHARE - 1], rung))
+    if len(there) < SHARE:
+        return False
+    staying = (loss_at(trial, rung) for trial in there[: len(there) - len(there) // SHARE])
+    # Of equals none ends, since nothing is known of who is the worse; but for those that measured no number.
+    return noted(asked, now, loss > max(filter(math.isfinite, staying), default=math.inf))
