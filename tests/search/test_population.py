@@ -157,7 +157,7 @@ def test_a_trial_whose_parent_s_checkpoint_is_gone_is_not_begun_as_another(tmp_p
     study.discard_examples()
     shutil.rmtree(study.folder(number).path)
     assert study._population is not None
-    with pytest.raises(MachineError, match=rf"^trial {number}: .*/{parent.number:04d}, from which it is to go on"):
+    with pytest.raises(MachineError, match=rf"^trial {number}: cannot go on from .*/{parent.number:04d} \(No such"):
         study._population.hand_on(number)
 
 

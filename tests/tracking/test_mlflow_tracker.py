@@ -12,7 +12,7 @@ import pytest
 from mlflow.entities import Run
 
 from bilora_ray import __version__
-from bilora_ray.records import Status
+from bilora_ray.records import Parent, Status
 
 from .tracked import SETTINGS, STUDY, Project, evaluation, record
 
@@ -82,6 +82,15 @@ def test_data_are_inputs_of_every_run_once(project: Project) -> None:
         )
         assert data["glue"].source_type == "hugging_face"
         assert data["builtin:fish"].digest == "ab12"
+
+
+def test_a_trial_that_goes_on_from_another_s_checkpoint_says_so(project: Project) -> None:
+    tracker = project.open()
+    tracker.trial_started(record(7))
+    tracker.trial_started(record(8, parent=Parent(number=7, step=20, rung=2, seconds=3.0, replaces=5)))
+    tags = [project.trials()[number].data.tags for number in (7, 8)]
+    assert "bilora_ray.parent_trial" not in tags[0]
+    assert (tags[1]["bilora_ray.parent_trial"], tags[1]["bilora_ray.parent_step"]) == ("7", "20")
 
 
 def test_started_trial_is_a_child_with_its_settings(project: Project) -> None:

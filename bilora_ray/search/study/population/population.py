@@ -81,7 +81,7 @@ class Population:
                 return
 
     def hand_on(self, number: int) -> None:
-        """Give a trial that goes on from another its checkpoint, unless it has one. MachineError if that is gone."""
+        """Give a trial that goes on from another its checkpoint, unless it has one. MachineError if that cannot be."""
         own = self._view._trial(number)
         parent, folder = parent_of(own.user_attrs), self._view.folder(number)
         if parent is None or folder.latest() is not None:
@@ -90,8 +90,8 @@ class Population:
         lent = self._lent(parent.rung) / f"{parent.number:04d}"
         try:
             folder.begin_from(lent, changed(self._space, inherited, own.params))
-        except FileNotFoundError:
-            raise MachineError(f"trial {number}: {lent}, from which it is to go on, is not there") from None
+        except OSError as error:
+            raise MachineError(f"trial {number}: cannot go on from {lent} ({error.strerror or error})") from None
 
     def _enqueue(self, left: int, rung: int, best: list[FrozenTrial]) -> None:
         seed = seed_of(self._space, left, STREAM)
