@@ -87,12 +87,12 @@ def _here(source: optuna.Study, trial: FrozenTrial, space: Space) -> dict[str, V
     own = space.sampled(trial.params)
     fixed = {"method": TrialConfig.model_fields["method"].default, **source.user_attrs.get(SPACE, {}).get("fixed", {})}
     known = {**fixed, **own, **space.fixed}
-    values = {
+    values: dict[str, Value] = {
         name: _fitted(name, known[setting_of(name)], distribution)
         for name, distribution in space.distributions.items()
         if setting_of(name) in known and space.asked(name, known)
     }
-    found = {name: value for name, value in values.items() if value is not None}
+    found: dict[str, Value] = {name: value for name, value in values.items() if value is not None}
     # What all trials of the source shared goes along with what it searched, and is nothing that it found.
     return found if any(setting_of(name) in own for name in found) else {}
 
