@@ -12,9 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.error import HTTPError
 from urllib.parse import urlsplit
-from urllib.request import urlopen
 
 from bilora_ray.addresses import is_local, masked
 from bilora_ray.errors import UserError, nearest
@@ -85,7 +83,6 @@ def connect(uri: str, project: str, artifact_root: Path) -> tuple[MlflowClient, 
     """
     option = f"--mlflow-uri {masked(uri)}"
     database = _check(uri, option)
-    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
     if database is None:
         return _client(uri, project, None)
     try:
@@ -125,20 +122,30 @@ def seen(uri: str) -> str:
     option = f"--mlflow-uri {masked(uri)}"
     database = _check(uri, option)
     if database is not None:
-        if not database.exists():
-            return f"{database}, made by the first search"
-        check_runs(uri)
-        return str(database)
-    if urlsplit(uri).scheme in SERVERS:
-        try:
-            with urlopen(f"{uri.rstrip('/')}/health", timeout=PROBE_TIMEOUT_S):
-                pass
-        except HTTPError as error:
-            if error.code not in (401, 403, 404):  # which some gateways say to who brings no password
-                raise UserError(f"{option}: MLflow answers {error.code} {error.reason}") from None
-        except OSError as error:
-            raise UserError(f"{option}: MLflow does not answer ({reason(error)})") from None
+        return _seen_file(uri, database, option)
+    try:
+        from sqlalchemy import create_engine
+        from sqlalchemy.pool import NullPool
+
+        if urlsplit(uri).scheme.partition("+")[0] in DATABASE_PORTS:  # where MLflow would make its tables
+            create_engine(uri, poolclass=NullPool).connect().close()
+        else:
+            _quiet_client(uri).search_experiments(max_results=1)
+    except Exception as error:  # of HTTP, of MLflow, of a database's driver
+        raise UserError(f"{option}: MLflow does not answer ({reason(error)})") from None
     return f"{masked(uri)} answers"
+
+
+def _seen_file(uri: str, database: Path, option: str) -> str:
+    place = next(folder for folder in (database.parent, *database.parents) if folder.exists())
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise UserError(f"{option}: cannot be written ({reason(error)})") from None
+    if not database.exists():
+        return f"{database}, made by the first search"
+    check_runs(uri)
+    return str(database)
 
 
 def unprotected(uri: str) -> bool:
@@ -239,14 +246,20 @@ def _lock_file(database: Path) -> Path:
     return database.with_name(f"{database.name}.lock")
 
 
-def _client(uri: str, project: str, artifact_root: Path | None) -> tuple[MlflowClient, str]:
+def _quiet_client(uri: str) -> MlflowClient:
+    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
     from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
 
     if "MLFLOW_LOGGING_LEVEL" not in os.environ:
         for name in LOGGERS:
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    client = MlflowClient(uri)
+    return MlflowClient(uri)
+
+
+def _client(uri: str, project: str, artifact_root: Path | None) -> tuple[MlflowClient, str]:
+    client = _quiet_client(uri)  # MLflow reads the environment as it is imported
+    from mlflow.exceptions import MlflowException
+
     experiment = client.get_experiment_by_name(project)
     if experiment is None:
         location = None if artifact_root is None else str(artifact_root.absolute())

@@ -8,13 +8,17 @@ import socket
 import sqlite3
 import subprocess
 import sys
+from base64 import b64encode
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 
 from bilora_ray.errors import UserError
 from bilora_ray.tracking.mlflow_tracker import default_uri
-from bilora_ray.tracking.store import CREDENTIALS, unprotected
+from bilora_ray.tracking.store import CREDENTIALS, seen, unprotected
 
 from .tracked import Project
 
@@ -151,6 +155,62 @@ def test_mlflows_own_file_of_credentials_protects_a_server(monkeypatch: pytest.M
     (tmp_path / ".mlflow").mkdir()
     (tmp_path / ".mlflow" / "credentials").write_text("[mlflow]\n")
     assert not unprotected("http://host:5000")
+
+
+class _Protected(BaseHTTPRequestHandler):
+    """Has no experiments, and tells so whoever brings the password; all else is not found."""
+
+    def do_GET(self) -> None:
+        self.do_POST()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        known = self.headers["Authorization"] == f"Basic {b64encode(b'me:secret').decode()}"
+        found = known and self.path.partition("?")[0] == "/api/2.0/mlflow/experiments/search"
+        body = b'{"experiments": []}' if found else b"Not Found"
+        self.send_response(200 if found else 404 if known else 401)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def protected() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Protected)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_is_asked_with_the_password_that_its_uri_has(protected: str) -> None:
+    assert seen(f"http://me:secret@{protected}") == f"http://me:***@{protected} answers"
+    with pytest.raises(UserError, match=r"MLflow does not answer \(.*401"):
+        seen(f"http://{protected}")
+
+
+def test_a_web_server_that_is_none_of_mlflow_is_not_ok(protected: str) -> None:
+    with pytest.raises(UserError, match=r"MLflow does not answer \(.*404") as caught:
+        seen(f"http://me:secret@{protected}/elsewhere")
+    assert "secret" not in str(caught.value)
+
+
+def test_databricks_is_asked_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("DATABRICKS_HOST", raising=False)
+    with pytest.raises(UserError, match=r"^--mlflow-uri databricks: MLflow does not answer \("):
+        seen("databricks")
+
+
+def test_a_file_that_could_not_be_made_is_not_ok(tmp_path: Path) -> None:
+    assert seen(default_uri(tmp_path / "to be" / "made")).endswith("mlflow.db, made by the first search")
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match=r"cannot be written \(not a directory\)$"):
+        seen(default_uri(tmp_path / "taken" / "runs"))
+    assert [file.name for file in tmp_path.iterdir()] == ["taken"]
 
 
 @pytest.mark.slow
