@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayError
 
 from bilora_ray.config import TEST_SETTINGS
-from bilora_ray.errors import MachineError, first_line
+from bilora_ray.errors import MachineError, UserError, first_line
 from bilora_ray.runners import runner_for
 from bilora_ray.runners.scoring import score
 from bilora_ray.search.cluster.cluster import capacity, check_address, check_dashboard, cluster, is_own, nodes
@@ -84,11 +84,24 @@ def search(
             stack.enter_context(environment_inherited())
         stack.enter_context(head_watched(lambda: _end(running, ray_address)))
         study, observers = running.study, running.observers()
-        concurrent = space.study.max_concurrent or capacity(space.resources, list(nodes().values()))
+        concurrent = _at_once(space, watcher.say)
         run_trials(study, observers, concurrent)
         while study.await_others(Observers([watcher]), watcher.say):
             run_trials(study, observers, concurrent)
     return study
+
+
+def _at_once(space: Space, say: Callable[[str], None]) -> int:
+    """How many trials are run at one time. A person who says it may know of nodes that are still to come."""
+    asked = space.study.max_concurrent
+    try:
+        room = capacity(space.resources, list(nodes().values()))
+    except UserError as error:
+        if asked is None:
+            raise
+        say(f"{error}; waiting for nodes that have them")
+        return asked
+    return asked or room
 
 
 def search_finalists(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from tiny_trials import Tiny
 
 from bilora_ray.errors import UserError
 from bilora_ray.records import TrialRecord
+from bilora_ray.search import run
 from bilora_ray.search.cluster.cluster import capacity, cluster
 from bilora_ray.search.run import run_trials
 from bilora_ray.search.session import Observers
@@ -66,6 +68,19 @@ def test_what_no_node_has_by_itself_is_refused_though_all_together_have_it() -> 
         "resources: a trial wants 8 CPUs and 0 GPUs, and there are 16 CPUs and 0 GPUs on 4 nodes, "
         "none of which has as much by itself"
     )
+
+
+def test_who_says_how_many_run_at_one_time_hears_that_nodes_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "nodes", lambda: {"head": {"CPU": 4.0}})
+    told: list[str] = []
+    trial = ("model_name_or_path=org/model", "task=causal-lm", "train_data=org/data", "rank={choice: [4, 8]}")
+    space = load_space(None, [*trial, "study.name=s", "resources.cpus_per_worker=8"])
+    with pytest.raises(UserError, match="a trial wants 8 CPUs"):
+        run._at_once(space, told.append)
+    space = replace(space, study=space.study.model_copy(update={"max_concurrent": 3}))
+    assert run._at_once(space, told.append) == 3
+    assert len(told) == 1
+    assert told[0].endswith("there are 4 CPUs and 0 GPUs; waiting for nodes that have them")
 
 
 def test_a_part_of_a_gpu_that_is_not_there_is_no_room() -> None:
