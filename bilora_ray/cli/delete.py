@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -16,6 +17,9 @@ from bilora_ray.cli.options import (
     study_database_option,
 )
 from bilora_ray.search.study.layout import Layout
+
+if TYPE_CHECKING:
+    from bilora_ray.search.study.view import StudyView
 
 EPILOG = """\b
 Examples:
@@ -34,38 +38,47 @@ Examples:
 def command(
     study: str, yes: bool, storage_path: Path, study_database: str | None, mlflow_uri: str | None, as_json: bool
 ) -> None:
-    """Remove STUDY: its checkpoints and adapters, its records, and its runs in MLflow. Exported adapters stay."""
-    from bilora_ray.search.study.steering.removal import none_searches, remove, size_of
+    """Remove STUDY: its checkpoints and adapters, its records, and its runs in MLflow. Exported adapters stay.
+
+    Its finalists go with it.
+    """
+    from bilora_ray.search.study.control.disk import used
+    from bilora_ray.search.study.steering.removal import none_searches, remove
     from bilora_ray.search.study.storage import naming_the_database
     from bilora_ray.search.study.studies import steered_study
 
     layout = Layout(absolute(storage_path), study_database)
     with naming_the_database(layout, then=""):
         found = steered_study(layout, study)
-        with none_searches(found, layout):
+        with none_searches(found, layout) as studies:
             if not yes:
-                size = in_bytes(size_of(layout.study(study)))
-                question = f"Remove study '{study}' of {layout.database}, its {len(found.records())} trials and {size}?"
+                size = in_bytes(sum(used(layout.study(one.study.study_name)) for one in studies))
+                trials = sum(len(one.records()) for one in studies)
+                question = f"Remove study '{study}' of {layout.database}, its {trials} trials and {size}?"
                 click.confirm(question, abort=True, err=True)
             artifacts = layout.storage_path / "mlflow-artifacts"
-            before = size_of(artifacts)
-            runs = _remove_runs(mlflow_uri, layout, found.space.study.project, study, found.id)
-            freed = remove(found, layout) + max(0, before - size_of(artifacts))
+            before, runs, freed = used(artifacts), 0, 0
+            for one in studies:
+                runs += _remove_runs(mlflow_uri, one)
+                freed += remove(one, layout)
+            freed += max(0, before - used(artifacts))
     if as_json:
         print_json({"study": study, "freed_bytes": freed, "runs": runs})
     else:
         click.echo(f"Study '{study}' is removed: {in_bytes(freed)} freed, {runs} runs gone from MLflow.")
 
 
-def _remove_runs(mlflow_uri: str | None, layout: Layout, project: str, study: str, study_id: str) -> int:
+def _remove_runs(mlflow_uri: str | None, study: StudyView) -> int:
+    layout = study.layout
     if mlflow_uri is None and not (layout.storage_path / "mlflow.db").exists():
         return 0
+    from bilora_ray.search.session import STUDY_ID
     from bilora_ray.tracking.mlflow_tracker import default_uri
     from bilora_ray.tracking.removal import remove_runs
 
     uri = mlflow_uri or default_uri(layout.storage_path)
-    tags = {"bilora_ray.study_id": study_id}
-    return remove_runs(uri, project, layout.storage_path / "mlflow-artifacts", study, tags)
+    artifacts, name = layout.storage_path / "mlflow-artifacts", study.study.study_name
+    return remove_runs(uri, study.space.study.project, artifacts, name, {STUDY_ID: study.id})
 
 
 def in_bytes(size: float) -> str:

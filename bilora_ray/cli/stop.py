@@ -38,25 +38,28 @@ def command(study: str, number: int | None, storage_path: Path, study_database: 
     """Stop the search of STUDY as Ctrl-C would, or one trial of it.
 
     A search that is stopped can be resumed; this command waits until it has ended. A trial that is stopped ends at its
-    next evaluation, and counts with what it has reached: its value and its adapter are as any other's.
+    next evaluation, and counts with what it has reached: its value and its adapter are as any other's. A search that
+    trains its finalists is stopped with them.
     """
     from bilora_ray.search.study.steering.requests import await_end, is_searched, stop_study, stop_trial
     from bilora_ray.search.study.storage import naming_the_database
-    from bilora_ray.search.study.studies import steered_study
+    from bilora_ray.search.study.studies import finalists_of, steered_study
 
     layout = Layout(absolute(storage_path), study_database)
     ended = False
     with naming_the_database(layout, then=""):
-        found = steered_study(layout, study)
-        runs = is_searched(found.study, layout)
+        found, finalists = steered_study(layout, study), finalists_of(layout, study)
+        both = [found] if finalists is None else [found, steered_study(layout, finalists)]
+        runs = any(is_searched(one.study, layout) for one in both)
         if number is not None:
             record = found.chosen(number)
             stop_trial(found.study, number, record.status)
         elif not runs and study_database is None:
             raise UserError(f"study '{study}': no process runs it")
         else:
-            stop_study(found.study)
-            ended = await_end(found.study, layout, WAIT_S)
+            for one in both:
+                stop_study(one.study)
+            ended = all(await_end(one.study, layout, WAIT_S) for one in both)
     if as_json:
         print_json({"study": study, "trial": number, "running": runs, "ended": ended})
     elif number is not None:

@@ -125,29 +125,31 @@ def search_finalists(
         UserError: as `search`.
         KeyboardInterrupt: the same.
     """
-    with naming_the_database(study.layout):
-        begun = begin(study, digests)
-    if begun is None:
-        return
-    space, resume = begun
-    watcher = watcher_of(space)
-    search(
-        space,
-        study.layout,
-        resume=resume,
-        ray_address=ray_address,
-        mlflow_uri=mlflow_uri,
-        digests=digests,
-        watcher=watcher,
-    )
-    with naming_the_database(study.layout):
-        finals = finals_of(study)
-        if finals is None or finals.verdict is None:
+    # So that nobody else goes on with the search, or deletes it, meanwhile.
+    with running_study(study.layout, study.space.study.name):
+        with naming_the_database(study.layout):
+            begun = begin(study, digests)
+        if begun is None:
             return
-        test = finals.test or _score_once(study, finals, ray_address, watcher.say)
-        metrics = {f"test_{key.removeprefix('eval_')}": value for key, value in test.items()}
-        told = finals.verdict.as_metrics(study.objective.metric)
-        tell_result(study, mlflow_uri, {**told, **metrics}, watcher.say)
+        space, resume = begun
+        watcher = watcher_of(space)
+        search(
+            space,
+            study.layout,
+            resume=resume,
+            ray_address=ray_address,
+            mlflow_uri=mlflow_uri,
+            digests=digests,
+            watcher=watcher,
+        )
+        with naming_the_database(study.layout):
+            finals = finals_of(study)
+            if finals is None or finals.verdict is None:
+                return
+            test = finals.test or _score_once(study, finals, ray_address, watcher.say)
+            metrics = {f"test_{key.removeprefix('eval_')}": value for key, value in test.items()}
+            told = finals.verdict.as_metrics(study.objective.metric)
+            tell_result(study, mlflow_uri, {**told, **metrics}, watcher.say)
 
 
 def _score_once(

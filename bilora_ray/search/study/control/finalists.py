@@ -24,7 +24,7 @@ from bilora_ray.search.space import FINALISTS_OF, Choice, Space, StudyConfig, Va
 from bilora_ray.search.study.control.verdict import Verdict, judge
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import open_storage, study_names
-from bilora_ray.search.study.studies import has_begun, load_study, open_study
+from bilora_ray.search.study.studies import finalists_of, has_begun, load_study, open_study
 from bilora_ray.search.study.view import FINALISTS, StudyView
 
 SEEDS = 3
@@ -188,8 +188,8 @@ def begin(study: StudyView, digests: Mapping[str, str]) -> tuple[Space, bool] | 
 
 def finals_of(study: StudyView) -> Finals | None:
     """What is known of the finalists of `study`; None before their study has begun."""
-    name, chosen = name_of(study.space.study.name), chosen_of(study)
-    if chosen is None or name not in study_names(study.layout):
+    name, chosen = finalists_of(study.layout, study.space.study.name), chosen_of(study)
+    if chosen is None or name is None:
         return None
     return told_by(study, load_study(study.layout, name), chosen)
 
