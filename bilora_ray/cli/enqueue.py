@@ -46,25 +46,32 @@ def command(
 
     from bilora_ray.search.study.steering.requests import checked, enqueue
     from bilora_ray.search.study.storage import naming_the_database
-    from bilora_ray.search.study.studies import steered_study
+    from bilora_ray.search.study.studies import has_begun, refuse_finalists, steered_study
 
     layout = Layout(absolute(storage_path), study_database)
     with naming_the_database(layout, then=""):
+        refuse_finalists(layout, study)
         found = steered_study(layout, study)
         parameters = checked(found.space, values)
         with layout.choosing(study):
+            if not has_begun(study, layout):  # tune makes it anew, without what was asked of it
+                raise UserError(
+                    f"study '{study}': no trial of it has begun; ask once one has, or in points_to_evaluate"
+                )
             waiting = enqueue(found.study, parameters)
         left = found.space.study.num_trials - len(found.records())
         end = found.end()
     behind = [*waiting.before, waiting.number][max(0, left) :]
-    idle = end is not None or waiting.number in behind
     if as_json:
         print_json({"study": study, "trial": waiting.number, "settings": values, "after": waiting.before})
         return
     after = f", after {_in_words(waiting.before)}" if waiting.before else " is the next one"
     click.echo(f"Study '{study}': trial {waiting.number}{after}.")
-    if idle:
-        click.echo(f"The study asks for no more trials: bilora-ray tune ... --extend {max(1, len(behind))} begins it.")
+    go_on = f"--extend {len(behind)}" if waiting.number in behind else "--resume"
+    if end is not None:
+        click.echo(f"The study ended by {end.line}. With another {end.by}, or without one, {go_on} begins the trial.")
+    elif waiting.number in behind:
+        click.echo(f"The study asks for no more trials: bilora-ray tune ... {go_on} begins it.")
 
 
 def _values(settings: Sequence[str]) -> dict[str, Any]:

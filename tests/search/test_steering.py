@@ -80,6 +80,23 @@ def test_what_is_asked_for_is_tried_next_in_its_order_while_a_search_runs(tmp_pa
     assert "--extend 1" in said(tmp_path, "enqueue", "s", "rank=4")
 
 
+def test_of_a_study_that_is_made_anew_nothing_is_asked(tmp_path: Path) -> None:
+    opened(tmp_path).release()  # whose search died before its first trial
+    result = typed(tmp_path, "enqueue", "s", "rank=4")
+    assert (result.exit_code, "study 's': no trial of it has begun" in result.stderr) == (2, True)
+    assert load_study(Layout(tmp_path / "runs"), "s").study.trials == []
+
+
+def test_what_is_asked_of_a_study_that_a_budget_ended_waits_for_another_one(tmp_path: Path) -> None:
+    study = opened(tmp_path, "study.target=1", "study.num_trials=2")
+    next_trial(study)
+    study.report(0, told(1))
+    study.release()
+    line = "The study ended by target: eval_loss 1 is as good as 1. With another target, or without one, "
+    assert said(tmp_path, "enqueue", "s", "rank=4").endswith(f"\n{line}--resume begins the trial.\n")
+    assert said(tmp_path, "enqueue", "s", "rank=4").endswith(f"\n{line}--extend 1 begins the trial.\n")
+
+
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
