@@ -56,10 +56,11 @@ def command(
 
     from bilora_ray.search.study.steering.copying import sections_of, written
     from bilora_ray.search.study.storage import naming_the_database
-    from bilora_ray.search.study.studies import load_study
+    from bilora_ray.search.study.studies import load_study, refuse_finalists
 
     layout = Layout(absolute(storage_path), study_database)
     with naming_the_database(layout, then=""):
+        refuse_finalists(layout, study)
         sections = sections_of(load_study(layout, study).space)
     sections["study"]["name"] = new
     text = written(checked_space(sections, file, overrides))

@@ -59,13 +59,15 @@ def command(
     from bilora_ray.search.study.control.finalists import finals_of
     from bilora_ray.search.study.layout import Layout
     from bilora_ray.search.study.storage import naming_the_database
-    from bilora_ray.search.study.studies import load_study
+    from bilora_ray.search.study.studies import load_study, refuse_finalists
 
     layout = Layout(absolute(storage_path), study_database)
     have_home()
     if number is not None and prefer is not None:
         raise UserError("--prefer: --trial names the trial already; leave one out")
     with naming_the_database(layout, then=""):
+        if number is None:
+            refuse_finalists(layout, study)
         found = load_study(layout, study)
         _check_new(output)
         record = found.chosen(number, prefer)

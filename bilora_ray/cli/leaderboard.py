@@ -139,9 +139,11 @@ def study_as_json(study: StudyView) -> dict[str, Any]:
     """A study as JSON: what `tune --json` and `show --json` print."""
     from bilora_ray.search.study.control.disk import used_by
     from bilora_ray.search.study.control.finalists import finals_of
+    from bilora_ray.search.study.studies import search_of
 
     best, metric, importances, end = study.best(), study.objective.metric, study.importances(), study.end()
     finals, records = finals_of(study), study.records_now()
+    search = search_of(study.layout, study.space.study.name)
     return {
         "study": study.space.study.name,
         "metric": metric,
@@ -149,7 +151,7 @@ def study_as_json(study: StudyView) -> dict[str, Any]:
         "num_trials": study.space.study.num_trials,
         "ended_by": None if end is None else {"budget": end.by, "line": end.line},
         "warm_start": study.warm_start,
-        "best": None if best is None else as_json(best, metric),
+        "best": None if best is None or search is not None else as_json(best, metric),
         **_several_as_json(study),
         "importances": {key: share.share for key, share in importances.shares.items()},
         "importances_detail": {
@@ -159,6 +161,7 @@ def study_as_json(study: StudyView) -> dict[str, Any]:
             "unknown": importances.unknown,
         },
         "disk": {"bytes": used_by(study), "adapters_removed": sum(bool(record.removed) for record in records)},
+        "finalists_of": search,
         "finalists": None if finals is None else finals_as_json(finals),
         "trials": [as_json(record, metric) for record in records],
     }

@@ -140,9 +140,11 @@ def _space_of(layout: Layout, study: str, number: int | None, overrides: Sequenc
     """The settings of a trial of `study`, the best as a rule, with `overrides` on top; its number; the study."""
     from bilora_ray.search.study.control.finalists import finals_of
     from bilora_ray.search.study.storage import naming_the_database
-    from bilora_ray.search.study.studies import load_study
+    from bilora_ray.search.study.studies import load_study, refuse_finalists
 
     with naming_the_database(layout, then=""):
+        if number is None:
+            refuse_finalists(layout, study)
         found = load_study(layout, study)
         finals = finals_of(found) if number is None else None
         if finals is not None and finals.verdict is not None:

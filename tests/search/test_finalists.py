@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from statistics import fmean
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from tiny_trials import Tiny, evaluate_adapter, write_rows
 
 from bilora_ray.cli.main import main
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.files import is_held
 from bilora_ray.records import Objective
 from bilora_ray.search.simulated import Metrics, simulate
 from bilora_ray.search.space import Space
@@ -32,6 +34,7 @@ from bilora_ray.search.study.control.finalists import (
 )
 from bilora_ray.search.study.control.verdict import Verdict, judge
 from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.storage import running_study, study_names
 from bilora_ray.search.study.studies import load_study, open_study
 from bilora_ray.search.study.study import SearchStudy
 
@@ -314,6 +317,71 @@ def test_finalists_have_neither_sampler_nor_early_stops(layout: Layout) -> None:
     study = searched(layout, space(study__scheduler="asha", study__sampler="tpe"))
     found = space_of(study, choose(study)).study
     assert (found.scheduler, found.finalists, found.name) == ("none", 0, "s-finalists")
+
+
+def typed(layout: Layout, *words: str) -> Result:
+    return CliRunner().invoke(main, [*words, "--storage-path", str(layout.storage_path)])
+
+
+def test_whoever_trains_finalists_holds_their_search(layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bilora_ray.search import run
+
+    held = []
+    monkeypatch.setattr(run, "search", lambda *_, **__: held.append(is_held(layout.searching("s"))))
+    study, watcher = searched(layout, space()), cast("Any", None)
+    run.search_finalists(study, ray_address=None, mlflow_uri=None, digests={}, watcher_of=lambda _: watcher)
+    assert held == [True]
+
+
+@pytest.mark.parametrize("runs", ["s", "s-finalists"])
+def test_a_search_is_deleted_with_its_finalists_and_not_while_they_train(layout: Layout, runs: str) -> None:
+    study = searched(layout, space())
+    trained(study)
+    with running_study(layout, runs):
+        refused = typed(layout, "delete", "s", "--yes")
+    assert (refused.exit_code, "is being searched by another process" in refused.stderr) == (2, True)
+    result = typed(layout, "delete", "s", "--yes")
+    assert result.exit_code == 0, result.stderr
+    assert study_names(layout) == []
+    assert list((layout.storage_path / "studies").iterdir()) == []
+    check_finalists(space(), layout)
+
+
+def test_who_stops_a_search_stops_the_training_of_its_finalists(layout: Layout) -> None:
+    study = searched(layout, space())
+    begun = begin(study, {})
+    assert begun is not None
+    with ThreadPoolExecutor() as pool:
+        with running_study(layout, "s"), running_study(layout, "s-finalists"):
+            finals = open_study(begun[0], layout, {})
+            finals.next_trials()
+            stopping = pool.submit(typed, layout, "stop", "s")
+            while not finals.asked_to_stop():
+                assert not stopping.done()
+            finals.release()
+        assert "stopped" in stopping.result().stdout
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["export", "s-finalists", "--output", "out"],
+        ["clone", "s-finalists", "new"],
+        ["train", "--study", "s-finalists", "--name", "new"],
+        ["enqueue", "s-finalists", "seed=1"],
+    ],
+)
+def test_the_study_of_finalists_has_no_best_and_names_their_search(layout: Layout, words: list[str]) -> None:
+    trained(searched(layout, space()))
+    result = typed(layout, *words)
+    line = "study 's-finalists': trains the finalists of 's', where they are judged; name that one"
+    assert (result.exit_code, result.stderr) == (2, f"Error: {line}\n")
+    shown = typed(layout, "show", "s-finalists").stdout
+    assert "`bilora-ray show s` judges them" in shown
+    assert "Best" not in shown
+    told = json.loads(typed(layout, "show", "s-finalists", "--json").stdout)
+    assert (told["best"], told["finalists_of"]) == (None, "s")
+    assert [one["best"] is None for one in json.loads(typed(layout, "show", "--json").stdout)] == [False, True]
 
 
 @pytest.mark.slow
