@@ -133,6 +133,19 @@ def test_the_checkpoints_that_are_lent_are_few_and_go_with_the_end(tmp_path: Pat
     assert not Layout(tmp_path).lent("s").exists()
 
 
+def test_a_study_that_had_ended_goes_on_with_new_lenders(tmp_path: Path) -> None:
+    study, _ = searched(tmp_path)
+    before = children(study)
+    study.discard_examples()
+    again = opened(tmp_path, "study.num_trials=40", storage=study.study._storage)
+    simulate(again, curve, workers=4)
+    assert {record.status for record in again.records()} == {Status.COMPLETE, Status.PRUNED}
+    parents = [parent.number for number, parent in children(again).items() if number not in before]
+    assert parents
+    assert min(parents) >= 24
+    again.release()
+
+
 def test_what_a_person_asks_for_comes_before_a_place_is_taken(tmp_path: Path) -> None:
     study = opened(tmp_path)
     while not any(record.status is Status.PRUNED for record in study.records()):

@@ -28,12 +28,10 @@ def inherited_seconds(attributes: Mapping[str, Any]) -> float:
     return 0.0 if parent is None else parent.seconds
 
 
-def ranked(trials: Iterable[FrozenTrial], rung: int, lent: bool = False) -> list[FrozenTrial]:
-    """Those that have come to `rung`, the best there first; only those that lend their checkpoints if `lent`."""
-    key = (LENT if lent else RUNG).format(rung)
-    return sorted(
-        (trial for trial in trials if key in trial.user_attrs), key=lambda trial: (loss_at(trial, rung), trial.number)
-    )
+def ranked(trials: Iterable[FrozenTrial], rung: int) -> list[FrozenTrial]:
+    """Those that have come to `rung`, the best there first."""
+    there = (trial for trial in trials if RUNG.format(rung) in trial.user_attrs)
+    return sorted(there, key=lambda trial: (loss_at(trial, rung), trial.number))
 
 
 def loss_at(trial: FrozenTrial, rung: int) -> float:

@@ -56,7 +56,7 @@ class Population:
             return
         with self._view.layout.choosing(self._study.study_name):
             trials = self._study.get_trials(deepcopy=False)
-            rivals = [trial for trial in trials if LENT.format(rung) in trial.user_attrs]
+            rivals = self._lending(trials, rung)
             best = [trial.number for trial in ranked([*rivals, own], rung)][: self._lenders]
             if number in best and self._kept(number, step, rung):
                 self._study._storage.set_trial_user_attr(own._trial_id, LENT.format(rung), True)
@@ -76,7 +76,7 @@ class Population:
                 continue
             rung = newest_rung(left)
             most = max(1, min(self._lenders, len(ranked(trials, rung)) // SHARE))
-            if best := ranked(trials, rung, lent=True)[:most]:
+            if best := self._lending(trials, rung)[:most]:
                 self._enqueue(left.number, rung, best)
                 return
 
@@ -87,7 +87,7 @@ class Population:
         if parent is None or folder.latest() is not None:
             return
         inherited = self._view._trial(parent.number).params
-        lent = self._lent(parent.rung) / f"{parent.number:04d}"
+        lent = self._lent(parent.rung, parent.number)
         try:
             folder.begin_from(lent, changed(self._space, inherited, own.params))
         except OSError as error:
@@ -102,20 +102,25 @@ class Population:
         self._study.enqueue_trial(offspring(self._space, chosen.params, seed), user_attrs={PARENT: asdict(parent)})
 
     def _kept(self, number: int, step: int, rung: int) -> bool:
-        lent = self._lent(rung) / f"{number:04d}"
+        lent = self._lent(rung, number)
         lent.parent.mkdir(parents=True, exist_ok=True)
         with suppress(OSError), atomic_folder(lent) as unfinished:
             link_files(self._view.folder(number).checkpoint_at(step), unfinished)
         return lent.is_dir()
 
     def _discard_others(self, rung: int, kept: set[int]) -> None:
-        names = {f"{number:04d}" for number in kept}
-        for entry in self._lent(rung).iterdir():
-            if entry.name not in names:
+        wanted = {self._lent(rung, number) for number in kept}
+        for entry in self._lent(rung, 0).parent.iterdir():
+            if entry not in wanted:
                 shutil.rmtree(entry, ignore_errors=True)
 
-    def _lent(self, rung: int) -> Path:
-        return self._view.layout.lent(self._study.study_name) / f"rung-{rung:04d}"
+    def _lending(self, trials: list[FrozenTrial], rung: int) -> list[FrozenTrial]:
+        """Those whose checkpoints of `rung` may be had, the best first: of a study that had ended there are none."""
+        lent = (trial for trial in ranked(trials, rung) if LENT.format(rung) in trial.user_attrs)
+        return [trial for trial in lent if self._lent(rung, trial.number).is_dir()]
+
+    def _lent(self, rung: int, number: int) -> Path:
+        return self._view.layout.lent(self._study.study_name) / f"rung-{rung:04d}" / f"{number:04d}"
 
 
 def _was_stopped(trial: FrozenTrial) -> bool:
