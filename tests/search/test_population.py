@@ -218,7 +218,7 @@ def in_process(path: Path, writes: int | None) -> None:
 @pytest.mark.slow
 def test_five_kills_leave_the_study_that_none_would_have(tmp_path: Path) -> None:
     moments = random.Random(5)
-    for writes in [*(moments.randrange(20, 60) for _ in range(5)), None]:
+    for writes in [*(moments.randrange(20, 45) for _ in range(5)), None]:
         in_process(tmp_path / "killed", writes)
     in_process(tmp_path / "whole", None)
     found = ended(tmp_path / "killed")
