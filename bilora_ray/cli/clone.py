@@ -60,8 +60,9 @@ def command(
 
     layout = Layout(absolute(storage_path), study_database)
     with naming_the_database(layout, then=""):
-        refuse_finalists(layout, study)
-        sections = sections_of(load_study(layout, study).space)
+        found = load_study(layout, study)
+        refuse_finalists(found)
+        sections = sections_of(found.space)
     sections["study"]["name"] = new
     text = written(checked_space(sections, file, overrides))
     try:

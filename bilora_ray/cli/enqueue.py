@@ -50,8 +50,8 @@ def command(
 
     layout = Layout(absolute(storage_path), study_database)
     with naming_the_database(layout, then=""):
-        refuse_finalists(layout, study)
         found = steered_study(layout, study)
+        refuse_finalists(found)
         parameters = checked(found.space, values)
         with layout.choosing(study):
             if not has_begun(study, layout):  # tune makes it anew, without what was asked of it

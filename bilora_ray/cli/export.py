@@ -66,9 +66,9 @@ def command(
     if number is not None and prefer is not None:
         raise UserError("--prefer: --trial names the trial already; leave one out")
     with naming_the_database(layout, then=""):
-        if number is None:
-            refuse_finalists(layout, study)
         found = load_study(layout, study)
+        if number is None:
+            refuse_finalists(found)
         _check_new(output)
         record = found.chosen(number, prefer)
         finals = finals_of(found) if number is None and prefer is None else None

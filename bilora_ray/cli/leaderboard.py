@@ -139,11 +139,11 @@ def study_as_json(study: StudyView) -> dict[str, Any]:
     """A study as JSON: what `tune --json` and `show --json` print."""
     from bilora_ray.search.study.control.disk import used_by
     from bilora_ray.search.study.control.finalists import finals_of
-    from bilora_ray.search.study.studies import search_of
+    from bilora_ray.search.study.view import search_of
 
     best, metric, importances, end = study.best(), study.objective.metric, study.importances(), study.end()
     finals, records = finals_of(study), study.records_now()
-    search = search_of(study.layout, study.space.study.name)
+    search = search_of(study.study)
     return {
         "study": study.space.study.name,
         "metric": metric,

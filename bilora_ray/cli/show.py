@@ -86,7 +86,8 @@ def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -
     from rich.console import Console
 
     from bilora_ray.search.study.control.finalists import finals_of
-    from bilora_ray.search.study.studies import load_study, search_of
+    from bilora_ray.search.study.studies import load_study
+    from bilora_ray.search.study.view import search_of
 
     console = Console(highlight=False)
     found = load_study(layout, study)
@@ -115,7 +116,7 @@ def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -
         verb = "tune" if found.space.distributions else "train"
         console.print(f"What is interrupted goes on with `bilora-ray {verb}`, as it was begun, and --resume.")
     console.print()
-    if (search := search_of(layout, study)) is not None:
+    if (search := search_of(found.study)) is not None:
         line = f"These are the finalists of study '{search}', on fresh seeds; `bilora-ray show {search}` judges them"
         console.print(line, markup=False, soft_wrap=True)
         return

@@ -143,9 +143,9 @@ def _space_of(layout: Layout, study: str, number: int | None, overrides: Sequenc
     from bilora_ray.search.study.studies import load_study, refuse_finalists
 
     with naming_the_database(layout, then=""):
-        if number is None:
-            refuse_finalists(layout, study)
         found = load_study(layout, study)
+        if number is None:
+            refuse_finalists(found)
         finals = finals_of(found) if number is None else None
         if finals is not None and finals.verdict is not None:
             number = finals.verdict.winner.trial

@@ -8,7 +8,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.looks import Looks
 from bilora_ray.search.study.storage import making, naming_the_database, open_storage, read_storage, study_names
 from bilora_ray.search.study.study import SearchStudy
-from bilora_ray.search.study.view import DIGESTS, FINALISTS, ID, StudyView, objective_of, status_of
+from bilora_ray.search.study.view import DIGESTS, ID, StudyView, objective_of, search_of, status_of
 from bilora_ray.search.study.warm_start import SPACE, WARM_START, first_points, taken
 
 MAXIMIZE, MINIMIZE = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
@@ -180,25 +180,17 @@ def load_study(layout: Layout, name: str) -> StudyView:
     return StudyView(study, _space(study), layout)
 
 
-def search_of(layout: Layout, name: str) -> str | None:
-    """The search whose finalists study `name` trains; None if it trains those of none."""
-    search = name.removesuffix(FINALISTS_OF.format(""))
-    if search == name or search not in study_names(layout):
-        return None
-    return search if FINALISTS in _read(layout, search).user_attrs else None
-
-
 def finalists_of(layout: Layout, search: str) -> str | None:
     """The study that trains the finalists of a `search`, which is there; None before it has begun."""
     name = FINALISTS_OF.format(search)
-    if name not in study_names(layout) or search_of(layout, name) is None:
-        return None
-    return name if SPACE in _read(layout, name).user_attrs else None
+    study = _read(layout, name) if name in study_names(layout) else None
+    return name if study is not None and search_of(study) is not None and SPACE in study.user_attrs else None
 
 
-def refuse_finalists(layout: Layout, name: str) -> None:
-    """UserError if study `name` trains the finalists of a search: by itself it has no best trial, and searches none."""
-    if (search := search_of(layout, name)) is not None:
+def refuse_finalists(found: StudyView) -> None:
+    """UserError if a study trains the finalists of a search: by itself it has no best trial, and searches nothing."""
+    if (search := search_of(found.study)) is not None:
+        name = found.study.study_name
         raise UserError(f"study '{name}': trains the finalists of '{search}', where they are judged; name that one")
 
 
@@ -207,9 +199,7 @@ def summarise(layout: Layout) -> list[StudySummary]:
     if (storage := read_storage(layout)) is None:
         return []
     loaded = (optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage))
-    summaries = [_summary(study) for study in loaded if SPACE in study.user_attrs]
-    # The best of the finalists' runs is the luckiest one, and not what is judged.
-    return [replace(one, best=None) if search_of(layout, one.study) else one for one in summaries]
+    return [_summary(study) for study in loaded if SPACE in study.user_attrs]
 
 
 def _summary(study: optuna.Study) -> StudySummary:
@@ -222,7 +212,8 @@ def _summary(study: optuna.Study) -> StudySummary:
         num_trials=described["study"]["num_trials"],
         ended=sum(trial.state.is_finished() for trial in trials),
         metric=objective.metric,
-        best=objective.best_value(values),
+        # Of finalists it is the luckiest run, and not what is judged.
+        best=None if search_of(study) is not None else objective.best_value(values),
     )
 
 

@@ -16,7 +16,7 @@ from bilora_ray.digests import by_setting
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.files import is_held
 from bilora_ray.records import Objective, Status, TrialRecord
-from bilora_ray.search.space import LIMITED, Space
+from bilora_ray.search.space import FINALISTS_OF, LIMITED, Space
 from bilora_ray.search.study.control.budget import Ended, end_of
 from bilora_ray.search.study.control.evaluations import ENDED_BY, broken, evaluations_of
 from bilora_ray.search.study.control.front import front_of, losses_of
@@ -46,6 +46,14 @@ def objective_of(study: optuna.Study, fixed: Mapping[str, Any]) -> Objective:
     """What the trials of `study`, which share the settings `fixed`, are judged by; the first of several objectives."""
     metric = fixed.get("metric", TrialConfig.model_fields["metric"].default)
     return Objective(str(metric), study.directions[0] == StudyDirection.MAXIMIZE)
+
+
+def search_of(study: optuna.Study) -> str | None:
+    """The search whose finalists `study` trains; None if it is no such study."""
+    storage, search = study._storage, study.study_name.removesuffix(FINALISTS_OF.format(""))
+    if search == study.study_name or search not in optuna.get_all_study_names(storage):
+        return None
+    return search if FINALISTS in optuna.load_study(study_name=search, storage=storage).user_attrs else None
 
 
 class StudyView:
