@@ -33,6 +33,8 @@ def command(space_path: Path, overrides: tuple[str, ...], as_json: bool) -> None
         return
     click.echo(f"{space_path} is valid: study '{space.study.name}', {space.study.num_trials} trials")
     _print(space)
+    for note in space.notes:
+        click.secho(f"Note: {note}", fg="yellow")
     if not space.distributions:
         click.echo("no setting has a distribution, so `bilora-ray train` runs it and `tune` does not")
 

@@ -98,6 +98,7 @@ def preflight(space: Space, dry_run: bool = False) -> Checked:
     tested, shared = _tested(config, rows, dry_run) if config.has_test else ({}, ())
     digests |= tested
     told = (
+        *space.notes,
         *shared,
         *_unpinned(config),
         *_unlooked_at(space),

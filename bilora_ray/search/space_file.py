@@ -262,6 +262,8 @@ def _part(section: str, key: str, value: dict[str, Any], where: str) -> Distribu
         if key == "precision" and "auto" in drawn.choice:
             raise UserError(f"{where}: auto is the one or the other, so a choice is among bf16 and fp32")
         choice = tuple(coerce(key, item, where) for item in drawn.choice)
+        if twice := [value for index, value in enumerate(choice) if value in choice[:index]]:
+            raise UserError(f"{where}: {twice[0]!r} is there twice")
         return Choice(choice=choice, when=_when(drawn.when, where))
     if "low" in value or "high" in value:
         found = build(Range, value, where)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 from bilora_ray.checking import nearest_setting
-from bilora_ray.config import FACTS, TrialConfig, coerce, is_integer, is_number
+from bilora_ray.config import FACTS, TrialConfig, applies, coerce, is_integer, is_number
 from bilora_ray.errors import UserError
 from bilora_ray.expressions import Expression, parsed
 from bilora_ray.facts import METHOD_NAMES
@@ -52,8 +52,9 @@ def with_parts(space: Space, parts: Parts) -> Space:
     for key in {needed for found in parts for needed in _needs(found, parts)} & fixed.keys():
         where = "--set trial" if key in space.overridden else f"{space.path}: trial"
         fixed[key] = coerce(key, fixed[key], f"{where}.{key}")
+    notes = _left_out(space, parts, fixed)
     order = _in_order(space, parts)
-    kept = _possible(space, {key: parts[key] for key in order}, fixed)
+    kept = _possible(space, {key: () if key in notes else parts[key] for key in order}, fixed, notes)
     distributions: dict[str, Distribution] = {}
     given: dict[str, Given] = {}
     for key in order:
@@ -76,7 +77,36 @@ def with_parts(space: Space, parts: Parts) -> Space:
                 given[name] = part
             else:
                 distributions[name] = part
-    return replace(space, fixed=fixed, distributions=distributions, given=given)
+    return replace(space, fixed=fixed, distributions=distributions, given=given, notes=tuple(notes.values()))
+
+
+def without_effect(parts: Parts, fixed: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """The settings that are drawn and that no trial reads -> the setting that is why, and how, in words."""
+    drawn = [key for key, found in parts.items() if any(isinstance(part, Choice | Range) for part in found)]
+    method, found = str(fixed.get("method", _default("method"))), {}
+    for key in drawn:
+        if "method" not in parts and not applies(key, method):
+            found[key] = ("method", f"method {method} does not read it")
+    epochs, steps = "num_train_epochs", parts.get("max_steps", [Given(value=fixed.get("max_steps"))])
+    stepped = any(not part.when and not _may_be_null(part) for part in steps)
+    if epochs in drawn and stepped and not any(epochs in _needs(key, parts) for key in parts):
+        found[epochs] = ("max_steps", "every trial has max_steps instead")
+    return found
+
+
+def _may_be_null(part: Distribution | Given) -> bool:
+    return None in part.choice if isinstance(part, Choice) else isinstance(part, Given) and part.value is None
+
+
+def _left_out(space: Space, parts: Parts, fixed: Mapping[str, Any]) -> dict[str, str]:
+    """What need not be drawn since `--set` gave another setting -> a line about it; refused if the file is why."""
+    notes = {}
+    for key, (cause, why) in without_effect(parts, fixed).items():
+        if cause not in space.overridden or key in space.overridden:
+            where = "--set trial" if key in space.overridden else f"{space.path}: trial"
+            raise UserError(f"{where}.{key}: {why}, so that trials that differ in it are the same")
+        notes[key] = f"{key}: is not searched; {why}"
+    return notes
 
 
 def check_settings(space: Space) -> None:
@@ -121,10 +151,12 @@ def _check_names(space: Space, key: str, part: Distribution | Given) -> None:
             raise UserError(f"{where}: {part.value} computes with {name}, which is no number")
 
 
-def _possible(space: Space, parts: Parts, fixed: Mapping[str, Any]) -> dict[str, list[Distribution | Given]]:
+def _possible(
+    space: Space, parts: Parts, fixed: Mapping[str, Any], left_out: Iterable[str]
+) -> dict[str, list[Distribution | Given]]:
     """The `parts`, which are in order, less those whose condition can't be met since `--set` replaced what it is on."""
     kept: dict[str, list[Distribution | Given]] = {}
-    replaced = set(space.overridden)
+    replaced = {*space.overridden, *left_out}
     for key, found in parts.items():
         kept[key] = [part for part in found if _can_be(space, key, part, kept, fixed, replaced)]
         if len(kept[key]) < len(found):

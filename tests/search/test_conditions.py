@@ -157,6 +157,10 @@ def test_a_study_goes_on_with_the_same_space_in_other_words(tmp_path: Path) -> N
     study.release()
     check_study(again, Layout(tmp_path), True, {})
     assert space.parts.keys() == again.parts.keys()
+    with pytest.raises(
+        UserError, match=r"study.points_to_evaluate was \[{'rank': 8}\], is \[{'rank': 4}\]; of a study"
+    ):
+        check_study(load(words, {"points_to_evaluate": [{"rank": 4}]}), Layout(tmp_path), True, {})
     for key, value in (("max_steps", "9"), ("lora_alpha", "2*rank+0"), ("learning_rate", "3e-5")):
         with pytest.raises(UserError, match=f"began with other space: {key}"):
             check_study(load({**words, **others, key: value}, points[1]), Layout(tmp_path), True, {})
@@ -203,6 +207,39 @@ def test_set_takes_a_method_out_of_the_search(tmp_path: Path) -> None:
     assert space.trial_config({"learning_rate": 0.05, "rank": 4}).weight_decay == 0.1
     # What one method has alone is no sub-space.
     assert space.distributions["learning_rate"].ends() == (1e-3, 1e-1)
+
+
+def test_what_no_trial_reads_is_not_searched(tmp_path: Path, refused: Callable[..., str]) -> None:
+    trial = {"method": METHODS, "rho": {"low": 0.1, "high": 1}, "num_train_epochs": {"choice": [1, 20]}}
+    given = ("method=lora", "max_steps=100")
+    space = load_file(tmp_path / "s.yaml", trial, None, *given[:1], "rank={choice: [4, 8]}")
+    assert (list(space.distributions), space.size()) == (["num_train_epochs", "rank"], 4)
+    assert space.notes == ("rho: is not searched; method lora does not read it",)
+    nothing = load_file(tmp_path / "s.yaml", trial, {"points_to_evaluate": [{"rho": 0.5}]}, *given)
+    assert (nothing.distributions, nothing.points_to_evaluate, len(nothing.notes)) == ({}, (), 2)
+    for changed, override, problem in (
+        ({"method": "lora"}, (), "trial.rho: method lora does not read it"),
+        ({}, ("method=lora", "rho={low: 0.1, high: 1}"), "--set trial.rho: method lora does not read it"),
+        ({"max_steps": {"choice": [8, 9]}}, (), "trial.num_train_epochs: every trial has max_steps instead"),
+        ({"rank": {"choice": [8, 8.0]}}, (), "trial.rank: 8 is there twice"),
+    ):
+        assert problem in refused({**trial, **changed}, None, *override)
+    # It is read here: by an expression, and by the trials without steps.
+    load({**trial, "max_steps": "10 * num_train_epochs"})
+    load({**trial, "max_steps": {"choice": [None, 100]}})
+
+
+def test_a_study_that_drew_what_no_trial_reads_goes_on(tmp_path: Path) -> None:
+    searched = {"rho": {"low": 0.1, "high": 1}, "rank": {"choice": [4, 8]}}
+    space, layout = load(searched, overrides=("method=bilora",)), Layout(tmp_path)
+    study = opened(space, tmp_path)
+    described = study.study.user_attrs[SPACE]
+    described["fixed"]["method"] = "lora"
+    study.study.set_user_attr(SPACE, described)
+    study.next_trials()
+    study.release()
+    now = load_file(tmp_path / "s.yaml", searched, {"num_trials": 12}, "method=lora")
+    check_study(now, layout, True, {})
 
 
 def test_what_is_derived_from_fixed_settings_is_fixed() -> None:

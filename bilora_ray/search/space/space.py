@@ -46,6 +46,7 @@ class Space:
         points_to_evaluate: settings to try first, each inside its distribution.
         overridden: the trial's settings that are not the file's, for errors.
         given: name -> a value that not all trials share, or an expression; in an order in which they can be computed.
+        notes: lines about what the file would search and `--set` takes out of the search.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class Space:
     points_to_evaluate: tuple[dict[str, Value], ...]
     overridden: frozenset[str] = frozenset()
     given: dict[str, Given] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def varied(self) -> frozenset[str]:

@@ -37,6 +37,7 @@ from bilora_ray.search.space import (
     is_expression,
     setting_of,
 )
+from bilora_ray.search.space_parts import without_effect
 from bilora_ray.search.study.control.budget import end_of
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.looks import Looks
@@ -371,12 +372,15 @@ def _comparable(described: Mapping[str, Any]) -> dict[str, Any]:
         points = compared["study.points_to_evaluate"]
         compared["study.points_to_evaluate"] = [{key: _typed(key, point[key]) for key in point} for point in points]
     trial = {key: _typed(key, value) for key, value in completed(TrialConfig, described["fixed"]).items()}
-    parts: dict[str, Any] = {}
+    parts: dict[str, list[Distribution | Given]] = {}
     for name, part in {**described["distributions"], **described.get("given", {})}.items():
-        parts.setdefault(setting_of(name), []).append(_in_order(setting_of(name), _part(part)))
-    for found in parts.values():
+        parts.setdefault(setting_of(name), []).append(_part(part))
+    # What no trial reads was searched before, and is not now.
+    kept = [key for key in parts if key not in without_effect(parts, trial)]
+    read = {key: [_in_order(key, part) for part in parts[key]] for key in kept}
+    for found in read.values():
         found.sort(key=lambda part: json.dumps(part.get("when"), sort_keys=True))
-    return {**compared, "resources.workers": workers, **trial, **parts}
+    return {**compared, "resources.workers": workers, **trial, **read}
 
 
 def _in_order(key: str, part: Distribution | Given) -> dict[str, Any]:
