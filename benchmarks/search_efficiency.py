@@ -11,7 +11,7 @@ What counts is the regret: how far the best value of a trial that ran to its end
     OMP_NUM_THREADS=1 python benchmarks/search_efficiency.py [--searches 50] [--trials 64] [--jobs 2] [--output FOLDER]
 
 The output folder keeps every search, so that the command goes on where it was stopped, and gets `search_efficiency.md`
-and `search_efficiency.png`. Of the ways to search that this version lacks, nothing is said.
+and `search_efficiency.png`.
 """
 
 from __future__ import annotations
@@ -334,19 +334,6 @@ def search(file: Path, judge: str, way: str, seed: int, trials: int) -> Search:
 Found = dict[tuple[str, str], list[Search]]
 
 
-def known_ways() -> list[str]:
-    """The ways to search that this version has."""
-    from bilora_ray.search.space import Range, StudyConfig
-
-    def knows(override: str) -> bool:
-        if "prior" in override:
-            return "prior" in Range.model_fields
-        key, _, word = override.partition("=")
-        return word in StudyConfig.model_fields[key.removeprefix("study.")].annotation.__args__
-
-    return [way for way, overrides in WAYS.items() if all(map(knows, overrides))] + list(RIVALS)
-
-
 def run_all(arguments: argparse.Namespace, ways: Sequence[str]) -> Found:
     """Every search that the file of searches does not hold yet, and those that it holds."""
     file, found = arguments.output / "searches.jsonl", {}
@@ -448,12 +435,10 @@ def main() -> None:
     parser.add_argument("--table", type=Path, default=TABLE)
     parser.add_argument("--output", type=Path, default=Path("search_efficiency"), help="folder")
     parser.add_argument("--judges", nargs="+", choices=JUDGES, default=list(JUDGES))
-    parser.add_argument("--ways", nargs="+", choices=[*WAYS, *RIVALS], help="all that this version has, if absent")
+    parser.add_argument("--ways", nargs="+", choices=[*WAYS, *RIVALS], help="all if absent")
     arguments = parser.parse_args()
     table = read_table(arguments.table)
-    known = known_ways()
-    ways = [way for way in arguments.ways or known if way in known]
-    ways = list(dict.fromkeys([RANDOM, *ways]))
+    ways = list(dict.fromkeys([RANDOM, *(arguments.ways or [*WAYS, *RIVALS])]))
     arguments.output.mkdir(parents=True, exist_ok=True)
     found = run_all(arguments, ways)
     text = "\n".join(told(table, judge, ways, found, arguments.trials) for judge in arguments.judges)
