@@ -337,7 +337,7 @@ Found = dict[tuple[str, str], list[Search]]
 def run_all(arguments: argparse.Namespace, ways: Sequence[str]) -> Found:
     """Every search that the file of searches does not hold yet, and those that it holds."""
     file, found = arguments.output / "searches.jsonl", {}
-    keys = {"table": arguments.table.name, "trials": arguments.trials}
+    keys = {"table": arguments.table.name, "whole_trials": arguments.trials}
     if file.exists():
         for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
             if {key: line.pop(key) for key in keys} == keys:
