@@ -341,7 +341,8 @@ def run_all(arguments: argparse.Namespace, ways: Sequence[str]) -> Found:
     if file.exists():
         for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
             if {key: line.pop(key) for key in keys} == keys:
-                found[line.pop("judge"), line.pop("way"), line.pop("seed")] = Search(**line)
+                key = line.pop("judge"), line.pop("way"), line.pop("seed")
+                found[key] = Search(**line)
     wanted = [(judge, way, seed) for seed in range(arguments.searches) for judge in arguments.judges for way in ways]
     with ProcessPoolExecutor(arguments.jobs) as processes, file.open("a", encoding="utf-8") as opened:
         running = {
