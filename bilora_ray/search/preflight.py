@@ -74,7 +74,7 @@ class Checked:
 
 
 def preflight(space: Space, dry_run: bool = False) -> Checked:
-    """Read and check the data and look for the model, with the space's first settings.
+    """Read and check the data and look for the models, with the space's first settings.
 
     Args:
         space: the space.
@@ -85,8 +85,9 @@ def preflight(space: Space, dry_run: bool = False) -> Checked:
     """
     _check_sampler(space)
     config = space.first_config()
-    check_model(config)
-    check_positions(positions(config), config, TASKS[config.task].continues)
+    for one in _models(space):
+        check_model(one)
+        check_positions(positions(one), one, TASKS[one.task].continues)
     rows = load_rows(config, beginning=dry_run)
     digests = _by_source(config, rows)
     for other in _choices(space, "train_data")[1:]:
@@ -117,9 +118,10 @@ def look(space: Space) -> None:
     _check_sampler(space)
     check_draw(space)
     config = space.first_config()
-    if kind_of(config.model_name_or_path, is_data=False) != "hub":
-        check_model(config)
-        check_positions(positions(config), config, TASKS[config.task].continues)
+    for one in _models(space):
+        if kind_of(one.model_name_or_path, is_data=False) != "hub":
+            check_model(one)
+            check_positions(positions(one), one, TASKS[one.task].continues)
     for one in (config, *_choices(space, "train_data")[1:], *_choices(space, "prompt_template")[1:]):
         check_first_rows(one)
 
@@ -229,6 +231,12 @@ def _choices(space: Space, setting: str) -> list[TrialConfig]:
         config = space.trial_config(sampled)
         found.setdefault(getattr(config, setting), config)
     return list(found.values())
+
+
+def _models(space: Space) -> list[TrialConfig]:
+    """The settings of a first trial with each base model, and each revision, that trials may get."""
+    found = (*_choices(space, BASE), *_choices(space, REVISIONS[BASE]))
+    return list({(one.model_name_or_path, one.model_revision): one for one in found}.values())
 
 
 def _by_source(config: TrialConfig, rows: Dataset) -> dict[str, str]:

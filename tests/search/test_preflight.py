@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -182,9 +183,24 @@ def test_the_hub_is_asked_once_at_a_start(given: str | None, hub: Hub, tiny: Tin
     assert len(hub.asked) == 1
 
 
-def test_of_several_models_the_first_is_looked_for_once(hub: Hub, tiny: Tiny) -> None:
+def test_of_several_models_each_is_looked_for_once(hub: Hub, tiny: Tiny) -> None:
     preflight(pinned(space(tiny, "model_revision={choice: [v1, main]}"), None))
-    assert hub.asked == ["v1"]
+    assert hub.asked == ["v1", "main"]
+
+
+@pytest.mark.parametrize("refuses", [preflight, look])
+def test_every_model_that_is_searched_is_looked_for_at_the_start(
+    refuses: Callable[[Space], object], tiny: Tiny, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    first, short = tiny.model("causal-lm"), "builtin:quickstart/model"
+    for other, line in (
+        (str(tmp_path / "empty"), f"model_name_or_path: {tmp_path}/empty holds no model: config.json is missing"),
+        (short, "max_length: 129 is more than the model's 128 positions"),
+    ):
+        found = space(tiny, model_name_or_path=f"{{choice: ['{first}', '{other}']}}", max_length=129)
+        with pytest.raises(UserError, match=re.escape(line)):
+            refuses(found)
 
 
 def data(**trial: Any) -> dict[str, Any]:
