@@ -16,7 +16,15 @@ Schema = dict[str, Any]
 LIMITS = {"gt": "exclusiveMinimum", "ge": "minimum", "lt": "exclusiveMaximum", "le": "maximum"}
 # What is known of a setting for other purposes.
 NOT_FOR_EDITORS = frozenset({"title", *Facts.__dataclass_fields__})
-NUMBER_AS_TEXT = {"type": "string", "pattern": r"^\s*[-+]?[0-9._]+([eE][-+]?[0-9]+)?\s*$"}
+NUMBER, INTEGER = r"\s*[-+]?[0-9._]+([eE][-+]?[0-9]+)?\s*", r"\s*[-+]?[0-9_]+(\.0*)?\s*"
+AS_TEXT = {
+    "number_as_text": rf"^{NUMBER}$",
+    "unsigned_number_as_text": rf"^(?!\s*-){NUMBER}$",
+    "integer_as_text": rf"^{INTEGER}$",
+    "unsigned_integer_as_text": rf"^(?!\s*-){INTEGER}$",
+    # What an editor, which has another version of YAML, takes for text.
+    "boolean_as_text": "^([Tt]rue|TRUE|[Ff]alse|FALSE|[Yy]es|YES|[Nn]o|NO|[Oo]n|ON|[Oo]ff|OFF)$",
+}
 
 
 def schema() -> Schema:
@@ -33,14 +41,14 @@ def schema() -> Schema:
     points = {key: _ref(f"trial.{key}") for key in values}
     sections["study"]["properties"]["points_to_evaluate"]["items"] = _mapping(points)
     definitions |= settings
-    definitions["number_as_text"] = NUMBER_AS_TEXT
+    definitions |= {name: {"type": "string", "pattern": pattern} for name, pattern in AS_TEXT.items()}
     definitions["range"] = _part(Range, definitions)
-    definitions["when"] = _mapping({key: _or_several(_ref(f"trial.{key}")) for key in values})
+    definitions["when"] = _mapping({key: _or_several(_single(key, values[key])) for key in values})
     numbers = [key for key in values if is_number(key)]
     definitions["expression"] = {
         "type": "string",
         "description": f"derived from other settings: {ALLOWED}",
-        "pattern": rf"^[\w\s.,()+*/-]*[-+*/()][\w\s.,()+*/-]*$|^\s*({'|'.join(numbers)})\s*$",
+        "pattern": rf"^(?=.*\w)(?!{NUMBER}$)[\w\s.,()+*/-]*[-+*/()][\w\s.,()+*/-]*$|^\s*({'|'.join(numbers)})\s*$",
     }
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
@@ -71,11 +79,12 @@ def _as_read(schema: Schema) -> Schema:
     for key in ("anyOf", "oneOf", "allOf"):
         if key in found:
             found[key] = [_as_read(value) for value in found[key]]
-    if found.get("type") == "string" and "enum" not in found:
+    if found.get("type") == "string" and not {"enum", "pattern"} & found.keys():
         found["type"] = ["string", "number"]
-    if found.get("type") in ("number", "integer"):
+    if found.get("type") in ("number", "integer", "boolean"):
         told: Schema = {key: found.pop(key) for key in ("description", "default") if key in found}
-        return told | {"anyOf": [found, _ref("number_as_text")]}
+        sign = "unsigned_" if max(found.get("minimum", -1), found.get("exclusiveMinimum", -1)) >= 0 else ""
+        return told | {"anyOf": [found, _ref(f"{sign}{found['type']}_as_text")]}
     return found
 
 
@@ -85,9 +94,14 @@ def _setting(key: str, value: Schema, definitions: Schema) -> Schema:
     ways: list[Schema] = [_ref(f"trial.{key}")]
     if is_number(key):
         ways.append(_ref("expression"))
-    if key not in NOT_SEARCHED:
-        given = {"anyOf": [*ways]}
-        drawn = [_part(Choice, definitions, choice={"type": "array", "minItems": 1, "items": _ref(f"trial.{key}")})]
+    given = {"anyOf": [*ways]}
+    if key in NOT_SEARCHED:
+        ways.append({**_mapping({"value": given}), "required": ["value"]})
+    else:
+        choice = {"type": "array", "minItems": 1, "uniqueItems": True, "items": _single(key, value)}
+        if key == "precision":
+            choice["items"] = {"allOf": [choice["items"], {"not": {"const": "auto"}}]}
+        drawn = [_part(Choice, definitions, choice=choice)]
         if is_number(key):
             drawn.append(_ref("range"))
         drawn.append(_part(Given, definitions, value=given))
@@ -97,6 +111,12 @@ def _setting(key: str, value: Schema, definitions: Schema) -> Schema:
     if "description" in told and len(of) < len(FACTS["method"].of):
         told["description"] += f" (of {', '.join(of)})"
     return told | {"anyOf": ways}
+
+
+def _single(key: str, value: Schema) -> Schema:
+    """A value of the setting `key` where there may be several: none of them is a list."""
+    lists = any(one.get("type") == "array" for one in value.get("anyOf", (value,)))
+    return {"allOf": [_ref(f"trial.{key}"), {"not": {"type": "array"}}]} if lists else _ref(f"trial.{key}")
 
 
 def _part(kind: type[Settings], definitions: Schema, **properties: Schema) -> Schema:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from bilora_ray.checking import Float, Settings
 from bilora_ray.config import FACTS, TrialConfig, is_number
@@ -116,11 +116,19 @@ def _spread(value: Any) -> Any:
     return text if is_factor else spread
 
 
+SPREAD = {
+    "anyOf": [
+        {"type": "number", "exclusiveMinimum": 0},
+        {"type": "string", "pattern": r"^\s*[+]?[0-9._]+([eE][-+]?[0-9]+)?x?\s*$"},
+    ]
+}
+
+
 class Prior(Settings):
     """What is believed of a number before anything is measured: where it is good, and how sure that is."""
 
     mean: Float = Field(description="the best guess")
-    sigma: Annotated[float | str, BeforeValidator(_spread)] = Field(
+    sigma: Annotated[float | str, BeforeValidator(_spread), WithJsonSchema(SPREAD)] = Field(
         description="in two of three cases it is so near: a number, or a factor such as 2x on a log scale"
     )
 
