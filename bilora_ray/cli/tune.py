@@ -29,7 +29,7 @@ from bilora_ray.config import FACTS
 from bilora_ray.errors import UserError
 from bilora_ray.paths import Locate, have_home, locate_here
 from bilora_ray.search.cluster.protection import check_mlflow, check_ray
-from bilora_ray.search.space import Space, setting_of
+from bilora_ray.search.space import SEEDS, Space, setting_of
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.layout import Layout
 
@@ -190,8 +190,6 @@ def _rehearse(
 
 
 def _print_plan(space: Space, rehearsal: Rehearsal, checked: Checked) -> None:
-    from bilora_ray.search.study.control.finalists import SEEDS
-
     study, resources = space.study, space.resources
     click.echo(f"Study '{study.name}' would run {study.num_trials} trials ({study.sampler}, {study.scheduler}) over")
     for name, part in space.parts.items():

@@ -14,7 +14,7 @@ from bilora_ray.config import REVISIONS, SOURCES, TASK_FACTS, TrialConfig
 from bilora_ray.digests import BASE, CHAT_TEMPLATE, of_base, of_template, source_of
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import COMMIT, cached_commit, kind_of, model_file
-from bilora_ray.search.space import Space
+from bilora_ray.search.space import SEEDS, Space, StudyConfig
 from bilora_ray.search.space_file import check_draw
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.training.rows import about, check_first_rows, load_rows, notes, shared_with
@@ -103,10 +103,21 @@ def preflight(space: Space, dry_run: bool = False) -> Checked:
         *shared,
         *_unpinned(config),
         *_unlooked_at(space),
+        *_beside_budgets(space.study),
         *_new_head(config, rows.label_names),
         *notes(rows, space.with_step(max), space.resources.workers),
     )
     return Checked(digests, tuple(about(rows, config)), told, config, rows)
+
+
+def _beside_budgets(study: StudyConfig) -> tuple[str, ...]:
+    """What finalists train after a search whose training is limited."""
+    limits = [key for key in ("max_hours", "max_device_hours", "max_cost") if getattr(study, key) is not None]
+    if not study.finalists or not limits:
+        return ()
+    trainings, verb = study.finalists * (study.finalist_seeds or SEEDS), "ends" if len(limits) == 1 else "end"
+    more = f"then come {trainings} trainings of its finalists, each as long as a whole trial"
+    return (f"{' and '.join(limits)} {verb} the search alone; {more}",)
 
 
 def look(space: Space) -> None:

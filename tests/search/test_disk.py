@@ -16,7 +16,7 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.search.simulated import Metrics, simulate
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.control import disk
-from bilora_ray.search.study.control.finalists import choose
+from bilora_ray.search.study.control.finalists import begin, choose
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.looks import one_look
 from bilora_ray.search.study.studies import load_study, open_study, steered_study
@@ -106,6 +106,22 @@ def test_of_a_study_that_is_too_large_the_worst_go_first_and_the_best_and_finali
     judged.release()
     opened(layout, 5, "study.finalists=2", f"study.max_disk_gb={ADAPTER / 2 / disk.GB}").release()
     assert kept(study) == [0, 2]
+
+
+def test_no_run_of_a_finalist_loses_its_adapter_and_none_begins_where_the_disk_is_full(layout: Layout) -> None:
+    asked = ("study.finalists=2", "study.keep_adapters=1", f"study.max_disk_gb={ADAPTER * 2 / disk.GB}")
+    study = opened(layout, 2, *asked)
+    run(study, [0.2, 0.1])
+    study.release()
+    begun = begin(study, {})
+    assert begun is not None
+    finals = open_study(begun[0], layout, {})
+    run(finals, [0.3, 0.1])
+    assert finals.next_trials() == []
+    assert "study 's-finalists': takes" in str(finals.full)
+    assert [record.removed for record in finals.records()] == [None, None]
+    assert all(record.adapter for record in finals.records())
+    finals.release()
 
 
 def test_what_cannot_be_made_smaller_begins_no_trial_until_it_may_be_larger(layout: Layout) -> None:

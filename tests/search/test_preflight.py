@@ -543,6 +543,15 @@ def test_torch_is_not_imported_for_a_kernel_that_is_not_looked_for() -> None:
     assert done.stdout == "False\n"
 
 
+def test_what_finalists_train_beside_the_budgets_of_their_search_is_told(tiny: Tiny) -> None:
+    local = {"model_name_or_path": str(tiny.model("causal-lm"))}
+    budget = "study.max_device_hours=2"
+    (note,) = preflight(space(tiny, budget, "study.finalists=2", "study.finalist_seeds=4", **local)).notes
+    more = "then come 8 trainings of its finalists, each as long as a whole trial"
+    assert note == f"max_device_hours ends the search alone; {more}"
+    assert preflight(space(tiny, budget, **local)).notes == ()
+
+
 def test_test_data_are_checked_and_known_and_what_was_trained_on_is_told(tiny: Tiny) -> None:
     rows = tiny.folder / "texts-train.jsonl"
     checked = preflight(

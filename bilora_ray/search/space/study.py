@@ -25,6 +25,8 @@ READ_BY = {
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # What the study of a study's finalists is called.
 FINALISTS_OF = "{}-finalists"
+# On so many seeds each of them is trained, if the study does not say.
+SEEDS = 3
 # A limit of a study -> the metric that must not be above it.
 LIMITED = {"max_adapter_mb": "adapter_mb", "max_memory_gb": "gpu_memory_gib"}
 
@@ -99,15 +101,20 @@ class StudyConfig(Settings):
         description="the search ends when no settings promise to be better by so much, such as the noise of the metric",
     )
     points_to_evaluate: tuple[dict[str, OneValue], ...] = Field((), description="settings to try first")
-    finalists: Int = Field(0, ge=0, description="best trials that fresh seeds are to judge after the search; 0: none")
+    finalists: Int = Field(
+        0, ge=0, description="best trials that fresh seeds are to judge after the search, beside its budgets; 0: none"
+    )
     finalist_seeds: Int | None = Field(
         None, ge=2, description="trainings of each finalist, each with a seed that no trial had; 3 if absent"
     )
-    keep_adapters: Int | None = Field(None, ge=1, description="best trials whose adapters are kept; all if absent")
+    keep_adapters: Int | None = Field(
+        None, ge=1, description="best trials whose adapters are kept, beside the finalists'; all if absent"
+    )
     max_disk_gb: Float | None = Field(
         None,
         gt=0,
-        description="what the study's folder may hold: beyond it the worst adapters go, then no trial begins",
+        description="what the study's folder may hold: beyond it the worst adapters go, then no trial begins; that of "
+        "its finalists may hold as much, and loses none",
     )
     warm_start: tuple[str, ...] = Field((), description="earlier studies, from whose best trials the search starts")
 

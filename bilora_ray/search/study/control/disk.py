@@ -14,7 +14,7 @@ from pathlib import Path
 from bilora_ray.errors import MachineError
 from bilora_ray.records import TrialRecord
 from bilora_ray.search.study.looks import look_again
-from bilora_ray.search.study.view import ENDED, FINALISTS, REMOVED, StudyView
+from bilora_ray.search.study.view import ENDED, FINALISTS, REMOVED, StudyView, search_of
 
 GB = 1e9
 
@@ -39,10 +39,11 @@ def used_by(study: StudyView) -> int:
 def trim(study: StudyView) -> None:
     """Remove the adapters that the study need not keep: all but the best, and then the worst of a study too large.
 
-    Those of the best trial, of a finalist, of a front and of a trial that runs stay.
+    Those of the best trial, of a finalist, of a front and of a trial that runs stay. So do all runs of finalists: not
+    the best of them is taken, and which one is, all together decide.
     """
     config = study.space.study
-    if config.keep_adapters is None and config.max_disk_gb is None:
+    if (config.keep_adapters is None and config.max_disk_gb is None) or search_of(study.study) is not None:
         return
     with study.layout.choosing(config.name):
         look_again(study.study)  # another process may have removed some meanwhile

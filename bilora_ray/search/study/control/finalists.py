@@ -20,14 +20,13 @@ from bilora_ray.checking import build
 from bilora_ray.config import TEST_SETTINGS
 from bilora_ray.errors import UserError
 from bilora_ray.records import Status, TrialRecord
-from bilora_ray.search.space import FINALISTS_OF, Choice, Space, StudyConfig, Value, setting_of
+from bilora_ray.search.space import FINALISTS_OF, SEEDS, Choice, Space, StudyConfig, Value, setting_of
 from bilora_ray.search.study.control.verdict import Verdict, judge
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import open_storage, study_names
 from bilora_ray.search.study.studies import finalists_of, has_begun, load_study, open_study
 from bilora_ray.search.study.view import FINALISTS, StudyView
 
-SEEDS = 3
 # What the finalists' study keeps of the test rows: run -> metrics.
 TESTED = "tested"
 # Of the finalists' seeds among what a study's seed decides: trials draw by their number.
@@ -164,7 +163,10 @@ def space_of(study: StudyView, chosen: Chosen) -> Space:
         for seed in chosen.seeds
         for found, split in zip(params, splits, strict=True)
     ]
-    name, asked = name_of(space.study.name), space.study.model_dump(include={"project", "seed", "max_concurrent"})
+    name, asked = (
+        name_of(space.study.name),
+        space.study.model_dump(include={"project", "seed", "max_concurrent", "max_disk_gb"}),
+    )
     plain = {"name": name, "num_trials": len(points), "sampler": "random", "scheduler": "none"}
     config = build(StudyConfig, {**asked, **plain}, f"study '{name}'")
     return replace(
