@@ -84,6 +84,7 @@ def preflight(space: Space, dry_run: bool = False) -> Checked:
         UserError: a file, row, column, label or model is not as the space says, or a row is too long for the model.
     """
     _check_sampler(space)
+    _check_gain(space)
     config = space.first_config()
     for one in _models(space):
         check_model(one)
@@ -127,6 +128,7 @@ def look(space: Space) -> None:
         UserError: what `preflight` would say too.
     """
     _check_sampler(space)
+    _check_gain(space)
     check_draw(space)
     config = space.first_config()
     for one in _models(space):
@@ -144,6 +146,18 @@ def _check_sampler(space: Space) -> None:
     from bilora_ray.search.study.samplers import check_sampler
 
     check_sampler(space)
+
+
+def _check_gain(space: Space) -> None:
+    """Refuse to end a search by a bound of what other settings promise where it would not see all of them."""
+    if space.study.min_gain is None:
+        return
+    # Late, as above.
+    from bilora_ray.search.study.samplers.base import conditional
+
+    for key in conditional(space):
+        why = f"the bound sees settings that every trial has, and trial.{key} some have not"
+        raise UserError(f"{space.path}: study.min_gain: {why}; write target, or a budget of time")
 
 
 def check_kernels(space: Space, apart: bool) -> None:

@@ -9,6 +9,7 @@ import pytest
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.records import Status
+from bilora_ray.search.preflight import look
 from bilora_ray.search.simulated import Metrics, Moment, simulate
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.control.budget import Budget
@@ -190,16 +191,28 @@ def planted(config: TrialConfig) -> list[Metrics]:
 
 
 def test_a_search_ends_when_no_settings_promise_a_gain_worth_having(tmp_path: Path) -> None:
+    def steep(config: TrialConfig) -> list[Metrics]:
+        (told,) = planted(config)
+        return [{**told, "eval_loss": 1e4 * told["eval_loss"]}]
+
     ended = {}
-    for gain in ("0.5", "0.0000001"):
-        study = opened(tmp_path / gain, f"study.min_gain={gain}", "study.num_trials=26")
-        moments = simulate(study, planted, 1)
-        ended[gain] = len(moments)
+    for name, curve, gain in (("flat", planted, "0.5"), ("flat", planted, "0.0000001"), ("steep", steep, "0.5")):
+        study = opened(tmp_path / name / gain, f"study.min_gain={gain}", "study.num_trials=26")
+        moments = simulate(study, curve, 1)
+        ended[name, gain] = len(moments)
         study.release()
-        again = opened(tmp_path / gain, f"study.min_gain={gain}", "study.num_trials=26")
-        assert simulate(again, planted, 1) == []
+        again = opened(tmp_path / name / gain, f"study.min_gain={gain}", "study.num_trials=26")
+        assert simulate(again, curve, 1) == []
         again.release()
-    assert ended == {"0.5": 20, "0.0000001": 26}
+    # What is promised is in the metric's own units: of the same trials and the same gain a steeper metric goes on.
+    assert ended["flat", "0.5"] == 20 < ended["steep", "0.5"]
+    assert ended["flat", "0.0000001"] == 26
+
+
+def test_a_gain_that_the_bound_cannot_see_is_refused() -> None:
+    method = "method={choice: [lora, bilora]}"
+    with pytest.raises(UserError, match=r"study\.min_gain: .* trial\.rho some have not; write target"):
+        look(load_space(None, [*TRIAL, method, "study.name=s", "study.min_gain=0.1"]))
 
 
 @pytest.mark.parametrize(
