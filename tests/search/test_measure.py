@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
+from chaos.nodes import Nodes
 from tiny_trials import Tiny
 
 from bilora_ray.errors import UserError
-from bilora_ray.runners.measuring import spare
+from bilora_ray.runners.measuring import on_each, spare
+from bilora_ray.search.cluster.cluster import cluster, nodes
+from bilora_ray.search.readiness.machine import free_memory
 from bilora_ray.search.readiness.measure import least_room, measure
 from bilora_ray.search.space import ResourceConfig
 from bilora_ray.search.space_file import load_space
@@ -58,3 +62,19 @@ def test_the_extreme_trials_of_a_tiny_space_are_measured(tiny: Tiny, tmp_path: P
     assert 2**27 < found.memory[0] <= found.memory[1] <= found.room
     assert found.adapter > 0
     assert 0 < found.trial_seconds.median < found.wall_seconds.median
+
+
+@pytest.mark.slow
+def test_each_node_of_a_cluster_is_asked_by_itself() -> None:
+    def question() -> int:
+        import os
+
+        return os.environ.get("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES") == "1"
+
+    with Nodes(cpus=1, gpus=1, others=1) as cluster_of_two, cluster(cluster_of_two.address):
+        deadline = time.monotonic() + 60
+        while len(has := nodes()) < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        assert [(node["CPU"], node["GPU"]) for node in has.values()] == [(1.0, 1.0)] * 2
+        assert on_each(list(has), question, gpus=True) == dict.fromkeys(has, True)
+        assert all(free > GIB for free in on_each(list(has), free_memory, gpus=False).values())
