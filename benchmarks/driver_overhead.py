@@ -5,6 +5,9 @@ the processor's milliseconds a trial, the statements that the database was asked
 all as medians of the first 100 trials (the first 20 apart) and of the last 100, and the memory after 100 trials and at
 the end. Each sampler runs without early stops and each scheduler with TPE, in processes of their own.
 
+Left out is what the processor only waits for, above all the disk at each commit, and what a real search has beside its
+study: the trials' folders, MLflow and Ray.
+
     python benchmarks/driver_overhead.py [--num-trials 1000] [--storage FOLDER] [--only WORD ...]
 """
 
@@ -15,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -48,7 +52,11 @@ COUNTED = (
     "auxiliary_rank={choice: [2, 4, 8, 16, 32]}",
 )
 STEPS = 9
-HEAD = "| sampler | scheduler | ms a trial, first | last | statements, first | last | MB at 100 | at the end |"
+ENDS = ("first", "last")
+HEAD = (
+    "| sampler | scheduler | ms a trial, first | last | statements, first | last | rows, first | last "
+    "| MB at 100 | at the end |"
+)
 
 
 def curve(config: TrialConfig) -> list[Metrics]:
@@ -68,25 +76,34 @@ def measure(sampler: str, scheduler: str, num_trials: int, storage: Path) -> dic
     of_study = [f"study.{key}={value}" for key, value in told.items()]
     ranges = COUNTED if sampler == "grid" else RANGES
     space = load_space(None, [*TRIAL, *ranges, *of_study])
-    statements = 0
-    # Of each trial that begins: the processor's seconds and the statements so far, and the bytes in use.
-    seen: list[tuple[float, int, int]] = []
+    statements = rows = 0
+    # Of each trial that begins: the processor's seconds, the statements and the rows so far, and the bytes in use.
+    seen: list[tuple[float, int, int, int]] = []
 
     def count(*_: object) -> None:
         nonlocal statements
         statements += 1
 
+    def fetched(_: sqlite3.Cursor, row: tuple[object, ...]) -> tuple[object, ...]:
+        nonlocal rows
+        rows += 1
+        return row
+
+    def connected(connection: sqlite3.Connection, _: object) -> None:
+        connection.row_factory = fetched
+
     def begins(config: TrialConfig) -> list[Metrics]:
-        seen.append((time.process_time(), statements, psutil.Process().memory_info().rss))
+        seen.append((time.process_time(), statements, rows, psutil.Process().memory_info().rss))
         return curve(config)
 
     event.listen(Engine, "before_cursor_execute", count)
+    event.listen(Engine, "connect", connected)
     study = open_study(space, Layout(storage), {})
     try:
         simulate(study, begins, workers=4)
     finally:
         study.release()
-    costs = [(1000 * (b[0] - a[0]), b[1] - a[1]) for a, b in itertools.pairwise(seen)]
+    costs = [(1000 * (b[0] - a[0]), b[1] - a[1], b[2] - a[2]) for a, b in itertools.pairwise(seen)]
     part = max(1, num_trials // 10)
     first, last = costs[part // 5 : part], costs[-part:]
     return {
@@ -95,8 +112,10 @@ def measure(sampler: str, scheduler: str, num_trials: int, storage: Path) -> dic
         "mean_ms": statistics.fmean(cost[0] for cost in costs),
         "first_statements": statistics.median(cost[1] for cost in first),
         "last_statements": statistics.median(cost[1] for cost in last),
-        "first_mb": seen[part][2] / 1e6,
-        "last_mb": seen[-1][2] / 1e6,
+        "first_rows": statistics.median(cost[2] for cost in first),
+        "last_rows": statistics.median(cost[2] for cost in last),
+        "first_mb": seen[part][-1] / 1e6,
+        "last_mb": seen[-1][-1] / 1e6,
     }
 
 
@@ -112,7 +131,7 @@ def main() -> None:
         print(json.dumps(measure(*arguments.one, arguments.num_trials, arguments.storage)))
         return
     pairs = [(sampler, "none") for sampler in SAMPLERS] + [("tpe", name) for name in SCHEDULERS if name != "none"]
-    print(HEAD, "| --- " * 8 + "|", sep="\n")
+    print(HEAD, "| --- " * 10 + "|", sep="\n")
     for pair in pairs:
         if arguments.only and not set(arguments.only) & set(pair):
             continue
@@ -127,10 +146,9 @@ def main() -> None:
             )
         found = json.loads(done.stdout)
         times = f"{found['first_ms']:.1f} | {found['last_ms']:.1f}"
-        reads = f"{found['first_statements']:.0f} | {found['last_statements']:.0f}"
-        print(
-            f"| {' | '.join(pair)} | {times} | {reads} | {found['first_mb']:.0f} | {found['last_mb']:.0f} |", flush=True
-        )
+        reads = " | ".join(f"{found[f'{when}_{what}']:.0f}" for what in ("statements", "rows") for when in ENDS)
+        memory = " | ".join(f"{found[f'{when}_mb']:.0f}" for when in ENDS)
+        print(f"| {' | '.join(pair)} | {times} | {reads} | {memory} |", flush=True)
 
 
 if __name__ == "__main__":
