@@ -65,7 +65,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "random": ("study.sampler=random", "study.scheduler=none"),
     "tpe": ("study.scheduler=none",),
     "tpe + asha (the default)": (),
-    "tpe + asha from a third on": ("study.grace_period=60",),
+    "tpe + asha from a ninth on": ("study.grace_period=20",),
     "tpe + asha, the quickstart's file": FILE,
     "tpe + asha + priors": believing(*PRIORS),
     "tpe + asha + wrong priors": believing(*WRONG),

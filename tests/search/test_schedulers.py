@@ -318,12 +318,12 @@ def test_trials_are_compared_after_as_much_of_the_unit(
 
 @pytest.mark.parametrize("scheduler", STOPPING)
 @pytest.mark.parametrize("unit", UNITS)
-def test_no_trial_is_stopped_before_a_ninth_of_the_first_unless_said(tmp_path: Path, scheduler: str, unit: str) -> None:
-    stops = first_stops(unit, scheduler, None, tmp_path)
+def test_no_trial_is_stopped_before_a_share_of_the_first_unless_said(tmp_path: Path, scheduler: str, unit: str) -> None:
+    stops, first = first_stops(unit, scheduler, None, tmp_path), ROWS // (3 if scheduler == "asha" else 9)
     # All have as many rows; in steps those with 16 of them are half as long.
-    floor = {number: ROWS // 9 * (1 + number % 2 if unit == "steps" else 1) for number in range(12)}
+    floor = {number: first * (1 + number % 2 if unit == "steps" else 1) for number in range(12)}
     assert all(rows >= floor[number] for number, rows in enumerate(stops))
-    assert min(stops) <= 2 * ROWS // 9 + 32
+    assert min(stops) <= 2 * first + 32
 
 
 def test_a_first_rung_in_steps_of_the_largest_batch_is_where_it_was(tmp_path: Path) -> None:

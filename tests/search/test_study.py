@@ -280,12 +280,21 @@ def test_a_trial_that_passed_a_rung_passes_it_again_after_a_resume(layout: Layou
     assert again.report(0, {"step": 2, "max_steps": 9, "eval_loss": 2.0}) is Status.RUNNING
 
 
-def test_the_first_rung_is_a_ninth_of_a_trial_unless_said(layout: Layout) -> None:
+def test_the_first_rung_is_a_third_of_a_trial_unless_said(layout: Layout) -> None:
     study = open_study(space({"scheduler": "asha"}), layout)
+    next_trial(study)
+    study.report(0, {"step": 30, "max_steps": 90, "eval_loss": 1.0})
+    next_trial(study)
+    assert study.report(1, {"step": 29, "max_steps": 90, "eval_loss": 2.0}) is Status.RUNNING
+    assert study.report(1, {"step": 30, "max_steps": 90, "eval_loss": 2.0}) is Status.PRUNED
+
+
+def test_a_study_that_began_with_a_ninth_goes_on_with_it(layout: Layout) -> None:
+    study = open_study(space({"scheduler": "asha"}), layout)
+    study.study.set_user_attr("grace_rows", 10 * 8)
     next_trial(study)
     study.report(0, {"step": 10, "max_steps": 90, "eval_loss": 1.0})
     next_trial(study)
-    assert study.report(1, {"step": 9, "max_steps": 90, "eval_loss": 2.0}) is Status.RUNNING
     assert study.report(1, {"step": 10, "max_steps": 90, "eval_loss": 2.0}) is Status.PRUNED
 
 
@@ -325,12 +334,12 @@ def last_steps(study: SearchStudy, losses: tuple[float, float], steps: tuple[int
     return [(record.status, max(trials[record.number].intermediate_values)) for record in study.records()]
 
 
-@pytest.mark.parametrize("grace_period", [3, None])
+@pytest.mark.parametrize("grace_period", [9, None])
 def test_trials_of_different_batches_are_compared_after_as_many_rows(layout: Layout, grace_period: int | None) -> None:
     settings = {} if grace_period is None else {"grace_period": grace_period}
     study = two_batches(layout, **settings)
-    # Three steps of 64 rows, or the ninth part of 27, are twelve of 16.
-    assert last_steps(study, (1.0, 2.0), (27, 108)) == [(Status.COMPLETE, 27), (Status.PRUNED, 12)]
+    # Nine steps of 64 rows, or the third part of 27, are 36 of 16.
+    assert last_steps(study, (1.0, 2.0), (27, 108)) == [(Status.COMPLETE, 27), (Status.PRUNED, 36)]
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -339,7 +348,7 @@ def test_the_first_rung_of_trials_of_as_many_steps_is_the_shortest_ones(layout: 
     study = open_study(searched, layout)
     assert [next_trial(study), next_trial(study)] == [0, 1]
     study.report(first, {"step": 1, "max_steps": 27, "eval_loss": 1.0})
-    assert study.study.user_attrs["grace_rows"] == 3 * 16
+    assert study.study.user_attrs["grace_rows"] == 9 * 16
 
 
 def test_a_trial_whose_search_died_as_it_was_failed_is_not_handed_out_again(

@@ -61,7 +61,10 @@ class StudyConfig(Settings):
         "grace_period in steps of the largest batch that is searched",
     )
     grace_period: Int | Float | None = Field(
-        None, gt=0, description="how much of rung_unit comes before the first stop; a ninth of a trial if absent"
+        None,
+        gt=0,
+        description="how much of rung_unit comes before the first stop. If absent, a third of a trial for asha with "
+        "one objective, else a ninth",
     )
     reduction_factor: Int = Field(3, ge=2, description="at each rung one of so many trials goes on")
     min_trials: Int = Field(5, ge=1, description="median: complete trials to compare with, at the least")
