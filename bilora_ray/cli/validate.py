@@ -104,4 +104,5 @@ def describe(space: Space) -> dict[str, object]:
         "settings": rows(space),
         "size": {"trials": space.size(), "continuous": continuous(space)},
         "points_to_evaluate": list(space.points_to_evaluate),
+        "notes": list(space.notes),
     }

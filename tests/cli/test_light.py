@@ -308,7 +308,7 @@ def test_validate_prints_json_for_scripts() -> None:
     result = CliRunner().invoke(main, ["validate", str(SPACE), "--set", "rank=8", "--set", "study.seed=3", "--json"])
     space = json.loads(result.output)
     assert list(space) == [
-        *("study", "resources", "fixed", "distributions", "given", "settings", "size", "points_to_evaluate")
+        *("study", "resources", "fixed", "distributions", "given", "settings", "size", "points_to_evaluate", "notes")
     ]
     row = {"setting": "rho", "kind": "log range", "range": "0.005 to 1", "when": "", "points": "continuous"}
     assert row in space["settings"]
