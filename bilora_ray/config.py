@@ -7,6 +7,7 @@ torch, so that `bilora-ray validate` is instant.
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -52,6 +53,8 @@ EXACT_MATCH = "eval_exact_match"
 LABEL_METRICS = ("eval_accuracy", "eval_f1", "eval_matthews_correlation")
 SET_METRICS = ("eval_accuracy", "eval_f1")
 NUMBER_METRICS = ("eval_mse", "eval_pearson", "eval_spearman")
+SHARES = frozenset({"eval_accuracy", "eval_f1", "eval_token_accuracy", EXACT_MATCH})
+CORRELATIONS = frozenset({"eval_matthews_correlation", "eval_pearson", "eval_spearman"})
 MINIMIZED = frozenset({"eval_loss", "eval_mse", "eval_perplexity"})
 # What every evaluation tells of the cost of an adapter, and what it is; the last is known on GPUs only.
 COSTS = {
@@ -614,6 +617,13 @@ class TrialConfig(Settings):
     def resolved_lora_alpha(self) -> float:
         """`lora_alpha`, or the paper's 2 x rank."""
         return 2.0 * self.rank if self.lora_alpha is None else self.lora_alpha
+
+
+def range_of(metric: str) -> tuple[float, float]:
+    """The least and the greatest value that a `metric` can have, of one that has both; else infinities."""
+    if metric in SHARES:
+        return 0.0, 1.0
+    return (-1.0, 1.0) if metric in CORRELATIONS else (-math.inf, math.inf)
 
 
 def objective(metric: str) -> Objective:

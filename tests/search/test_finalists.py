@@ -209,11 +209,18 @@ def test_the_score_of_each_seed_is_of_who_the_other_seeds_pick() -> None:
     assert verdict.winner.median_seed in (0, 1)
 
 
+def test_an_interval_holds_nothing_that_the_metric_cannot_be() -> None:
+    verdict = judge({1: 0.6}, {1: [0.6, 0.9]}, Objective("eval_accuracy", greater_is_better=True))
+    assert verdict is not None
+    assert (verdict.low, verdict.high) == (0.0, 1.0)
+    assert (verdict.winner.low, verdict.winner.high) == (0.0, 1.0)
+
+
 def test_where_more_is_better_all_is_mirrored() -> None:
     scores = {1: [0.3, 0.1, 0.25, 0.4], 2: [0.2, 0.2, 0.3, 0.2], 3: [0.25, 0.3, 0.1, 0.1]}
     mirrored = {trial: [-score for score in told] for trial, told in scores.items()}
     less = judge(dict.fromkeys(scores, -0.5), mirrored, LOSS)
-    more = judge(dict.fromkeys(scores, 0.5), scores, Objective("eval_accuracy", greater_is_better=True))
+    more = judge(dict.fromkeys(scores, 0.5), scores, Objective("reward", greater_is_better=True))
     assert less is not None
     assert more is not None
     assert less.low is not None

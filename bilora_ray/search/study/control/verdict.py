@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
 
+from bilora_ray.config import range_of
 from bilora_ray.records import Objective
 
 LEVEL = 0.95
@@ -122,7 +123,7 @@ def judge(singles: Mapping[int, float | None], scores: Mapping[int, Scores], obj
     if worse is not None and better is not None:
         # The score of few seeds may lie beyond, once in a hundred: an interval that is wider covers no less.
         ends = sign * min(fmean(winner) - better, score), sign * max(fmean(winner) + worse, score)
-        low, high = min(ends), max(ends)
+        low, high = _within(objective.metric, min(ends), max(ends))
     found = [_finalist(trial, singles[trial], scores[trial], objective) for trial in order]
     return Verdict(
         finalists=tuple(found),
@@ -137,8 +138,14 @@ def judge(singles: Mapping[int, float | None], scores: Mapping[int, Scores], obj
 def _finalist(trial: int, single: float | None, scores: Scores, objective: Objective) -> Finalist:
     known = [score for score in scores if score is not None]
     mean, half = fmean(known), _half_width(known, (1 + LEVEL) / 2)
-    low, high = (None, None) if half is None else (mean - half, mean + half)
+    low, high = (None, None) if half is None else _within(objective.metric, mean - half, mean + half)
     return Finalist(trial, single, tuple(scores), mean, low, high, _fallen(single, mean, objective))
+
+
+def _within(metric: str, low: float, high: float) -> tuple[float, float]:
+    """An interval less what the metric cannot be."""
+    least, greatest = range_of(metric)
+    return max(low, least), min(high, greatest)
 
 
 def _fallen(single: float | None, score: float, objective: Objective) -> float | None:
