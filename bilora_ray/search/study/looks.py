@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import sqlite3
 import threading
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -181,3 +181,9 @@ def look_again(study: optuna.Study) -> None:
     """Read the trials of `study` anew, where others may have written."""
     if isinstance(study._storage, Looks):
         study._storage.look_again()
+
+
+def attributes_of(study: optuna.Study) -> Mapping[str, Any]:
+    """What `study.user_attrs` has, to read: that copies all of it each time, the whole space among it."""
+    found: Mapping[str, Any] = study._storage.get_study_user_attrs(study._study_id)
+    return found

@@ -13,6 +13,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from bilora_ray.records import Objective
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.control.evaluations import evaluations_of, excesses
+from bilora_ray.search.study.looks import attributes_of
 from bilora_ray.search.study.population.lineage import inherited_seconds
 from bilora_ray.training.folder import TrialFolder
 
@@ -104,7 +105,7 @@ class Budget:
         Args:
             begins: whether a trial is about to begin: only then is it asked what another one may gain.
         """
-        attributes = self._study.user_attrs
+        attributes = attributes_of(self._study)
         seconds = self._tick(attributes)
         found = end_of(attributes, self._space)
         if found is None:

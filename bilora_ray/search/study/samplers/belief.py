@@ -20,6 +20,7 @@ from optuna.trial import TrialState
 from bilora_ray.config import is_integer
 from bilora_ray.search.space import Prior, Range, Space, Value, setting_of
 from bilora_ray.search.study.control.evaluations import best_first
+from bilora_ray.search.study.looks import attributes_of
 from bilora_ray.search.study.samplers.base import Planned, given, seed_of
 from bilora_ray.search.study.warm_start import WARM_START
 
@@ -38,7 +39,7 @@ NEAR = 0.08
 def with_belief(sampler: BaseSampler, study: optuna.Study, space: Space, number: int) -> BaseSampler:
     """`sampler` of trial `number`, under what the space or earlier studies say of its settings beforehand."""
     priors = {key: found for key, found in space.distributions.items() if isinstance(found, Range) and found.prior}
-    warm = study.user_attrs.get(WARM_START, ()) if space.study.warm_start else ()
+    warm = attributes_of(study).get(WARM_START, ()) if space.study.warm_start else ()
     if not (priors or warm) or not _draws(study, space, number):
         return sampler
     ranges, values = dict(priors), {}

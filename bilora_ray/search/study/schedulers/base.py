@@ -12,6 +12,7 @@ from optuna.trial import Trial
 
 from bilora_ray.records import Objective
 from bilora_ray.search.space import Space, Value
+from bilora_ray.search.study.looks import attributes_of
 
 # Of a trial, the step of the last evaluation after which it was let go on.
 JUDGED = "judged"
@@ -52,7 +53,7 @@ class Asked:
     @cached_property
     def known(self) -> Mapping[str, Any]:
         """What the study had decided for all of its trials as it was asked."""
-        return self.trial.study.user_attrs
+        return attributes_of(self.trial.study)
 
 
 def once(is_weak: Callable[[Asked], bool]) -> Callable[[Asked], bool]:
