@@ -610,8 +610,8 @@ def test_a_warm_start_puts_what_was_best_into_the_sub_space_that_it_is_of(tmp_pa
         earlier.release()
     study = opened(load(SUBSPACES, {"warm_start": ["a", "b"]}), tmp_path)
     taken = {one["study"]: one["settings"] for one in study.study.user_attrs["warm_start"]}
-    assert taken["a"].keys() == {"rank", "learning_rate@method=lora"}
-    assert taken["b"].keys() == {"rank", "learning_rate@method=bilora"}
+    assert taken["a"].keys() == {"method", "rank", "learning_rate@method=lora"}
+    assert taken["b"].keys() == {"method", "rank", "learning_rate@method=bilora"}
     assert FAST["low"] <= taken["a"]["learning_rate@method=lora"] <= FAST["high"]
 
 
