@@ -26,6 +26,16 @@ OTHERS: dict[str, Any] = {
     "torch_compile": True,
     "per_device_generation_batch_size": 64,
     "tokens_per_pass": 64,
+    "early_stopping_patience": 3,
+    "test_data": "org/test",
+    "test_revision": "main",
+    "test_split": "test",
+}
+# What a setting is refused without.
+NEEDED = {
+    "early_stopping_threshold": {"early_stopping_patience": 3},
+    "test_revision": {"test_data": "org/test"},
+    "test_split": {"test_data": "org/test"},
 }
 
 
@@ -52,6 +62,7 @@ def test_trials_that_differ_in_their_training_share_their_data(setting: str, tin
     task: Task = "sequence-classification" if setting == "class_weights" else "causal-lm"
     config = tiny.config(task, max_steps=None)
     changed = {setting: 3 if setting == "max_steps" else other(setting, getattr(config, setting))}
+    changed |= NEEDED.get(setting, {})
     assert load_data(config) is load_data(TrialConfig(**{**config.model_dump(), **changed}))
 
 

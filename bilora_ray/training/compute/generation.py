@@ -143,7 +143,7 @@ class Reader:
         """Let the model's pass of so many `positions`, in the block, leave what it keeps in the list, if it can."""
         kept: list[Any] = []
         with ExitStack() as hooks:
-            if 0 < _bytes_of_a_row(self.model, 0, positions) <= self.room:
+            if self.room and 0 < _bytes_of_a_row(self.model, 0, positions) <= self.room:
                 base = base_of(self.model)
                 hooks.callback(base.register_forward_pre_hook(_with_cache, with_kwargs=True).remove)
                 hooks.callback(base.register_forward_hook(lambda *call: kept.append(call[-1])).remove)
@@ -324,11 +324,12 @@ def _bytes_of_a_row(model: Model, prompt: int, new: int) -> int:
     That is of one layer, and of the prompt. 0 where a model has no such layers, or calls them by other names.
     """
     shape = model.config.get_text_config(decoder=True)
-    heads, hidden, layers = (
+    sizes: list[Any] = [
         getattr(shape, key, None) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers")
-    )
-    if not (heads and hidden and layers):
+    ]
+    if not all(isinstance(size, int) and size for size in sizes):  # an encoder may have one for each of its stages
         return 0
+    heads, hidden, layers = sizes
     width = getattr(shape, "head_dim", None) or hidden // heads
     inner = getattr(shape, "intermediate_size", None) or 4 * hidden
     kept = 2 * layers * (getattr(shape, "num_key_value_heads", None) or heads) * width
