@@ -61,7 +61,7 @@ def command(
     from bilora_ray.search.study.storage import naming_the_database
     from bilora_ray.search.study.studies import load_study, refuse_finalists
 
-    layout = Layout(absolute(storage_path), study_database)
+    layout, searched = Layout(absolute(storage_path), study_database), study
     have_home()
     if number is not None and prefer is not None:
         raise UserError("--prefer: --trial names the trial already; leave one out")
@@ -105,7 +105,8 @@ def command(
     else:
         for note in notes:
             click.secho(f"Note: {note}", fg="yellow", err=True)
-        click.echo(f"{'Merged model' if merge else 'Adapter'} of trial {record.number} is in {output}")
+        which = f"trial {record.number}" if study == searched else f"trial {record.number} of '{study}'"
+        click.echo(f"{'Merged model' if merge else 'Adapter'} of {which} is in {output}")
         others = [one.metric for one in found.objectives if one.metric != (prefer or found.objective.metric)]
         if number is None and others:
             chosen_by = prefer or found.objective.metric

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from bilora_ray.cli.tables import TrialTable, in_short
-from bilora_ray.records import TrialRecord
+from bilora_ray.records import Status, TrialRecord
 
 if TYPE_CHECKING:
     from bilora_ray.search.study.control.finalists import Finals
@@ -25,7 +25,7 @@ def print_finalists(console: Console, study: StudyView, finals: Finals) -> Trial
         return None
     console.print(f"Finalists, each on {verdict.seeds} fresh seeds (study '{name}'):", style="bold", markup=False)
     metric = study.objective.metric
-    table = TrialTable("trial", "single run", f"mean {metric}", "interval", "fell by")
+    table = TrialTable("trial", "single_run", f"mean_{metric}", "interval", "worse_by")
     for finalist in verdict.finalists:
         cells = (in_short(finalist.single), in_short(finalist.mean), _interval(finalist.low, finalist.high))
         sampled = study.record(finalist.trial).sampled
@@ -63,7 +63,9 @@ def _so_far(finals: Finals) -> str:
     if finals.study.finished():
         return f"no training of theirs is complete; `bilora-ray show {study.name}` says how each ended"
     ended = sum(trial.state.is_finished() for trial in finals.study.study.get_trials(deepcopy=False))
-    return f"{ended} of {study.num_trials} trainings have ended; `bilora-ray tune`, as it was begun, and --resume go on"
+    line = f"{ended} of {study.num_trials} trainings have ended"
+    running = any(record.status is Status.RUNNING for record in finals.study.records_now())
+    return line if running else f"{line}; `bilora-ray tune`, as it was begun, and --resume go on"
 
 
 def _in_words(verdict: Verdict, metric: str) -> str:
@@ -73,8 +75,11 @@ def _in_words(verdict: Verdict, metric: str) -> str:
         line += f", {_interval(verdict.low, verdict.high)} with 95% confidence"
     if winner.single is None or verdict.fell is None:
         return f"{line}; the search had stopped it early"
+    single = f"the {winner.single:.6g} of its single run in the search"
+    if verdict.fell == 0:
+        return f"{line}, as {single}"
     how = "worse" if verdict.fell > 0 else "better"
-    return f"{line}; that is {abs(verdict.fell):.4g} {how} than the {winner.single:.6g} of its single run in the search"
+    return f"{line}; that is {abs(verdict.fell):.4g} {how} than {single}"
 
 
 def _interval(low: float | None, high: float | None) -> str:

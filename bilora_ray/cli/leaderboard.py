@@ -94,7 +94,8 @@ def print_best(console: Console, study: StudyView, records: Sequence[TrialRecord
     if front:
         numbers = ", ".join(str(record.number) for record in front)
         which = "trial" if len(front) == 1 else "trials"
-        line = f"Pareto front: {which} {numbers}; `export` takes the first, or what --prefer METRIC or --trial N says"
+        line = f"Pareto front of the complete trials: {which} {numbers}"
+        line += "; `export` takes the first, or what --prefer METRIC or --trial N says"
         console.print(line, markup=False, soft_wrap=True)
     line = f"Best: trial {best.number}, {in_words(best, study.objectives)}"
     others = [record for record in records if record.status is Status.COMPLETE and record is not best]

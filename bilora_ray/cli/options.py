@@ -103,6 +103,11 @@ SEARCH_OPTIONS = (
         metavar="N",
         help="Go on with the study, with N trials more than it was asked for.",
     ),
+    click.option(
+        "--warm-start",
+        metavar="STUDY[,STUDY]",
+        help="Begin with what was best in earlier studies of the storage path, be it for other data or another model.",
+    ),
     storage_option,
     study_database_option,
     mlflow_option,

@@ -50,11 +50,6 @@ Examples:
 
 @click.command(epilog=EPILOG)
 @search_options
-@click.option(
-    "--warm-start",
-    metavar="STUDY[,STUDY]",
-    help="Begin with what was best in earlier studies of the storage path, be it for other data or another model.",
-)
 @click.option("--ray-address", envvar="RAY_ADDRESS", metavar="ADDRESS", help="Ray cluster.  [default: this machine]")
 @json_option
 def command(
@@ -68,8 +63,8 @@ def command(
     study_database: str | None,
     mlflow_uri: str | None,
     insecure: bool,
-    dry_run: bool,
     warm_start: str | None,
+    dry_run: bool,
     ray_address: str | None,
     as_json: bool,
 ) -> None:
@@ -93,6 +88,8 @@ def command(
         resume = True
     if resume and not asked:
         space = _not_shrunk(space, layout, extend)
+    if resume and not space.study.warm_start:
+        space = _as_begun(space, layout)
 
     from bilora_ray.search.cluster.inputs import keep_inputs
     from bilora_ray.search.preflight import chat_notes, check_kernels, pinned, preflight
@@ -144,6 +141,14 @@ def space_to_search(
     if not space.distributions:
         raise UserError(f"{space_path}: no setting has a distribution, so there is nothing to search: bilora-ray train")
     return space
+
+
+def _as_begun(space: Space, layout: Layout) -> Space:
+    """`space` with the earlier studies that its study began with, which decide nothing any more."""
+    from bilora_ray.search.study.studies import warm_start_before
+
+    began = warm_start_before(layout, space.study.name)
+    return replace(space, study=space.study.model_copy(update={"warm_start": began}))
 
 
 def _not_shrunk(space: Space, layout: Layout, more: int | None) -> Space:

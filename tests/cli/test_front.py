@@ -54,7 +54,7 @@ def test_show_marks_the_front_and_says_which_trial_is_the_best_by_what() -> None
     assert ["yes" in row for row in table] == [True, True, False, False]
     assert "trial 2 is out: max_adapter_mb: adapter_mb is 9, 2 is allowed" in result.stdout.splitlines()
     assert "Best by eval_loss: trial 0, eval_loss 1, train_runtime 30" in result.stdout
-    assert "Pareto front: trials 0, 1; `export` takes the first" in result.stdout
+    assert "Pareto front of the complete trials: trials 0, 1; `export` takes the first" in result.stdout
 
 
 def test_json_has_all_values_and_the_front() -> None:

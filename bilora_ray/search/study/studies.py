@@ -205,7 +205,7 @@ def summarise(layout: Layout) -> list[StudySummary]:
 
 def _summary(study: optuna.Study) -> StudySummary:
     described = study.user_attrs[SPACE]
-    trials = study.get_trials(deepcopy=False)
+    trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
     values = [trial.values[0] for trial in trials if status_of(trial) is Status.COMPLETE]
     objective = objective_of(study, described["fixed"])
     return StudySummary(
@@ -233,6 +233,14 @@ def num_trials_before(layout: Layout, name: str) -> int:
         if name not in study_names(layout):
             return 0
         return int(_read(layout, name).user_attrs.get(SPACE, {}).get("study", {}).get("num_trials", 0))
+
+
+def warm_start_before(layout: Layout, name: str) -> tuple[str, ...]:
+    """The studies that study `name` began with; none if there is no such study, or it began with none."""
+    with naming_the_database(layout, then=""):
+        if name not in study_names(layout):
+            return ()
+        return tuple(_read(layout, name).user_attrs.get(SPACE, {}).get("study", {}).get("warm_start", ()))
 
 
 def end_before(space: Space, layout: Layout) -> str | None:

@@ -21,6 +21,7 @@ from bilora_ray.config import TEST_SETTINGS
 from bilora_ray.errors import UserError
 from bilora_ray.records import Status, TrialRecord
 from bilora_ray.search.space import FINALISTS_OF, SEEDS, Choice, Space, StudyConfig, Value, setting_of
+from bilora_ray.search.study.control.evaluations import ENDED_BY
 from bilora_ray.search.study.control.verdict import Verdict, judge
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import open_storage, study_names
@@ -232,7 +233,9 @@ def _runs(study: StudyView, finals: StudyView, number: int, chosen: Chosen) -> l
 
 
 def _value(run: FrozenTrial | None) -> float | None:
+    """What a run is worth; None where it failed or was ended early: a part of a training is no score."""
     known = run is not None and run.state == TrialState.COMPLETE and run.value is not None and run.value == run.value
+    known = known and run is not None and run.user_attrs.get(ENDED_BY) is None
     return run.value if run is not None and known else None
 
 

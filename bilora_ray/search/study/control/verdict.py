@@ -127,7 +127,7 @@ def judge(singles: Mapping[int, float | None], scores: Mapping[int, Scores], obj
     found = [_finalist(trial, singles[trial], scores[trial], objective) for trial in order]
     return Verdict(
         finalists=tuple(found),
-        score=sign * score,
+        score=sign * score + 0.0,
         low=low,
         high=high,
         fell=_fallen(singles[order[0]], sign * score, objective),
@@ -145,7 +145,7 @@ def _finalist(trial: int, single: float | None, scores: Scores, objective: Objec
 def _within(metric: str, low: float, high: float) -> tuple[float, float]:
     """An interval less what the metric cannot be."""
     least, greatest = range_of(metric)
-    return max(low, least), min(high, greatest)
+    return max(low, least) + 0.0, min(high, greatest) + 0.0  # no -0.0
 
 
 def _fallen(single: float | None, score: float, objective: Objective) -> float | None:
