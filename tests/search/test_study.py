@@ -871,3 +871,12 @@ def test_a_trial_that_no_process_runs_is_shown_as_interrupted(layout: Layout) ->
     again = open_study(space(), layout)
     assert next_trial(again) == 1
     assert [record.status for record in again.records_now()] == [Status.COMPLETE, Status.RUNNING]
+
+
+def test_studies_are_listed_while_a_trial_waits_for_its_turn(layout: Layout) -> None:
+    study = open_study(space(), layout)
+    number = next_trial(study)
+    assert number is not None
+    run(study, number, [2.0, 1.0])
+    study.study.enqueue_trial({"rank": 8})
+    assert [(summary.ended, summary.best) for summary in summarise(layout)] == [(1, 1.0)]
