@@ -9,7 +9,7 @@ from bilora_ray.config import FACTS, TrialConfig, is_number
 from bilora_ray.expressions import ALLOWED
 from bilora_ray.facts import Facts
 from bilora_ray.search.space import Choice, Given, Range, ResourceConfig, StudyConfig
-from bilora_ray.search.space_parts import NOT_SEARCHED
+from bilora_ray.search.space.order import NOT_SEARCHED
 
 Schema = dict[str, Any]
 # What pydantic leaves in its own words where a setting may be null.

@@ -41,7 +41,7 @@ from bilora_ray.search.space import (
     is_expression,
     setting_of,
 )
-from bilora_ray.search.space_parts import NOT_SEARCHED, ONE_VALUE, check_settings, with_parts
+from bilora_ray.search.space.order import NOT_SEARCHED, ONE_VALUE, check_settings, with_parts
 
 SECTIONS = ("study", "trial", "resources")
 GPU_MEMORY = "gpu_memory_gib"

@@ -37,7 +37,7 @@ from bilora_ray.search.space import (
     is_expression,
     setting_of,
 )
-from bilora_ray.search.space_parts import without_effect
+from bilora_ray.search.space.order import without_effect
 from bilora_ray.search.study.control.budget import end_of
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.looks import Looks

@@ -70,7 +70,7 @@ class SearchStudy(StudyView):
             for number in self._orphans():
                 propose(self.study, self.space, number)
                 self._claims.release(number)
-        for trial in self._trials(*ENDED):  # whose search may have died before it did, or before `settle`
+        for trial in self.trials(*ENDED):  # whose search may have died before it did, or before `settle`
             self.folder(trial.number).discard_tensors()
         disk.finish(self)
         disk.trim(self)
@@ -112,7 +112,7 @@ class SearchStudy(StudyView):
         told: set[int] = set()
         waits = False
         while True:
-            ended = {trial.number: trial for trial in self._trials(*ENDED)}
+            ended = {trial.number: trial for trial in self.trials(*ENDED)}
             for number in ended.keys() - told:
                 observer.trial_ended(self._record(ended[number]))
             told.update(ended)
@@ -124,7 +124,7 @@ class SearchStudy(StudyView):
                 for number in self._orphans():
                     self._claims.release(number)
                     return True
-            running = len(self._trials(TrialState.RUNNING))
+            running = len(self.trials(TrialState.RUNNING))
             if running and not waits:
                 waits = True
                 say(f"waiting for other searches: they run {running} of the trials")
@@ -138,7 +138,7 @@ class SearchStudy(StudyView):
     def elsewhere(self) -> set[int]:
         """The running trials that are other processes'."""
         ours = self.interrupted() | self._live.keys()
-        return {trial.number for trial in self._trials(TrialState.RUNNING)} - ours
+        return {trial.number for trial in self.trials(TrialState.RUNNING)} - ours
 
     def in_hand(self) -> list[int]:
         """The running trials that are this process's."""
@@ -185,7 +185,7 @@ class SearchStudy(StudyView):
 
     def _report(self, number: int, metrics: Mapping[str, float]) -> Status:
         trial = self._live[number]
-        step, stored, objectives = int(metrics["step"]), self._trial(number), self.objectives
+        step, stored, objectives = int(metrics["step"]), self.trial(number), self.objectives
         known = evaluations_of(stored, objectives)
         if step not in known:
             remember(trial, metrics, objectives)
@@ -252,24 +252,26 @@ class SearchStudy(StudyView):
             look_again(self.study)
             yield
 
-    def _trial(self, number: int) -> FrozenTrial:
+    def trial(self, number: int) -> FrozenTrial:
+        """As `StudyView.trial`, in a look."""
         with one_look(self.study):
-            return super()._trial(number)
+            return super().trial(number)
 
-    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """As `StudyView.trials`, in a look."""
         with one_look(self.study):
-            return super()._trials(*states)
+            return super().trials(*states)
 
     def _all_given(self) -> bool:
-        return len(self._trials(TrialState.RUNNING, *ENDED)) >= self.space.study.num_trials
+        return len(self.trials(TrialState.RUNNING, *ENDED)) >= self.space.study.num_trials
 
     def _orphans(self) -> Iterator[int]:
         """Running trials that no process had a claim to; each is claimed as it is handed out."""
-        for trial in self._trials(TrialState.RUNNING):
+        for trial in self.trials(TrialState.RUNNING):
             if trial.number in self._live or not self._claims.take(trial.number):
                 continue
             look_again(self.study)
-            now = self._trial(trial.number)
+            now = self.trial(trial.number)
             if now.state == TrialState.RUNNING and ERROR not in now.constraints:
                 yield trial.number
                 continue

@@ -72,7 +72,7 @@ class StudyView:
 
     def config(self, number: int) -> TrialConfig:
         """The settings of trial `number`."""
-        return self.space.trial_config(self._trial(number).params)
+        return self.space.trial_config(self.trial(number).params)
 
     def digests(self, number: int) -> dict[str, str]:
         """Setting -> digest of the data and the base that trial `number` must find, as far as the study knows it."""
@@ -88,7 +88,7 @@ class StudyView:
 
     def record(self, number: int) -> TrialRecord:
         """What the study and the trial's folder know of one trial."""
-        return self._record(self._trial(number))
+        return self._record(self.trial(number))
 
     def chosen(self, number: int | None, prefer: str | None = None) -> TrialRecord:
         """As `record`, for a number that a user gave; None: the best, by the objective that a user may `prefer`.
@@ -112,7 +112,7 @@ class StudyView:
 
     def records(self) -> list[TrialRecord]:
         """All trials that were ever started, by number."""
-        return [self._record(trial) for trial in self._trials() if trial.state != TrialState.WAITING]
+        return [self._record(trial) for trial in self.trials() if trial.state != TrialState.WAITING]
 
     def records_now(self) -> list[TrialRecord]:
         """As `records`, with those interrupted that are running in the database and in no process."""
@@ -134,9 +134,9 @@ class StudyView:
 
     def finished(self) -> bool:
         """Whether as many trials have ended as the study asks for, or all that began before a budget was used up."""
-        if len(self._trials(*ENDED)) >= self.space.study.num_trials:
+        if len(self.trials(*ENDED)) >= self.space.study.num_trials:
             return True
-        return self.end() is not None and not self._trials(TrialState.RUNNING)
+        return self.end() is not None and not self.trials(TrialState.RUNNING)
 
     def end(self) -> Ended | None:
         """Which budget has ended the search, if one has."""
@@ -174,7 +174,7 @@ class StudyView:
         """Which of the searched settings mattered, among the trials that are complete or were stopped early."""
         ended = [
             trial
-            for trial in self._trials(TrialState.COMPLETE, TrialState.PRUNED)
+            for trial in self.trials(TrialState.COMPLETE, TrialState.PRUNED)
             # What one is worth that goes on from another is not its settings' doing alone.
             if not _failed(trial) and parent_of(trial.user_attrs) is None
         ]
@@ -207,16 +207,17 @@ class StudyView:
         removed = self.study.user_attrs.get(REMOVED, {})
         return next((why for why, numbers in removed.items() if number in numbers), None)
 
-    def _trial(self, number: int) -> FrozenTrial:
+    def trial(self, number: int) -> FrozenTrial:
         """One trial, read by itself: what a report costs must not grow with the study."""
         storage = self.study._storage
         return storage.get_trial(storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number))
 
-    def _trials(self, *states: TrialState) -> list[FrozenTrial]:
+    def trials(self, *states: TrialState) -> list[FrozenTrial]:
+        """Those in one of `states`, or all."""
         return self.study.get_trials(deepcopy=False, states=states or None)
 
     def _unclaimed(self) -> set[int]:
-        name, running = self.study.study_name, self._trials(TrialState.RUNNING)
+        name, running = self.study.study_name, self.trials(TrialState.RUNNING)
         return {trial.number for trial in running if not is_held(self.layout.claim(name, trial.number))}
 
     def _record(self, trial: FrozenTrial) -> TrialRecord:

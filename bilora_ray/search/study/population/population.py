@@ -50,7 +50,7 @@ class Population:
         One that is not there any more, or that the disk has no room for, is not lent: others are. Where several
         workers train a trial, they may have gone on and written the next.
         """
-        own = self._view._trial(number)
+        own = self._view.trial(number)
         rung = newest_rung(own)
         if not rung or own.user_attrs[RUNG.format(rung)]["step"] != step or LENT.format(rung) in own.user_attrs:
             return
@@ -82,11 +82,11 @@ class Population:
 
     def hand_on(self, number: int) -> None:
         """Give a trial that goes on from another its checkpoint, unless it has one. MachineError if that cannot be."""
-        own = self._view._trial(number)
+        own = self._view.trial(number)
         parent, folder = parent_of(own.user_attrs), self._view.folder(number)
         if parent is None or folder.latest() is not None:
             return
-        inherited = self._view._trial(parent.number).params
+        inherited = self._view.trial(parent.number).params
         lent = self._lent(parent.rung, parent.number)
         try:
             folder.begin_from(lent, changed(self._space, inherited, own.params))
