@@ -134,7 +134,8 @@ def test_memory_decides_as_the_study_database_does(table: Table, tmp_path: Path)
 
 
 def test_every_way_that_there_is_can_be_searched(file: Path) -> None:
-    for way in (*WAYS, *RIVALS):
+    # The quickstart's point is none of this table.
+    for way in (way for way in (*WAYS, *RIVALS) if not way.endswith("file")):
         found = search(file, "eval_loss", way, seed=0, trials=4)
         assert np.all(np.diff(found.values) < 0), way
         assert found.trials, way
