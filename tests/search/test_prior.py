@@ -148,7 +148,7 @@ def curve(config: TrialConfig) -> Sequence[Metrics]:
 
 def distance(path: Path, prior: str, sampler: str, seed: int, num_trials: int) -> float:
     """How far the best trial of a search is from the best there is."""
-    study = (f"study.num_trials={num_trials}", f"study.sampler={sampler}", f"study.seed={seed}")
+    study = (f"study.num_trials={num_trials}", f"study.sampler={sampler}", f"study.seed={seed}", "study.scheduler=none")
     space = space_of(RATE % PRIORS[prior], "rho={low: 0.01, high: 1, log: true}", *study)
     opened = studies.open_study(space, Layout(path / f"{prior}-{sampler}-{seed}-{num_trials}"), {})
     moments = simulate(opened, curve)
