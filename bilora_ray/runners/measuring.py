@@ -109,6 +109,8 @@ def _measure(settings: dict[str, Any], workers: int, gpus: float) -> Any:
     """Runs on the cluster. Errors come back as they are, and not in Ray's words."""
     try:
         with not_again():
+            import ray.tune  # noqa: F401 - which a trial's process holds, too
+
             started = time.perf_counter()
             import_training()
             from bilora_ray.training.probe.cost import cost
