@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import abstractmethod
 from collections.abc import Sequence
 from decimal import Decimal
 from typing import Annotated, Any, TypeVar
@@ -55,14 +56,14 @@ class Part(Settings):
         return f", when {self.condition}" if self.when else ""
 
     @property
+    @abstractmethod
     def kind(self) -> str:
         """What it is: a choice, a range, a log range, or given."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def range(self) -> str:
         """What it may be, in words."""
-        raise NotImplementedError
 
 
 class Choice(Part):
