@@ -115,14 +115,18 @@ class Looks(_CachedStorage):
     def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
         """As Optuna has it."""
         with self._mutex:
-            self._trials.pop(study_id, None)
-            return super().create_new_trial(study_id, template_trial)
+            trial_id = super().create_new_trial(study_id, template_trial)
+            self._read(trial_id, self._trials.get(study_id))
+            return trial_id
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
         """As Optuna has it."""
         with self._mutex:
-            self._trials.clear()
-            return super().set_trial_state_values(trial_id, state, values)
+            changed = super().set_trial_state_values(trial_id, state, values)
+            for trials in self._trials.values():
+                if trial_id in trials:
+                    self._read(trial_id, trials)
+            return changed
 
     def set_trial_param(
         self, trial_id: int, param_name: str, param_value_internal: float, distribution: BaseDistribution
@@ -157,6 +161,11 @@ class Looks(_CachedStorage):
                 trials = super().get_all_trials(study_id, deepcopy=False)
                 self._trials[study_id] = {trial._trial_id: trial for trial in trials}
             return self._trials[study_id]
+
+    def _read(self, trial_id: int, trials: dict[int, FrozenTrial] | None) -> None:
+        """Read one of the `trials` that are known anew; none are known outside of a look."""
+        if trials is not None:
+            trials[trial_id] = super().get_trial(trial_id)
 
     def _note(self, trial_id: int, what: str, key: Any, value: Any) -> None:
         """Know what was written, of a copy: who holds the trial holds it as it was."""

@@ -9,8 +9,8 @@ from bilora_ray.search.study.schedulers.base import Asked, once
 
 # What `study.scheduler` says -> whether a trial is stopped.
 SCHEDULERS: dict[str, Callable[[Asked], bool]] = {
-    "asha": once(asha.is_weak),
-    "hyperband": once(hyperband.is_weak),
+    "asha": asha.is_weak,
+    "hyperband": hyperband.is_weak,
     "median": once(median.is_weak),
     "pbt": once(pbt.is_weak),
     "none": none.is_weak,

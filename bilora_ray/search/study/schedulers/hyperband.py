@@ -10,7 +10,7 @@ from __future__ import annotations
 from optuna.pruners import HyperbandPruner
 
 from bilora_ray.search.study.schedulers.base import Asked
-from bilora_ray.search.study.schedulers.halving import decided, in_parts, is_stopped, lost_a_rung
+from bilora_ray.search.study.schedulers.halving import in_parts, is_weak_at_rungs
 from bilora_ray.search.study.schedulers.rungs import first_rung, longest, reached
 
 
@@ -23,8 +23,7 @@ def is_weak(asked: Asked) -> bool:
     pruner = HyperbandPruner(min_resource=first, max_resource=last, reduction_factor=factor)
     pruner._try_initialization(study)  # or all would be in its first bracket
     bracket = pruner._get_bracket_id(study, asked.trial.storage.get_trial(asked.trial._trial_id))
-    lost = lost_a_rung(
-        asked, now, first * factor**bracket, lambda trial: pruner._get_bracket_id(study, trial) == bracket
+    own_first = first * factor**bracket
+    return is_weak_at_rungs(
+        asked, now, pruner, own_first, lambda trial: pruner._get_bracket_id(study, trial) == bracket
     )
-    weak = lost or is_stopped(asked, pruner, now)
-    return decided(asked, now, weak)
