@@ -59,6 +59,7 @@ def believing(learning_rate: str, rho: str) -> tuple[str, ...]:
 # What the quickstart's file has: a point that runs first, and its first rung.
 POINT = {"method": "bilora", "rank": 8, "auxiliary_rank": 8, "rho": 0.05, "learning_rate": 4e-3}
 FILE = (f"study.points_to_evaluate=[{json.dumps(POINT)}]", "study.grace_period=45")
+HALVES = ("study.reduction_factor=2", "study.grace_period=45")
 
 # A way to search -> what it has beside the defaults of a study.
 WAYS: dict[str, tuple[str, ...]] = {
@@ -66,6 +67,8 @@ WAYS: dict[str, tuple[str, ...]] = {
     "tpe": ("study.scheduler=none",),
     "tpe + asha (the default)": (),
     "tpe + asha from a ninth on": ("study.grace_period=20",),
+    "tpe + asha, reduction_factor 2, from a quarter on": HALVES,
+    "tpe + asha, reduction_factor 2, + priors": (*HALVES, *believing(*PRIORS)),
     "tpe + asha, the quickstart's file": FILE,
     "tpe + asha + priors": believing(*PRIORS),
     "tpe + asha + wrong priors": believing(*WRONG),
