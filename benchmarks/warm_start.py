@@ -1,7 +1,7 @@
 """What a search gains by starting from an earlier one of a related task, and what it loses if the task is another one.
 
 Simulated searches of the product's default, TPE and ASHA with four workers, over a learning rate, a radius and a rank.
-An earlier study has searched a task; the new one is best near the same settings, or in another corner. Told is the
+An earlier study has searched a task; the new one is best near the same settings, or in a corner far away. Told is the
 training until a trial that ran to its end is so near to the best (a decade of the learning rate is 1), cold and warm.
 
     OMP_NUM_THREADS=1 python benchmarks/warm_start.py [--searches 100] [--trials 48]
@@ -35,8 +35,9 @@ SPACE = (
     "learning_rate={low: 1e-5, high: 1e-2, log: true}",
 )
 EVALUATIONS = 9
-# Learning rate, radius and rank that are best: of the earlier study's task, of one like it, of one that is not.
-EARLIER, TASKS = (3e-4, 0.1, 8), {"related": (4e-4, 0.07, 8), "unrelated": (5e-3, 0.9, 4)}
+# Learning rate, radius and rank that are best: of the earlier study's task, of one like it, of two that are not.
+EARLIER = (3e-4, 0.1, 8)
+TASKS = {"related": (4e-4, 0.07, 8), "unrelated": (5e-3, 0.9, 4), "unrelated, on the other side": (2e-5, 0.012, 16)}
 DISTANCES = (0.5, 0.3, 0.2)
 
 
