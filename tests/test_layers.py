@@ -37,6 +37,7 @@ DEPTH = {
     "training.metrics": 11,
     "digests": 12,
     "recipe": 12,
+    "words": 12,
     "config": 13,
     "paths": 13,
     "builtin": 14,

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from bilora_ray.cli.tables import TrialTable, in_short
+from bilora_ray.cli.tables import TrialTable
 from bilora_ray.records import Status, TrialRecord
+from bilora_ray.words import in_short, interval
 
 if TYPE_CHECKING:
     from bilora_ray.search.study.control.finalists import Finals
-    from bilora_ray.search.study.control.verdict import Verdict
     from bilora_ray.search.study.view import StudyView
 
 
@@ -27,11 +27,11 @@ def print_finalists(console: Console, study: StudyView, finals: Finals) -> Trial
     metric = study.objective.metric
     table = TrialTable("trial", "single_run", f"mean_{metric}", "interval", "worse_by")
     for finalist in verdict.finalists:
-        cells = (in_short(finalist.single), in_short(finalist.mean), _interval(finalist.low, finalist.high))
+        cells = (in_short(finalist.single), in_short(finalist.mean), interval(finalist.low, finalist.high))
         sampled = study.record(finalist.trial).sampled
         table.add(str(finalist.trial), *cells, in_short(finalist.fell), sampled=sampled)
     console.print(table)
-    console.print(_in_words(verdict, metric), style="bold green", markup=False, soft_wrap=True)
+    console.print(verdict.in_words(metric), style="bold green", markup=False, soft_wrap=True)
     if finals.test:
         found = ", ".join(f"{key.removeprefix('eval_')} {value:.6g}" for key, value in finals.test.items())
         console.print(f"On the test rows, measured once: {found}", style="bold", markup=False, soft_wrap=True)
@@ -66,21 +66,3 @@ def _so_far(finals: Finals) -> str:
     line = f"{ended} of {study.num_trials} trainings have ended"
     running = any(record.status is Status.RUNNING for record in finals.study.records_now())
     return line if running else f"{line}; `bilora-ray tune`, as it was begun, and --resume go on"
-
-
-def _in_words(verdict: Verdict, metric: str) -> str:
-    winner = verdict.winner
-    line = f"Winner: trial {winner.trial}, {metric} {verdict.score:.6g}"
-    if verdict.low is not None:
-        line += f", {_interval(verdict.low, verdict.high)} with 95% confidence"
-    if winner.single is None or verdict.fell is None:
-        return f"{line}; the search had stopped it early"
-    single = f"the {winner.single:.6g} of its single run in the search"
-    if verdict.fell == 0:
-        return f"{line}, as {single}"
-    how = "worse" if verdict.fell > 0 else "better"
-    return f"{line}; that is {abs(verdict.fell):.4g} {how} than {single}"
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return "" if low is None else f"{in_short(low)} to {in_short(high)}"

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from rich.console import Console
 
 from bilora_ray.cli.finalists import finals_as_json
-from bilora_ray.cli.progress import status_of
-from bilora_ray.cli.tables import TrialTable, amount_of, in_short, step_of
-from bilora_ray.config import TrialConfig, shown
+from bilora_ray.cli.tables import TrialTable
 from bilora_ray.records import Objective, Status, TrialRecord
+from bilora_ray.words import as_yaml, in_short, status_of, step_of, stops, telling, values_of
 
 if TYPE_CHECKING:
     from bilora_ray.search.study.view import StudyView
@@ -54,7 +51,8 @@ def print_leaderboard(
     console.print(table)
     if most is not None and len(rows) > most:
         console.print(f"[dim]and {len(rows) - most} more[/]")
-    _print_stops(console, records)
+    for line in stops(records):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for record in rows:
         if record.error:
             console.print(f"trial {record.number} failed: {record.error}", style="red", markup=False, highlight=False)
@@ -62,26 +60,11 @@ def print_leaderboard(
             console.print(f"trial {record.number} is out: {record.broken}", markup=False, highlight=False)
 
 
-def _print_stops(console: Console, records: Sequence[TrialRecord]) -> None:
-    found: dict[tuple[str, str], list[float]] = {}
-    for record in records:
-        for unit, amount in record.stopped_after.items():
-            found.setdefault((status_of(record), unit), []).append(amount)
-    for (status, unit), amounts in found.items():
-        first, last = (amount_of(unit, amount) for amount in (min(amounts), max(amounts)))
-        which = f"{first} at the earliest, {last} at the latest" if first != last else first
-        line = f"{status.capitalize()}: {len(amounts)}, after {which}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
 def print_settings(console: Console, settings: Mapping[str, Any]) -> None:
     """Print settings, one a line, as YAML."""
     width = max((len(key) for key in settings), default=0)
     for key, value in settings.items():
-        plain = list(value) if isinstance(value, tuple) else value
-        # In a list, or YAML would put the end of a document behind it.
-        text = yaml.safe_dump([plain], default_flow_style=True, allow_unicode=True, width=math.inf).strip()[1:-1]
-        console.print(f"  {key:<{width}}  {text}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {key:<{width}}  {as_yaml(value)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_best(console: Console, study: StudyView, records: Sequence[TrialRecord]) -> TrialRecord | None:
@@ -97,7 +80,7 @@ def print_best(console: Console, study: StudyView, records: Sequence[TrialRecord
         line = f"Pareto front of the complete trials: {which} {numbers}"
         line += "; `export` takes the first, or what --prefer METRIC or --trial N says"
         console.print(line, markup=False, soft_wrap=True)
-    line = f"Best: trial {best.number}, {in_words(best, study.objectives)}"
+    line = f"Best: trial {best.number}, {values_of(best, study.objectives)}"
     others = [record for record in records if record.status is Status.COMPLETE and record is not best]
     equal = [record for record in others if record.value == best.value and not front]
     if equal:
@@ -107,8 +90,7 @@ def print_best(console: Console, study: StudyView, records: Sequence[TrialRecord
     if front:
         line = line.replace("Best:", f"Best by {study.objective.metric}:")
     console.print(line, style="bold green", markup=False)
-    sampled = {key: value for key, value in best.settings.items() if key in best.sampled}
-    print_settings(console, sampled or {**non_default(best.settings), **_of_the_adapter(best.settings)})
+    print_settings(console, telling(best))
     return best
 
 
@@ -118,22 +100,6 @@ def print_end(console: Console, study: StudyView) -> None:
     if end is not None:
         line = f"Ended by {end.line}. With another {end.by}, or without one, --resume goes on."
         console.print(line, style="yellow", markup=False, soft_wrap=True)
-
-
-def in_words(record: TrialRecord, objectives: Sequence[Objective]) -> str:
-    """The values of a trial that has some, such as `eval_loss 0.5, train_runtime 31.2`."""
-    assert record.value is not None
-    others = (f"{one.metric} {record.values[one.metric]:.6g}" for one in objectives[1:])
-    return ", ".join([f"{objectives[0].metric} {record.value:.6g}", *others])
-
-
-def _of_the_adapter(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: settings[key] for key in shown("best") if key in settings}
-
-
-def non_default(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a trial's `settings` that have not their default."""
-    return {key: value for key, value in settings.items() if value != TrialConfig.model_fields[key].default}
 
 
 def study_as_json(study: StudyView) -> dict[str, Any]:

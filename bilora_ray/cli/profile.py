@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import click
 
 from bilora_ray.cli.options import json_option, print_json, set_option, space_option
-from bilora_ray.cli.tables import duration
 from bilora_ray.errors import TrialFailure, UserError
 from bilora_ray.paths import have_home
 from bilora_ray.search.space import Space, Value
 from bilora_ray.search.space_file import load_space
+from bilora_ray.words import duration
 
 if TYPE_CHECKING:
     from bilora_ray.training.probe.profile import Profile

@@ -12,21 +12,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from bilora_ray.cli.tables import TrialTable, amount_of, duration, in_short, step_of
+from bilora_ray.cli.tables import TrialTable
 from bilora_ray.records import Objective, Status, TrialRecord
 from bilora_ray.training.compute.cutting import Proven
 from bilora_ray.training.data.truncation import Truncation
+from bilora_ray.words import amount_of, duration, in_short, status_of, step_of
 
 # In a log, so often at the most is it said how a running trial stands.
 REPORT_EVERY_S = 60.0
-
-STATUS_WORDS = {
-    Status.COMPLETE: "complete",
-    Status.PRUNED: "stopped early",
-    Status.FAILED: "failed",
-    Status.RUNNING: "running",
-    Status.INTERRUPTED: "interrupted",
-}
 
 
 class SearchProgress:
@@ -161,11 +154,6 @@ class SearchProgress:
         if done == 0:
             return None
         return (time.monotonic() - self.started) / done * (self.num_trials - len(self.ended))
-
-
-def status_of(trial: TrialRecord) -> str:
-    """How a trial stands, in words, such as `ended by max_hours` of one that counts with what it had reached."""
-    return STATUS_WORDS[trial.status] if trial.ended_by is None else f"ended by {trial.ended_by}"
 
 
 def _how_far(trial: TrialRecord) -> str:

@@ -27,12 +27,11 @@ from bilora_ray.cli.options import (
     study_database_option,
     where_adapter_is,
 )
-from bilora_ray.cli.progress import STATUS_WORDS, status_of
-from bilora_ray.cli.tables import in_short
 from bilora_ray.config import CUDA_GIB
 from bilora_ray.errors import UserError
 from bilora_ray.records import Status, TrialRecord
 from bilora_ray.training.compute.cutting import Proven
+from bilora_ray.words import counted, in_short
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,10 +94,7 @@ def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -
         print_json(study_as_json(found))
         return
     records, importances = found.records_now(), found.importances()
-    stand = list(map(status_of, records))
-    counts = {words: stand.count(words) for words in (*STATUS_WORDS.values(), *stand)}
-    summary = ", ".join(f"{count} {words}" for words, count in counts.items() if count) or "no trials"
-    console.print(f"Study '{study}': {summary} of {found.space.study.num_trials}", style="bold", markup=False)
+    console.print(f"Study '{study}': {counted(records)} of {found.space.study.num_trials}", style="bold", markup=False)
     print_end(console, found)
     if found.warm_start:
         from bilora_ray.search.study.warm_start import in_words

@@ -11,6 +11,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from bilora_ray.words import setting_in_short
+
 # Longer names are broken behind an underscore: the numbers below them are short.
 HEADER_WIDTH = 10
 # Characters of a quoted text that are shown, at its start and at its end.
@@ -61,38 +63,14 @@ class TrialTable:
         return table
 
 
-def in_short(value: float | None) -> str:
-    """A metric's value; empty if there is none."""
-    return "" if value is None else f"{value:.4g}"
-
-
 def in_quotes(text: str) -> str:
     """`text` in quotes, where its spaces and line ends are seen; of a long one the start and the end."""
     return repr(text if len(text) <= 2 * QUOTED else f"{text[:QUOTED]} ... {text[-QUOTED:]}")
 
 
-def step_of(metrics: Mapping[str, float]) -> str:
-    """Of how many steps an evaluation came after how many."""
-    return f"{metrics['step']:.0f}/{metrics['max_steps']:.0f}"
-
-
-def amount_of(unit: str, amount: float) -> str:
-    """How far a trial came, such as `1,440 rows` or `0.25 epochs`."""
-    return f"{amount:,.0f} {unit}" if amount == int(amount) else f"{amount:.4g} {unit}"
-
-
-def duration(seconds: float) -> str:
-    """`75.2` as `1 min 15 s`."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 def _setting(value: Any) -> Text:
     """A setting's value in as few characters as tell it; not markup, which a template may look like."""
-    return Text(f"{value:.3g}" if isinstance(value, float) else str(value))
+    return Text(setting_in_short(value))
 
 
 def _broken(name: str) -> str:

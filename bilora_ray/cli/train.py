@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import click
 
 from bilora_ray.cli.leaderboard import as_json as trial_as_json
-from bilora_ray.cli.leaderboard import non_default
 from bilora_ray.cli.options import (
     absolute,
     complete_study,
@@ -36,6 +35,7 @@ from bilora_ray.search.cluster.protection import check_mlflow
 from bilora_ray.search.space import Space, setting_of
 from bilora_ray.search.space_file import checked_space, load_space, parse_override
 from bilora_ray.search.study.layout import Layout
+from bilora_ray.words import non_default
 
 if TYPE_CHECKING:
     from bilora_ray.search.study.view import StudyView

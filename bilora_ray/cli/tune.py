@@ -23,7 +23,7 @@ from bilora_ray.cli.options import (
     where_adapter_is,
 )
 from bilora_ray.cli.progress import SearchProgress
-from bilora_ray.cli.tables import duration, in_quotes
+from bilora_ray.cli.tables import in_quotes
 from bilora_ray.cli.validate import describe
 from bilora_ray.config import FACTS
 from bilora_ray.errors import UserError
@@ -32,6 +32,7 @@ from bilora_ray.search.cluster.protection import check_mlflow, check_ray
 from bilora_ray.search.space import SEEDS, Space, setting_of
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.layout import Layout
+from bilora_ray.words import duration
 
 if TYPE_CHECKING:
     from bilora_ray.search.preflight import Checked

@@ -14,6 +14,7 @@ from statistics import fmean, variance
 
 from bilora_ray.config import range_of
 from bilora_ray.records import Objective
+from bilora_ray.words import interval
 
 LEVEL = 0.95
 METHOD = (
@@ -89,6 +90,20 @@ class Verdict:
         }
         told = {key: value for key, value in found.items() if value is not None}
         return {**told, "step": float(len(self.finalists) * self.seeds)}
+
+    def in_words(self, metric: str) -> str:
+        """Who wins, with what, and how that differs from the single run in the search."""
+        winner = self.winner
+        line = f"Winner: trial {winner.trial}, {metric} {self.score:.6g}"
+        if self.low is not None:
+            line += f", {interval(self.low, self.high)} with {LEVEL:.0%} confidence"
+        if winner.single is None or self.fell is None:
+            return f"{line}; the search had stopped it early"
+        single = f"the {winner.single:.6g} of its single run in the search"
+        if self.fell == 0:
+            return f"{line}, as {single}"
+        how = "worse" if self.fell > 0 else "better"
+        return f"{line}; that is {abs(self.fell):.4g} {how} than {single}"
 
 
 def judge(singles: Mapping[int, float | None], scores: Mapping[int, Scores], objective: Objective) -> Verdict | None:
