@@ -24,7 +24,7 @@ from bilora_ray.search.study.layout import Layout
 EPILOG = """\b
 Examples:
   bilora-ray clone quickstart quickstart-2
-  bilora-ray clone quickstart wider --set 'rank={choice: [8, 16, 32]}' --output search_spaces/wider.yaml
+  bilora-ray clone quickstart wider --set 'rank={choice: [8, 16, 32]}' --output wider.yaml
 """
 
 

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  bilora-ray estimate --space search_spaces/quickstart.yaml
-  bilora-ray estimate --space search_spaces/llama.yaml --num-trials 40 --ray-address auto --json
+  bilora-ray estimate --space quickstart
+  bilora-ray estimate --space llama --num-trials 40 --ray-address auto --json
 """
 GIB = 2**30
 

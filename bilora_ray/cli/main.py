@@ -66,7 +66,7 @@ atexit.register(gc.freeze)
 
 EPILOG = """\b
 Start here:
-  bilora-ray tune --space search_spaces/quickstart.yaml
+  bilora-ray tune --space quickstart
 
 \b
 Shell completion (bash; zsh and fish alike):

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from bilora_ray.addresses import masked
 from bilora_ray.errors import OutOfMemory, UserError, first_line
 from bilora_ray.records import TrialRecord
+from bilora_ray.search.space.shipped import shipped, space_file
 from bilora_ray.tracking.store import SERVERS
 
 if TYPE_CHECKING:
@@ -41,14 +43,27 @@ def complete_study(ctx: click.Context, _: click.Parameter, incomplete: str) -> l
     return [name for (name,) in rows if name.startswith(incomplete)]
 
 
-space_option = click.option(
-    "--space",
-    "space_path",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="The space file (YAML).",
+class SpaceFile(click.ParamType):
+    """A space file: a path, or the name of one that ships."""
+
+    name = "space"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The file. UserError if no shipped space has that name."""
+        return value if isinstance(value, Path) else space_file(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Names that begin with `incomplete`, and the shell's own files."""
+        names = [CompletionItem(name) for name in shipped() if name.startswith(incomplete)]
+        return [*names, CompletionItem(incomplete, type="file")]
+
+
+SPACE = SpaceFile()
+SPACE_HELP = (
+    "The space file (YAML), or the name of one that ships, such as quickstart. A word without a suffix or a "
+    "folder is always a name."
 )
+space_option = click.option("--space", "space_path", required=True, type=SPACE, metavar="FILE|NAME", help=SPACE_HELP)
 set_option = click.option(
     "--set",
     "overrides",

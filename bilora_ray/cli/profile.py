@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  bilora-ray profile --space search_spaces/quickstart.yaml
-  bilora-ray profile --space search_spaces/llama.yaml --set gradient_checkpointing=false --json
+  bilora-ray profile --space quickstart
+  bilora-ray profile --space llama --set gradient_checkpointing=false --json
 """
 MIB, GIB = 2**20, 2**30
 VISIBLE = "CUDA_VISIBLE_DEVICES"

@@ -12,6 +12,7 @@ import click
 
 from bilora_ray.cli.leaderboard import as_json as trial_as_json
 from bilora_ray.cli.options import (
+    SPACE,
     absolute,
     complete_study,
     insecure_option,
@@ -43,14 +44,14 @@ if TYPE_CHECKING:
 EPILOG = """\b
 Examples:
   bilora-ray train --set model_name_or_path=meta-llama/Llama-3.1-8B --set task=causal-lm --set train_data=mine.jsonl
-  bilora-ray train --space search_spaces/quickstart.yaml --name once --set rank=8 --set learning_rate=2e-3 \\
+  bilora-ray train --space quickstart --name once --set rank=8 --set learning_rate=2e-3 \\
       --set rho=0.05 --set auxiliary_rank=8
   bilora-ray train --study quickstart --name longer --set num_train_epochs=24
 """
 
 
 @click.command(epilog=EPILOG)
-@click.option("--space", "space_path", type=click.Path(path_type=Path), metavar="FILE", help="Take settings from here.")
+@click.option("--space", "space_path", type=SPACE, metavar="FILE|NAME", help="Take settings from here, as tune does.")
 @click.option(
     "--study",
     metavar="STUDY",

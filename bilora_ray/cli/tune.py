@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 
 EPILOG = """\b
 Examples:
-  bilora-ray tune --space search_spaces/quickstart.yaml
-  bilora-ray tune --space search_spaces/quickstart.yaml --resume
-  bilora-ray tune --space search_spaces/quickstart.yaml --extend 10
-  bilora-ray tune --space search_spaces/llama.yaml --num-trials 40 --ray-address auto --storage-path /shared/runs
-  bilora-ray tune --space search_spaces/llama.yaml --set rho=0.05 --set 'rank={choice: [8, 16]}' --dry-run
+  bilora-ray tune --space quickstart
+  bilora-ray tune --space quickstart --resume
+  bilora-ray tune --space quickstart --extend 10
+  bilora-ray tune --space llama --num-trials 40 --ray-address auto --storage-path /shared/runs
+  bilora-ray tune --space llama --set rho=0.05 --set 'rank={choice: [8, 16]}' --dry-run
 """
 
 

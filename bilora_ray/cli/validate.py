@@ -7,23 +7,27 @@ from typing import Any
 
 import click
 
-from bilora_ray.cli.options import json_option, print_json, set_option
+from bilora_ray.cli.options import SPACE, json_option, print_json, set_option
 from bilora_ray.config import FACTS
 from bilora_ray.search.space import Space, setting_of
 from bilora_ray.search.space_file import load_space
 
 EPILOG = """\b
-Example:
-  bilora-ray validate search_spaces/llama.yaml
+Examples:
+  bilora-ray validate my_space.yaml
+  bilora-ray validate llama
 """
 
 
 @click.command(epilog=EPILOG)
-@click.argument("space_path", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("space_path", metavar="FILE|NAME", type=SPACE)
 @set_option
 @json_option
 def command(space_path: Path, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Check a space file in a moment: keys, types, ranges, local paths, and the first rows of local data."""
+    """Check a space file in a moment: keys, types, ranges, local paths, and the first rows of local data.
+
+    A word without a suffix or a folder names a space that ships, such as quickstart, whatever is in the current folder.
+    """
     from bilora_ray.search.preflight import look
 
     space = load_space(space_path, overrides)

@@ -15,6 +15,7 @@ from bilora_ray.config import SOURCES
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import IMAGE_SUFFIXES, LocalSource, files_of
 from bilora_ray.search.space import Space
+from bilora_ray.search.space.shipped import shipped_name
 from bilora_ray.training.data.sources import image_files
 
 # The dashboard refuses a larger request.
@@ -81,7 +82,7 @@ def read_upload(working_dir: Path) -> Upload:
     return Upload(folder, files)
 
 
-def check_upload(upload: Upload, space: Space, sources: Sequence[LocalSource]) -> Path:
+def check_upload(upload: Upload, space: Space, sources: Sequence[LocalSource]) -> Path | str:
     """Refuse a job that would miss a file, or be refused by Ray for its size.
 
     Args:
@@ -90,12 +91,16 @@ def check_upload(upload: Upload, space: Space, sources: Sequence[LocalSource]) -
         sources: the local files that it names; they too.
 
     Returns:
-        The space file, as seen from the uploaded folder.
+        The space file, as seen from the uploaded folder; of a shipped space that is not in it the name.
 
     Raises:
         UserError: what is missing, and why; or what is large.
     """
     space_file = space.path.parent.resolve() / space.path.name
+    name = None if space_file in upload.files else shipped_name(space.path)
+    if name is not None:
+        _check_size(upload)
+        return name
     if not space_file.is_relative_to(upload.folder):
         raise UserError(f"--space {space.path}: is outside --working-dir {upload.folder}, which is all that a job sees")
     if space_file not in upload.files:
