@@ -23,6 +23,7 @@ from bilora_ray.garbage import seldom_collected
 
 # Verb -> its line in `bilora-ray --help`. The module of a verb is imported only when it is called.
 COMMANDS = {
+    "init": "Look at a data file, and write a space file for it.",
     "validate": "Check a space file in a moment, before anything is computed.",
     "tune": "Search a space file for the best adapter.",
     "submit": "Run a search as a job of a Ray cluster.",

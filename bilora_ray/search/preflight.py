@@ -288,7 +288,7 @@ def _others(space: Space) -> dict[str, str]:
 
 def _new_head(config: TrialConfig, label_names: tuple[str, ...] | None) -> Iterator[str]:
     """A line about the base model's head where it is for another number of labels."""
-    model, kind = _described(config), TASK_FACTS[config.task].model_class.removeprefix("AutoModel")
+    model, kind = described(config), TASK_FACTS[config.task].model_class.removeprefix("AutoModel")
     if label_names is None or not any(str(name).endswith(kind) for name in model.get("architectures") or ()):
         return
     of_base = len(model.get("id2label") or ()) or 2  # which transformers leaves out
@@ -381,7 +381,7 @@ def positions(config: TrialConfig) -> int | None:
     """
     if TASK_FACTS[config.task].reads_images:
         return None
-    model = _described(config)
+    model = described(config)
     kind, behind = str(model.get("model_type")), model.get("pad_token_id")
     found = model.get(POSITIONS.get(kind, "max_position_embeddings"))
     if kind in BEHIND_PADDING and isinstance(found, int):
@@ -389,7 +389,7 @@ def positions(config: TrialConfig) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _described(config: TrialConfig) -> dict[str, Any]:
+def described(config: TrialConfig) -> dict[str, Any]:
     """What the base model's `config.json` says of it, or of its part for texts; nothing where it can't be read."""
     try:
         file = model_file(config.model_name_or_path, config.model_revision, "config.json")

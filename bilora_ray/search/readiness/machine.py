@@ -61,6 +61,13 @@ def packages() -> Iterator[Finding]:
         yield Finding("packages", Verdict.OK, f"Python {platform.python_version()}, {versions}")
 
 
+def gpu_count() -> int:
+    """How many GPUs torch has."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def gpus() -> Iterator[Finding]:
     """Which GPUs torch has, and why none where the machine has some."""
     import torch
