@@ -664,6 +664,11 @@ def shown(place: Literal["card", "best"]) -> tuple[str, ...]:
     return tuple(key for key, facts in FACTS.items() if place in facts.shown)
 
 
+def non_default(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a trial's `settings` that have not their default."""
+    return {key: value for key, value in settings.items() if value != TrialConfig.model_fields[key].default}
+
+
 # What an evaluation of an adapter does not read.
 TRAINING_SETTINGS = deciding("training", "training rows")
 # What may be another from a checkpoint on.

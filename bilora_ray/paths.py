@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from bilora_ray import builtin
-from bilora_ray.errors import UserError
+from bilora_ray.errors import UserError, first_line
 
 BUILTIN = "builtin:"
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet", ".arrow")
@@ -321,3 +321,11 @@ def cached_commit(model: str, revision: str | None) -> str | None:
         return None
     file = try_to_load_from_cache(model, "config.json", revision=revision)
     return Path(file).parent.name if isinstance(file, str) else None
+
+
+def absolute(path: Path) -> Path:
+    """`path` as trials, which run in folders of their own, can use it. UserError if it is in a home that is unknown."""
+    try:
+        return path.expanduser().resolve()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {first_line(error)}") from None

@@ -21,6 +21,7 @@ def is_last(evaluation: Mapping[str, float]) -> bool:
 class Status(Enum):
     """Where a trial stands. The words are the same on the terminal, in JSON and in MLflow's tags."""
 
+    QUEUED = "queued"
     RUNNING = "running"
     INTERRUPTED = "interrupted"
     COMPLETE = "complete"

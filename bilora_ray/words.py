@@ -17,6 +17,7 @@ STATUS_WORDS = {
     Status.FAILED: "failed",
     Status.RUNNING: "running",
     Status.INTERRUPTED: "interrupted",
+    Status.QUEUED: "queued",
 }
 
 

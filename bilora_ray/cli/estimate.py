@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bilora_ray.cli.options import json_option, print_json, set_option, space_option
-from bilora_ray.cli.tune import space_to_search
+from bilora_ray.library.spaces import space_to_search
 from bilora_ray.paths import have_home
 from bilora_ray.words import duration
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from bilora_ray.cli.finalists import finals_as_json
 from bilora_ray.cli.tables import TrialTable
+from bilora_ray.library.rows import leaders
 from bilora_ray.records import Objective, Status, TrialRecord
 from bilora_ray.words import as_yaml, in_short, status_of, step_of, stops, telling, values_of
 
@@ -22,6 +23,7 @@ STATUS_STYLE = {
     Status.FAILED: "red",
     Status.RUNNING: "yellow",
     Status.INTERRUPTED: "yellow",
+    Status.QUEUED: "dim",
 }
 
 
@@ -34,7 +36,7 @@ def print_leaderboard(
 ) -> None:
     """Print the best `most` trials, or all; of several objectives those on the `front` first, all of them."""
     ahead = [record.number for record in front]
-    rows = [*front, *(record for record in objectives[0].ranked(records) if record.number not in ahead)]
+    rows = leaders(records, objectives, front)
     most = None if most is None else max(most, len(ahead))
     metrics = [objective.metric for objective in objectives]
     lineage = any(record.parent is not None for record in rows)
@@ -109,7 +111,7 @@ def study_as_json(study: StudyView) -> dict[str, Any]:
     from bilora_ray.search.study.view import search_of
 
     best, metric, importances, end = study.best(), study.objective.metric, study.importances(), study.end()
-    finals, records = finals_of(study), study.records_now()
+    finals, records = finals_of(study), [*study.records_now(), *study.queued()]
     search = search_of(study.study)
     return {
         "study": study.space.study.name,

@@ -19,6 +19,7 @@ from click.shell_completion import CompletionItem
 
 from bilora_ray.addresses import masked
 from bilora_ray.errors import OutOfMemory, UserError, first_line
+from bilora_ray.paths import absolute as absolute
 from bilora_ray.records import TrialRecord
 from bilora_ray.search.space.shipped import shipped, space_file
 from bilora_ray.tracking.store import SERVERS
@@ -254,11 +255,3 @@ def _again(option: str, uri: str | None, variable: str) -> str:
     shown = masked(uri)
     # A password is not printed: the command wants it from the environment.
     return f" {option} {shlex.quote(shown)}" if shown == uri else f' {option} "${variable}"'
-
-
-def absolute(path: Path) -> Path:
-    """`path` as trials, which run in folders of their own, can use it. UserError if it is in a home that is unknown."""
-    try:
-        return path.expanduser().resolve()
-    except RuntimeError as error:
-        raise UserError(f"{path}: {first_line(error)}") from None

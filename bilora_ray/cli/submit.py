@@ -18,6 +18,7 @@ from bilora_ray.addresses import masked
 from bilora_ray.cli import tune
 from bilora_ray.cli.options import command_that_resumes, json_option, print_json, search_options
 from bilora_ray.errors import UserError
+from bilora_ray.library.spaces import space_to_search
 from bilora_ray.paths import LocalSource, SourcesElsewhere, have_home
 from bilora_ray.search.cluster.protection import check_ray
 from bilora_ray.search.space_file import parse_override
@@ -80,7 +81,7 @@ def command(
         check_ray(address, "--address")
     _check_for_the_cluster(storage_path, mlflow_uri, study_database)
     sources = SourcesElsewhere()
-    space = tune.space_to_search(space_path, overrides, num_trials, max_concurrent, sources)
+    space = space_to_search(space_path, overrides, num_trials, max_concurrent, sources)
     have_home()
 
     from bilora_ray.search.cluster.submission import connect, submit

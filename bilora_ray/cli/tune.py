@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -25,12 +23,9 @@ from bilora_ray.cli.options import (
 from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.cli.tables import in_quotes
 from bilora_ray.cli.validate import describe
-from bilora_ray.config import FACTS
 from bilora_ray.errors import UserError
-from bilora_ray.paths import Locate, have_home, locate_here
-from bilora_ray.search.cluster.protection import check_mlflow, check_ray
+from bilora_ray.library.searching import Asked, Search, check_search, is_counted, rehearse, run_search, space_of
 from bilora_ray.search.space import SEEDS, Space, setting_of
-from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.words import duration
 
@@ -74,125 +69,40 @@ def command(
     Ray Tune runs the trials, Optuna proposes them, weak ones are stopped early, MLflow records all of them. The search
     may be interrupted at any moment, by Ctrl-C or worse: --resume finishes it, each trial exactly once.
     """
-    if not insecure:
-        check_ray(ray_address, "--ray-address")
-        check_mlflow(mlflow_uri)
-    if warm_start is not None:
-        overrides = (*overrides, f"study.warm_start={json.dumps(warm_start.split(','))}")
-    space = space_to_search(space_path, overrides, num_trials, max_concurrent)
     layout = Layout(absolute(storage_path), study_database)
-    have_home()
-    asked = num_trials is not None or any(override.startswith("study.num_trials=") for override in overrides)
-    if extend is not None:
-        if asked:
-            raise UserError("--extend: says how many trials more; a number of all of them cannot be given beside it")
-        resume = True
-    if resume and not asked:
-        space = _not_shrunk(space, layout, extend)
-    if resume and not space.study.warm_start:
-        space = _as_begun(space, layout)
-
-    from bilora_ray.search.cluster.inputs import keep_inputs
-    from bilora_ray.search.preflight import chat_notes, check_kernels, pinned, preflight
-
-    space = pinned(space, layout if resume else None)
-    checked = preflight(space, dry_run)
-    # Ray is imported once the data is right.
-    from bilora_ray.search.cluster.cluster import is_own
-
-    if is_own(ray_address):
-        check_kernels(space, apart=True)
+    earlier = () if warm_start is None else tuple(warm_start.split(","))
+    asked = Asked(
+        layout, num_trials, max_concurrent, resume, extend, earlier, ray_address, mlflow_uri, insecure, dry_run
+    )
+    space = space_of(space_path, overrides, asked)
+    search = check_search(space, asked, is_counted(overrides, asked))
     if dry_run:
-        rehearsal = _rehearse(space, layout, resume, ray_address, checked.digests)
-        if as_json:
-            notes = checked.notes + rehearsal.notes
-            print_json({**describe(space), **asdict(rehearsal), "labels": checked.labels, "notes": notes})
-        else:
-            _print_plan(space, rehearsal, checked)
+        _tell_plan(search, rehearse(search), as_json)
         return
-    checked = replace(checked, notes=(*checked.notes, *chat_notes(checked)))
-    space, digests = keep_inputs(space, checked.digests, absolute(storage_path))
     started = time.monotonic()
     try:
-        study = _search(space, layout, resume, mlflow_uri, ray_address, digests, checked)
+        study = run_search(search, SearchProgress)
     except KeyboardInterrupt:
         # Not by --extend, which would ask for as many once more.
-        say_how_to_go_on(*([] if extend is None else [f"--num-trials={space.study.num_trials}"]))
+        say_how_to_go_on(*([] if extend is None else [f"--num-trials={search.space.study.num_trials}"]))
     if as_json:
         print_json(study_as_json(study))
     else:
         spent = duration(time.monotonic() - started)
-        spent = f", {spent} since the resume" if resume else f" in {spent}"
+        spent = f", {spent} since the resume" if search.asked.resume else f" in {spent}"
         _print_result(study, storage_path, study_database, mlflow_uri, spent)
     if study.best() is None:
-        raise UserError(f"study '{space.study.name}': no trial is complete; `bilora-ray show` says how each ended")
+        name = search.space.study.name
+        raise UserError(f"study '{name}': no trial is complete; `bilora-ray show` says how each ended")
 
 
-def space_to_search(
-    space_path: Path,
-    overrides: tuple[str, ...],
-    num_trials: int | None,
-    max_concurrent: int | None,
-    locate: Locate = locate_here,
-) -> Space:
-    """The checked space that the options name. UserError if it is wrong, or if it leaves nothing to search."""
-    flags = [("num_trials", num_trials), ("max_concurrent", max_concurrent)]
-    shortcuts = tuple(f"study.{key}={value}" for key, value in flags if value is not None)
-    space = load_space(space_path, overrides + shortcuts, locate)
-    if not space.distributions:
-        raise UserError(f"{space_path}: no setting has a distribution, so there is nothing to search: bilora-ray train")
-    return space
-
-
-def _as_begun(space: Space, layout: Layout) -> Space:
-    """`space` with the earlier studies that its study began with, which decide nothing any more."""
-    from bilora_ray.search.study.studies import warm_start_before
-
-    began = warm_start_before(layout, space.study.name)
-    return replace(space, study=space.study.model_copy(update={"warm_start": began}))
-
-
-def _not_shrunk(space: Space, layout: Layout, more: int | None) -> Space:
-    """`space` with as many trials as the study was asked for before, if that is more than its file says.
-
-    With `more`, it is so many more than the study was asked for, whatever its file says. UserError if none could begin.
-    """
-    from bilora_ray.search.study.studies import end_before, num_trials_before
-
-    if more is not None and (end := end_before(space, layout)) is not None:
-        key = end.partition(":")[0]
-        raise UserError(f"--extend {more}: study '{space.study.name}' ended by {end}; give it another {key}")
-    before = num_trials_before(layout, space.study.name)
-    num_trials = max(space.study.num_trials, before) if more is None or not before else before + more
-    return replace(space, study=space.study.model_copy(update={"num_trials": num_trials}))
-
-
-def _rehearse(
-    space: Space, layout: Layout, resume: bool, ray_address: str | None, digests: Mapping[str, str]
-) -> Rehearsal:
-    """Whatever can be tried of a search before it begins, but for a cluster that is elsewhere."""
-    from bilora_ray.quiet import quiet
-    from bilora_ray.search.cluster.cluster import capacity, check_address, is_own, this_machine
-    from bilora_ray.search.study.control.finalists import check_finalists
-    from bilora_ray.search.study.storage import naming_the_database
-    from bilora_ray.search.study.studies import check_study
-
-    with naming_the_database(layout, then=""):
-        check_study(space, layout, resume, digests)
-        check_finalists(space, layout)
-    check_address(ray_address)
-    here = is_own(ray_address)
-    if here:
-        capacity(space.resources, [this_machine()])
-    quiet()
-    from bilora_ray.training.rehearsal import rehearse
-
-    configs = [space.first_config()]
-    for key in sorted(key for key in space.varied if FACTS[key].rehearsed):
-        found = {getattr(config, key): config for config in map(space.trial_config, space.each_value(key))}
-        configs += [config for value, config in found.items() if value != getattr(configs[0], key)]
-    first, *_ = [rehearse(config, here) for config in configs]
-    return first
+def _tell_plan(search: Search, rehearsal: Rehearsal, as_json: bool) -> None:
+    checked = search.checked
+    if as_json:
+        notes = checked.notes + rehearsal.notes
+        print_json({**describe(search.space), **asdict(rehearsal), "labels": checked.labels, "notes": notes})
+    else:
+        _print_plan(search.space, rehearsal, checked)
 
 
 def _print_plan(space: Space, rehearsal: Rehearsal, checked: Checked) -> None:
@@ -216,29 +126,6 @@ def _print_plan(space: Space, rehearsal: Rehearsal, checked: Checked) -> None:
     for line in checked.notes + rehearsal.notes:
         click.secho(f"Note: {line}", fg="yellow")
     click.echo("Nothing was started.")
-
-
-def _search(
-    space: Space,
-    layout: Layout,
-    resume: bool,
-    mlflow_uri: str | None,
-    ray_address: str | None,
-    digests: Mapping[str, str],
-    checked: Checked,
-) -> SearchStudy:
-    from bilora_ray.search.run import search, search_finalists
-
-    objective = space.first_config().objective
-    progress = SearchProgress(space.study.num_trials, objective, checked.notes, checked.labels)
-    common: dict[str, Any] = {"ray_address": ray_address, "mlflow_uri": mlflow_uri, "digests": digests}
-    study = search(space, layout, resume=resume, watcher=progress, **common)
-    if space.study.finalists:
-        note = f"these are the best {space.study.finalists} settings of '{space.study.name}', on fresh seeds"
-        search_finalists(
-            study, watcher_of=lambda finals: SearchProgress(finals.study.num_trials, objective, (note,)), **common
-        )
-    return study
 
 
 def _print_result(

@@ -143,14 +143,19 @@ def _read_sections(path: Path) -> dict[str, dict[str, Any]]:
         line = f", line {mark.line + 1}" if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise UserError(f"{path}{line}: not valid YAML ({problem})") from None
+    return sections_of(content, path)
+
+
+def sections_of(content: object, path: Path) -> dict[str, dict[str, Any]]:
+    """The sections of what a space file holds, or of a dict like it. UserError, naming `path`, if it has other ones."""
     if content is None:
         raise UserError(f"{path}: is empty; a space file has the sections {', '.join(SECTIONS)}")
-    if not isinstance(content, dict):
+    if not isinstance(content, Mapping):
         raise UserError(f"{path}: must hold the sections {', '.join(SECTIONS)}, not a {type(content).__name__}")
     for name, section in content.items():
         if name not in SECTIONS:
             raise UserError(f"{path}: unknown section '{name}'; {_section_hint(str(name))}")
-        if not isinstance(section, dict):
+        if not isinstance(section, Mapping):
             raise UserError(f"{path}: section '{name}' must hold `key: value` lines, got {section!r}")
     for name in ("study", "trial"):
         if name not in content:

@@ -389,14 +389,14 @@ def test_an_extension_beside_a_number_of_trials_is_refused(words: list[str], lin
 
 
 def test_an_extension_is_of_what_the_study_was_asked_for(tmp_path: Path) -> None:
-    from bilora_ray.cli.tune import _not_shrunk
+    from bilora_ray.library.searching import not_shrunk
 
     study = opened(tmp_path, "study.num_trials=6")
     small = load_space(None, [*TRIAL, "study.name=s", "study.num_trials=3"])
-    assert _not_shrunk(small, study.layout, None).study.num_trials == 6
-    assert _not_shrunk(small, study.layout, 5).study.num_trials == 11
+    assert not_shrunk(small, study.layout, None).study.num_trials == 6
+    assert not_shrunk(small, study.layout, 5).study.num_trials == 11
     unbegun = load_space(None, [*TRIAL, "study.name=t", "study.num_trials=3"])
-    assert _not_shrunk(unbegun, study.layout, 5).study.num_trials == 3  # of which the search says that it is not there
+    assert not_shrunk(unbegun, study.layout, 5).study.num_trials == 3  # of which the search says that it is not there
     study.release()
     ended = opened(tmp_path, "study.num_trials=6", "study.target=1")
     next_trial(ended)
@@ -404,8 +404,8 @@ def test_an_extension_is_of_what_the_study_was_asked_for(tmp_path: Path) -> None
     with pytest.raises(
         UserError, match="study 's' ended by target: eval_loss 1 is as good as 1; give it another target"
     ):
-        _not_shrunk(ended.space, study.layout, 5)
-    assert _not_shrunk(small, study.layout, 5).study.num_trials == 11
+        not_shrunk(ended.space, study.layout, 5)
+    assert not_shrunk(small, study.layout, 5).study.num_trials == 11
 
 
 # failures

@@ -31,6 +31,8 @@ ID, ERROR, DIGESTS, STOPPED = "id", "error", "digests", "stopped_after"
 FINALISTS = "finalists"
 # The trials whose adapters were removed, by the setting that was why: see `control.disk`.
 REMOVED = "removed"
+# Where Optuna keeps what a trial that waits was asked to have.
+ASKED_FOR = "fixed_params"
 # A trial that failed by its own settings is PRUNED with a constraint that it broke, since samplers read nothing of a
 # FAIL. Other failures, and all of version 0.1.0, are FAIL.
 STATUS = {
@@ -107,6 +109,8 @@ class StudyView:
         for record in records:
             if record.number == number:
                 return record
+        if number in {record.number for record in self.queued()}:
+            raise UserError(f"study '{self.study.study_name}': trial {number} is queued, and has not begun")
         has = f"it has 0 to {len(records) - 1}" if records else "it has none yet"
         raise UserError(f"study '{self.study.study_name}': no trial {number}; {has}")
 
@@ -123,6 +127,14 @@ class StudyView:
             else record
             for record in self.records()
         ]
+
+    def queued(self) -> list[TrialRecord]:
+        """The trials that wait to be begun with settings that were asked for, by number, as `records` would have them.
+
+        Nothing is drawn for them yet: what was not asked for is among neither `settings` nor `sampled`.
+        """
+        asked = {trial.number: trial for trial in self.trials(TrialState.WAITING) if trial.system_attrs.get(ASKED_FOR)}
+        return [self._waiting(trial) for trial in asked.values()]
 
     def interrupted(self) -> set[int]:
         """The running trials that no process has a claim to."""
@@ -219,6 +231,11 @@ class StudyView:
     def _unclaimed(self) -> set[int]:
         name, running = self.study.study_name, self.trials(TrialState.RUNNING)
         return {trial.number for trial in running if not is_held(self.layout.claim(name, trial.number))}
+
+    def _waiting(self, trial: FrozenTrial) -> TrialRecord:
+        sampled = self.space.sampled(trial.system_attrs[ASKED_FOR])
+        settings = {**self.space.fixed, **sampled}
+        return TrialRecord(trial.number, Status.QUEUED, settings, sampled, parent=parent_of(trial.user_attrs))
 
     def _record(self, trial: FrozenTrial) -> TrialRecord:
         folder = self.folder(trial.number)

@@ -1,0 +1,146 @@
+"""A trial's adapter, found and taken out of its study: `bilora-ray export` and `Study.export` are this."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bilora_ray.errors import MachineError, UserError, first_line
+from bilora_ray.paths import absolute, have_home
+
+if TYPE_CHECKING:
+    from bilora_ray.records import TrialRecord
+    from bilora_ray.search.study.layout import Layout
+    from bilora_ray.search.study.view import StudyView
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An adapter that is there.
+
+    Attributes:
+        study: the study of its trial: of a search with finalists it may be theirs.
+        record: the trial.
+        adapter: the folder.
+        objectives: the metrics that the trial is judged by.
+        notes: what there is to say of the choice.
+    """
+
+    study: str
+    record: TrialRecord
+    adapter: Path
+    objectives: Sequence[str]
+    notes: Sequence[str] = ()
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What the adapter is told of where it came from."""
+        record = self.record
+        return {"study": self.study, "trial": record.number, self.objectives[0]: record.value, **record.values}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What has been written.
+
+    Attributes:
+        output: the new folder, absolute.
+        merged: whether it holds a merged model.
+        origin: study, trial, and what the adapter is worth by each metric of the study.
+        notes: what there is to say of it.
+    """
+
+    output: Path
+    merged: bool
+    origin: Mapping[str, Any]
+    notes: Sequence[str]
+
+
+def choose(layout: Layout, study: str, number: int | None, prefer: str | None, output: Path) -> Chosen:
+    """The adapter of trial `number` of a study, or of its best, for a folder `output` that is free.
+
+    Args:
+        layout: where the study is.
+        study: its name.
+        number: the trial's; None: the best, and of a study with finalists the winner's run with the middle score.
+        prefer: of several objectives the one by which the trial is the best of the front.
+        output: where it shall go.
+
+    Raises:
+        UserError: there is no such study, trial or adapter, or something is in `output`.
+    """
+    from bilora_ray.search.study.control.finalists import finals_of
+    from bilora_ray.search.study.storage import naming_the_database
+    from bilora_ray.search.study.studies import load_study, refuse_finalists
+
+    have_home()
+    if number is not None and prefer is not None:
+        raise UserError("--prefer: --trial names the trial already; leave one out")
+    with naming_the_database(layout, then=""):
+        found = load_study(layout, study)
+        if number is None:
+            refuse_finalists(found)
+        check_new(output)
+        record = found.chosen(number, prefer)
+        finals = finals_of(found) if number is None and prefer is None else None
+    notes = []
+    if finals is not None and finals.winner is None:
+        notes = ["the best single run is taken, for its finalists are not all trained"]
+    elif finals is not None and finals.winner is not None:
+        found, record = finals.study, finals.winner
+    return Chosen(
+        found.space.study.name,
+        record,
+        _adapter_of(found, record),
+        [objective.metric for objective in found.objectives],
+        notes,
+    )
+
+
+def write(chosen: Chosen, output: Path, merge: bool) -> Exported:
+    """Copy the adapter to the new folder `output`, or write its base model there with the adapter merged in.
+
+    Raises:
+        UserError: the adapter or its base cannot be read, or their sum cannot be written.
+        MachineError: the folder cannot be written.
+        RuntimeError: torch's, of a GPU without enough memory for a merge.
+    """
+    if merge:
+        from bilora_ray.quiet import quiet
+
+        quiet()
+    from bilora_ray.release.export import export_adapter, export_merged
+
+    folder = absolute(output)
+    try:
+        notes = (export_merged if merge else export_adapter)(chosen.adapter, folder, chosen.origin) or []
+    except OSError as error:
+        raise MachineError(f"--output {output}: cannot be written ({error.strerror or first_line(error)})") from None
+    return Exported(folder, merge, chosen.origin, [*chosen.notes, *notes])
+
+
+def _adapter_of(found: StudyView, record: TrialRecord) -> Path:
+    study = found.space.study.name
+    adapter = record.adapter or found.folder(record.number).path
+    if record.removed:
+        again = f"`bilora-ray train --study {study} --trial {record.number} --name NEW` trains it again"
+        raise UserError(
+            f"study '{study}': the adapter of trial {record.number} was removed by study.{record.removed}; {again}"
+        )
+    if record.adapter is None and record.value is None:
+        raise UserError(f"study '{study}': trial {record.number} has no adapter; it ended before its first evaluation")
+    if record.adapter is None or not adapter.is_dir():
+        raise UserError(f"study '{study}': the adapter of trial {record.number} is gone; it was in {adapter}")
+    return adapter
+
+
+def check_new(output: Path) -> None:
+    """UserError if something is in the folder `output`."""
+    try:
+        found = output.exists() and any(output.iterdir() if output.is_dir() else [output])
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be read ({error.strerror})") from None
+    if found:
+        raise UserError(f"--output {output}: exists already")
