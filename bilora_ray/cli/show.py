@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +48,8 @@ Examples:
   bilora-ray show
   bilora-ray show quickstart
   bilora-ray show quickstart --json | jq .best.sampled
+  bilora-ray show quickstart --csv > trials.csv
+  bilora-ray show quickstart --trial 5
 """
 
 
@@ -53,9 +57,19 @@ Examples:
 @optional_study_argument
 @storage_option
 @study_database_option
+@click.option("--trial", "number", type=int, metavar="N", help="Show this trial alone: settings, evaluations, files.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print the trials as CSV, the best first, names and numbers whole.")
 @json_option
-def command(study: str | None, storage_path: Path, study_database: str | None, as_json: bool) -> None:
+def command(
+    study: str | None,
+    storage_path: Path,
+    study_database: str | None,
+    number: int | None,
+    as_csv: bool,
+    as_json: bool,
+) -> None:
     """Show a study's trials, its best settings and what mattered; without STUDY, list the studies."""
+    _check_options(study, number, as_csv, as_json)
     from bilora_ray.search.study.layout import Layout
     from bilora_ray.search.study.storage import naming_the_database
 
@@ -65,8 +79,43 @@ def command(study: str | None, storage_path: Path, study_database: str | None, a
     with naming_the_database(layout, then=""):
         if study is None:
             _show_studies(layout, as_json)
+        elif number is not None:
+            _show_trial(study, number, layout, as_json)
+        elif as_csv:
+            _print_csv(study, layout)
         else:
             _show_study(study, layout, storage_path, as_json)
+
+
+def _check_options(study: str | None, number: int | None, as_csv: bool, as_json: bool) -> None:
+    if study is None and number is not None:
+        raise UserError("--trial: needs the study that it is of; bilora-ray show STUDY --trial N")
+    if as_csv and (study is None or number is not None or as_json):
+        raise UserError("--csv: prints the trials of one study: bilora-ray show STUDY --csv; leave the others out")
+
+
+def _show_trial(study: str, number: int, layout: Layout, as_json: bool) -> None:
+    from rich.console import Console
+
+    from bilora_ray.cli.trial import one_trial, print_trial, trial_as_json
+    from bilora_ray.search.study.studies import load_study
+
+    found = load_study(layout, study)
+    record = one_trial(found, number)
+    if as_json:
+        print_json(trial_as_json(found, record))
+    else:
+        print_trial(Console(highlight=False), found, record)
+
+
+def _print_csv(study: str, layout: Layout) -> None:
+    from bilora_ray.library.rows import trial_rows
+    from bilora_ray.search.study.studies import load_study
+
+    rows = trial_rows(load_study(layout, study))
+    writer = csv.DictWriter(sys.stdout, rows[0] if rows else ["trial", "status"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
 
 
 def _show_studies(layout: Layout, as_json: bool) -> None:
@@ -93,7 +142,7 @@ def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -
     if as_json:
         print_json(study_as_json(found))
         return
-    records, importances = found.records_now(), found.importances()
+    records, importances = [*found.records_now(), *found.queued()], found.importances()
     console.print(f"Study '{study}': {counted(records)} of {found.space.study.num_trials}", style="bold", markup=False)
     print_end(console, found)
     if found.warm_start:

@@ -38,22 +38,24 @@ def command(study: str, number: int | None, storage_path: Path, study_database: 
     """Stop the search of STUDY as Ctrl-C would, or one trial of it.
 
     A search that is stopped can be resumed; this command waits until it has ended. A trial that is stopped ends at its
-    next evaluation, and counts with what it has reached: its value and its adapter are as any other's. A search that
-    trains its finalists is stopped with them.
+    next evaluation, and counts with what it has reached: its value and its adapter are as any other's. One that is
+    queued is dropped: what was asked for is not tried. A search that trains its finalists is stopped with them.
     """
-    from bilora_ray.search.study.steering.requests import await_end, is_searched, stop_study, stop_trial
+    from bilora_ray.search.study.steering.requests import await_end, drop, is_searched, stop_study, stop_trial
     from bilora_ray.search.study.storage import naming_the_database
     from bilora_ray.search.study.studies import finalists_of, steered_study
 
     layout = Layout(absolute(storage_path), study_database)
-    ended = False
+    ended = dropped = False
     with naming_the_database(layout, then=""):
         found, finalists = steered_study(layout, study), finalists_of(layout, study)
         both = [found] if finalists is None else [found, steered_study(layout, finalists)]
         runs = any(is_searched(one.study, layout) for one in both)
         if number is not None:
-            record = found.chosen(number)
-            stop_trial(found.study, number, record.status)
+            with layout.choosing(study):
+                dropped = drop(found.study, number)
+            if not dropped:
+                stop_trial(found.study, number, found.chosen(number).status)
         elif not runs and study_database is None:
             raise UserError(f"study '{study}': no process runs it")
         else:
@@ -61,7 +63,9 @@ def command(study: str, number: int | None, storage_path: Path, study_database: 
                 stop_study(one.study)
             ended = all(await_end(one.study, layout, WAIT_S) for one in both)
     if as_json:
-        print_json({"study": study, "trial": number, "running": runs, "ended": ended})
+        print_json({"study": study, "trial": number, "running": runs, "ended": ended, "dropped": dropped})
+    elif dropped:
+        click.echo(f"Study '{study}': trial {number} is queued no more; it will have settings that are proposed.")
     elif number is not None:
         when = "at its next evaluation" if runs else "once the study is resumed, which no process runs now"
         click.echo(f"Study '{study}': trial {number} ends {when}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rich import box
@@ -22,6 +22,8 @@ QUOTED = 200
 class TrialTable:
     """A table of trials; where its columns are too many for the terminal, a trial's settings share one.
 
+    No setting's name and no number is broken within a word of it.
+
     Args:
         columns: names of what all trials have.
     """
@@ -36,30 +38,53 @@ class TrialTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """As rich asks for it."""
-        wide = self._wide()
-        needs = Measurement.get(console, options.update_width(10_000), wide).maximum
-        yield wide if needs <= options.max_width else self._narrow()
 
-    def _wide(self) -> Table:
+        def room(table: Table) -> Measurement:
+            return Measurement.get(console, options.update_width(10_000), table)
+
+        for name in (str, _broken):
+            if room(wide := self._wide(name)).maximum <= options.max_width:
+                yield wide
+                return
+        narrow = self._narrow()
+        if room(narrow).minimum <= options.max_width:
+            yield narrow
+        else:
+            yield self._bare()
+            yield from self._below()
+
+    def _wide(self, name: Callable[[str], str]) -> Table:
         keys = list(dict.fromkeys(key for _, sampled in self.rows for key in sampled))
-        table = self._table()
+        table = self._table(name)
         for key in keys:
-            table.add_column(_broken(key), justify="right", no_wrap=True)
+            table.add_column(name(key), justify="right", no_wrap=True)
         for cells, sampled in self.rows:
             table.add_row(*cells, *(_setting(sampled[key]) if key in sampled else Text() for key in keys))
         return table
 
     def _narrow(self) -> Table:
-        table = self._table()
+        table = self._table(_broken)
         table.add_column("settings", overflow="fold")
         for cells, sampled in self.rows:
-            table.add_row(*cells, Text("  ").join(Text(f"{key}=") + _setting(value) for key, value in sampled.items()))
+            table.add_row(*cells, _settings(sampled))
         return table
 
-    def _table(self) -> Table:
+    def _bare(self) -> Table:
+        table = self._table(_broken)
+        for cells, _ in self.rows:
+            table.add_row(*cells)
+        return table
+
+    def _below(self) -> Iterator[Text]:
+        """A line a trial of its settings, for a terminal where no column is as wide as one of them."""
+        for cells, sampled in self.rows:
+            if sampled:
+                yield Text(f"{self.columns[0]} {cells[0]}  ") + _settings(sampled)
+
+    def _table(self, broken: Callable[[str], str]) -> Table:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
         for name in self.columns:
-            table.add_column(_broken(name), justify="left" if name == "status" else "right", no_wrap=True)
+            table.add_column(broken(name), justify="left" if name == "status" else "right", no_wrap=True)
         return table
 
 
@@ -71,6 +96,11 @@ def in_quotes(text: str) -> str:
 def _setting(value: Any) -> Text:
     """A setting's value in as few characters as tell it; not markup, which a template may look like."""
     return Text(setting_in_short(value))
+
+
+def _settings(sampled: Mapping[str, Any]) -> Text:
+    """Settings with their values, to be broken between two of them."""
+    return Text("  ").join(Text(f"{key}=") + _setting(value) for key, value in sampled.items())
 
 
 def _broken(name: str) -> str:

@@ -137,8 +137,9 @@ def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.St
         (layout.study(name) / ID).write_text(study.user_attrs[ID])
         if warm:
             study.set_user_attr(WARM_START, warm)
-    for point in (*map(space.parameters, space.points_to_evaluate), *first_points(warm)):
-        study.enqueue_trial(point, skip_if_exists=True)
+        # Of one that has begun they are there, but for those that a person has dropped.
+        for point in (*map(space.parameters, space.points_to_evaluate), *first_points(warm)):
+            study.enqueue_trial(point, skip_if_exists=True)
     study.set_user_attr(SPACE, _described(space))
     return study
 

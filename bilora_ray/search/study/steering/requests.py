@@ -19,6 +19,8 @@ from bilora_ray.files import is_held
 from bilora_ray.records import Status
 from bilora_ray.search.space import Space, Value, setting_of
 from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.population.lineage import parent_of
+from bilora_ray.search.study.view import ASKED_FOR
 
 # Of a trial: it ends at its next evaluation. Of a study: which request was the last one.
 STOP = "stop"
@@ -114,6 +116,29 @@ def stop_trial(study: optuna.Study, number: int, status: Status) -> None:
         study._storage.set_trial_user_attr(study.get_trials(deepcopy=False)[number]._trial_id, STOP, True)
     except optuna.exceptions.UpdateFinishedTrialError:
         raise UserError(f"study '{study.study_name}': trial {number} has just ended") from None
+
+
+def drop(study: optuna.Study, number: int) -> bool:
+    """Take a trial that waits out of the queue: once it begins it gets settings that are proposed, as any other.
+
+    Nobody else may be `choosing` a trial of the study meanwhile.
+
+    Returns:
+        Whether it was waiting.
+
+    Raises:
+        UserError: it waits to go on from another's checkpoint, which no person has asked for.
+    """
+    for trial in _waiting(study):
+        if trial.number == number and trial.system_attrs.get(ASKED_FOR):
+            if (parent := parent_of(trial.user_attrs)) is not None:
+                raise UserError(
+                    f"study '{study.study_name}': trial {number} is to go on from trial {parent.number}; "
+                    "the scheduler wants it"
+                )
+            study._storage.set_trial_system_attr(trial._trial_id, ASKED_FOR, {})
+            return True
+    return False
 
 
 def is_searched(study: optuna.Study, layout: Layout) -> bool:
