@@ -20,6 +20,7 @@ DEPTH = {
     "library": -1,
     "cli.progress": 0,
     "cli.tables": 1,
+    "cli.notebook": 1,
     "search": 2,
     "search.study": 3,
     "search.cluster": 3,

@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from bilora_ray.cli.notebook import NotebookLive
 from bilora_ray.cli.tables import TrialTable
 from bilora_ray.records import Objective, Status, TrialRecord
 from bilora_ray.training.compute.cutting import Proven
@@ -23,8 +24,8 @@ REPORT_EVERY_S = 60.0
 
 
 class SearchProgress:
-    """An observer that draws the search on a terminal; where there is none it prints lines for a log: at the start,
-    for each trial that ends, and now and then for one that runs.
+    """An observer that draws the search on a terminal or in a notebook. Elsewhere it prints lines for a log: at the
+    start, for each trial that ends, and now and then for one that runs.
 
     Args:
         num_trials: how many trials the study finishes.
@@ -48,7 +49,11 @@ class SearchProgress:
         self._said_limits: set[str] = set()
         self._reported = time.monotonic()
         self._console = Console(stderr=True, highlight=False)
-        self._live = Live(self, console=self._console, refresh_per_second=4) if self._console.is_terminal else None
+        self._live: Live | NotebookLive | None = None
+        if self._console.is_jupyter:
+            self._live = NotebookLive(self)
+        elif self._console.is_terminal:
+            self._live = Live(self, console=self._console, refresh_per_second=4)
 
     def start(self, records: list[TrialRecord]) -> None:
         """Begin with the trials that the study holds already."""

@@ -262,8 +262,11 @@ def _heeding_ctrl_c(unless: Callable[[], bool]) -> Iterator[None]:
     """Raise KeyboardInterrupt after the block, in which Tune runs, if Ctrl-C came in it and all is not done.
 
     Tune takes Ctrl-C for itself, and returns then as if all were done. If none came, it does not give Ctrl-C back, and
-    would swallow the next one although it runs no more.
+    would swallow the next one although it runs no more. In another thread than the main one there is no Ctrl-C.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "0"
     before = signal.getsignal(signal.SIGINT)
     try:

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -66,8 +67,10 @@ def cluster(address: str | None, nested: bool = False) -> Iterator[None]:
             which of them live on; without it they would keep their place for ever.
 
     Raises:
-        UserError: nothing answers at `address`.
+        UserError: nothing answers at `address`, or this process is connected to a cluster already.
     """
+    if ray.is_initialized():  # by the program whose process this is
+        raise UserError("Ray runs in this process already; end it with ray.shutdown(), for a search starts its own")
     os.environ.update({key: value for key, value in TUNE_ENVIRONMENT.items() if key not in os.environ})
     own = is_own(address)
     if own:
@@ -93,7 +96,8 @@ def cluster(address: str | None, nested: bool = False) -> Iterator[None]:
         # Tune prints the traceback of every failed trial; the study keeps the line that matters.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         # A cluster stops a job with SIGTERM, which Ray has just taken: end as cleanly as after Ctrl-C.
-        signal.signal(signal.SIGTERM, _end_as_by_ctrl_c)
+        if threading.current_thread() is threading.main_thread():  # a program may search in another one
+            signal.signal(signal.SIGTERM, _end_as_by_ctrl_c)
         try:
             yield
         finally:
