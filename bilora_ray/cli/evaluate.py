@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,50 @@ def command(
     adapter: Path, data: str | None, base_model: bool, examples: int, overrides: tuple[str, ...], as_json: bool
 ) -> None:
     """Measure the adapter in folder ADAPTER, or a merged model, with the metrics that it was trained with."""
-    from bilora_ray.recipe import evaluation_config, is_merged, known_of
+    from bilora_ray.recipe import evaluation_config, known_of
 
+    settings, given = _settings(data, overrides)
+    config = evaluation_config(adapter, settings, base_model)
+    before = known_of(adapter)["digests"]
+    for key in given:
+        # A file that was moved is known by its content.
+        if key in deciding_the_split(config.model_dump()) and not (key == "train_data" and key in before):
+            raise UserError(
+                f"--set {given[key]}: would measure on rows that the training did not hold out; give --data"
+            )
+    have_home()
+    notes = _compared(config, before, data, "validation_data" in given, base_model)
+    measured = _measured(None if base_model else adapter, config, examples)
+    notes += measured.notes
+    if as_json:
+        said = {"notes": notes} if notes else {}
+        shown = {"examples": list(measured.examples)} if examples else {}
+        print_json({**measured.metrics, **said, **shown})
+        return
+    for note in notes:
+        click.secho(f"Note: {note}", fg="yellow", err=True)
+    what = f"base model {config.model_name_or_path}" if base_model else str(adapter)
+    click.echo(f"{what} on {measured.rows} rows of {_rows(config)}:")
+    for key, value in measured.metrics.items():
+        click.echo(f"{key:<28} {value:.6g}")
+    for example in measured.examples:
+        click.echo()
+        for key, text in example.items():
+            click.echo(f"{key:<10} {in_quotes(text)}")
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What came of an evaluation: the metrics of so many rows, what became of some of them, and lines about it."""
+
+    metrics: Mapping[str, float]
+    rows: int
+    examples: Sequence[Mapping[str, Any]]
+    notes: Sequence[str]
+
+
+def _settings(data: str | None, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings that are not as they were in the training, and by key the texts that said so."""
     settings: dict[str, Any] = {}
     given: dict[str, str] = {}
     for override in overrides:
@@ -54,50 +97,39 @@ def command(
         # The training data may be gone by now, and nothing of it is needed: the labels are in the recipe.
         source = locate_here(data, Path.cwd(), "--data", True)
         settings |= {"train_data": source, "validation_data": source, "max_eval_samples": None}
-    config = evaluation_config(adapter, settings, base_model)
-    before = known_of(adapter)["digests"]
-    for key in given:
-        # A file that was moved is known by its content.
-        if key in deciding_the_split(config.model_dump()) and not (key == "train_data" and key in before):
-            raise UserError(
-                f"--set {given[key]}: would measure on rows that the training did not hold out; give --data"
-            )
+    return settings, given
 
-    have_home()
+
+def _compared(
+    config: TrialConfig, before: Mapping[str, str], data: str | None, other_rows: bool, base_model: bool
+) -> list[str]:
+    """What there is to say of the rows and the template, beside what the training read. UserError if they differ."""
     from bilora_ray.quiet import quiet
 
     quiet()
-    from bilora_ray.training.evaluate import evaluate, load_adapted, predict
     from bilora_ray.training.rows import read_sources
 
-    own_rows = data is None and "validation_data" not in given
+    own_rows = data is None and not other_rows
     notes = list(check_template(config, before))
     if before and (own_rows or data is not None):
         now = {setting: source.digest for setting, source in read_sources(config).items()}
         notes += check_rows(config, before, now) if own_rows else ()
         if data is not None and not base_model and now["train_data"] == before.get("train_data"):
             notes.append(f"--data: {data} is what was trained on, so that this says nothing of other rows")
+    return notes
+
+
+def _measured(adapter: Path | None, config: TrialConfig, examples: int) -> _Measured:
+    """Measure the adapter, or the base model or merged model that `config` names alone."""
+    from bilora_ray.recipe import is_merged
+    from bilora_ray.training.evaluate import evaluate, load_adapted, predict
+
     with telling_of_gpu_memory("; take a smaller one: --set per_device_eval_batch_size=N"):
-        model, loaded, told = load_adapted(None if base_model or is_merged(adapter) else adapter, config)
+        model, loaded, told = load_adapted(None if adapter is None or is_merged(adapter) else adapter, config)
         config = config.model_copy(update={"label_names": loaded.label_names, "format": loaded.format})
-        metrics: dict[str, Any] = evaluate(model, loaded.validation, config, loaded.tokenizer)
+        metrics = evaluate(model, loaded.validation, config, loaded.tokenizer)
         predictions = predict(model, loaded, config, examples) if examples else []
-    notes += told
-    if as_json:
-        said = {"notes": notes} if notes else {}
-        shown = {"examples": [asdict(prediction) for prediction in predictions]} if examples else {}
-        print_json(metrics | said | shown)
-    else:
-        for note in notes:
-            click.secho(f"Note: {note}", fg="yellow", err=True)
-        what = f"base model {config.model_name_or_path}" if base_model else str(adapter)
-        click.echo(f"{what} on {len(loaded.validation)} rows of {_rows(config)}:")
-        for key, value in metrics.items():
-            click.echo(f"{key:<28} {value:.6g}")
-        for prediction in predictions:
-            click.echo()
-            for key, text in asdict(prediction).items():
-                click.echo(f"{key:<10} {in_quotes(text)}")
+    return _Measured(metrics, len(loaded.validation), [asdict(one) for one in predictions], told)
 
 
 def _rows(config: TrialConfig) -> str:

@@ -48,7 +48,7 @@ Examples:
   bilora-ray show
   bilora-ray show quickstart
   bilora-ray show quickstart --json | jq .best.sampled
-  bilora-ray show quickstart --csv > trials.csv
+  bilora-ray show quickstart --csv | column -s, -t
   bilora-ray show quickstart --trial 5
 """
 
