@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from bilora_ray.library.exporting import choose, write
 from bilora_ray.library.rows import evaluation_rows, trial_rows
+from bilora_ray.library.surroundings import importing, left_as_found
 from bilora_ray.records import TrialRecord
 from bilora_ray.search.study.layout import Layout
 
@@ -103,15 +104,14 @@ class Study:
         chosen = choose(self._layout, self.name, trial, prefer, Path(output))
         if not merge:
             return write(chosen, Path(output), merge=False).output
-        from bilora_ray.library.surroundings import left_as_found
-
         with left_as_found():
             return write(chosen, Path(output), merge=True).output
 
     @contextmanager
     def _read(self) -> Iterator[StudyView]:
-        from bilora_ray.search.study.storage import naming_the_database
-        from bilora_ray.search.study.studies import load_study
+        with importing():
+            from bilora_ray.search.study.storage import naming_the_database
+            from bilora_ray.search.study.studies import load_study
 
         with naming_the_database(self._layout, then=""):
             yield load_study(self._layout, self.name)

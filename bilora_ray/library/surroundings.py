@@ -21,10 +21,19 @@ def left_as_found() -> Iterator[None]:
 
     Libraries that set themselves up as they are imported are imported first, so that what they set is theirs.
     """
-    import bilora_ray.quiet
-    import bilora_ray.search.run  # noqa: F401
+    with importing():
+        import bilora_ray.quiet
+        import bilora_ray.search.run  # noqa: F401
 
     with _environment(), _signals(), _logs(), _progress_bars(), _draws(), warnings.catch_warnings():
+        yield
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """What is imported in the block says nothing: in a notebook tqdm asks for widgets, which nothing here shows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         yield
 
 

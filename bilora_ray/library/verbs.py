@@ -13,6 +13,7 @@ from bilora_ray.library.exporting import check_new
 from bilora_ray.library.searching import Asked, Watch, check_search, is_counted, run_search, space_of
 from bilora_ray.library.spaces import SpaceLike, as_overrides, of_settings
 from bilora_ray.library.study import Study
+from bilora_ray.library.surroundings import left_as_found
 from bilora_ray.library.training import check_run, run_one
 from bilora_ray.paths import absolute
 from bilora_ray.search.cluster.protection import check_mlflow
@@ -166,8 +167,6 @@ def load_study(name: str, *, storage_path: str | Path | None = None, study_datab
 @contextmanager
 def _in_this_process() -> Iterator[None]:
     """Leave the caller's process as it was, and tell it how to go on after an interruption."""
-    from bilora_ray.library.surroundings import left_as_found
-
     with left_as_found():
         try:
             yield

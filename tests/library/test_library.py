@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,31 @@ def test_a_process_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt), left_as_found():
         change()
     assert state() == before
+
+
+def test_a_cluster_that_the_program_is_connected_to_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from bilora_ray.search.cluster.cluster import cluster
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "shutdown", lambda: pytest.fail("it is not ours"))
+    with pytest.raises(bilora_ray.UserError, match="Ray runs in this process already"), cluster(None):
+        pytest.fail("it began")
+
+
+def test_a_search_may_run_in_another_thread_which_has_no_signals() -> None:
+    from bilora_ray.library.surroundings import left_as_found
+    from bilora_ray.search.run import _heeding_ctrl_c
+
+    def search() -> bool:
+        with left_as_found(), _heeding_ctrl_c(unless=lambda: False):
+            return True
+
+    before = signal.getsignal(signal.SIGINT)
+    with ThreadPoolExecutor(1) as executor:
+        assert executor.submit(search).result()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 # A training
