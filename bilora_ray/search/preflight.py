@@ -15,6 +15,7 @@ from bilora_ray.digests import BASE, CHAT_TEMPLATE, of_base, of_template, source
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import COMMIT, cached_commit, kind_of, model_file
 from bilora_ray.search.space import SEEDS, Space, StudyConfig
+from bilora_ray.search.space.sense import without_effect
 from bilora_ray.search.space_file import check_draw
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.training.rows import about, check_first_rows, load_rows, notes, shared_with
@@ -105,10 +106,17 @@ def preflight(space: Space, dry_run: bool = False) -> Checked:
         *_unpinned(config),
         *_unlooked_at(space),
         *_beside_budgets(space.study),
+        *_idle(space, rows),
         *_new_head(config, rows.label_names),
         *notes(rows, space.with_step(max), space.resources.workers),
     )
     return Checked(digests, tuple(about(rows, config)), told, config, rows)
+
+
+def _idle(space: Space, rows: Dataset) -> Iterator[str]:
+    """What is without effect in a trial of so many rows, and is not known without them."""
+    count = None if rows.partial else len(rows.train)
+    yield from (line for line in without_effect(space, count) if line not in space.notes)
 
 
 def _beside_budgets(study: StudyConfig) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ from bilora_ray.search.space import (
     setting_of,
 )
 from bilora_ray.search.space.order import NOT_SEARCHED, ONE_VALUE, check_settings, with_parts
+from bilora_ray.search.space.sense import check_sense, without_effect
 
 SECTIONS = ("study", "trial", "resources")
 GPU_MEMORY = "gpu_memory_gib"
@@ -128,7 +129,8 @@ def checked_space(
     if study.objectives:
         space = replace(space, fixed={**space.fixed, "metric": study.objectives[0].metric})
     check_priors(space)
-    return replace(space, points_to_evaluate=points)
+    check_sense(space)
+    return replace(space, points_to_evaluate=points, notes=(*space.notes, *without_effect(space)))
 
 
 def _read_sections(path: Path) -> dict[str, dict[str, Any]]:
