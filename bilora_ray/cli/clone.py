@@ -55,13 +55,15 @@ def command(
         raise UserError(f"--output {file}: exists; name another file")
 
     from bilora_ray.search.study.steering.copying import sections_of, written
-    from bilora_ray.search.study.storage import naming_the_database
+    from bilora_ray.search.study.storage import naming_the_database, study_names
     from bilora_ray.search.study.studies import load_study, refuse_finalists
 
     layout = Layout(absolute(storage_path), study_database)
     with naming_the_database(layout, then=""):
         found = load_study(layout, study)
         refuse_finalists(found)
+        if new in study_names(layout):
+            raise UserError(f"NEW: a study '{new}' exists; give this one another name")
         sections = sections_of(found.space)
     sections["study"]["name"] = new
     text = written(checked_space(sections, file, overrides))

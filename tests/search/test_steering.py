@@ -362,6 +362,14 @@ def test_a_clone_is_a_space_file_that_searches_the_same_but_for_what_is_set(tmp_
     assert "resources" not in yaml.safe_load(file.read_text())
 
 
+def test_a_clone_has_no_name_that_a_study_has(tmp_path: Path) -> None:
+    opened(tmp_path)
+    file = tmp_path / "s.yaml"
+    done = typed(tmp_path, "clone", "s", "s", "--output", str(file))
+    assert (done.exit_code, done.stderr) == (2, "Error: NEW: a study 's' exists; give this one another name\n")
+    assert not file.exists()
+
+
 @pytest.mark.parametrize("verb", [["enqueue", "t", "rank=4"], ["stop", "t"], ["delete", "t"], ["clone", "t", "u"]])
 def test_a_study_that_is_not_there_is_told_with_the_nearest(verb: list[str], tmp_path: Path) -> None:
     opened(tmp_path, "study.name=tt")
