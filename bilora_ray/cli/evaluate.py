@@ -14,7 +14,7 @@ from bilora_ray.cli.tables import in_quotes
 from bilora_ray.config import TRAINING_SETTINGS, TrialConfig, deciding_the_split
 from bilora_ray.digests import check_rows, check_template
 from bilora_ray.errors import UserError
-from bilora_ray.paths import have_home, locate_here
+from bilora_ray.paths import files_of, have_home, locate_here
 from bilora_ray.search.space_file import absolute_sources, parse_override
 
 EPILOG = """\b
@@ -43,6 +43,7 @@ def command(
 
     settings, given = _settings(data, overrides)
     config = evaluation_config(adapter, settings, base_model)
+    _check_here(config)
     before = known_of(adapter)["digests"]
     for key in given:
         # A file that was moved is known by its content.
@@ -130,6 +131,15 @@ def _measured(adapter: Path | None, config: TrialConfig, examples: int) -> _Meas
         metrics = evaluate(model, loaded.validation, config, loaded.tokenizer)
         predictions = predict(model, loaded, config, examples) if examples else []
     return _Measured(metrics, len(loaded.validation), [asdict(one) for one in predictions], told)
+
+
+def _check_here(config: TrialConfig) -> None:
+    """UserError if what an export names from the current folder is not in it."""
+    for key, mend in (("model_name_or_path", ""), ("train_data", " or --data FILE"), ("validation_data", "")):
+        name = str(getattr(config, key))
+        if name.startswith("./") and not any(path.exists() for path in files_of(Path(name))):
+            where = "is not in the current folder, from which an export names it"
+            raise UserError(f"{key}: {name} {where}; give --set {key}=PATH{mend}")
 
 
 def _rows(config: TrialConfig) -> str:

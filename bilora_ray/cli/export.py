@@ -16,6 +16,7 @@ from bilora_ray.cli.options import (
     telling_of_gpu_memory,
     trial_option,
 )
+from bilora_ray.errors import UserError
 from bilora_ray.library.exporting import choose, write
 from bilora_ray.search.study.layout import Layout
 
@@ -24,6 +25,12 @@ Examples:
   bilora-ray export quickstart --output my-adapter
   bilora-ray export quickstart --trial 3 --output merged-model --merge
   bilora-ray export quickstart --prefer train_runtime --output my-adapter
+  bilora-ray export quickstart --output my-adapter --push-to-hub me/my-adapter --private
+
+\b
+For llama.cpp, with its own scripts:
+  python convert_lora_to_gguf.py --base BASE_FOLDER my-adapter
+  python convert_hf_to_gguf.py merged-model
 """
 
 
@@ -37,6 +44,11 @@ Examples:
 )
 @click.option("--output", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="A new folder.")
 @click.option("--merge", is_flag=True, help="Write the base model with the adapter merged in, and its tokenizer.")
+@click.option("--no-check", is_flag=True, help="Do not load the copy and compare: where the base model is too large.")
+@click.option(
+    "--push-to-hub", "repository", metavar="REPO", help="Upload it to this repository of the Hugging Face Hub."
+)
+@click.option("--private", is_flag=True, help="With --push-to-hub: a new repository is for its owner only.")
 @storage_option
 @study_database_option
 @json_option
@@ -46,6 +58,9 @@ def command(
     prefer: str | None,
     output: Path,
     merge: bool,
+    no_check: bool,
+    repository: str | None,
+    private: bool,
     storage_path: Path,
     study_database: str | None,
     as_json: bool,
@@ -54,14 +69,32 @@ def command(
 
     Of a study with finalists it is the winner's: of its runs the one with the middle score, which the reported one is
     of.
+
+    The copy is loaded once and computes what the trained adapter does, to the last bit; a merged model, within
+    rounding. What vLLM, SGLang or llama.cpp would refuse is told. No path of this machine is in it: a base model or
+    data of a folder is named from the current folder.
     """
+    if merge and no_check:
+        raise UserError("--no-check: to merge is to load and compare; leave one out")
+    if private and repository is None:
+        raise UserError("--private: says how a repository is made; give --push-to-hub too")
     layout = Layout(absolute(storage_path), study_database)
     chosen = choose(layout, study, number, prefer, output)
-    with telling_of_gpu_memory("; hide it with CUDA_VISIBLE_DEVICES= to merge in main memory"):
-        exported = write(chosen, output, merge)
+    if repository is not None:
+        from bilora_ray.release.hub import check_push
+
+        check_push(repository)
+    with telling_of_gpu_memory("; hide it with CUDA_VISIBLE_DEVICES= to use main memory"):
+        exported = write(chosen, output, merge, check=not no_check)
+    address = None
+    if repository is not None:
+        from bilora_ray.release.hub import push
+
+        address = push(exported.output, repository, private)
     if as_json:
-        notes = {"notes": exported.notes} if exported.notes else {}
-        print_json({"output": str(exported.output), "merged": merge, **exported.origin, **notes})
+        more = {"notes": exported.notes, "serve": exported.serve, "repository": address}
+        known = {key: value for key, value in more.items() if value}
+        print_json({"output": str(exported.output), "merged": merge, **exported.origin, **known})
         return
     for note in exported.notes:
         click.secho(f"Note: {note}", fg="yellow", err=True)
@@ -72,3 +105,7 @@ def command(
     by = prefer or chosen.objectives[0]
     if number is None and (others := [metric for metric in chosen.objectives if metric != by]):
         click.echo(f"It is the best by {by}; --prefer {others[0]} or --trial N takes another of the front")
+    if address is not None:
+        click.echo(f"It is at {address}")
+    for server, line in exported.serve.items():
+        click.echo(f"{server:<8} {line}")

@@ -25,6 +25,7 @@ class Chosen:
         record: the trial.
         adapter: the folder.
         objectives: the metrics that the trial is judged by.
+        baseline: what those are without training, where the study knows.
         notes: what there is to say of the choice.
     """
 
@@ -32,13 +33,15 @@ class Chosen:
     record: TrialRecord
     adapter: Path
     objectives: Sequence[str]
+    baseline: Mapping[str, Any] | None = None
     notes: Sequence[str] = ()
 
     @property
     def origin(self) -> dict[str, Any]:
         """What the adapter is told of where it came from."""
-        record = self.record
-        return {"study": self.study, "trial": record.number, self.objectives[0]: record.value, **record.values}
+        record, baseline = self.record, {"baseline": self.baseline} if self.baseline else {}
+        known = {"study": self.study, "trial": record.number, self.objectives[0]: record.value}
+        return {**known, **record.values, **baseline}
 
 
 @dataclass(frozen=True)
@@ -49,13 +52,15 @@ class Exported:
         output: the new folder, absolute.
         merged: whether it holds a merged model.
         origin: study, trial, and what the adapter is worth by each metric of the study.
-        notes: what there is to say of it.
+        notes: what there is to say of it, what servers would refuse among it.
+        serve: server -> the command that serves it.
     """
 
     output: Path
     merged: bool
     origin: Mapping[str, Any]
     notes: Sequence[str]
+    serve: Mapping[str, str]
 
 
 def choose(layout: Layout, study: str, number: int | None, prefer: str | None, output: Path) -> Chosen:
@@ -85,6 +90,7 @@ def choose(layout: Layout, study: str, number: int | None, prefer: str | None, o
         check_new(output)
         record = found.chosen(number, prefer)
         finals = finals_of(found) if number is None and prefer is None else None
+        baseline: Mapping[str, Any] | None = getattr(found, "baseline", dict)()
     notes = []
     if finals is not None and finals.winner is None:
         notes = ["the best single run is taken, for its finalists are not all trained"]
@@ -95,30 +101,42 @@ def choose(layout: Layout, study: str, number: int | None, prefer: str | None, o
         record,
         _adapter_of(found, record),
         [objective.metric for objective in found.objectives],
+        baseline,
         notes,
     )
 
 
-def write(chosen: Chosen, output: Path, merge: bool) -> Exported:
+def write(chosen: Chosen, output: Path, merge: bool, check: bool = True) -> Exported:
     """Copy the adapter to the new folder `output`, or write its base model there with the adapter merged in.
+
+    Args:
+        chosen: the adapter.
+        output: the folder.
+        merge: whether it is merged, which is compared in any case.
+        check: whether the copy is loaded and compared with what was trained.
 
     Raises:
         UserError: the adapter or its base cannot be read, or their sum cannot be written.
         MachineError: the folder cannot be written.
-        RuntimeError: torch's, of a GPU without enough memory for a merge.
+        RuntimeError: torch's, of a GPU without enough memory.
     """
-    if merge:
+    if merge or check:
         from bilora_ray.quiet import quiet
 
         quiet()
     from bilora_ray.release.export import export_adapter, export_merged
+    from bilora_ray.release.servers import advice_on
 
     folder = absolute(output)
     try:
-        notes = (export_merged if merge else export_adapter)(chosen.adapter, folder, chosen.origin) or []
+        if merge:
+            lost = export_merged(chosen.adapter, folder, chosen.origin)
+        else:
+            lost = export_adapter(chosen.adapter, folder, chosen.origin, check)
     except OSError as error:
         raise MachineError(f"--output {output}: cannot be written ({error.strerror or first_line(error)})") from None
-    return Exported(folder, merge, chosen.origin, [*chosen.notes, *notes])
+    advice = advice_on(chosen.adapter, output, merge)
+    return Exported(folder, merge, chosen.origin, [*chosen.notes, *lost, *advice.notes], advice.commands)
 
 
 def _adapter_of(found: StudyView, record: TrialRecord) -> Path:

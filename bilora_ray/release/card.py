@@ -1,38 +1,137 @@
-"""The model card of an exported adapter: what the Hub shows of it, and what a person reads first."""
+"""The model card of what is exported: what the Hub shows of it, and what a person reads first."""
 
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCardData
 
-from bilora_ray.config import METHOD_TITLES, TASK_FACTS, TrialConfig, applies, shown
+from bilora_ray.config import FACTS, METHOD_TITLES, SOURCES, TASK_FACTS, TrialConfig, applies, shown
 from bilora_ray.paths import BUILTIN, kind_by_name
-from bilora_ray.recipe import PAD, TEMPLATE
+from bilora_ray.recipe import CONFIG, PAD
+from bilora_ray.release.licence import licence_of
+from bilora_ray.release.names import name_outside
+from bilora_ray.release.servers import refusals, serving, serving_merged
 from bilora_ray.training.tasks import TASKS
 
 CARD = "README.md"
-# What vLLM takes for --max-lora-rank: https://docs.vllm.ai/en/latest/features/lora.html
-VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)
+# What is known of a study's baseline, by the name that a trial's origin has it under.
+BASELINE, KIND = "baseline", "kind"
+BASELINES = {"base-model": "the base model", "majority": "the commonest label, always", "mean": "the mean, always"}
+# What the Hub calls what models of transformers' classes are for.
+PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForImageClassification": "image-classification",
+}
 
 
-def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) -> None:
-    """Put a card in the place of PEFT's, which has only headings; its metadata, which the Hub reads, stay.
+def write_card(folder: Path, config: TrialConfig, origin: Mapping[str, Any], merged: bool = False) -> None:
+    """Put a card in the place of PEFT's, which has only headings.
 
     Args:
-        adapter: the folder, as PEFT wrote it.
-        config: the settings of the trial.
-        origin: the study, the trial's number and the value of its metric; the tokens that end a text and the padding
-            token's id, where they matter.
+        folder: the adapter, or the merged model.
+        config: the settings of the trial, with its sources as they are called here.
+        origin: the study, the trial's number and the values of its metrics; the study's baseline, the digests, the
+            tokens that end a text and the padding token's id, where they are known.
+        merged: whether it is a whole model.
     """
-    base, model_class = config.model_name_or_path, TASK_FACTS[config.task].model_class
-    arguments, imports = [f'"{base}"'], ""
-    if kind_by_name(base, is_data=False) == "built in":
-        imports, arguments = "from bilora_ray import builtin\n", [f'builtin.path("{base.removeprefix(BUILTIN)}")']
+    base = name_outside(config.model_name_or_path, is_data=False)
+    kind = f"`{base}` with a LoRA adapter merged into its weights" if merged else f"LoRA adapter of `{base}`"
+    parts = [
+        f"---\n{_metadata(folder, config, merged).to_yaml()}\n---\n",
+        f"# {kind}\n",
+        f"Trained with {METHOD_TITLES[config.method]} by bilora-ray{_result(config, origin)}.\n"
+        "`bilora_ray.json` has all of its settings.\n",
+        _scores(config, origin),
+        _settings(config),
+        _data(config, origin.get("digests", {})),
+        _loading_merged(config) if merged else _loading(config, origin),
+        _serving(folder, config, origin.get("stop_token_ids"), merged),
+    ]
+    (folder / CARD).write_text("\n".join(part for part in parts if part), encoding="utf-8")
+
+
+def _metadata(folder: Path, config: TrialConfig, merged: bool) -> ModelCardData:
+    """What the Hub reads. It would stop at a name that is none there."""
+    base, names = config.model_name_or_path, [config.train_data, config.validation_data]
+    of_hub = kind_by_name(base, is_data=False) == "hub"
+    datasets = [name for name in names if name is not None and kind_by_name(name, is_data=True) == "hub"]
+    relation = "finetune" if merged else "adapter"
+    licence: dict[str, Any] = dict(licence_of(config))
+    tags = ["bilora-ray", config.method, "transformers"]
+    if not merged:
+        tags.append(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["peft_type"].lower())
+    if of_hub:
+        tags.append(f"base_model:{relation}:{base}")
+    return ModelCardData(
+        base_model=base if of_hub else None,
+        base_model_relation=relation if of_hub else None,
+        library_name="transformers" if merged else "peft",
+        pipeline_tag=PIPELINES.get(TASK_FACTS[config.task].model_class),
+        tags=sorted(set(tags)),
+        datasets=sorted(set(datasets)) or None,
+        **licence,
+    )
+
+
+def _result(config: TrialConfig, origin: Mapping[str, Any]) -> str:
+    value = origin.get(config.metric)
+    trial = f": trial {origin['trial']} of study `{origin['study']}`" if "trial" in origin else ""
+    return trial if value is None else f"{trial}, with {config.metric} {value:.6g} on its validation rows"
+
+
+def _scores(config: TrialConfig, origin: Mapping[str, Any]) -> str:
+    """The scores beside those of what learned nothing from the rows; nothing where no baseline is known."""
+    baseline = origin.get(BASELINE) or {}
+    metrics = [key for key in (config.metric, *config.available_metrics) if isinstance(origin.get(key), int | float)]
+    metrics = [key for key in dict.fromkeys(metrics) if isinstance(baseline.get(key), int | float)]
+    if not metrics:
+        return ""
+    label = BASELINES.get(str(baseline.get(KIND)), str(baseline.get(KIND)))
+    return "\n".join(
+        [
+            f"| on the validation rows | {' | '.join(metrics)} |",
+            f"| --- |{' --- |' * len(metrics)}",
+            f"| this adapter | {' | '.join(f'{origin[key]:.6g}' for key in metrics)} |",
+            f"| {label} | {' | '.join(f'{baseline[key]:.6g}' for key in metrics)} |\n",
+        ]
+    )
+
+
+def _settings(config: TrialConfig) -> str:
+    settings = {key: value for key, value in config.model_dump().items() if applies(key, config.method)}
+    if config.max_steps is not None:
+        del settings["num_train_epochs"]
+    table = {key: str(settings[key]).replace("|", "\\|") for key in shown("card") if settings.get(key) is not None}
+    rows = "".join(f"| {key} | {value} |\n" for key, value in table.items())
+    return f"| setting | value |\n| --- | --- |\n{rows}"
+
+
+def _data(config: TrialConfig, digests: Mapping[str, str]) -> str:
+    """What it was made from, and what tells that from anything else of the name."""
+    rows = []
+    for key, kind in SOURCES.items():
+        name, revision = getattr(config, key), FACTS[key].revision
+        if not isinstance(name, str) or (key == "test_data" and key not in digests):
+            continue
+        commit = getattr(config, revision) if revision is not None else None
+        what = digests.get(key) or commit
+        known = f"`{what}`" if what else ""
+        rows.append(f"| {key} | `{name_outside(name, kind != 'model')}` | {known} |")
+    return "\n".join(["| made from | name | digest or commit |", "| --- | --- | --- |", *rows]) + "\n"
+
+
+def _arguments(config: TrialConfig) -> tuple[str, str]:
+    """What `from_pretrained` is given for the base model, and the imports that it takes."""
+    name = config.model_name_or_path
+    arguments, imports = [f'"{name_outside(name, is_data=False)}"'], ""
+    if kind_by_name(name, is_data=False) == "built in":
+        imports, arguments = "from bilora_ray import builtin\n", [f'builtin.path("{name.removeprefix(BUILTIN)}")']
     if config.model_revision is not None:
         arguments.append(f'revision="{config.model_revision}"')
     if config.trust_remote_code:
@@ -41,64 +140,70 @@ def write_card(adapter: Path, config: TrialConfig, origin: Mapping[str, Any]) ->
     arguments += [f"{key}={value!r}" for key, value in more.items()]
     if TASKS[config.task].heads:  # the base may have one for other labels; the adapter has its own
         arguments.append("ignore_mismatched_sizes=True")
-    pad = origin.get(PAD)
-    padding = (
-        "" if pad is None else f"base.config.get_text_config().pad_token_id = {pad}  # what batches are padded with\n"
-    )
-    settings = {key: value for key, value in config.model_dump().items() if applies(key, config.method)}
-    if config.max_steps is not None:
-        del settings["num_train_epochs"]
-    table = {key: str(settings[key]).replace("|", "\\|") for key in shown("card") if settings.get(key) is not None}
-    rows = "\n".join(f"| {key} | {value} |" for key, value in table.items())
-    value, stops, newline = origin.get(config.metric), origin.get("stop_token_ids"), "\n"
-    result = "" if value is None else f", with {config.metric} {value:.6g} on its validation rows"
-    metadata = ModelCard.load(adapter / CARD, ignore_metadata_errors=True).data
-    if kind_by_name(base, is_data=False) != "hub":  # a path of this machine, at which the Hub would stop
-        metadata.base_model = None
-        metadata.tags = [tag for tag in metadata.tags or () if not tag.startswith("base_model:")]
-    (adapter / CARD).write_text(
-        f"""---
-{metadata.to_yaml()}
----
+    return ", ".join(arguments), imports
 
-# LoRA adapter of `{base}`
 
-Trained with {METHOD_TITLES[config.method]} by bilora-ray: trial {origin["trial"]} of study `{origin["study"]}`{result}.
-`bilora_ray.json` has all of its settings.
+def _loading(config: TrialConfig, origin: Mapping[str, Any]) -> str:
+    model_class, stops, pad = TASK_FACTS[config.task].model_class, origin.get("stop_token_ids"), origin.get(PAD)
+    arguments, imports = _arguments(config)
+    imported = f"{imports}from transformers import {model_class}\n"
 
-| setting | value |
-| --- | --- |
-{rows}
+    def loaded(name: str) -> list[str]:
+        padded = f"{name}.config.get_text_config().pad_token_id = {pad}  # what batches are padded with"
+        return [f"{name} = {model_class}.from_pretrained({arguments})", *([] if pad is None else [padded])]
 
-```python
-{imports}from peft import PeftModel
-from transformers import {model_class}
-
-base = {model_class}.from_pretrained({", ".join(arguments)})
-{padding}model = PeftModel.from_pretrained(base, ".")  # the folder of this file
-{f"model.generation_config.eos_token_id = {stops}{newline}" if stops else ""}```
-{_served(config, stops)}""",
-        encoding="utf-8",
+    ends = [f"model.generation_config.eos_token_id = {list(stops)}"] if stops else []
+    with_peft = [f"from peft import PeftModel\n{imported}", *loaded("base")]
+    with_peft.append('model = PeftModel.from_pretrained(base, ".")  # the folder of this file')
+    alone = [imported, *loaded("model"), 'model.load_adapter(".")']
+    return "\n".join(
+        [
+            *("With PEFT:\n\n```python", *with_peft, *ends, "```"),
+            *("\nWith transformers, which asks PEFT by itself:\n\n```python", *alone, *ends, "```\n"),
+            *_needed(config),
+        ]
     )
 
 
-def _served(config: TrialConfig, stops: Sequence[int] | None) -> str:
-    """How to serve what a server would not find by itself: a chat template, what that is told, the ends of a text."""
-    template = f" --chat-template {TEMPLATE}" if config.chat_template is not None else ""
-    told = dict(config.chat_template_kwargs or ())
-    kwargs = f" --default-chat-template-kwargs {shlex.quote(json.dumps(told))}" if told else ""
-    is_builtin = kind_by_name(config.model_name_or_path, is_data=False) == "built in"
-    if is_builtin or not TASKS[config.task].continues or not (template or kwargs or stops):
-        return ""
-    base = config.model_name_or_path + (f" --revision {config.model_revision}" if config.model_revision else "")
-    code = " --trust-remote-code" if config.trust_remote_code else ""
-    rank = next((most for most in VLLM_RANKS if most >= config.rank), config.rank)
-    ends = " --generation-config ." if stops else ""
-    line = f"vllm serve {base}{code} --enable-lora --max-lora-rank {rank} --lora-modules adapter=."
-    line += f"{template}{kwargs}{ends}"
-    text = f"\nIn this folder:\n\n```bash\n{line}\n```\n"
-    if stops:
-        text += (
-            f"\nWithout `--generation-config`, a request needs `stop_token_ids: {list(stops)}`, or a text has no end.\n"
-        )
-    return text
+def _loading_merged(config: TrialConfig) -> str:
+    model_class = TASK_FACTS[config.task].model_class
+    code = ", trust_remote_code=True" if config.trust_remote_code else ""
+    return (
+        f"```python\nfrom transformers import {model_class}\n\n"
+        f'model = {model_class}.from_pretrained("."{code})  # the folder of this file\n```\n'
+    )
+
+
+def _needed(config: TrialConfig) -> list[str]:
+    """What has to be at hand that the Hub does not have."""
+    name = config.model_name_or_path
+    kind = kind_by_name(name, is_data=False)
+    if kind == "built in":
+        return [f"`{name}` is in the package: `pip install bilora-ray`.\n"]
+    if kind == "local":
+        here = name_outside(name, is_data=False)
+        return [f"`{here}` is a folder with the base model, which is not published with this.\n"]
+    return []
+
+
+def _serving(folder: Path, config: TrialConfig, stops: Sequence[int] | None, merged: bool) -> str:
+    """How servers serve it from its folder, and which would refuse it."""
+    if merged:
+        lines, refused = serving_merged(config, "."), []
+    else:
+        refused = refusals(folder, config)
+        lines = serving(config, _base_for_shell(config), ".", "adapter", stops, refused)
+    parts = [f"With {server}, in this folder:\n\n```bash\n{line}\n```\n" for server, line in lines.items()]
+    parts += [f"{refusal}.\n" for refusal in refused]
+    if lines and stops and not merged:
+        ends = f"`stop_token_ids: {list(stops)}`"
+        parts.append(f"Without `--generation-config`, a request needs {ends}, or a text has no end.\n")
+    return "\n".join(parts)
+
+
+def _base_for_shell(config: TrialConfig) -> str:
+    name = config.model_name_or_path
+    if kind_by_name(name, is_data=False) != "built in":
+        return name_outside(name, is_data=False)
+    python = f'from bilora_ray import builtin; print(builtin.path("{name.removeprefix(BUILTIN)}"))'
+    return f"\"$(python -c '{python}')\""

@@ -10,30 +10,85 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.checking import build
-from bilora_ray.config import TrialConfig
+from bilora_ray.config import TASK_FACTS, TrialConfig
 from bilora_ray.digests import check_base
 from bilora_ray.errors import UserError
 from bilora_ray.files import atomic_folder, readable
-from bilora_ray.recipe import GENERATION, MERGED, RECIPE, read_recipe, write_recipe
+from bilora_ray.paths import is_cached, loadable
+from bilora_ray.recipe import GENERATION, MERGED, RECIPE, TEMPLATE, read_recipe, write_recipe
+from bilora_ray.release.names import outside, rename_base
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-def export_adapter(adapter: Path, output: Path, origin: Mapping[str, Any]) -> None:
-    """Copy `adapter` to the new folder `output`, and note in its recipe and its card where it came from."""
+def export_adapter(adapter: Path, output: Path, origin: Mapping[str, Any], check: bool = False) -> list[str]:
+    """Copy `adapter` to the new folder `output`, and note in its recipe and its card where it came from.
+
+    Nothing there names a path of this machine: see `names`.
+
+    Args:
+        adapter: the folder.
+        output: the new one.
+        origin: the study, the trial's number, the values of its metrics.
+        check: whether to load what was written, and compare what it computes with what `adapter` does.
+
+    Returns:
+        Lines to tell about it.
+
+    Raises:
+        UserError: it is no adapter, or what was written computes something else.
+    """
     from bilora_ray.release.card import write_card
 
     recipe = read_recipe(adapter)
+    config = build(TrialConfig, recipe["settings"], f"{adapter / RECIPE}: settings")
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(output) as unfinished:
         for file in adapter.iterdir():  # without their modes: the study's may be there to be read only
             shutil.copyfile(file, unfinished / file.name)
-        (unfinished / RECIPE).write_text(json.dumps({**origin, **recipe}, indent=2) + "\n", encoding="utf-8")
+        settings = outside(config, template=(adapter / TEMPLATE).is_file()).model_dump(mode="json")
+        told = {**origin, **recipe, "settings": settings}
+        (unfinished / RECIPE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        rename_base(unfinished, config)
         if stops := recipe.get("stop_token_ids"):
             (unfinished / GENERATION).write_text(json.dumps({"eos_token_id": stops}) + "\n", encoding="utf-8")
-        config = build(TrialConfig, recipe["settings"], f"{adapter / RECIPE}: settings")
         write_card(unfinished, config, {**recipe, **origin})
+        return _checked(adapter, unfinished, config) if check else []
+
+
+def _checked(adapter: Path, written: Path, config: TrialConfig) -> list[str]:
+    """Look whether the folder `written` computes, to the last bit, what `adapter` does.
+
+    Returns:
+        A line where that cannot be known here: a copy is worth something without its base model too.
+
+    Raises:
+        UserError: it computes something else.
+    """
+    name, revision = config.model_name_or_path, config.model_revision
+    unread = "what was written was not loaded and compared"
+    is_here = Path(loadable(name)).is_dir() or is_cached(
+        name, revision, reads_images=TASK_FACTS[config.task].reads_images
+    )
+    if not is_here:
+        return [f"{unread}: the base model {name} is not on this machine"]
+    from bilora_ray.training import model as models
+    from bilora_ray.training.probe.passes import logits_of
+
+    try:
+        check_base(config, read_recipe(adapter))
+        tokenizer = models.load_processor(config)
+        base, _ = models.load_base(config, tokenizer, config.label_names)
+    except UserError as error:
+        return [f"{unread} ({error})"]
+    # The copy is on a base that is untouched: what it does not hold, such as a head, it has of nobody.
+    loaded = models.load_adapter(base, written)
+    now = logits_of(loaded, config, tokenizer)
+    before = logits_of(models.load_adapter(loaded.unload(), adapter), config, tokenizer)
+    if not now.equal(before):
+        raise UserError(f"{adapter}: its copy computes something else, and was not kept; is the disk sound?")
+    return []
 
 
 def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> list[str]:
@@ -50,6 +105,7 @@ def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> lis
     Raises:
         UserError: the adapter or its base cannot be read, or their sum cannot be written so that it is what they are.
     """
+    from bilora_ray.release.card import write_card
     from bilora_ray.training.probe.passes import difference, tolerance
 
     recipe = read_recipe(adapter)
@@ -59,22 +115,24 @@ def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> lis
     output.parent.mkdir(parents=True, exist_ok=True)
     with atomic_folder(output) as unfinished:
         wanted, tied = _write_merged(adapter, config, recipe.get("stop_token_ids"), unfinished)
-        write_recipe(unfinished, config, {**origin, "digests": recipe.get("digests", {}), MERGED: True})
+        known = {"digests": recipe.get("digests", {}), MERGED: True}
+        write_recipe(unfinished, outside(config, (unfinished / TEMPLATE).is_file()), {**origin, **known})
+        write_card(unfinished, config, {**recipe, **origin}, merged=True)
         readable(unfinished)
         gc.collect()  # a base model may be half of the memory
-        written = {"model_name_or_path": str(unfinished), "model_revision": None}
-        lost = difference(wanted, _logits(None, config.model_copy(update=written)), config)
+        written = config.model_copy(update={"model_name_or_path": str(unfinished), "model_revision": None})
+        lost = difference(wanted, _logits(None, written), config)
         if not lost <= tolerance(config):
             without = f", or train without {' and '.join(tied)} among target_modules" if tied else ""
             raise UserError(
                 f"{adapter}: cannot be merged: read again, the merged model's logits are {lost:.0%} off those of the "
                 f"base model with the adapter, so that it was not written; export it without --merge{without}"
             )
-    notes = []
-    if config.precision != "fp32":
-        notes.append(f"precision: the sum is rounded to {config.precision}, which moves the logits by {lost:.2%}")
-    if trained.quantization is not None:
-        notes.append(_told_of_quantization(adapter, trained, wanted))
+        notes = []
+        if config.precision != "fp32":
+            notes.append(f"precision: the sum is rounded to {config.precision}, which moves the logits by {lost:.2%}")
+        if trained.quantization is not None:
+            notes.append(_told_of_quantization(adapter, trained, wanted, _measured_again(written, origin)))
     return notes
 
 
@@ -109,12 +167,27 @@ def _logits(adapter: Path | None, config: TrialConfig) -> Tensor:
     return logits_of(base if adapter is None else models.load_adapter(base, adapter), config, tokenizer)
 
 
-def _told_of_quantization(adapter: Path, config: TrialConfig, wanted: Tensor) -> str:
+def _told_of_quantization(adapter: Path, config: TrialConfig, wanted: Tensor, measured: str) -> str:
     from bilora_ray.training.probe.passes import difference
 
     line = f"quantization: the adapter was trained on {config.quantization} weights and is merged into whole ones"
     try:
         lost = difference(_logits(adapter, config), wanted, config)
     except UserError as error:
-        return f"{line}; what that changes was not measured ({error})"
-    return f"{line}, which moves the logits by {lost:.2%}"
+        return f"{line}; what that changes in the logits was not measured ({error}){measured}"
+    return f"{line}, which moves the logits by {lost:.2%}{measured}"
+
+
+def _measured_again(written: TrialConfig, origin: Mapping[str, Any]) -> str:
+    """What the merged model, whose settings are `written`, is worth on the rows that the trial was judged by."""
+    from bilora_ray.training.evaluate import evaluate, load_adapted
+
+    metric = written.metric
+    try:
+        model, data, _ = load_adapted(None, written)
+        known = written.model_copy(update={"label_names": data.label_names, "format": data.format})
+        value = evaluate(model, data.validation, known, data.tokenizer)[metric]
+    except UserError as error:
+        return f"; {metric} was not measured again ({error})"
+    was = f", {origin[metric]:.6g} with the adapter" if isinstance(origin.get(metric), int | float) else ""
+    return f"; measured again on its validation rows, {metric} is {value:.6g}{was}"

@@ -53,7 +53,7 @@ def test_a_file_that_has_changed_since_is_told(trained: None, tiny: Tiny, tmp_pa
     assert f"Note: train_data: {tmp_path / 'rows.jsonl'} has changed since the study began" in said
 
 
-def test_a_run_is_listed_trained_anew_and_measured_merged(trained: None) -> None:
+def test_a_run_is_listed_trained_anew_and_measured_merged(trained: None, tiny: Tiny) -> None:
     first = best_of("once")
     listed = {"num_trials": 1, "ended": 1, "metric": "eval_loss"}
     assert json.loads(bilora_ray("show", "--json")) == [{"study": "once", **listed, "best": first["eval_loss"]}]
@@ -67,10 +67,13 @@ def test_a_run_is_listed_trained_anew_and_measured_merged(trained: None) -> None
     assert [row.split()[0] for row in bilora_ray("show").splitlines()[3:6]] == ["once", "same", "longer"]
 
     bilora_ray("export", "once", "--output=merged", "--merge")
-    merged = json.loads(bilora_ray("evaluate", "merged", "--json"))
+    # What is exported names no path of this machine.
+    rows = f"--data={tiny.config('causal-lm').validation_data}"
+    merged = json.loads(bilora_ray("evaluate", "merged", rows, "--json"))
     assert merged["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-4)
-    shown = json.loads(bilora_ray("evaluate", "merged", "--examples=2", "--json"))["examples"]
+    shown = json.loads(bilora_ray("evaluate", "merged", rows, "--examples=2", "--json"))["examples"]
     assert [list(example) for example in shown] == [["input", "prediction", "reference"]] * 2
-    assert "reference  '" in bilora_ray("evaluate", "merged", "--examples=1")
-    base = json.loads(bilora_ray("evaluate", "merged", "--base-model", "--json"))
+    assert "reference  '" in bilora_ray("evaluate", "merged", rows, "--examples=1")
+    here = f"--set=model_name_or_path={tiny.model('causal-lm')}"
+    base = json.loads(bilora_ray("evaluate", "merged", rows, "--base-model", here, "--json"))
     assert base["eval_loss"] > merged["eval_loss"]

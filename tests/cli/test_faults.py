@@ -22,7 +22,7 @@ from bilora_ray import quiet
 from bilora_ray.cli.main import main
 from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.errors import GO_ON
-from bilora_ray.release import export
+from bilora_ray.release import export, servers
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import naming_the_database
 from bilora_ray.training import loading
@@ -157,10 +157,15 @@ def test_export_to_a_full_disk_leaves_nothing(more: list[str], trained: Path, di
 
 def test_what_a_merged_model_has_lost_is_told(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "export_merged", lambda *_: ["precision: is lost"])
+    monkeypatch.setattr(servers, "advice_on", lambda *_: servers.Advice({"vLLM": "vllm serve a"}, []))
     typed = ["export", "once", f"--storage-path={trained}", "--merge"]
     shown = bilora_ray(*typed, "--output=a")
-    assert (shown.stdout, shown.stderr) == ("Merged model of trial 0 is in a\n", "Note: precision: is lost\n")
-    assert json.loads(bilora_ray(*typed, "--output=b", "--json").stdout)["notes"] == ["precision: is lost"]
+    assert (shown.stdout, shown.stderr) == (
+        "Merged model of trial 0 is in a\nvLLM     vllm serve a\n",
+        "Note: precision: is lost\n",
+    )
+    said = json.loads(bilora_ray(*typed, "--output=b", "--json").stdout)
+    assert (said["notes"], said["serve"]) == (["precision: is lost"], {"vLLM": "vllm serve a"})
     adapter = ["export", "once", f"--storage-path={trained}", "--output=c", "--json"]
     assert "notes" not in json.loads(bilora_ray(*adapter).stdout)
 

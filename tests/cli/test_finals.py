@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from bilora_ray.cli.main import main
 from bilora_ray.config import TrialConfig
 from bilora_ray.release import export as released
+from bilora_ray.release import servers
 from bilora_ray.search.session import tell_result
 from bilora_ray.search.simulated import Metrics, simulate
 from bilora_ray.search.space_file import load_space
@@ -97,7 +98,8 @@ def test_before_they_have_ended_show_says_so_and_export_takes_the_best_single_ru
     study: SearchStudy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[Path] = []
-    monkeypatch.setattr(released, "export_adapter", lambda adapter, *_: taken.append(adapter))
+    monkeypatch.setattr(servers, "advice_on", lambda *_: servers.Advice({}, []))
+    monkeypatch.setattr(released, "export_adapter", lambda adapter, *_: taken.append(adapter) or [])
     begin(study, {})
     assert "Finalists: 0 of 6 trainings have ended" in called("show", "s").stdout
     assert json.loads(called("show", "s", "--json").stdout)["finalists"]["score"] is None
@@ -112,7 +114,13 @@ def test_export_takes_the_run_of_the_winner_with_the_middle_score(
     study: SearchStudy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[tuple[Path, dict[str, Any]]] = []
-    monkeypatch.setattr(released, "export_adapter", lambda adapter, _, origin: taken.append((adapter, origin)))
+
+    def taking(adapter: Path, _: Path, origin: dict[str, Any], check: bool) -> list[str]:
+        taken.append((adapter, origin))
+        return []
+
+    monkeypatch.setattr(servers, "advice_on", lambda *_: servers.Advice({}, []))
+    monkeypatch.setattr(released, "export_adapter", taking)
     finals = train_finalists(study)
     assert finals.verdict is not None
     assert finals.winner is not None

@@ -128,7 +128,8 @@ def test_plain_lora_on_experts_is_merged(family: str, tiny: Tiny, data: dict[Tas
     config = settings(tiny, "causal-lm", base, data["causal-lm"], method="lora", max_steps=4, eval_steps=4)
     adapter, measured = trained(config, tmp_path / "trial", steps=4)
     assert export_merged(adapter, tmp_path / "merged", {}) == []
-    merged = evaluation_config(tmp_path / "merged", {})
+    rows = {"train_data": config.train_data, "validation_data": config.validation_data}
+    merged = evaluation_config(tmp_path / "merged", rows)
     assert evaluate_adapter(None, merged) == pytest.approx(measured, rel=1e-4, abs=1e-4)
 
 
@@ -152,7 +153,8 @@ def test_an_adapter_is_the_same_wherever_it_is_used(
             texts.append([row.prediction for row in predict(model, loaded, way, 12)])
         assert texts[0] == texts[1]
     assert export_merged(adapter, tmp_path / "merged", {}) == []
-    merged = evaluation_config(tmp_path / "merged", {})
+    rows = {"train_data": config.train_data, "validation_data": config.validation_data}
+    merged = evaluation_config(tmp_path / "merged", rows)
     assert evaluate_adapter(None, merged) == pytest.approx(measured, rel=1e-4, abs=1e-4)
     if not TASK_FACTS[task].generates:
         assert AUTO_CLASS[task].from_pretrained(tmp_path / "merged").config.id2label == {0: "bad", 1: "good"}

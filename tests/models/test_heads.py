@@ -54,11 +54,12 @@ def test_a_head_for_other_labels_is_trained_anew(
     expected = evaluate_adapter(adapter, config)
     assert evaluate_adapter(adapter, config.model_copy(update={"seed": 5})) == expected
     export_merged(adapter, tmp_path / "merged", {})
+    monkeypatch.chdir(tiny.folder)
     assert evaluate_adapter(None, evaluation_config(tmp_path / "merged", {})) == pytest.approx(expected, rel=1e-4)
     export_adapter(adapter, tmp_path / "exported", {"study": "s", "trial": 0})
-    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "exported" / "README.md").read_text(), re.DOTALL)
-    (tmp_path / "load.py").write_text(code)
-    monkeypatch.chdir(tmp_path / "exported")
+    code, _ = re.findall(r"```python\n(.*?)```", (tmp_path / "exported" / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "load.py").write_text(code.replace('"."', '"exported"'))
+    monkeypatch.chdir(tmp_path)  # where the base model is, under the name that the card has
     model = runpy.run_path(str(tmp_path / "load.py"))["model"]
     assert model.config.id2label == NAMES
 
@@ -80,9 +81,9 @@ def test_a_classifier_says_its_labels_and_is_served_with_its_padding(
     adapter = adapter_of(base, tiny, tmp_path / "trial")
     export_merged(adapter, tmp_path / "merged", {})
     export_adapter(adapter, tmp_path / "exported", {"study": "s", "trial": 0})
-    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "exported" / "README.md").read_text(), re.DOTALL)
-    (tmp_path / "load.py").write_text(code)
-    monkeypatch.chdir(tmp_path / "exported")
+    code, _ = re.findall(r"```python\n(.*?)```", (tmp_path / "exported" / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "load.py").write_text(code.replace('"."', '"exported"'))
+    monkeypatch.chdir(tmp_path)  # where the base model is, under the name that the card has
     shown = runpy.run_path(str(tmp_path / "load.py"))["model"]
     for model in (shown, AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")):
         assert model.config.id2label == NAMES

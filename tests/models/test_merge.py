@@ -41,10 +41,11 @@ def adapter_of(task: Task, family: str, tiny: Tiny, folder: Path, targets: tuple
     ],
 )
 def test_a_tied_output_layer_is_merged_apart_from_the_embeddings(
-    task: Task, family: str, targets: tuple[str, ...], tiny: Tiny, tmp_path: Path
+    task: Task, family: str, targets: tuple[str, ...], tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = adapter_of(task, family, tiny, tmp_path, targets)
     assert export_merged(adapter, tmp_path / "merged", {}) == []
+    monkeypatch.chdir(tiny.folder)
     expected = evaluate_adapter(adapter, evaluation_config(adapter, {}))
     measured = evaluate_adapter(None, evaluation_config(tmp_path / "merged", {}))
     assert measured == pytest.approx(expected, rel=1e-4)

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from optuna.exceptions import StorageInternalError
+from safetensors.numpy import save_file
 from tiny_trials import next_trial
 
 from bilora_ray.cli.main import main
@@ -77,8 +78,9 @@ def study(open_folder: Path) -> Iterator[SearchStudy]:
         folder.mkdir(parents=True)
     (checkpoint / "state.json").write_text(json.dumps({"history": [metrics], "best_step": 1}))
     write_recipe(adapter, study.config(0), {"step": 1})
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        (adapter / name).touch()
+    config = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"], "base_model_name_or_path": "org/model"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    save_file({}, adapter / "adapter_model.safetensors")
     (adapter / "README.md").write_text("---\nlibrary_name: peft\n---\n")
     study.report(0, metrics)
     other.release()
@@ -111,8 +113,10 @@ def seen(layout: Layout, folder: Path) -> list[Any]:
     shown, listed = run(layout, "show", "s", "--json"), run(layout, "show", "--json")
     exported = run(layout, "export", "s", "--output", folder / "adapter")
     table = run(layout, "show", "s")
-    for result in (shown, listed, exported, table):
+    for result in (shown, listed, table):
         assert (result.exit_code, result.stderr) == (0, "")
+    unread = "what was written was not loaded and compared: the base model org/model is not on this machine"
+    assert (exported.exit_code, exported.stderr) == (0, f"Note: {unread}\n")
     check_study(SPACE, layout, True, {})
     recipe = json.loads((folder / "adapter" / "bilora_ray.json").read_text())
     return [

@@ -244,9 +244,12 @@ def test_export_adapter_copies_the_adapter_and_adds_its_origin(trained: dict[Tas
     output = tmp_path / "a" / "adapter"
     export_adapter(trial.adapter, output, ORIGIN)
     assert sorted(path.name for path in output.iterdir()) == FILES
-    assert read_recipe(output) == {**ORIGIN, **read_recipe(trial.adapter)}
-    for name in FILES[1:-1]:
-        assert (output / name).read_bytes() == (trial.adapter / name).read_bytes()
+    expected, here = read_recipe(trial.adapter), trial.config.model_dump()
+    names = {key: f"./{Path(here[key]).name}" for key in ("model_name_or_path", "train_data", "validation_data")}
+    assert read_recipe(output) == {**ORIGIN, **expected, "settings": {**expected["settings"], **names}}
+    before, after = (json.loads((folder / "adapter_config.json").read_text()) for folder in (trial.adapter, output))
+    assert after == {**before, "base_model_name_or_path": "./llama"}
+    assert (output / FILES[2]).read_bytes() == (trial.adapter / FILES[2]).read_bytes()
     assert [path.name for path in output.parent.iterdir()] == ["adapter"]
 
 
@@ -256,19 +259,20 @@ def test_the_card_says_what_was_trained_and_its_code_loads_the_adapter(
 ) -> None:
     trial = trained[task]
     export_adapter(trial.adapter, tmp_path / "x", {**ORIGIN, trial.config.metric: 0.25})
-    card, before = ModelCard.load(tmp_path / "x" / "README.md"), ModelCard.load(trial.adapter / "README.md")
-    kept = before.data.to_dict()
-    del kept["base_model"]
-    kept["tags"] = [tag for tag in kept["tags"] if not tag.startswith("base_model")]
-    assert card.data.to_dict() == kept  # the Hub takes no path for the name of a base model
+    card = ModelCard.load(tmp_path / "x" / "README.md")
+    assert card.data.base_model is None  # the Hub takes no path for the name of a base model
+    assert (card.data.library_name, card.data.tags) == ("peft", ["bilora", "bilora-ray", "lora", "transformers"])
     assert f"trial 3 of study `s`, with {trial.config.metric} 0.25 on its validation rows." in card.text
     assert f"| rho | {trial.config.rho} |" in card.text
     assert "More Information Needed" not in card.text
-    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
-    (tmp_path / "load.py").write_text(code)
     monkeypatch.chdir(tmp_path / "x")
-    model = runpy.run_path(str(tmp_path / "load.py"))["model"]
-    assert float((logits_of(model, trial) - trial.logits).abs().max()) <= 1e-5
+    Path(Path(model_folder(trial)).name).symlink_to(model_folder(trial))
+    codes = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    assert ["PeftModel" in code for code in codes] == [True, False]
+    for code in codes:
+        (tmp_path / "load.py").write_text(code)
+        model = runpy.run_path(str(tmp_path / "load.py"))["model"]
+        assert float((logits_of(model, trial) - trial.logits).abs().max()) <= 1e-5
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -301,7 +305,7 @@ def test_the_card_loads_the_base_as_it_was_trained_on(trained: dict[Task, Traine
     assert "| target_modules | q_proj\\|v_proj |" in text
     built_in = {"model_name_or_path": "builtin:quickstart/model"}
     write_card(tmp_path / "x", trained["causal-lm"].config.model_copy(update=built_in), ORIGIN)
-    (code,) = re.findall(r"```python\n(.*?)model =", (tmp_path / "x" / "README.md").read_text(), re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)model =", (tmp_path / "x" / "README.md").read_text(), re.DOTALL)
     (tmp_path / "load.py").write_text(code)
     assert runpy.run_path(str(tmp_path / "load.py"))["base"].config.model_type == "llama"
 
@@ -322,7 +326,7 @@ def test_a_merged_model_needs_no_peft(task: Task, trained: dict[Task, Trained], 
     batch = batch_of(trial.config.model_copy(update={"model_name_or_path": str(tmp_path / "merged")}))
     assert batch.keys() == trial.batch.keys()
     assert all(torch.equal(batch[key], tensor) for key, tensor in trial.batch.items())
-    assert {path.suffix for path in (tmp_path / "merged").iterdir()} <= {".json", ".safetensors", ".jinja"}
+    assert {path.suffix for path in (tmp_path / "merged").iterdir()} <= {".json", ".md", ".safetensors", ".jinja"}
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     if task in HEADS:
         assert model.config.num_labels == HEADS[task]
@@ -334,23 +338,24 @@ def test_a_merged_model_needs_no_peft(task: Task, trained: dict[Task, Trained], 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_merged_model_measures_what_its_adapter_does(
-    task: Task, trained: dict[Task, Trained], tmp_path: Path
+    task: Task, trained: dict[Task, Trained], tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tiny.folder)
     trial, merged = trained[task], tmp_path / "merged"
-    export_merged(trial.adapter, merged, {"study": "s"})
+    export_merged(trial.adapter, merged, ORIGIN)
     assert is_merged(merged)
     assert not is_merged(trial.adapter)
     measured = evaluate_adapter(None, evaluation_config(merged, {}))
     assert measured == pytest.approx({name: trial.metrics[name] for name in measured}, rel=1e-4)
     base = evaluation_config(merged, {}, base_model=True)
-    assert base.model_name_or_path == trial.config.model_name_or_path
+    assert base.model_name_or_path == f"./{Path(model_folder(trial)).name}"
     assert line_of(merged, model_name_or_path="x") == (
         f"{merged}: is a whole model, so model_name_or_path says nothing"
     )
 
 
 def test_only_an_adapter_is_exported(trained: dict[Task, Trained], tmp_path: Path) -> None:
-    export_merged(trained["causal-lm"].adapter, tmp_path / "merged", {})
+    export_merged(trained["causal-lm"].adapter, tmp_path / "merged", ORIGIN)
     torn = tmp_path / "torn"
     export_adapter(trained["causal-lm"].adapter, torn, ORIGIN)
     (torn / "adapter_config.json").unlink()
@@ -379,7 +384,7 @@ def model_folder(trial: Trained) -> str:
 def test_a_merge_does_not_touch_the_adapter(trained: dict[Task, Trained], tmp_path: Path) -> None:
     trial = trained["causal-lm"]
     before = {path.name: path.read_bytes() for path in trial.adapter.iterdir()}
-    export_merged(trial.adapter, tmp_path / "merged", {})
+    export_merged(trial.adapter, tmp_path / "merged", ORIGIN)
     assert {path.name: path.read_bytes() for path in trial.adapter.iterdir()} == before
     loaded = AutoModelForCausalLM.from_pretrained(trial.config.model_name_or_path)
     assert torch.equal(logits_of(PeftModel.from_pretrained(loaded, str(trial.adapter)), trial), trial.logits)
@@ -415,8 +420,9 @@ def test_a_recipe_cannot_turn_remote_code_on(trained: dict[Task, Trained], tmp_p
 
 
 def test_an_evaluation_survives_the_loss_of_the_training_data(
-    trained: dict[Task, Trained], tiny: Tiny, tmp_path: Path
+    trained: dict[Task, Trained], tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tiny.folder)
     trial = trained["sequence-classification"]
     only_good = tmp_path / "good.jsonl"
     only_good.write_text('{"text": "lovely red", "label": "good"}\n')
@@ -486,8 +492,9 @@ def chatted(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> tuple[Train
 
 
 def test_an_adapter_for_chats_takes_its_template_and_its_ends_along(
-    chatted: tuple[Trained, Path], tmp_path: Path
+    chatted: tuple[Trained, Path], tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     trial, file = chatted
     output = tmp_path / "adapter"
     export_adapter(trial.adapter, output, ORIGIN)
@@ -499,12 +506,13 @@ def test_an_adapter_for_chats_takes_its_template_and_its_ends_along(
     assert GenerationConfig.from_pretrained(output).eos_token_id == [1, 2]
     card = (output / "README.md").read_text()
     assert (
-        f"vllm serve {trial.config.model_name_or_path} --enable-lora --max-lora-rank 16 --lora-modules adapter=. "
+        "vllm serve ./llama --enable-lora --max-lora-rank 16 --lora-modules adapter=. "
         """--chat-template chat_template.jinja --default-chat-template-kwargs '{"style": ""}' --generation-config ."""
     ) in card
     assert "a request needs `stop_token_ids: [1, 2]`" in card
     assert "model.generation_config.eos_token_id = [1, 2]" in card
     # Evaluated elsewhere, where the file that the space named is not.
+    monkeypatch.chdir(tiny.folder)
     content = file.read_text()
     file.unlink()
     try:

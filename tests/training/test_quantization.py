@@ -76,15 +76,24 @@ def test_the_adapter_of_a_quantised_base_loads_in_plain_peft(tiny: Tiny, model: 
 
 
 def test_the_merged_model_of_a_quantised_base_has_whole_weights(tiny: Tiny, model: Path, tmp_path: Path) -> None:
-    run_fit(settings(tiny, model, "nf4"), tmp_path / "trial")
+    config = settings(tiny, model, "nf4")
+    _, progress = run_fit(config, tmp_path / "trial")
     adapter = TrialFolder(tmp_path / "trial").best_adapter()
     assert adapter is not None
-    (note,) = export_merged(adapter, tmp_path / "merged", {})
-    start, _, share = note.rpartition(" ")
+    assert progress.best_value is not None
+    (note,) = export_merged(adapter, tmp_path / "merged", {"eval_loss": progress.best_value})
+    moved, again = note.split("; ")
+    start, _, share = moved.rpartition(" ")
     assert start == (
         "quantization: the adapter was trained on nf4 weights and is merged into whole ones, which moves the logits by"
     )
     assert 1 < float(share.removesuffix("%")) < 100
+    # What it is worth as it is now, beside what it was worth.
+    rows = {"train_data": config.train_data, "validation_data": config.validation_data}
+    measured = evaluate_adapter(None, evaluation_config(tmp_path / "merged", rows))["eval_loss"]
+    told = f"eval_loss is {measured:.6g}, {progress.best_value:.6g} with the adapter"
+    assert again == f"measured again on its validation rows, {told}"
+    assert measured != progress.best_value
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(adapter)).eval()
     rows = torch.arange(3, 40).view(1, -1)
