@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, metadata
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, try_to_load_from_cache
+from huggingface_hub import ModelCard
 
 from bilora_ray.config import TrialConfig
-from bilora_ray.paths import kind_by_name, loadable
+from bilora_ray.paths import kind_by_name
+from bilora_ray.release.base import base_files
 
 # What a card's metadata say of a licence, as the Hub has them.
 KEYS = ("license", "license_name", "license_link")
@@ -29,31 +28,18 @@ def licence_of(config: TrialConfig) -> dict[str, str]:
     The base's own card says it, or else its LICENSE file: of a folder those in it, of a model of the Hub those that
     are in the cache. Nothing is guessed, and nobody is asked.
     """
-    name = config.model_name_or_path
-    if kind_by_name(name, is_data=False) == "built in":
+    if kind_by_name(config.model_name_or_path, is_data=False) == "built in":
         try:
             licence = metadata("bilora-ray").json.get("license_expression")
         except PackageNotFoundError:
             licence = None
         return {} if licence is None else {"license": str(licence).lower()}
-    for file in _files(config, name, ("README.md",)):
+    for file in base_files(config, "README.md"):
         said: dict[str, Any] = ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()
         if isinstance(said.get("license"), str):
             return {key: said[key] for key in KEYS if isinstance(said.get(key), str)}
-    for file in _files(config, name, ("LICENSE", "LICENSE.txt", "LICENSE.md")):
+    for file in base_files(config, "LICENSE", "LICENSE.txt", "LICENSE.md"):
         beginning = " ".join(file.read_text(encoding="utf-8", errors="replace")[:400].split())
         known = next((licence for text, licence in TEXTS.items() if beginning.startswith(text)), None)
         return {"license": known} if known else {"license": "other", "license_name": "see-base-model"}
     return {}
-
-
-def _files(config: TrialConfig, name: str, wanted: tuple[str, ...]) -> Iterator[Path]:
-    folder = Path(loadable(name))
-    for file in wanted:
-        if folder.is_dir():
-            if (folder / file).is_file():
-                yield folder / file
-        elif kind_by_name(name, is_data=False) == "hub":
-            cached = try_to_load_from_cache(name, file, revision=config.model_revision)
-            if isinstance(cached, str):
-                yield Path(cached)

@@ -1,7 +1,8 @@
 """What servers make of an adapter: how it is served, or why it would be refused and what to do then.
 
-Read in their sources: vLLM's `vllm/config/lora.py`, `vllm/lora/peft_helper.py` and `lora_model.py`, SGLang's
-`sglang/srt/lora/{lora_config,lora_manager,utils}.py`, llama.cpp's `convert_lora_to_gguf.py`.
+Read in their sources: vLLM's `vllm/config/lora.py`, `vllm/lora/peft_helper.py`, `vllm/lora/lora_model.py` and
+`docs/models/supported_models.md`, SGLang's `sglang/srt/lora/{lora_config,lora_manager,utils}.py`, llama.cpp's
+`convert_lora_to_gguf.py`; in 2026.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from bilora_ray.checking import build
 from bilora_ray.config import TASK_FACTS, TrialConfig
 from bilora_ray.paths import kind_by_name, loadable
 from bilora_ray.recipe import CONFIG, RECIPE, TEMPLATE, WEIGHTS, read_recipe
+from bilora_ray.release.base import base_settings
 from bilora_ray.release.names import name_outside
 from bilora_ray.training.tasks import TASKS
 
@@ -27,6 +29,14 @@ SGLANG_MODULES = frozenset(
     [
         *("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj"),
         *("embed_tokens", "lm_head"),
+    ]
+)
+# The architectures that vLLM serves, but without LoRA.
+VLLM_WITHOUT_LORA = frozenset(
+    [
+        *("ArcticForCausalLM", "BloomForCausalLM", "DbrxForCausalLM", "FalconForCausalLM", "FalconMambaForCausalLM"),
+        *("GPT2LMHeadModel", "GPTJForCausalLM", "GPTNeoXForCausalLM", "Gemma3nForCausalLM", "MPTForCausalLM"),
+        *("Mamba2ForCausalLM", "MambaForCausalLM", "OlmoeForCausalLM", "RWForCausalLM", "StableLmForCausalLM"),
     ]
 )
 FACTORS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
@@ -61,20 +71,27 @@ def refusals(adapter: Path, config: TrialConfig) -> list[Refusal]:
         return [Refusal("vLLM and SGLang", why, "load it with PEFT, or use `bilora-ray predict`")]
     settings = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))
     if not facts.generates:
-        why = "none reads the head of an adapter, vLLM at least not before its pull request 53555 (August 2026)"
+        why = "none reads an adapter's head, but a vLLM with its pull request 53555 of August 2026"
         return [Refusal("vLLM, SGLang and llama.cpp", why, f"{MERGE}, which any vLLM serves")]
     names = _tensors(adapter)
     whole = sorted({name.rpartition(".")[0].removeprefix("base_model.model.") for name in names if _is_whole(name)})
-    found = [*_of_vllm(settings, whole), *_of_sglang(settings, names, whole)]
-    if whole:
+    base = base_settings(config)
+    found = [*_of_vllm(settings, whole, base), *_of_sglang(settings, names, whole)]
+    tied = base.get("tie_word_embeddings") and any(_module(name).endswith("lm_head") for name in names)
+    if tied:
+        why = "it adapts lm_head, which is the embeddings' in this base model and is not read there"
+        found.append(Refusal("llama.cpp", why, f"train without lm_head among target_modules, or {MERGE}"))
+    elif whole:
         found.append(Refusal("llama.cpp", f"it has other weights than of LoRA ({', '.join(whole)})", MERGE))
     elif settings.get("use_dora"):
         found.append(Refusal("llama.cpp", "it is a DoRA", MERGE))
     return found
 
 
-def _of_vllm(settings: Mapping[str, Any], whole: Sequence[str]) -> list[Refusal]:
+def _of_vllm(settings: Mapping[str, Any], whole: Sequence[str], base: Mapping[str, Any]) -> list[Refusal]:
     found, most = [], VLLM_RANKS[-1]
+    if unable := sorted(VLLM_WITHOUT_LORA & set(base.get("architectures") or ())):
+        found.append(Refusal("vLLM", f"it has no LoRA for {', '.join(unable)}", MERGE))
     if settings["r"] > most:
         line = f"rank {settings['r']} is above {most}, the highest --max-lora-rank"
         found.append(Refusal("vLLM", line, f"train with a rank of {most} at the most, or {MERGE}"))

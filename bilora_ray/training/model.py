@@ -439,7 +439,8 @@ def _naming_the_model(config: TrialConfig) -> Iterator[None]:
     """Turns what a wrong model, a missing package or a failing disk raises into one line that names the setting."""
     name = config.model_name_or_path
     if kind_of(name, is_data=False) == "local" and not Path(name).is_dir():
-        raise UserError(f"model_name_or_path: no such folder: {name}")
+        named = "" if Path(name).is_absolute() else "; it is named from the current folder, as an export does"
+        raise UserError(f"model_name_or_path: no such folder: {name}{named}")
     try:
         yield
     except UserError:

@@ -67,6 +67,23 @@ def test_what_a_server_does_not_take_is_told_with_the_mend(
     assert all("export it with --merge" in str(one) for one in found)
 
 
+@pytest.mark.parametrize(
+    ("base", "modules", "server", "words"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, ("q_proj",), "vLLM", "it has no LoRA for GPT2LMHeadModel"),
+        ({"tie_word_embeddings": True}, ("q_proj", "lm_head"), "llama.cpp", "it adapts lm_head"),
+        ({"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": False}, ("q_proj", "lm_head"), None, ""),
+    ],
+)
+def test_the_base_model_matters(
+    base: dict[str, Any], modules: tuple[str, ...], server: str | None, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(base))
+    found = refusals(adapter(tmp_path, modules), config_of(model_name_or_path=str(tmp_path)))
+    assert [one.server for one in found] == ([] if server is None else [server])
+    assert all(words in one.why and "export it with --merge" in one.mend for one in found)
+
+
 @pytest.mark.parametrize("task", CLASSIFIERS)
 def test_a_head_wants_a_merged_model(task: Task, tmp_path: Path) -> None:
     (one,) = refusals(adapter(tmp_path, whole=("base_model.model.classifier.weight",)), config_of(task))
