@@ -84,7 +84,8 @@ def command(
         from bilora_ray.release.hub import check_push
 
         check_push(repository)
-    with telling_of_gpu_memory("; hide it with CUDA_VISIBLE_DEVICES= to use main memory"):
+    without = "" if merge else ", or give --no-check"
+    with telling_of_gpu_memory(f"; hide it with CUDA_VISIBLE_DEVICES= to use main memory{without}"):
         exported = write(chosen, output, merge, check=not no_check)
     address = None
     if repository is not None:

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from bilora_ray.config import TrialConfig
-from bilora_ray.paths import kind_by_name, loadable
+from bilora_ray.paths import WEIGHTS, kind_by_name, loadable
 
 
 def base_files(config: TrialConfig, *names: str) -> Iterator[Path]:
@@ -32,3 +32,12 @@ def base_settings(config: TrialConfig) -> dict[str, Any]:
     for file in base_files(config, "config.json"):
         return dict(json.loads(file.read_text(encoding="utf-8")))
     return {}
+
+
+def base_bytes(config: TrialConfig) -> int:
+    """What the base model's weights take in their files; 0 where those are not here."""
+    for file in base_files(config, WEIGHTS):
+        return file.stat().st_size
+    for file in base_files(config, f"{WEIGHTS}.index.json"):
+        return int(json.loads(file.read_text(encoding="utf-8"))["metadata"]["total_size"])
+    return 0

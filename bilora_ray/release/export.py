@@ -16,7 +16,11 @@ from bilora_ray.errors import UserError
 from bilora_ray.files import atomic_folder, readable
 from bilora_ray.paths import is_cached, loadable
 from bilora_ray.recipe import GENERATION, MERGED, RECIPE, TEMPLATE, read_recipe, write_recipe
+from bilora_ray.release.base import base_bytes
 from bilora_ray.release.names import outside, rename_base
+
+# How much smaller weights are than published ones, which have 16 bits as a rule.
+SMALLER = {"int8": 2, "nf4": 4}
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,8 +78,12 @@ def _checked(adapter: Path, written: Path, config: TrialConfig) -> list[str]:
     if not is_here:
         return [f"{unread}: the base model {name} is not on this machine"]
     from bilora_ray.training import model as models
+    from bilora_ray.training.compute.memory import free_bytes
     from bilora_ray.training.probe.passes import logits_of
 
+    size, free = base_bytes(config) // SMALLER.get(config.quantization or "", 1), free_bytes()
+    if free is not None and size > free:
+        return [f"{unread}: the base model takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"]
     try:
         check_base(config, read_recipe(adapter))
         tokenizer = models.load_processor(config)

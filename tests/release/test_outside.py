@@ -24,6 +24,7 @@ from bilora_ray.release import export
 from bilora_ray.release.export import export_adapter, export_merged
 from bilora_ray.release.licence import licence_of
 from bilora_ray.release.names import name_outside
+from bilora_ray.training.compute import memory
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.model import AUTO_CLASS
 
@@ -209,6 +210,15 @@ def test_a_base_that_is_away_keeps_nobody_from_a_copy(
     finally:
         base.with_name("away").rename(base)
     assert note == f"what was written was not loaded and compared: the base model {base} is not on this machine"
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def test_a_base_that_does_not_fit_is_not_loaded(
+    trained: dict[Task, Trained], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1000)
+    (note,) = export_adapter(trained["causal-lm"].adapter, tmp_path / "out", ORIGIN, True)
+    assert note.startswith("what was written was not loaded and compared: the base model takes 0.0 GB, and 0.0 GB are")
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
 
 

@@ -252,6 +252,11 @@ def _read(file: Path | None) -> dict[str, Any]:
         return {}
 
 
+def free_bytes() -> int | None:
+    """What is free where a trial computes; None where that is not known."""
+    return _room()[0]
+
+
 def _room() -> tuple[int | None, int | None]:
     """Bytes that are free and that there are, where a trial computes: for this process, if it may not have all."""
     if torch.cuda.is_available():
