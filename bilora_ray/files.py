@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from safetensors import SafetensorError
 
@@ -74,6 +75,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _sync(path.parent)
     except BaseException:  # Ctrl-C and a stopped trial too: nothing half-written stays, and all is raised again
         shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[TextIO]:
+    """A text file to write, which becomes `path` when the block ends and vanishes if it raises.
+
+    Raises:
+        FileNotFoundError: the folder that `path` is to be in does not exist.
+        OSError: it cannot be written; the error names a file.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with _naming(path):
+            with unfinished.open("w", encoding="utf-8") as file:
+                yield file
+            _sync(unfinished)
+            unfinished.rename(path)
+            _sync(path.parent)
+    except BaseException:  # as for a folder
+        unfinished.unlink(missing_ok=True)
         raise
 
 

@@ -36,6 +36,7 @@ COMMANDS = {
     "delete": "Remove a study: its files, its records and its runs in MLflow.",
     "export": "Copy a trial's adapter out, or merge it into its base model.",
     "evaluate": "Measure an exported adapter on a data file.",
+    "predict": "Ask an adapter: a prompt, or every row of a file.",
     "ui": "Browse all runs in MLflow.",
     "estimate": "Say what a search will take: memory, time, device-hours.",
     "doctor": "Look whether all is there that a search needs.",

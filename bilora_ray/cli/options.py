@@ -142,14 +142,15 @@ trial_option = click.option("--trial", "number", type=int, metavar="N", help="A 
 
 def print_json(value: Any) -> None:
     """Print `value` for a script to read. JSON has no infinity and no NaN: they become null."""
-    click.echo(json.dumps(_finite(value), indent=2, default=str, allow_nan=False))
+    click.echo(json.dumps(finite(value), indent=2, default=str, allow_nan=False))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """`value`, a JSON value, with null in the place of infinity and NaN."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,7 +26,9 @@ from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.probe.passes import Probe, check_passes, check_tokens
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Example, Model, Prediction, on_device
+from bilora_ray.training.tasks.base import Example, Model, Prediction, Processor, on_device
+
+R = TypeVar("R")
 
 # Model -> what was found when it was asked: whether it writes as it reads.
 _TELLING: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -68,18 +70,42 @@ def load_adapted(adapter: Path | None, config: TrialConfig) -> tuple[Model, Load
     Raises:
         UserError: the data or the base model are not as `config` says, or the adapter is not the base model's.
     """
-    use_tensor_cores()
     data = load_data(config, splits=("validation",))
+    model, told, random = load_model(adapter, config, data.tokenizer, data.label_names, data.validation)
+    return model, data, [*told, *(random if adapter is None else []), *data.notes]
+
+
+def load_model(
+    adapter: Path | None,
+    config: TrialConfig,
+    processor: Processor,
+    label_names: Sequence[str] | None,
+    examples: Iterable[Example] = (),
+) -> tuple[Model, list[str], list[str]]:
+    """The base model of `config` with an exported adapter, or alone, once it is known that it can be measured.
+
+    Args:
+        adapter: the folder; None: the base model alone.
+        config: the settings.
+        processor: the base's own.
+        label_names: names by label index; None where the task has no labels.
+        examples: the base must have an embedding of each of their tokens.
+
+    Returns:
+        The model; what to tell who measures it; and what to tell who measures the base model, without an adapter.
+
+    Raises:
+        UserError: the base model is not as `config` says, or the adapter is not the base model's.
+    """
+    use_tensor_cores()
     other = None if adapter is None else check_base(config, known_of(adapter))
     model: Model
-    model, fresh = models.load_base(config, data.tokenizer, data.label_names)
-    check_tokens(model, config, data.tokenizer, data.validation)
-    check_passes(model, config, data.tokenizer, training=False)
-    if adapter is not None:
-        return models.load_adapter(model, adapter), data, [*([other] if other else []), *data.notes]
+    model, fresh = models.load_base(config, processor, label_names)
+    check_tokens(model, config, processor, examples)
+    check_passes(model, config, processor, training=False)
     missing = f"its files hold no weights of {', '.join(fresh)}"
     random = [f"the head of base model {config.model_name_or_path} is random: {missing}"] if fresh else []
-    return model, data, [*random, *data.notes]
+    return model if adapter is None else models.load_adapter(model, adapter), [other] if other else [], random
 
 
 def predict(model: Model, data: Loaded, config: TrialConfig, count: int) -> list[Prediction]:
@@ -109,7 +135,7 @@ def _losses(
     """The metrics of a pass over `examples`; and what it says of how each would be written, if it does."""
     task = TASKS[config.task]
     telling = _tells_what_is_written(model, config, tokenizer, workers)
-
+    sides = [task.sides(example) for example in examples]
     padded = not is_flat(task, model)
     reader = Reader(model, workers, writes_on=telling and task.continues and padded)
 
@@ -121,16 +147,39 @@ def _losses(
         counts = [int(task.target_count([example])) for example in part] if telling else []
         return [(task.measure(logits, targets), reader.read(logits, targets, counts, kept) if telling else [])]
 
+    batches, found = in_passes(model, examples, config, measure, workers)
+    read = in_row_order(batches, [read for _, of_rows in found for read in of_rows]) if telling else None
+    return task.metrics([part for part, _ in found], config), read
+
+
+def in_passes(
+    model: Model,
+    examples: Sequence[Example],
+    config: TrialConfig,
+    compute: Callable[[Sequence[int]], list[R]],
+    workers: Workers = ALONE,
+) -> tuple[list[list[int]], list[R]]:
+    """The rows of each evaluation pass over `examples`, and all that `compute` gives for them, in that order.
+
+    Rows of like length come together, the longest first; a pass that has no room is halved.
+
+    Args:
+        model: reads them.
+        examples: rows.
+        config: how many at once.
+        compute: indices of rows -> a list of what was found.
+        workers: who share the passes.
+    """
+    task = TASKS[config.task]
+    padded = not is_flat(task, model)
     sides = [task.sides(example) for example in examples]
     order = longest_first([sum(side) for side in sides])
     room = current_room(config, workers)
-    measured = in_parts(room, "evaluation", measure, lambda rows: positions([sides[row] for row in rows], padded))
+    computed = in_parts(room, "evaluation", compute, lambda rows: positions([sides[row] for row in rows], padded))
     budget = Budget(config.per_device_eval_batch_size, proven=room.proven.evaluation, padded=padded)
     parts = cut([sides[row] for row in order], budget, models.device().type)
     batches = [[order[place] for place in part] for part in parts]
-    found = list(chain.from_iterable(workers.map(measured, batches)))
-    read = in_row_order(batches, [read for _, of_rows in found for read in of_rows]) if telling else None
-    return task.metrics([part for part, _ in found], config), read
+    return batches, list(chain.from_iterable(workers.map(computed, batches)))
 
 
 def _tells_what_is_written(

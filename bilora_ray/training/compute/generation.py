@@ -1,4 +1,4 @@
-"""How texts are written for an evaluation: greedily, in batches."""
+"""How texts are written: in batches, and for an evaluation greedily."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from bilora_ray.training.metrics import IGNORED
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
+    from transformers import DynamicCache, GenerationConfig, LogitsProcessor, PreTrainedTokenizerBase
 
     from bilora_ray.training.distributed.workers import Workers
 
 # A transformers model or a PEFT model around one.
 Model = Any
+# Rows -> what chooses each next token of their texts, in the place of the likeliest one.
+Draw = Callable[[Sequence[int]], "LogitsProcessor"]
 # Of each layer of a decoder its keys and its values of one row, (heads, positions, width) each.
 States = list[tuple["Tensor", "Tensor"]]
 # A step of so many texts takes a GPU hardly longer than that of one: it reads the weights once.
@@ -240,6 +242,8 @@ def write(
     *,
     continues: bool,
     states: Sequence[States | None] | None = None,
+    draw: Draw | None = None,
+    told: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """The tokens that `model` writes after each of `prompts`; behind an end there may be others of no meaning.
 
@@ -254,7 +258,11 @@ def write(
         workers: who share the batches.
         continues: whether a text goes on with its prompt, so that it begins behind the last position.
         states: those of each prompt and its beginning, less the last token. Where they are known, a prompt is not read.
+        draw: None: greedily.
+        told: is called with how many texts more are written.
     """
+    from transformers import LogitsProcessorList
+
     from bilora_ray.training.compute.memory import current_room, in_parts
 
     texts = [list(beginning) for beginning in beginnings]
@@ -276,9 +284,13 @@ def write(
         rest.max_new_tokens = generation.max_new_tokens - least
         # Every forward pass gathers the weights, so whose texts are done goes on with those whose aren't.
         synced = workers.sharded and workers.world_size > 1
+        if draw is not None:
+            inputs["logits_processor"] = LogitsProcessorList([draw(rows)])
         output = model.generate(**inputs, generation_config=rest, synced_gpus=synced)
         # Before what it writes stands the prompt, or what a decoder starts with.
         written = output[:, inputs["input_ids"].shape[1] if continues else 1 :].tolist()
+        if told is not None:
+            told(len(rows))
         return [[*text, *more][: generation.max_new_tokens] for text, more in zip(known, written, strict=True)]
 
     lengths = [len(prompts[row]) + len(texts[row]) for row in unfinished]

@@ -57,6 +57,8 @@ SPEAKERS = {
 }
 # What messages call the thoughts before an answer.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+# What the assistant says where nobody knows it yet.
+STAND_IN = "Quodlibet."
 TEXT_PARTS = ("text", "input_text", "output_text")
 
 
@@ -166,6 +168,23 @@ def messages_of(record: Record, config: TrialConfig) -> list[Message]:
     if not learned:
         raise UserError(f"{record.where}: each message of the assistant has weight 0, so that none is learned")
     return [*_system(record, config, found[0]), *found[: learned[-1] + 1]]
+
+
+def with_turn(record: Record, config: TrialConfig) -> Record:
+    """The record of a chat, with a turn of the assistant at its end if it ends with another's: what is asked of it.
+
+    What that turn says changes nothing of what comes before it.
+    """
+    column = str(config.chat_column)
+    messages = _from_json(record.columns.get(column))
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if not isinstance(last, dict):
+        return record  # who reads it says what is wrong
+    speaker = last.get("role") or SPEAKERS.get(str(last.get("from")))
+    if speaker == ASSISTANT:
+        return record
+    turn = {"role": ASSISTANT, "content": STAND_IN}
+    return Record({**record.columns, column: [*messages, turn]}, record.where)
 
 
 def _system(record: Record, config: TrialConfig, first: Message) -> Iterator[Message]:

@@ -128,6 +128,19 @@ class Prediction:
     reference: str
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model makes of a row, for a program to read: JSON values.
+
+    Attributes:
+        prediction: what it writes, the label, the labels, a tag for each word that was read, or the number.
+        probabilities: by label, in the order of the labels; of words one such mapping each. None where there are none.
+    """
+
+    prediction: Any
+    probabilities: Any = None
+
+
 def given_labels(records: Iterable[Record], config: TrialConfig) -> Labels:
     """The labels that the settings name."""
     return config.label_names
@@ -173,6 +186,23 @@ def balanced(labels: Iterable[int], num_labels: int) -> list[float]:
     return [counts.total() / (len(counts) * counts[label]) if counts[label] else 0.0 for label in range(num_labels)]
 
 
+def named(values: Tensor, label_names: Labels) -> dict[str, float]:
+    """`values` (labels,) by label."""
+    return dict(zip(label_names or (), values.tolist(), strict=True))
+
+
+def known_labels(config: TrialConfig) -> tuple[str, ...]:
+    """The labels of an adapter that is asked. UserError if nobody knows them."""
+    if config.label_names is None:
+        raise UserError("label_names: the adapter does not know them; --set 'label_names=[...]' names them, in order")
+    return config.label_names
+
+
+def with_label(record: Record, config: TrialConfig, label: Any) -> Record:
+    """The record of which nobody knows the label yet, with one that stands in for it."""
+    return Record({**record.columns, config.label_column: label}, record.where)
+
+
 def nothing(*_: Any, **__: Any) -> Any:
     """Where a task has no such facts: no problems, no notes, no metrics, no arguments."""
     return {}
@@ -196,6 +226,11 @@ class Task:
         measure: logits and targets of one batch -> what `metrics` needs of them, with no tensor in it.
         metrics: what `measure` gave, by batch, and the settings, with the names of the labels -> metrics by name.
         predict: what a model makes of examples, for people to read.
+        asked: a record that need not have an answer, and the settings -> the task's row, as good as any to read.
+            UserError if what is asked is not there.
+        answers: logits and targets of one batch, as `forward` gives them, and label names -> what there is
+            to say of each row; None where a model writes.
+        of_prompt: a text that was typed -> what a column has of it.
         sides: how many positions an example has in each part of the model: encoder and decoder are padded apart.
         read: what is read of an example, for people to read.
         learned: what is learned of an example, for people to read.
@@ -231,6 +266,9 @@ class Task:
         [Model, Sequence[Example], TrialConfig, Processor, Labels, Workers],
         list[Prediction],
     ]
+    asked: Callable[[Record, TrialConfig], Row]
+    answers: Callable[[Tensor, Tensor, Labels], list[Answer]] | None = None
+    of_prompt: Callable[[str], Any] = str
     sides: Callable[[Example], tuple[int, ...]] = read_alone
     read: Callable[[Example, Processor], str] = decoded_input
     learned: Callable[[Example, Processor, Labels], str] = decoded_labels

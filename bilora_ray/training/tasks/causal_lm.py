@@ -35,7 +35,7 @@ from bilora_ray.training.compute.targets import (
 )
 from bilora_ray.training.compute.varlen import inputs_of
 from bilora_ray.training.data.chat import Template, Turn
-from bilora_ray.training.data.formats import messages_of, tools_of
+from bilora_ray.training.data.formats import messages_of, tools_of, with_turn
 from bilora_ray.training.data.sources import BEGINNING, Record
 from bilora_ray.training.data.truncation import MOST_LEARNED, is_gone
 from bilora_ray.training.metrics import IGNORED
@@ -44,6 +44,7 @@ from bilora_ray.training.tasks.text import (
     TextRow,
     answer_lost,
     answers_lost,
+    asked_row,
     check_answers,
     check_tokenizer,
     collate,
@@ -105,6 +106,10 @@ def _row(record: Record, config: TrialConfig, names: Labels) -> TextRow | ChatRo
     if config.chat_column is not None:
         return ChatRow(messages_of(record, config), record.where, tools_of(record, config))
     return text_row(record, config, names)
+
+
+def _asked_row(record: Record, config: TrialConfig) -> TextRow | ChatRow:
+    return asked_row(record, config) if config.chat_column is None else _row(with_turn(record, config), config, None)
 
 
 def _examples(
@@ -262,6 +267,7 @@ TASK = Task(
     measure=measure,
     metrics=metrics,
     predict=partial(predict, continues=True),
+    asked=_asked_row,
     label_names=text_label_names,
     check=check_answers,
     about=text_about,

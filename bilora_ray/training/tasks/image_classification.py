@@ -25,8 +25,10 @@ from bilora_ray.training.tasks.base import (
     Model,
     Prediction,
     Processor,
+    known_labels,
     on_device,
     stacked,
+    with_label,
 )
 
 if TYPE_CHECKING:
@@ -48,6 +50,11 @@ def _row(record: Record, config: TrialConfig, names: Labels) -> ImageRow:
     assert names is not None
     image = stored(value_of(record, config.image_column), record.where)
     return ImageRow(image, label_of(record, config, names), record.where)
+
+
+def _asked(record: Record, config: TrialConfig) -> ImageRow:
+    names = known_labels(config)
+    return _row(with_label(record, config, names[0]), config, names)
 
 
 def _examples(
@@ -97,6 +104,7 @@ TASK = replace(
     examples=_examples,
     collate=_collate,
     predict=_predict,
+    asked=_asked,
     read=_read,
     heads=("classifier", "cls_classifier", "distillation_classifier"),
 )

@@ -24,6 +24,7 @@ from bilora_ray.training.data.labels import (
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import F1, IGNORED, set_metrics
 from bilora_ray.training.tasks.base import (
+    Answer,
     Dataset,
     Encoded,
     Example,
@@ -32,7 +33,10 @@ from bilora_ray.training.tasks.base import (
     Prediction,
     Processor,
     Task,
+    known_labels,
+    named,
     stacked,
+    with_label,
 )
 from bilora_ray.training.tasks.sequence_classification import (
     HEADS,
@@ -70,6 +74,10 @@ def _row(record: Record, config: TrialConfig, names: Labels) -> LabelledRow:
     assert names is not None
     found = labels_of(record, config.label_column, config.label_delimiter)
     return labelled_row(record, config, tuple(sorted({index_of(one, config, names, record.where) for one in found})))
+
+
+def _asked(record: Record, config: TrialConfig) -> LabelledRow:
+    return _row(with_label(record, config, []), config, known_labels(config))
 
 
 def _labels(row: LabelledRow) -> tuple[int, ...]:
@@ -140,6 +148,12 @@ def _predict(
     ]
 
 
+def _answers(logits: Tensor, targets: Tensor, label_names: Labels) -> list[Answer]:
+    likely = [named(row.sigmoid(), label_names) for row in logits.float()]
+    found = [named(row, label_names) for row in logits > 0]
+    return [Answer([name for name, has in row.items() if has], each) for row, each in zip(found, likely, strict=True)]
+
+
 def _learned(example: Example, tokenizer: PreTrainedTokenizerBase, label_names: Labels) -> str:
     return _named(example.labels, label_names)
 
@@ -195,6 +209,8 @@ TASK = Task(
     measure=_measure,
     metrics=_metrics,
     predict=_predict,
+    asked=_asked,
+    answers=_answers,
     learned=_learned,
     label_names=_label_names,
     labels=_labels,

@@ -16,7 +16,18 @@ from bilora_ray.training.data.columns import number_of
 from bilora_ray.training.data.labels import without_learning
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import number_metrics
-from bilora_ray.training.tasks.base import Dataset, Encoded, Example, Labels, Model, Prediction, Processor, Task
+from bilora_ray.training.tasks.base import (
+    Answer,
+    Dataset,
+    Encoded,
+    Example,
+    Labels,
+    Model,
+    Prediction,
+    Processor,
+    Task,
+    with_label,
+)
 from bilora_ray.training.tasks.sequence_classification import (
     HEADS,
     LabelledRow,
@@ -51,6 +62,10 @@ def _no_names(*_: Any) -> Labels:
 
 def _row(record: Record, config: TrialConfig, names: Labels) -> LabelledRow:
     return labelled_row(record, config, number_of(record, config.label_column))
+
+
+def _asked(record: Record, config: TrialConfig) -> LabelledRow:
+    return _row(with_label(record, config, 0), config, None)
 
 
 def _examples(
@@ -102,6 +117,10 @@ def _predict(
     return [Prediction(text, f"{float(number):.6g}", f"{example.labels[0]:.6g}") for example, text, number in rows]
 
 
+def _answers(numbers: Tensor, targets: Tensor, label_names: Labels) -> list[Answer]:
+    return [Answer(number) for number in numbers.float().tolist()]
+
+
 def _learned(example: Example, tokenizer: PreTrainedTokenizerBase, label_names: Labels) -> str:
     return f"{example.labels[0]:.6g}"
 
@@ -148,6 +167,8 @@ TASK = Task(
     measure=_measure,
     metrics=_metrics,
     predict=_predict,
+    asked=_asked,
+    answers=_answers,
     learned=_learned,
     label_names=_no_names,
     notes=_notes,

@@ -28,6 +28,7 @@ from bilora_ray.training.tasks.base import Cut, Encoded, Example, Model, Task, c
 from bilora_ray.training.tasks.text import (
     TextRow,
     answers_lost,
+    asked_row,
     check_answers,
     check_tokenizer,
     collate,
@@ -122,6 +123,7 @@ TASK = Task(
     measure=measure,
     metrics=metrics,
     predict=partial(predict, continues=False),
+    asked=asked_row,
     label_names=text_label_names,
     check=check_answers,
     about=text_about,

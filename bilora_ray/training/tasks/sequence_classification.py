@@ -18,6 +18,7 @@ from bilora_ray.training.data.labels import LabelCounts, label_notes, majority, 
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import F1, IGNORED, LossSum, label_metrics, usual_average
 from bilora_ray.training.tasks.base import (
+    Answer,
     Cut,
     Dataset,
     Encoded,
@@ -27,9 +28,12 @@ from bilora_ray.training.tasks.base import (
     Prediction,
     Task,
     cross_entropy,
+    known_labels,
+    named,
     on_device,
     padded,
     stacked,
+    with_label,
 )
 from bilora_ray.training.tasks.text import with_special_tokens
 
@@ -71,6 +75,11 @@ def _label_names(records: Iterable[Record], config: TrialConfig) -> Labels:
 def _row(record: Record, config: TrialConfig, names: Labels) -> LabelledRow:
     assert names is not None
     return labelled_row(record, config, label_of(record, config, names))
+
+
+def _asked(record: Record, config: TrialConfig) -> LabelledRow:
+    names = known_labels(config)
+    return _row(with_label(record, config, names[0]), config, names)
 
 
 def labelled_row(record: Record, config: TrialConfig, label: Any) -> LabelledRow:
@@ -181,6 +190,12 @@ def predicted_alone(
         yield example, str(tokenizer.decode(example.input_ids.tolist())), logits_of(model, batch)[0].float()
 
 
+def answers(logits: Tensor, targets: Tensor, label_names: Labels) -> list[Answer]:
+    """Of each row its likeliest label, and how likely each label is; (rows, labels)."""
+    names = label_names or ()
+    return [Answer(names[int(row.argmax())], named(row.softmax(-1), names)) for row in logits.float()]
+
+
 def _learned(example: Example, tokenizer: PreTrainedTokenizerBase, label_names: Labels) -> str:
     assert label_names is not None
     return label_names[example.labels[0]]
@@ -208,6 +223,8 @@ TASK = Task(
     measure=_measure,
     metrics=_metrics,
     predict=_predict,
+    asked=_asked,
+    answers=answers,
     learned=_learned,
     label_names=_label_names,
     labels=_labels,

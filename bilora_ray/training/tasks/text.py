@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.config import EXACT_MATCH, LABEL_METRICS, TrialConfig, template_columns
 from bilora_ray.errors import UserError, nearest
-from bilora_ray.training.compute.generation import Read, begun, greedy, is_whole, preferences, write
+from bilora_ray.training.compute.generation import Draw, Read, begun, greedy, is_whole, preferences, write
 from bilora_ray.training.data.chat import Template, all_special
 from bilora_ray.training.data.columns import filled, label_of, label_text_of, listed, names_of, text_of
 from bilora_ray.training.data.formats import prompt_and_completion
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from bilora_ray.training.distributed.workers import Workers
+
+# What a GenerationConfig calls the token that a text begins with, such as a language code.
+FORCED = "forced_bos_token_id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,16 @@ def text_row(record: Record, config: TrialConfig, names: Labels) -> TextRow:
         values[config.label_column] = names[label_of(record, config, names)]
     prompt, completion = (filled(template, values) for template in templates)
     return TextRow(prompt, completion, record.where)
+
+
+def asked_row(record: Record, config: TrialConfig) -> TextRow:
+    """The record in the prompt's template, which is all that is read of it; with its completion if it has one."""
+    if config.format == "alpaca":
+        record = Record({"output": "", **record.columns}, record.where)
+    row = text_row(record, config.model_copy(update={"completion_template": ""}), config.label_names)
+    with suppress(UserError):
+        return replace(row, completion=text_row(record, config, config.label_names).completion)
+    return row
 
 
 def check_answers(rows: Iterable[Any], config: TrialConfig) -> None:
@@ -242,10 +256,15 @@ def predict(
     workers: Workers,
     *,
     continues: bool,
+    draw: Draw | None = None,
+    told: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
-    """What `model` writes after each prompt; without one there is nothing to go on from."""
+    """What `model` writes after each prompt; without one there is nothing to go on from.
+
+    It is written as for an evaluation, unless there is another way to `draw` it; `told` is as for `write`.
+    """
     examples = [example for example in examples if example.prompt_ids]
-    texts, _ = _texts(model, examples, config, tokenizer, workers, None, continues)
+    texts, _ = _texts(model, examples, config, tokenizer, workers, None, continues, draw, told)
     inputs = [str(tokenizer.decode(list(example.prompt_ids or ()))) for example in examples]
     references = [example.reference for example in examples]
     return [Prediction(*row) for row in zip(inputs, texts, references, strict=True)]
@@ -259,6 +278,8 @@ def _texts(
     workers: Workers,
     read: Sequence[Read] | None,
     continues: bool,
+    draw: Draw | None = None,
+    told: Callable[[int], None] | None = None,
 ) -> tuple[list[str], list[list[int]]]:
     """What `model` writes after the prompt of each example, which must have one; and the ids of what it should.
 
@@ -276,13 +297,27 @@ def _texts(
     prompts = [example.prompt_ids or array("i") for example in examples]
     known = [[]] * len(examples) if read is None else list(map(partial(_begun, generation, continues), examples, read))
     states = None if read is None else [row.states if text else None for row, text in zip(read, known, strict=True)]
-    ids = write(model, prompts, known, generation, collated, config, workers, continues=continues, states=states)
-    wanted = _ids_alone([example.reference for example in examples], tokenizer, continues)
-    kept = _special(wanted, tokenizer)
+    ids = write(
+        model,
+        prompts,
+        known,
+        generation,
+        collated,
+        config,
+        workers,
+        continues=continues,
+        states=states,
+        draw=draw,
+        told=told,
+    )
+    references = [example.reference for example in examples]
+    wanted = _ids_alone(references, tokenizer, continues)
+    # Where nobody knows an answer, none says which special tokens may be a part of one.
+    kept = _special(wanted, tokenizer) if any(references) else _special(ids, tokenizer) - {beginning.get(FORCED)}
     if config.chat_column is None:
         return _decoded(ids, tokenizer, kept), wanted
     template = Template.of(tokenizer, config)
-    return [template.answer(tokens, kept) for tokens in ids], wanted
+    return [template.answer(tokens, kept if any(references) else None) for tokens in ids], wanted
 
 
 def _begun(generation: GenerationConfig, continues: bool, example: Example, read: Read) -> list[int]:
@@ -371,4 +406,4 @@ def _beginning(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizer
         start = model.config.decoder_start_token_id
     else:
         start = int(shift(torch.tensor(target_ids(["a"], tokenizer)))[0, 0])
-    return {"decoder_start_token_id": start} | ({"forced_bos_token_id": first[0]} if first else {})
+    return {"decoder_start_token_id": start} | ({FORCED: first[0]} if first else {})

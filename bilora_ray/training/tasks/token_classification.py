@@ -25,6 +25,7 @@ from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import IGNORED, LossSum
 from bilora_ray.training.tasks import sequence_classification, text
 from bilora_ray.training.tasks.base import (
+    Answer,
     Cut,
     Dataset,
     Encoded,
@@ -35,7 +36,10 @@ from bilora_ray.training.tasks.base import (
     Processor,
     Task,
     cross_entropy,
+    known_labels,
+    named,
     on_device,
+    with_label,
 )
 
 if TYPE_CHECKING:
@@ -94,6 +98,12 @@ def _row(record: Record, config: TrialConfig, names: Labels) -> TaggedRow:
         for word, item in zip(words, items, strict=True)
     )
     return TaggedRow(words, tuple(tags), record.where)
+
+
+def _asked(record: Record, config: TrialConfig) -> TaggedRow:
+    names, words = known_labels(config), record.columns.get(config.text_column)
+    tags = [names[0]] * (len(words) if isinstance(words, list) else 0)
+    return _row(with_label(record, config, tags), config, names)
 
 
 def _notes(dataset: Dataset, config: TrialConfig, validation_data: str) -> Iterator[str]:
@@ -235,6 +245,16 @@ def _predict(
     return predictions
 
 
+def _answers(logits: Tensor, targets: Tensor, label_names: Labels) -> list[Answer]:
+    """Of the words that were read: a tag each, and how likely each tag is."""
+    names, found = label_names or (), []
+    for scores, wanted in zip(logits.float(), targets, strict=True):
+        words = scores[wanted != IGNORED]
+        likely = [named(word, names) for word in words.softmax(-1)]
+        found.append(Answer([names[tag] for tag in words.argmax(-1).tolist()], likely))
+    return found
+
+
 def _learned(example: Example, tokenizer: Processor, label_names: Labels) -> str:
     assert label_names is not None
     return " ".join(label_names[tag] for tag in example.labels if tag != IGNORED)
@@ -256,6 +276,9 @@ TASK = Task(
     measure=_measure,
     metrics=_metrics,
     predict=_predict,
+    asked=_asked,
+    answers=_answers,
+    of_prompt=str.split,
     learned=_learned,
     label_names=_label_names,
     notes=_notes,
