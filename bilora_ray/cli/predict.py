@@ -148,7 +148,8 @@ def command(
     if data is None:
         records = [record_of(_typed(prompt), config)]
     else:
-        records, config = records_of(config)
+        with _naming_data():
+            records, config = records_of(config)
     for record in records:  # all of them, before the model is loaded
         question(record, config)
         _check_columns(record)
@@ -257,6 +258,18 @@ def _folder(adapter: str, number: int | None, storage_path: Path, study_database
         hint = f"; {nearest(adapter, known, LISTED)}" if known else ""
         raise UserError(f"{adapter}: no such folder, and no study of {layout.database}{hint}")
     return adapter_of(layout, adapter, number)
+
+
+@contextmanager
+def _naming_data() -> Iterator[None]:
+    """Call what is read by the name of the option, and not by that of the setting that a training has for it."""
+    try:
+        yield
+    except UserError as error:
+        setting, colon, line = str(error).partition(":")
+        if setting != "train_data":
+            raise
+        raise type(error)(f"--data{colon}{line}") from None
 
 
 def _settings(overrides: Sequence[str]) -> dict[str, Any]:

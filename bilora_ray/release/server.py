@@ -103,9 +103,9 @@ class Verdict:
 
     @property
     def whose(self) -> Whose:
-        """By most of the answers that are one's; where none is, by the log-probabilities, if they are near to one's."""
+        """By the answers, if at least half are one's; else by the log-probabilities, if they are near to one's."""
         adapter, base = self.count("adapter"), self.count("base model")
-        if adapter != base:
+        if adapter != base and 2 * max(adapter, base) >= len(self.rows):
             return "adapter" if adapter > base else "base model"
         ours, theirs = self.gaps or (0.0, 0.0)
         if ours < NEARER * theirs:
@@ -125,10 +125,12 @@ class Verdict:
     def lines(self) -> list[str]:
         """What there is to say, the verdict first."""
         every, adapter, base = len(self.rows), self.count("adapter"), self.count("base model")
+        near = "" if 2 * max(adapter, base) >= every else ", the others are near to them"
+        are = "the server's answers are the"
         said = {
-            "adapter": f"the server's answers are the adapter's in {adapter} of {every}: it applies the adapter",
-            "base model": f"the server's answers are the BASE model's in {base} of {every}: it ignores the adapter",
-            "neither": f"the server's answers are the adapter's in {adapter} of {every}, the base model's in {base}: "
+            "adapter": f"{are} adapter's in {adapter} of {every}{near}: it applies the adapter",
+            "base model": f"{are} BASE model's in {base} of {every}{near}: it ignores the adapter",
+            "neither": f"{are} adapter's in {adapter} of {every}, the base model's in {base}: "
             "it serves another model, or reads the prompts in another way",
         }
         found = [said[self.whose]]

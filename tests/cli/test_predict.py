@@ -401,6 +401,7 @@ def test_what_a_row_loses_is_told(trained: Callable[[str], Path]) -> None:
         (["hi", "--set", "study.seed=8"], "--set study.seed=8: a prediction has settings of a trial only"),
         ([""], "the prompt is empty; there is nothing to ask"),
         (["--data", "missing.jsonl"], "--data: no such file: {here}/missing.jsonl"),
+        (["--data", "empty.jsonl"], "--data: no rows in {here}/empty.jsonl"),
     ],
 )
 def test_what_does_not_go_together_is_a_line(
@@ -411,6 +412,7 @@ def test_what_does_not_go_together_is_a_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").touch()
     assert error(trained("causal-lm"), *arguments) == line.format(here=tmp_path)
 
 

@@ -223,6 +223,14 @@ def test_where_words_are_nobodys_log_probabilities_decide() -> None:
     assert verdict(0.5, 0.01) == "base model"
     assert verdict(0.5, 0.4) == "neither"
     assert Verdict("m", [Compared("p", "a b c", "a b d", "a b e")]).whose == "neither"
+    # So they do where but a few are one's.
+    own, others = Compared("p", "a", "a", "b"), Compared("p", "a b c", "a b d", "a b e", (0.01, 0.5))
+    assert Verdict("m", [own, *[Compared("p", "x", "a", "b")] * 3]).whose == "neither"
+    assert Verdict("m", [own, own, *[Compared("p", "x", "a", "b")] * 2]).whose == "adapter"
+    near = Verdict("m", [own, *[others] * 3])
+    assert near.lines()[0] == (
+        "the server's answers are the adapter's in 1 of 4, the others are near to them: it applies the adapter"
+    )
     # An answer that begins as both do is the longer one's.
     assert Compared("p", "7 apples.", "7", "7 apples").whose == "base model"
     assert Compared("p", "7", "7", "7 apples").whose == "adapter"
