@@ -46,6 +46,11 @@ NAMES: dict[str, tuple[str, ...]] = {
         "ray._private.ray_constants.PROCESS_TYPE_MONITOR",
         "ray._private.worker._global_node",
     ),
+    "a Ray cluster of our own, to have sessions of its own": ("ray._private.services.ConsolePopen",),
+    "a Ray cluster, to leave SIGTERM to the search": (
+        "ray._private.ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER",
+        "ray._private.utils.set_sigterm_handler",
+    ),
     "the search, to keep Tune silent": ("ray.tune.progress_reporter.ProgressReporter.should_report",),
     "the scheduler, to decide about a trial whose process died and to end a search that cannot go on": (
         "ray.tune.execution.tune_controller.TuneController.request_stop_experiment",

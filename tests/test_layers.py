@@ -52,6 +52,7 @@ DEPTH = {
     "expressions": 16,
     "files": 16,
     "garbage": 16,
+    "interruption": 16,
     "quiet": 16,
     "records": 16,
 }

@@ -18,7 +18,7 @@ import pytest
 from mlflow_server import Server
 from tiny_trials import Tiny
 
-from bilora_ray.cli.options import say_how_to_go_on
+from bilora_ray.cli.options import leaving_to_go_on
 
 COMMAND = Path(sys.executable).with_name("bilora-ray")
 START_TIMEOUT_S = 120
@@ -112,8 +112,8 @@ def test_the_command_that_goes_on_shows_no_password(
 ) -> None:
     uri = "http://me:SECRET@host:5000"
     monkeypatch.setattr(sys, "argv", ["bilora-ray", "tune", "--mlflow-uri", uri, f"--study-database={uri}"])
-    with pytest.raises(SystemExit):
-        say_how_to_go_on()
+    with pytest.raises(SystemExit), leaving_to_go_on():
+        raise KeyboardInterrupt
     told = capsys.readouterr().err
     assert "SECRET" not in told
     assert told.count("http://me:***@host:5000") == 2

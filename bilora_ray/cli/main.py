@@ -7,9 +7,7 @@ import errno
 import gc
 import importlib
 import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +18,7 @@ import click
 from bilora_ray import __version__
 from bilora_ray.errors import UserError, first_line, nearest
 from bilora_ray.garbage import seldom_collected
+from bilora_ray.interruption import heeding_signals, leaving
 
 # Verb -> its line in `bilora-ray --help`. The module of a verb is imported only when it is called.
 COMMANDS = {
@@ -104,12 +103,12 @@ class LazyGroup(click.Group):
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Read the options before the verb."""
-        with _one_line():
+        with _one_line(), leaving():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> object:
         """Read a command's options and run it."""
-        with _one_line(), _heeding_sigterm(), seldom_collected():
+        with heeding_signals(), _one_line(), leaving(), seldom_collected():
             _check_packages()
             return super().invoke(ctx)
 
@@ -130,22 +129,6 @@ def _one_line() -> Iterator[None]:
         if error.errno == errno.EPIPE:  # whoever read what is printed has read enough
             raise
         _refuse(first_line(error))
-    except KeyboardInterrupt:
-        click.echo("\nInterrupted", err=True)
-        sys.exit(130)
-
-
-@contextmanager
-def _heeding_sigterm() -> Iterator[None]:
-    """Let SIGTERM, by which a cluster or a service manager ends a process, end the block as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():  # signals are none of ours there
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _check_packages() -> None:
@@ -161,11 +144,6 @@ def _check_no_package_in(here: Path) -> None:
         for file in (here / f"{package}.py", here / package / "__init__.py"):
             if file.exists():
                 raise UserError(f"{file}: Python takes it for the package {package}, as PYTHONPATH says; rename it")
-
-
-def _interrupt(*_: object) -> NoReturn:
-    """Not by SIGINT, to which what a script starts in the background is deaf."""
-    raise KeyboardInterrupt
 
 
 def _refuse(line: str) -> NoReturn:

@@ -10,15 +10,16 @@ import shutil
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.shell_completion import CompletionItem
 
 from bilora_ray.addresses import masked
 from bilora_ray.errors import OutOfMemory, UserError, first_line
+from bilora_ray.interruption import leaving
 from bilora_ray.paths import absolute as absolute
 from bilora_ray.records import TrialRecord
 from bilora_ray.search.space.shipped import shipped, space_file
@@ -199,14 +200,13 @@ def program() -> list[str]:
     return ["bilora-ray"]
 
 
-def say_how_to_go_on(*more: str) -> NoReturn:
-    """Say after an interruption that nothing is lost, with the command that goes on; exit code 130.
+def leaving_to_go_on(*more: str) -> AbstractContextManager[None]:
+    """See `leaving`: it is said of the block that nothing is lost, with the command that goes on.
 
     Args:
         more: what that command has beside what was typed.
     """
-    click.echo(f"\nInterrupted; what is done is kept. Go on: {command_that_resumes(*more)}", err=True)
-    sys.exit(130)
+    return leaving(f"Interrupted; what is done is kept. Go on: {command_that_resumes(*more)}")
 
 
 def print_next(

@@ -28,13 +28,14 @@ from bilora_ray.cli.options import (
     telling_of_gpu_memory,
     trial_option,
 )
-from bilora_ray.cli.tables import duration, in_quotes
+from bilora_ray.cli.tables import in_quotes
 from bilora_ray.config import TASK_FACTS, TRAINING_SETTINGS, TrialConfig
 from bilora_ray.digests import check_template
 from bilora_ray.errors import MachineError, UserError, first_line, nearest
 from bilora_ray.files import atomic_file
 from bilora_ray.paths import have_home, kind_of, locate_here
 from bilora_ray.search.space_file import absolute_sources, parse_override
+from bilora_ray.words import duration
 
 if TYPE_CHECKING:
     from bilora_ray.release.server import Server, Verdict

@@ -18,6 +18,7 @@ from bilora_ray.addresses import masked
 from bilora_ray.cli import tune
 from bilora_ray.cli.options import command_that_resumes, json_option, print_json, search_options
 from bilora_ray.errors import UserError
+from bilora_ray.interruption import leaving
 from bilora_ray.library.spaces import space_to_search
 from bilora_ray.paths import LocalSource, SourcesElsewhere, have_home
 from bilora_ray.search.cluster.protection import check_ray
@@ -106,12 +107,9 @@ def _follow(client: JobSubmissionClient, job_id: str, address: str, as_json: boo
     """Print the job's log to its end, and exit with its code. Ctrl-C ends the printing, not the job."""
     from bilora_ray.search.cluster.submission import Follower
 
-    try:
+    ways = f"Follow: {_ray_job('logs --follow', job_id, address)}  Stop: {_ray_job('stop', job_id, address)}"
+    with leaving(f"Detached; job {job_id} goes on. {ways}"):
         outcome = Follower(client, job_id, partial(click.echo, nl=False, err=as_json)).follow()
-    except KeyboardInterrupt:
-        ways = f"Follow: {_ray_job('logs --follow', job_id, address)}  Stop: {_ray_job('stop', job_id, address)}"
-        click.echo(f"\nDetached; job {job_id} goes on. {ways}", err=True)
-        sys.exit(130)
     if as_json:
         ending = {"status": outcome and outcome.status, "exit_code": outcome and outcome.exit_code}
         print_json({"job_id": job_id, "address": address, **ending})

@@ -13,10 +13,10 @@ from bilora_ray.cli.options import (
     complete_study,
     insecure_option,
     json_option,
+    leaving_to_go_on,
     mlflow_option,
     print_json,
     print_next,
-    say_how_to_go_on,
     set_option,
     storage_option,
     study_database_option,
@@ -78,11 +78,9 @@ def command(
     one = check_run(space_path, overrides, layout, name=name, study=study, number=number, resume=resume)
     if one.trial is not None:
         click.echo(f"Settings of trial {one.trial} of study '{study}'", err=True)
-    try:
+    # Which trial is the best one may have changed by the time of a resume.
+    with leaving_to_go_on(*([] if study is None or number is not None else [f"--trial={one.trial}"])):
         trained = run_one(one, SearchProgress, mlflow_uri)
-    except KeyboardInterrupt:
-        # Which trial is the best one may have changed by the time of a resume.
-        say_how_to_go_on(*([] if study is None or number is not None else [f"--trial={one.trial}"]))
     objective = trained.objective
     record = trained.record(0)
     if as_json:

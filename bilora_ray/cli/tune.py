@@ -14,9 +14,9 @@ from bilora_ray.cli.leaderboard import print_best, print_end, print_leaderboard,
 from bilora_ray.cli.options import (
     absolute,
     json_option,
+    leaving_to_go_on,
     print_json,
     print_next,
-    say_how_to_go_on,
     search_options,
     where_adapter_is,
 )
@@ -80,11 +80,9 @@ def command(
         _tell_plan(search, rehearse(search), as_json)
         return
     started = time.monotonic()
-    try:
+    # Not by --extend, which would ask for as many once more.
+    with leaving_to_go_on(*([] if extend is None else [f"--num-trials={search.space.study.num_trials}"])):
         study = run_search(search, SearchProgress)
-    except KeyboardInterrupt:
-        # Not by --extend, which would ask for as many once more.
-        say_how_to_go_on(*([] if extend is None else [f"--num-trials={search.space.study.num_trials}"]))
     if as_json:
         print_json(study_as_json(study))
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -15,9 +14,18 @@ from ray.exceptions import RayError
 
 from bilora_ray.config import TEST_SETTINGS
 from bilora_ray.errors import MachineError, UserError, first_line
+from bilora_ray.interruption import Interrupted, noted
 from bilora_ray.runners import runner_for
 from bilora_ray.runners.scoring import score
-from bilora_ray.search.cluster.cluster import capacity, check_address, check_dashboard, cluster, is_own, nodes
+from bilora_ray.search.cluster.cluster import (
+    capacity,
+    check_address,
+    check_dashboard,
+    cluster,
+    disconnect,
+    is_own,
+    nodes,
+)
 from bilora_ray.search.cluster.gpus import decided
 from bilora_ray.search.cluster.shared_storage import check_shared
 from bilora_ray.search.cluster.watchdog import head_watched
@@ -209,7 +217,9 @@ def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> Non
     runner = runner_for(resources)
     bundle = {name: amount for name, amount in runner.own(resources).items() if amount}
     scheduler = StudyScheduler(study, observers)
-    with tempfile.TemporaryDirectory(prefix="bilora-ray-") as scratch, _heeding_ctrl_c(unless=study.finished):
+    # Tune would take Ctrl-C for itself, and neither tell that it came nor give it back.
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
+    with tempfile.TemporaryDirectory(prefix="bilora-ray-") as scratch, noted(), _leaving_ray():
         tune.Tuner(
             tune.with_resources(runner.run, tune.PlacementGroupFactory([bundle])),
             tune_config=tune.TuneConfig(
@@ -240,6 +250,16 @@ def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> Non
 
 
 @contextmanager
+def _leaving_ray() -> Iterator[None]:
+    """Have Ray kill the trials if the block is interrupted, before anybody waits for the last of what they write."""
+    try:
+        yield
+    except Interrupted:
+        disconnect()
+        raise
+
+
+@contextmanager
 def environment_inherited() -> Iterator[None]:
     """Have Tune tell the trials' processes nothing of the environment, of which those of our own cluster have all.
 
@@ -255,24 +275,3 @@ def environment_inherited() -> Iterator[None]:
     finally:
         ENV_VARS_TO_PROPAGATE.update(told)
         DEFAULT_ENV_VARS.update(default)
-
-
-@contextmanager
-def _heeding_ctrl_c(unless: Callable[[], bool]) -> Iterator[None]:
-    """Raise KeyboardInterrupt after the block, in which Tune runs, if Ctrl-C came in it and all is not done.
-
-    Tune takes Ctrl-C for itself, and returns then as if all were done. If none came, it does not give Ctrl-C back, and
-    would swallow the next one although it runs no more. In another thread than the main one there is no Ctrl-C.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "0"
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-        came = signal.getsignal(signal.SIGINT) is before
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came and not unless():
-        raise KeyboardInterrupt

@@ -19,6 +19,7 @@ from ray.tune.stopper import Stopper
 
 from bilora_ray.config import SOURCES
 from bilora_ray.errors import GO_ON, MachineError, UserError
+from bilora_ray.interruption import Interrupted, heard
 from bilora_ray.paths import kind_of
 from bilora_ray.records import Status
 from bilora_ray.runners.task import (
@@ -57,7 +58,7 @@ class Silent(ProgressReporter):
 
 
 class Steered(Stopper):
-    """Has Tune stop all when a person asks for it from elsewhere.
+    """Has Tune stop all when a person asks for it, here or from elsewhere.
 
     Args:
         study: is asked now and then, whether or not a trial reports.
@@ -73,7 +74,9 @@ class Steered(Stopper):
         return False
 
     def stop_all(self) -> bool:
-        """Whether all are to stop; Tune asks several times a second."""
+        """Whether all are to stop; Tune asks several times a second. Interrupted if a signal came: Tune waits 15 s."""
+        if (signal := heard()) is not None:
+            raise Interrupted(signal)
         if time.monotonic() >= self._ask_at:
             self._ask_at = time.monotonic() + ASK_S
             self._asked = self._asked or self._study.asked_to_stop()

@@ -200,11 +200,12 @@ def interrupted_by_hand() -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("interrupt", [interrupted_by_hand, interrupted_by_a_signal])
+@pytest.mark.parametrize(("interrupt", "code"), [(interrupted_by_hand, 130), (interrupted_by_a_signal, 143)])
 @pytest.mark.parametrize("verb", ["evaluate", "export", "train", "tune"])
 def test_an_interruption_before_anything_is_begun_is_one_line(
     verb: str,
     interrupt: Callable[[], None],
+    code: int,
     tiny: Tiny,
     trained: Path,
     tmp_path: Path,
@@ -221,7 +222,7 @@ def test_an_interruption_before_anything_is_begun_is_one_line(
     monkeypatch.setattr(quiet, "quiet", interrupt)
     before = signal.getsignal(signal.SIGTERM)
     result = bilora_ray(*typed[verb])
-    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "\nInterrupted\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (code, "", "Interrupted\n")
     assert signal.getsignal(signal.SIGTERM) is before
     assert half_written(tmp_path) == []
 
@@ -308,7 +309,7 @@ def test_a_command_that_a_script_starts_in_the_background_hears_sigterm(deaf: bo
         "main.main(['settings'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (130, "\nInterrupted\n")
+    assert (done.returncode, done.stderr) == (143, "Interrupted\n")
 
 
 def test_who_reads_enough_of_a_study_ends_it_quietly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

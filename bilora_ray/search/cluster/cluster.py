@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import socket
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from urllib.parse import urlsplit
 
@@ -19,7 +17,7 @@ from ray.util.state.exception import RayStateApiException
 
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.runners.nested import ON_HEAD, name_cluster
-from bilora_ray.search.cluster.own_ray import check_room, kill_monitor, private_ray
+from bilora_ray.search.cluster.own_ray import check_room, ends_with_us, kill_monitor, private_ray, signals_left_to_us
 from bilora_ray.search.cluster.shared_storage import ANSWER_TIMEOUT_S
 from bilora_ray.search.space import ResourceConfig
 
@@ -75,7 +73,10 @@ def cluster(address: str | None, nested: bool = False) -> Iterator[None]:
     own = is_own(address)
     if own:
         check_room()
-    with private_ray() if own else nullcontext():
+    with signals_left_to_us(), ExitStack() as stack:
+        if own:
+            stack.enter_context(private_ray())
+            stack.enter_context(ends_with_us())
         try:
             ray.init(
                 # Without an address Ray would join any cluster that it finds on this machine.
@@ -95,22 +96,16 @@ def cluster(address: str | None, nested: bool = False) -> Iterator[None]:
             raise UserError(f"{what} ({first_line(error)})") from None
         # Tune prints the traceback of every failed trial; the study keeps the line that matters.
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-        # A cluster stops a job with SIGTERM, which Ray has just taken: end as cleanly as after Ctrl-C.
-        if threading.current_thread() is threading.main_thread():  # a program may search in another one
-            signal.signal(signal.SIGTERM, _end_as_by_ctrl_c)
         try:
             yield
         finally:
-            if own:
-                kill_monitor()
-            ray.shutdown()
+            disconnect()
 
 
-def _end_as_by_ctrl_c(*_: object) -> None:
-    """Tune takes SIGINT for itself, and ends its trials by it. What a script starts in the background is deaf to it."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        raise KeyboardInterrupt
-    signal.raise_signal(signal.SIGINT)
+def disconnect() -> None:
+    """Leave the connected cluster, if there is one: it kills what runs there for this process. One of our own ends."""
+    kill_monitor()
+    ray.shutdown()
 
 
 def is_own(address: str | None) -> bool:

@@ -6,16 +6,29 @@ import os
 import secrets
 import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
-from ray._private import ray_constants, worker
+from ray._private import ray_constants, services, utils, worker
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined] # compiled
 
 from bilora_ray.errors import UserError
 
 # A guess: what the logs of a small search take.
 ROOM = 16 * 2**20
+# Kills the groups that it is told of, once nobody can tell it of more. It must start at once, so it imports little.
+GUARD = """
+import os, sys
+groups = [int(line) for line in sys.stdin]
+for group in groups:
+    try:
+        os.killpg(group, 9)
+    except OSError:
+        pass
+"""
 
 
 @contextmanager
@@ -49,6 +62,46 @@ def private_ray() -> Iterator[None]:
             else:
                 os.environ[key] = value
         _forget_token()
+
+
+@contextmanager
+def ends_with_us() -> Iterator[None]:
+    """Have a cluster that is started in the block end when this process does, however that ends, and not before.
+
+    What asks this process to end is apt to ask its whole group: a terminal, `timeout`. Ray would end by it before the
+    search has ended its trials, which would wait for it in vain. So each of Ray's processes leads a session of its own,
+    and a guard, which leads one too, kills what is left of them once this process is gone.
+    """
+    guard = subprocess.Popen([sys.executable, "-ISc", GUARD], stdin=subprocess.PIPE, text=True, start_new_session=True)
+    assert guard.stdin is not None
+    popen, names = services.ConsolePopen, vars(services)
+
+    def started(*arguments: Any, **more: Any) -> subprocess.Popen[bytes]:
+        process = popen(*arguments, **more, start_new_session=True)
+        print(process.pid, file=guard.stdin, flush=True)
+        return process
+
+    names["ConsolePopen"] = started
+    try:
+        yield
+    finally:
+        names["ConsolePopen"] = popen
+        guard.stdin.close()
+        guard.wait()
+
+
+@contextmanager
+def signals_left_to_us() -> Iterator[None]:
+    """In the block, Ray does not take SIGTERM for itself; its C++ would take it for a fault, and abort."""
+    aborts, names = ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER, vars(utils)
+    take_sigterm = utils.set_sigterm_handler
+    ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = True
+    names["set_sigterm_handler"] = lambda _: None
+    try:
+        yield
+    finally:
+        ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER = aborts
+        names["set_sigterm_handler"] = take_sigterm
 
 
 def kill_monitor() -> None:
