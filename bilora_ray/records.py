@@ -88,6 +88,21 @@ class TrialRecord:
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """What an adapter is compared with.
+
+    Attributes:
+        baseline: `kind`, and metrics by name: of the base model alone (`base-model`) where texts are written; else the
+            metric of the settings where the answer is always the same one (`majority`, `mean`). None: not asked for.
+        examples: of some validation rows the `prompt`, what is `expected`, and what the `adapter` and the `base_model`
+            make of it, None of the latter if its head is random; with the adapter's `probability` of a label.
+    """
+
+    baseline: dict[str, Any] | None
+    examples: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Objective:
     """What evaluations and trials are judged by, and which of two is the better one.
 

@@ -29,6 +29,7 @@ DEPTH = {
     "release": 5,
     "training.probe.profile": 5,
     "training.probe.cost": 5,
+    "training.probe.untrained": 5,
     "training": 6,
     "training.probe": 7,
     "training.rows": 7,

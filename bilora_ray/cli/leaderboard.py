@@ -26,6 +26,13 @@ STATUS_STYLE = {
     Status.QUEUED: "dim",
 }
 
+# The kinds of baseline, in words.
+WITHOUT_TRAINING = {
+    "base-model": "the base model alone",
+    "majority": "without learning, by how often each label is,",
+    "mean": "without learning, always the mean,",
+}
+
 
 def print_leaderboard(
     console: Console,
@@ -89,11 +96,19 @@ def print_best(console: Console, study: StudyView, records: Sequence[TrialRecord
         which = f"trial {equal[0].number}" if len(equal) == 1 else f"{len(equal)} others"
         lower = any(record.loss != best.loss for record in equal)
         line += f" (the same as {which}{', with a lower eval_loss' if lower else ''})"
+    line += _beside(study)
     if front:
         line = line.replace("Best:", f"Best by {study.objective.metric}:")
     console.print(line, style="bold green", markup=False)
     print_settings(console, telling(best))
     return best
+
+
+def _beside(study: StudyView) -> str:
+    """What the metric is without training, if that is known."""
+    found = study.baseline() or {}
+    value = found.get(study.objective.metric)
+    return "" if value is None else f"; {WITHOUT_TRAINING[found['kind']]} {value:.6g}"
 
 
 def print_end(console: Console, study: StudyView) -> None:
@@ -121,6 +136,7 @@ def study_as_json(study: StudyView) -> dict[str, Any]:
         "ended_by": None if end is None else {"budget": end.by, "line": end.line},
         "warm_start": study.warm_start,
         "best": None if best is None or search is not None else as_json(best, metric),
+        "baseline": study.baseline(),
         **_several_as_json(study),
         "importances": {key: share.share for key, share in importances.shares.items()},
         "importances_detail": {

@@ -13,9 +13,10 @@ import ray
 from ray.exceptions import RayError
 
 from bilora_ray.config import TEST_SETTINGS
-from bilora_ray.errors import MachineError, UserError, first_line
+from bilora_ray.errors import MachineError, TrialFailure, UserError, first_line
 from bilora_ray.interruption import Interrupted, noted
 from bilora_ray.runners import runner_for
+from bilora_ray.runners.comparing import Comparing
 from bilora_ray.runners.scoring import score
 from bilora_ray.search.cluster.cluster import (
     capacity,
@@ -31,6 +32,7 @@ from bilora_ray.search.cluster.shared_storage import check_shared
 from bilora_ray.search.cluster.watchdog import head_watched
 from bilora_ray.search.session import Observers, Session, Watcher, session, tell_result
 from bilora_ray.search.space import Space
+from bilora_ray.search.study.control.comparison import keep, to_compare
 from bilora_ray.search.study.control.finalists import Finals, begin, check_finalists, finals_of, keep_test
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import naming_the_database, running_study
@@ -91,12 +93,32 @@ def search(
             stack.enter_context(cluster(ray_address, nested))
             stack.enter_context(environment_inherited())
         stack.enter_context(head_watched(lambda: _end(running, ray_address)))
-        study, observers = running.study, running.observers()
+        study = running.study
+        comparing = Comparing(space.resources.model_dump(), space.study.num_trials)
+        observers = Observers([running.observers(), comparing])
         concurrent = _at_once(space, watcher.say)
         run_trials(study, observers, concurrent)
         while study.await_others(Observers([watcher]), watcher.say):
             run_trials(study, observers, concurrent)
+        _compare(study, comparing, watcher.say)
     return study
+
+
+def _compare(study: SearchStudy, comparing: Comparing, say: Callable[[str], None]) -> None:
+    """Have a study that has ended know what its winner gains, unless it does. A search is not lost for that."""
+    try:
+        asked = to_compare(study)
+        if asked is None:
+            return
+        if study.space.resources.parallelism == "fsdp":
+            say("Note: the winner is not compared with its base model, which is on no worker whole")
+            return
+        runs, number = asked.runs, asked.winner.number
+        settings, digests = runs.config(number).model_dump(), runs.digests(number)
+        found = comparing.compare(settings, runs.folder(number).path, asked.adapter, digests, asked.measured)
+        keep(asked, found.baseline, found.examples)
+    except (UserError, TrialFailure, OSError) as error:
+        say(f"Note: the winner is not compared with its base model ({first_line(error)}); --resume tries again")
 
 
 def _at_once(space: Space, say: Callable[[str], None]) -> int:

@@ -60,6 +60,10 @@ class Layout:
         """Folder of one trial: its checkpoints and its best adapter."""
         return TrialFolder(self.trials(name) / f"{number:04d}")
 
+    def examples(self, name: str) -> Path:
+        """File of some validation rows of study `name`, as its winner and the base model answer them."""
+        return self.study(name) / "examples.json"
+
     def lent(self, name: str) -> Path:
         """Folder of the checkpoints from which trials of a study may yet go on that are others'."""
         return self.study(name) / "lent"

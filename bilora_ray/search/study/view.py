@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,6 +34,8 @@ FINALISTS = "finalists"
 REMOVED = "removed"
 # Where Optuna keeps what a trial that waits was asked to have.
 ASKED_FOR = "fixed_params"
+# What the metric is without training, and whose adapter is compared with that: see `control.comparison`.
+BASELINE, COMPARED = "baseline", "compared"
 # A trial that failed by its own settings is PRUNED with a constraint that it broke, since samplers read nothing of a
 # FAIL. Other failures, and all of version 0.1.0, are FAIL.
 STATUS = {
@@ -181,6 +184,17 @@ class StudyView:
     def warm_start(self) -> list[dict[str, Any]]:
         """What the study took from earlier ones as it began: `study`, `trial` and `settings` of each trial."""
         return list(self.study.user_attrs.get(WARM_START, ()))
+
+    def baseline(self) -> dict[str, Any] | None:
+        """What the metrics are without training, and its `kind`: see `untrained.Comparison`. None: not known."""
+        return self.study.user_attrs.get(BASELINE)
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Some validation rows with the answers of the winner's adapter and of its base model; none: not known."""
+        try:
+            return json.loads(self.layout.examples(self.study.study_name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return []
 
     def importances(self) -> Importances:
         """Which of the searched settings mattered, among the trials that are complete or were stopped early."""

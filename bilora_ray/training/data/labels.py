@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from bilora_ray.config import EXACT_MATCH, TrialConfig
 from bilora_ray.training.data.columns import MOST_NAMES, listed, plain
@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 # More labels than these that are whole numbers, of few rows each, are measurements as a rule.
 MANY, FEW_ROWS = 20, 5
+# The answer of least loss that needs no learning.
+SHARES = "each label is as likely as it is often"
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,26 @@ def most_frequent(sets: Counter[tuple[int, ...]]) -> tuple[int, ...]:
     return min(sets, key=lambda labels: (-sets[labels], labels))
 
 
-def majority(counts: LabelCounts, config: TrialConfig) -> str:
+@dataclass(frozen=True)
+class Unlearned:
+    """What the metric of the settings is without learning, where the answer is always the same.
+
+    Attributes:
+        kind: `majority` of labels, `mean` of numbers.
+        answer: which it is, in words.
+        value: of the metric.
+    """
+
+    kind: Literal["majority", "mean"]
+    answer: str
+    value: float
+
+    def line(self, config: TrialConfig) -> str:
+        """As a person is told it."""
+        return f"without learning, where {self.answer}: {config.metric} {self.value:.4g}"
+
+
+def majority(counts: LabelCounts, config: TrialConfig) -> Unlearned:
     """What the metric of the settings is without learning, where each row has one label.
 
     Of a metric of labels that is to say the most frequent training label of every row, or the one that a binary F1 is
@@ -130,9 +151,7 @@ def majority(counts: LabelCounts, config: TrialConfig) -> str:
     if config.metric == "eval_loss":
         rows, measured = counts.train.total(), counts.validation.items()
         losses = [n * -math.log(counts.train[one] / rows) if one in counts.train else math.inf for one, n in measured]
-        return without_learning(
-            "each label is as likely as it is often", math.fsum(losses) / counts.validation.total(), config
-        )
+        return Unlearned("majority", SHARES, math.fsum(losses) / counts.validation.total())
     # A completion may be no label.
     (label,) = most_frequent(Counter({labels: count for labels, count in counts.train.items() if labels}))
     reference = [found for (found,) in counts.validation.elements()]
@@ -143,12 +162,7 @@ def majority(counts: LabelCounts, config: TrialConfig) -> str:
     metrics = label_metrics([label] * len(reference), reference, len(counts.names), f1)
     # What is written is right where it is the label.
     metrics[EXACT_MATCH] = metrics["eval_accuracy"]
-    return without_learning(f"every row is '{counts.names[label]}'", metrics[config.metric], config)
-
-
-def without_learning(answer: str, value: float, config: TrialConfig) -> str:
-    """The line on the metric's `value` where the `answer` is always the same."""
-    return f"without learning, where {answer}: {config.metric} {value:.4g}"
+    return Unlearned("majority", f"every row is '{counts.names[label]}'", metrics[config.metric])
 
 
 def label_notes(counts: LabelCounts, config: TrialConfig, validation_data: str) -> Iterator[str]:

@@ -18,6 +18,7 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.training.compute.varlen import placed
 from bilora_ray.training.data.files.images import StoredImage
+from bilora_ray.training.data.labels import Unlearned
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import IGNORED
 
@@ -121,11 +122,13 @@ class Prediction:
         prediction: what it writes then, or the label that it finds most likely, of words one each, or the labels or the
             number.
         reference: the row's completion, label, labels or number; of words a label each.
+        probability: that the model gives the label, where it is one; None of all else.
     """
 
     input: str
     prediction: str
     reference: str
+    probability: float | None = None
 
 
 @dataclass(frozen=True)
@@ -240,6 +243,7 @@ class Task:
         notes: lines about a dataset that is allowed and yet seldom meant; the last argument is the setting that
             decides its validation rows.
         about: lines about a dataset, for people to read: its labels, and what the metric is without learning.
+        unlearned: what the metric is without learning, where an answer needs none; nothing where texts are written.
         tokenizer_notes: as `notes`, about what the tokenizer makes of the rows.
         generated: metrics of what a model writes, with `predict_with_generate`; the last argument is what a pass
             over each example says of how it would be written, if it does.
@@ -277,6 +281,7 @@ class Task:
     check: Callable[[Collection[Any], TrialConfig], None] = nothing
     notes: Callable[[Dataset, TrialConfig, str], Iterable[str]] = nothing
     about: Callable[[Dataset, TrialConfig], Iterable[str]] = nothing
+    unlearned: Callable[[Dataset, TrialConfig], Unlearned] = nothing
     tokenizer_notes: Callable[[Dataset, TrialConfig, PreTrainedTokenizerBase], Iterable[str]] = nothing
     generated: Callable[
         [Model, Sequence[Example], TrialConfig, Processor, Workers, Sequence[Read] | None],

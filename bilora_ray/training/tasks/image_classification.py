@@ -30,6 +30,7 @@ from bilora_ray.training.tasks.base import (
     stacked,
     with_label,
 )
+from bilora_ray.training.tasks.sequence_classification import likeliest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,8 +83,8 @@ def _predict(
     predictions, names = [], label_names or ()
     for example in examples:
         assert example.image is not None
-        logits = model(**on_device(_pixel_values(example, processor), model)).logits
-        predictions.append(Prediction(example.image.name, names[int(logits.argmax())], names[example.labels[0]]))
+        logits = model(**on_device(_pixel_values(example, processor), model)).logits[0].float()
+        predictions.append(likeliest(example.image.name, logits, example, names))
     return predictions
 
 

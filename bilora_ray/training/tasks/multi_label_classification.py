@@ -14,13 +14,7 @@ from typing import TYPE_CHECKING
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.training.data.columns import index_of, labels_of, names_of
-from bilora_ray.training.data.labels import (
-    LabelCounts,
-    by_label,
-    label_notes,
-    most_frequent,
-    without_learning,
-)
+from bilora_ray.training.data.labels import SHARES, LabelCounts, Unlearned, by_label, label_notes, most_frequent
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import F1, IGNORED, set_metrics
 from bilora_ray.training.tasks.base import (
@@ -164,17 +158,20 @@ def _named(labels: Iterable[int], label_names: Labels) -> str:
 
 
 def _about(dataset: Dataset, config: TrialConfig) -> Iterator[str]:
+    yield from LabelCounts.of(dataset, _labels).lines()
+    yield _unlearned(dataset, config).line(config)
+
+
+def _unlearned(dataset: Dataset, config: TrialConfig) -> Unlearned:
     counts = LabelCounts.of(dataset, _labels)
-    yield from counts.lines()
     if config.metric == "eval_loss":
-        yield without_learning("each label is as likely as it is often", _loss_of_shares(counts), config)
-        return
+        return Unlearned("majority", SHARES, _loss_of_shares(counts))
     count, usual = len(counts.names), most_frequent(counts.train)
     reference = [_indicator(labels, count) for labels in counts.validation.elements()]
     named = config.model_copy(update={"label_names": tuple(counts.names)})
     metrics = set_metrics([_indicator(usual, count)] * len(reference), reference, _f1(named))
     said = ", ".join(f"'{counts.names[label]}'" for label in usual) or "without a label"
-    yield without_learning(f"every row is {said}", metrics[config.metric], config)
+    return Unlearned("majority", f"every row is {said}", metrics[config.metric])
 
 
 def _indicator(labels: Sequence[int], count: int) -> list[int]:
@@ -216,6 +213,7 @@ TASK = Task(
     labels=_labels,
     notes=_notes,
     about=_about,
+    unlearned=_unlearned,
     model_arguments=partial(named_labels, "multi_label_classification"),
     heads=HEADS,
 )

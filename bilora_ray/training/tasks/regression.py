@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.training.data.columns import number_of
-from bilora_ray.training.data.labels import without_learning
+from bilora_ray.training.data.labels import Unlearned
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import number_metrics
 from bilora_ray.training.tasks.base import (
@@ -131,9 +131,13 @@ def _about(dataset: Dataset, config: TrialConfig) -> Iterator[str]:
         mean, spread = statistics.fmean(numbers), statistics.pstdev(numbers)
         span = f"{min(numbers):.4g} to {max(numbers):.4g}"
         yield f"{split} labels: {span}, mean {mean:.4g}, standard deviation {spread:.4g}"
-    mean = statistics.fmean(train)
+    yield _unlearned(dataset, config).line(config)
+
+
+def _unlearned(dataset: Dataset, config: TrialConfig) -> Unlearned:
+    mean, validation = statistics.fmean(_numbers(dataset.train)), _numbers(dataset.validation)
     metrics = _metrics([Measured([mean] * len(validation), validation)], config)
-    yield without_learning(f"every row is {mean:.4g}", metrics[config.metric], config)
+    return Unlearned("mean", f"every row is {mean:.4g}", metrics[config.metric])
 
 
 def _notes(dataset: Dataset, config: TrialConfig, validation_data: str) -> Iterator[str]:
@@ -173,6 +177,7 @@ TASK = Task(
     label_names=_no_names,
     notes=_notes,
     about=_about,
+    unlearned=_unlearned,
     model_arguments=_model_arguments,
     heads=HEADS,
 )

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.training.data.columns import label_of, label_text_of, names_of, text_of
-from bilora_ray.training.data.labels import LabelCounts, label_notes, majority, positive_notes
+from bilora_ray.training.data.labels import LabelCounts, Unlearned, label_notes, majority, positive_notes
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import F1, IGNORED, LossSum, label_metrics, usual_average
 from bilora_ray.training.tasks.base import (
@@ -91,7 +91,11 @@ def labelled_row(record: Record, config: TrialConfig, label: Any) -> LabelledRow
 def _about(dataset: Dataset, config: TrialConfig) -> Iterator[str]:
     counts = LabelCounts.of(dataset, _labels)
     yield from counts.lines()
-    yield majority(counts, config)
+    yield majority(counts, config).line(config)
+
+
+def _unlearned(dataset: Dataset, config: TrialConfig) -> Unlearned:
+    return majority(LabelCounts.of(dataset, _labels), config)
 
 
 def _notes(dataset: Dataset, config: TrialConfig, validation_data: str) -> Iterator[str]:
@@ -176,9 +180,14 @@ def _predict(
     label_names: Labels,
     workers: Workers,
 ) -> list[Prediction]:
-    names = label_names or ()
     rows = predicted_alone(model, examples, tokenizer)
-    return [Prediction(text, names[int(logits.argmax())], names[example.labels[0]]) for example, text, logits in rows]
+    return [likeliest(text, logits, example, label_names or ()) for example, text, logits in rows]
+
+
+def likeliest(text: str, logits: Tensor, example: Example, names: Sequence[str]) -> Prediction:
+    """The label with the largest of `logits` (labels,), float32, of the `text` of an example."""
+    probability, label = logits.softmax(-1).max(-1)
+    return Prediction(text, names[int(label)], names[example.labels[0]], float(probability))
 
 
 def predicted_alone(
@@ -230,6 +239,7 @@ TASK = Task(
     labels=_labels,
     notes=_notes,
     about=_about,
+    unlearned=_unlearned,
     model_arguments=partial(named_labels, "single_label_classification"),
     heads=HEADS,
 )

@@ -112,7 +112,7 @@ def text_about(dataset: Dataset, config: TrialConfig) -> Iterator[str]:
     counts = LabelCounts.of(dataset, partial(_answered, config=config))
     yield from counts.lines()
     if config.metric in (EXACT_MATCH, *LABEL_METRICS) and by_label(counts.train):
-        yield majority(counts, config)
+        yield majority(counts, config).line(config)
 
 
 def _answered(row: Any, config: TrialConfig) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ the tags. See `tag_f1`.
 
 from __future__ import annotations
 
+import math
 import re
 from array import array
 from collections import Counter
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.training.data.columns import label_of, text_of, value_of
+from bilora_ray.training.data.labels import SHARES, Unlearned
 from bilora_ray.training.data.sources import Record
 from bilora_ray.training.metrics import IGNORED, LossSum
 from bilora_ray.training.tasks import sequence_classification, text
@@ -113,6 +115,24 @@ def _notes(dataset: Dataset, config: TrialConfig, validation_data: str) -> Itera
     for key in ("f1_average", "positive_label"):
         if getattr(config, key) is not None:
             yield f"{key}: changes nothing; eval_f1 is that of all entities, or the mean over tags that mark none"
+
+
+def _unlearned(dataset: Dataset, config: TrialConfig) -> Unlearned:
+    names = dataset.label_names or ()
+    train, wanted = ([_tags(row) for row in rows] for rows in (dataset.train, dataset.validation))
+    counts = Counter(tag for row in train for tag in row)
+    if config.metric == "eval_loss":
+        losses = [-math.log(counts[tag] / counts.total()) if counts[tag] else math.inf for row in wanted for tag in row]
+        return Unlearned("majority", SHARES, math.fsum(losses) / len(losses))
+    usual = min(counts, key=lambda tag: (-counts[tag], tag))
+    found = [[usual] * len(row) for row in wanted]
+    right = LossSum(count=sum(map(len, wanted)), correct=sum(row.count(usual) for row in wanted))
+    metrics = _metrics([Measured(right, found, wanted)], config.model_copy(update={"label_names": tuple(names)}))
+    return Unlearned("majority", f"every word is '{names[usual]}'", metrics[config.metric])
+
+
+def _tags(row: Any) -> list[int]:
+    return [tag for tag in row.tags if tag != IGNORED]
 
 
 def _examples(
@@ -282,6 +302,7 @@ TASK = Task(
     learned=_learned,
     label_names=_label_names,
     notes=_notes,
+    unlearned=_unlearned,
     model_arguments=_model_arguments,
     heads=("classifier", "score"),
 )
