@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -16,6 +16,9 @@ from bilora_ray.digests import check_rows, check_template
 from bilora_ray.errors import UserError
 from bilora_ray.paths import files_of, have_home, locate_here
 from bilora_ray.search.space_file import absolute_sources, parse_override
+
+if TYPE_CHECKING:
+    from bilora_ray.training.tasks.base import Prediction
 
 EPILOG = """\b
 Examples:
@@ -68,8 +71,8 @@ def command(
         click.echo(f"{key:<28} {value:.6g}")
     for example in measured.examples:
         click.echo()
-        for key, text in example.items():
-            click.echo(f"{key:<10} {in_quotes(text)}")
+        for key, told in example.items():
+            click.echo(f"{key:<11} {in_quotes(told) if isinstance(told, str) else f'{told:.3g}'}")
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,11 @@ def _measured(adapter: Path | None, config: TrialConfig, examples: int) -> _Meas
         config = config.model_copy(update={"label_names": loaded.label_names, "format": loaded.format})
         metrics = evaluate(model, loaded.validation, config, loaded.tokenizer)
         predictions = predict(model, loaded, config, examples) if examples else []
-    return _Measured(metrics, len(loaded.validation), [asdict(one) for one in predictions], told)
+    return _Measured(metrics, len(loaded.validation), [_told(one) for one in predictions], told)
+
+
+def _told(prediction: Prediction) -> dict[str, Any]:
+    return {key: told for key, told in asdict(prediction).items() if told is not None}
 
 
 def _check_here(config: TrialConfig) -> None:

@@ -72,9 +72,8 @@ def to_compare(study: StudyView) -> Asked | None:
 def keep(asked: Asked, baseline: Mapping[str, Any] | None, examples: list[dict[str, Any]]) -> None:
     """Keep what a comparison has found; who is killed before the end of this compares again."""
     name, layout = asked.study.space.study.name, asked.study.layout
-    text = json.dumps(examples, indent=2, ensure_ascii=False)
     with atomic_file(layout.examples(name)) as file:
-        file.write(f"{text}\n")
+        json.dump(examples, file, indent=2, ensure_ascii=False)
     study = optuna.load_study(study_name=name, storage=open_storage(layout))
     if baseline is not None:
         study.set_user_attr(BASELINE, dict(baseline))
