@@ -93,7 +93,7 @@ def test_the_answer_to_a_ticket_is_written() -> None:
     assert (trial["model_name_or_path"], trial["train_data"], trial["metric"]) == (BUILT_IN, "mine.csv", "eval_loss")
     assert trial["validation_fraction"] == 0.2  # of few rows
     assert "48 rows to train on, 12 to judge by" in told
-    assert "lengths in tokens: rows have" in told
+    assert "lengths in tokens: 60 rows have" in told
     # Neither ids nor dates are worth a word; what could have been meant is told with the option that says it.
     doubts = [line for line in told.splitlines() if line.startswith("Or: ")]
     assert len(doubts) == 2
@@ -141,7 +141,26 @@ def test_short_answers_are_right_or_wrong() -> None:
     rows = texts(60, lambda random, text: {"question": f"{text}?", "answer": f"{random.randrange(999)} pears"})
     trial = made(rows)[0]["trial"]
     assert (trial["metric"], trial["predict_with_generate"]) == ("eval_exact_match", True)
-    assert 0 < trial["max_new_tokens"] <= trial["max_length"] // 2
+    assert 0 < trial["max_new_tokens"] < trial["max_length"]
+
+
+def test_the_longest_answer_has_room_beside_the_longest_prompt() -> None:
+    """No Note says that a text would end before its answer does."""
+    answers = {str(number): "yes it is so " * 12 + str(number) for number in range(3)}
+    made(texts(60, lambda random, text: {"question": text[:9], "answer": answers[random.choice("012")]}))
+    done = CliRunner().invoke(main, ["tune", "--space", "my_space.yaml", "--dry-run"])
+    assert done.exit_code == 0, done.output
+    assert "eval_exact_match" in Path("my_space.yaml").read_text()
+    assert "Note: max_new_tokens" not in done.output
+    assert "0 are cut to max_length" in done.output
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [(51_000, "51 thousand"), (1.2e6, "1.2 million"), (1.37e8, "137 million"), (8.8e9, "8.8 billion")],
+)
+def test_a_number_of_parameters_in_words(parameters: float, words: str) -> None:
+    assert bases.in_words(parameters) == words
 
 
 def test_an_answer_behind_its_working_has_a_pattern() -> None:

@@ -123,4 +123,5 @@ def _writes(model: Mapping[str, Any]) -> Writes | None:
 
 def in_words(parameters: float) -> str:
     """A number of them, for people."""
-    return f"{parameters / 1e9:.1f} billion" if parameters >= 1e9 else f"{parameters / 1e6:.0f} million"
+    unit, word = next(one for one in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")) if parameters >= one[0])
+    return f"{parameters / unit:.{int(parameters < 10 * unit)}f} {word}"

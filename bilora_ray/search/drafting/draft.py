@@ -190,7 +190,8 @@ def _length(config: TrialConfig, lengths: Lengths, writes: bool, gpu: bool) -> I
         what = "tokens, which hold the longest row" + (" and its answer" if together == longest else "")
     yield Line("trial", "max_length", length, f"{what}{' (a guess)' if lengths.guessed else ''}")
     if writes:
-        yield Line("trial", "max_new_tokens", min(new, length // 2), "tokens of an answer at the most")
+        room = new if length >= together else min(new, length // 2)
+        yield Line("trial", "max_new_tokens", room, "tokens of an answer at the most")
 
 
 def _method(base: Base) -> Iterator[Line]:
@@ -275,7 +276,7 @@ def _told(config: TrialConfig, base: Base, roles: Roles, rows: Dataset, lengths:
     here, some = Path.cwd(), "the beginning of " if rows.partial else ""
     split = f"{len(rows.train)} rows to train on, {len(rows.validation)} to judge by"
     yield f"data: {some}{_from(here, config.train_data)}, {split}"
-    yield f"task: {config.task}, for {roles.why}"
+    yield f"task: {config.task}; {roles.why}"
     yield from about(rows, config)
     if lengths.whole:
         yield lengths.line

@@ -42,7 +42,7 @@ class Lengths:
     def line(self) -> str:
         """All of it, for people."""
         kinds = {"rows": self.whole, "prompts": self.prompts, "answers": self.answers}
-        parts = [f"{kind} have {_spread(values)}" for kind, values in kinds.items() if values]
+        parts = [f"{len(values)} {kind} have {_spread(values)}" for kind, values in kinds.items() if values]
         unit = f"tokens, guessed at {CHARACTERS} characters each" if self.guessed else "tokens"
         return f"lengths in {unit}: {', '.join(parts)}"
 
