@@ -81,9 +81,10 @@ def command(
     layout = Layout(absolute(storage_path), study_database)
     chosen = choose(layout, study, number, prefer, output)
     if repository is not None:
-        from bilora_ray.release.hub import check_push
+        from bilora_ray.release.hub import check_push, fetch_card
 
         check_push(repository)
+        fetch_card(chosen.adapter)
     without = "" if merge else ", or give --no-check"
     with telling_of_gpu_memory(f"; hide it with CUDA_VISIBLE_DEVICES= to use main memory{without}"):
         exported = write(chosen, output, merge, check=not no_check)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from bilora_ray.errors import UserError, first_line, refusal
+from bilora_ray.paths import kind_by_name
+from bilora_ray.recipe import read_recipe
 
 OPTION = "--push-to-hub"
 
@@ -34,6 +37,17 @@ def check_push(repository: str) -> None:
         raise UserError(f"{OPTION} {repository}: nobody is logged in on the Hub; {login}") from None
     except Exception as error:  # its type depends on the HTTP library beneath
         raise refusal(f"{OPTION} {repository}: the Hub says no ({first_line(error)})", error) from None
+
+
+def fetch_card(adapter: Path) -> None:
+    """Have the card of the base model of `adapter` in the Hub's cache, where its licence is read; or do without."""
+    from huggingface_hub import hf_hub_download
+
+    settings = read_recipe(adapter)["settings"]
+    name, revision = settings["model_name_or_path"], settings["model_revision"]
+    if kind_by_name(name, is_data=False) == "hub":
+        with suppress(Exception):  # a base has no card as often as a Hub does not answer; who pushes learns the latter
+            hf_hub_download(name, "README.md", revision=revision)
 
 
 def push(folder: Path, repository: str, private: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -22,6 +23,7 @@ from tiny_trials import Tiny
 from bilora_ray.cli.main import main
 
 TOKEN = "hf_" + "s" * 34
+COMMIT, BASE_CARD = "c" * 40, b"---\nlicense: llama3\n---\n# A base model\n"
 
 
 @dataclass
@@ -71,6 +73,8 @@ def hub() -> Iterator[Hub]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if "/resolve/" in self.path:
+                return self._card(with_body=True)
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             status, answer = seen.answer(self.path.partition("?")[0], body, self.headers.get("Authorization", ""))
             text = json.dumps(answer).encode()
@@ -79,8 +83,22 @@ def hub() -> Iterator[Hub]:
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
             self.wfile.write(text)
+            return None
 
         do_POST = do_GET
+
+        def do_HEAD(self) -> None:
+            self._card(with_body=False)
+
+        def _card(self, with_body: bool) -> None:
+            """The card of a base model."""
+            seen.asked.append(self.path)
+            self.send_response(200)
+            for key, value in {"X-Repo-Commit": COMMIT, "ETag": '"card"', "Content-Length": len(BASE_CARD)}.items():
+                self.send_header(key, str(value))
+            self.end_headers()
+            if with_body:
+                self.wfile.write(BASE_CARD)
 
         def log_message(self, *_: object) -> None:
             """Nothing."""
@@ -129,6 +147,22 @@ def test_what_was_exported_is_what_the_hub_gets(runs: Path, hub: Hub, tmp_path: 
     assert hub.cards == [(tmp_path / "out" / "README.md").read_text()]
     assert ModelCard(hub.cards[0]).data.library_name == "peft"
     assert not [name for name, text in hub.files.items() if str(runs).encode() in text or TOKEN.encode() in text]
+
+
+def test_the_licence_of_a_base_of_the_hub_is_on_the_card(runs: Path, hub: Hub, tmp_path: Path) -> None:
+    of_hub = shutil.copytree(runs, tmp_path / "runs")
+    (adapter,) = (of_hub / "studies/one/trials/0000/adapters").iterdir()
+    recipe = json.loads((adapter / "bilora_ray.json").read_text())
+    recipe["settings"] |= {"model_name_or_path": "org/base", "model_revision": COMMIT}
+    (adapter / "bilora_ray.json").write_text(json.dumps(recipe))
+    done = exported(of_hub, hub, tmp_path, "me/mine")
+    assert done.returncode == 0, done.stderr
+    card = ModelCard(hub.files["README.md"].decode()).data
+    assert (card.license, card.base_model, card.get("base_model_relation")) == ("llama3", "org/base", "adapter")
+    settings = json.loads(hub.files["adapter_config.json"])
+    assert settings["base_model_name_or_path"] == "org/base"
+    assert f"vllm serve org/base --revision {COMMIT} --enable-lora" in done.stdout
+    assert f"It is at {hub.address}/me/mine" in done.stdout
 
 
 @pytest.mark.parametrize(
