@@ -49,7 +49,7 @@ def command(
 
     layout = Layout(absolute(storage_path), study_database)
     with naming_the_database(layout, then=""):
-        found = steered_study(layout, study)
+        found = steered_study(layout, study, even_if_gone=True)
         with none_searches(found, layout) as studies:
             if not yes:
                 size = in_bytes(sum(used(layout.study(one.study.study_name)) for one in studies))

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,17 +92,18 @@ def check_study(space: Space, layout: Layout, resume: bool, digests: Mapping[str
     name, names = space.study.name, study_names(layout)
     begun = name in names and has_begun(name, layout)
     if resume and not begun:
+        _check_known(layout, name, names)
         hint = f"; {nearest(name, names, LISTED)}" if names and name not in names else ""
         raise UserError(f"study '{name}': nothing to resume in {layout.database}{hint}")
     if resume:
         _check_begun(_read(layout, name), space, layout, digests)
     elif begun:
+        _check_place(_read(layout, name), layout)
         raise UserError(
             f"study '{name}' exists in {layout.database}: go on with --resume, or give this one another name"
         )
-    elif any(layout.trials(name).glob("[0-9]*")):
-        raise UserError(f"{layout.trials(name)}: holds trials that the study database does not know; move it away")
     else:
+        _check_known(layout, name, [])
         _taken(space, layout)
 
 
@@ -144,9 +145,9 @@ def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.St
     return study
 
 
-def steered_study(layout: Layout, name: str) -> StudyView:
+def steered_study(layout: Layout, name: str, even_if_gone: bool = False) -> StudyView:
     """As `load_study`, to write to beside a search that runs it."""
-    found = load_study(layout, name)
+    found = load_study(layout, name, even_if_gone)
     study = optuna.load_study(study_name=name, storage=open_storage(layout))
     return StudyView(study, found.space, layout)
 
@@ -168,17 +169,28 @@ def _taken(space: Space, layout: Layout) -> list[dict[str, Any]]:
     return taken(sources, space)
 
 
-def load_study(layout: Layout, name: str) -> StudyView:
-    """The study `name`, to read. UserError if there is none that has begun."""
+def load_study(layout: Layout, name: str, even_if_gone: bool = False) -> StudyView:
+    """The study `name`, to read.
+
+    Args:
+        layout: where studies are.
+        name: its own.
+        even_if_gone: take what the database knows of a study whose folder was removed, to remove that too.
+
+    Raises:
+        UserError: there is none that has begun, or it is not all there any more.
+    """
     names = study_names(layout)
     if name not in names:
+        _check_known(layout, name, names)
         raise UserError(
             f"study '{name}': not in {layout.database}{f'; {nearest(name, names, LISTED)}' if names else ''}"
         )
     study = _read(layout, name)
     if SPACE not in study.user_attrs:
         raise UserError(f"study '{name}': was never begun")
-    _check_place(study, layout)
+    if not even_if_gone:
+        _check_place(study, layout)
     return StudyView(study, _space(study), layout)
 
 
@@ -298,8 +310,23 @@ def _check_begun(study: optuna.Study, space: Space, layout: Layout, digests: Map
         )
 
 
+def _check_known(layout: Layout, name: str, names: Sequence[str]) -> None:
+    """Refuse a folder of trials whose study the database has lost: nothing can go on with them, or show them."""
+    if name not in names and any(layout.trials(name).glob("[0-9]*")):
+        raise UserError(f"{layout.trials(name)}: holds trials that the study database does not know; move it away")
+
+
 def _check_place(study: optuna.Study, layout: Layout) -> None:
-    """Refuse a storage path that is not the study's: its trials would be begun again, beside those that run."""
+    """Refuse a storage path that is not the study's: its trials would be begun again, beside those that run.
+
+    And one from which its folder was removed: another one in its place would hide that.
+    """
+    if layout.study_database is None and not layout.trials(study.study_name).is_dir():
+        name, folder = study.study_name, layout.study(study.study_name)
+        raise UserError(
+            f"study '{name}': its folder is gone; it was {folder}: put it back, or remove the rest with "
+            f"`bilora-ray delete {name}`"
+        )
     file = layout.study(study.study_name) / ID
     if layout.study_database is not None and not (file.is_file() and file.read_text() == study.user_attrs[ID]):
         where = f"--storage-path {layout.storage_path}"

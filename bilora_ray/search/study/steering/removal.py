@@ -25,15 +25,21 @@ def none_searches(found: StudyView, layout: Layout) -> Iterator[list[StudyView]]
     """
     name = found.study.study_name
     with ExitStack() as stack:
-        stack.enter_context(running_study(layout, name))
+        _keep_from_searching(stack, layout, name)
         finalists = finalists_of(layout, name)
         studies = [found]
         if finalists is not None:
-            stack.enter_context(running_study(layout, finalists))
-            studies.insert(0, steered_study(layout, finalists))
+            _keep_from_searching(stack, layout, finalists)
+            studies.insert(0, steered_study(layout, finalists, even_if_gone=True))
         if layout.study_database is not None and any(is_searched(one.study, layout) for one in studies):
             raise UserError(f"study '{name}' is being searched by another process; `bilora-ray stop {name}` stops it")
         yield studies
+
+
+def _keep_from_searching(stack: ExitStack, layout: Layout, name: str) -> None:
+    """Nobody searches a study whose folder is gone, and none is made for a lock."""
+    if layout.trials(name).is_dir():
+        stack.enter_context(running_study(layout, name))
 
 
 def remove(found: StudyView, layout: Layout) -> int:
@@ -45,7 +51,8 @@ def remove(found: StudyView, layout: Layout) -> int:
     name = found.study.study_name
     freed = used(layout.study(name))
     # The study's own rows last but for its marks: without them nobody would know what there is to remove.
-    shutil.rmtree(layout.trials(name))
+    if layout.trials(name).is_dir():  # else it was removed by hand, or by who was killed amid this
+        shutil.rmtree(layout.trials(name))
     optuna.delete_study(study_name=name, storage=found.study._storage)
     shutil.rmtree(layout.study(name), ignore_errors=True)
     return freed
