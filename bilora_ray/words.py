@@ -19,6 +19,12 @@ STATUS_WORDS = {
     Status.INTERRUPTED: "interrupted",
     Status.QUEUED: "queued",
 }
+# The kinds of baseline.
+WITHOUT_TRAINING = {
+    "base-model": "the base model alone",
+    "majority": "without learning, by how often each label is,",
+    "mean": "without learning, always the mean,",
+}
 
 
 def status_of(trial: TrialRecord) -> str:

@@ -29,6 +29,7 @@ COMMANDS = {
     "train": "Train one adapter, without a search.",
     "profile": "Say where the time and the memory of a trial go, by some of its steps.",
     "show": "Show a study: its trials, the best settings, what mattered.",
+    "report": "Write a page of what a study found, to look at.",
     "enqueue": "Name the settings of a study's next trial, while it runs or before.",
     "stop": "Stop a search that runs elsewhere, or one trial of it.",
     "clone": "Write a study down as a space file for another one.",

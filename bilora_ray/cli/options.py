@@ -23,6 +23,7 @@ from bilora_ray.interruption import leaving
 from bilora_ray.paths import absolute as absolute
 from bilora_ray.records import TrialRecord
 from bilora_ray.search.space.shipped import shipped, space_file
+from bilora_ray.search.study.layout import Layout
 from bilora_ray.tracking.store import SERVERS
 
 if TYPE_CHECKING:
@@ -223,8 +224,7 @@ def print_next(
     """
     command = shlex.join(program())
     there = adapter.is_dir()
-    if adapter.is_relative_to(Path.cwd()):
-        adapter = adapter.relative_to(Path.cwd())
+    adapter = _from_here(adapter)
     runs = "" if storage_path == Path("runs") else f" --storage-path {shlex.quote(str(storage_path))}"
     where = runs + _again("--study-database", study_database, "BILORA_RAY_STUDY_DATABASE")
     pages: str | None = f"{command} ui{runs}"
@@ -234,14 +234,21 @@ def print_next(
         pages = f"{command} ui{_again('--mlflow-uri', mlflow_uri, 'MLFLOW_TRACKING_URI')}"
         if mlflow_uri.partition("://")[0] in SERVERS:  # it has pages of its own, which `ui` does not show
             pages = masked(mlflow_uri)
+    page = Layout(absolute(storage_path), study_database).report(study)
     for what, line in (
         ("Adapter", str(adapter) if there else f"gone; it was in {adapter}"),
+        ("Report", str(_from_here(page)) if page.is_file() else None),
         ("More", f"{command} show {study}{where}"),
         ("Take it", f"{command} export {study}{where} --output {study}-adapter" if there else None),
         ("Browse", pages),
     ):
         if line is not None:
             click.echo(f"{what:<8} {line}")
+
+
+def _from_here(path: Path) -> Path:
+    """`path` as it is written from the current folder, if it is in there."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def where_adapter_is(study: StudyView, record: TrialRecord) -> Path:

@@ -12,9 +12,10 @@ from typing import Protocol
 
 from bilora_ray.addresses import masked
 from bilora_ray.digests import of_data
-from bilora_ray.errors import GO_ON, MachineError, UserError
+from bilora_ray.errors import GO_ON, MachineError, UserError, first_line
 from bilora_ray.files import locked
 from bilora_ray.records import Observer, TrialRecord
+from bilora_ray.search.readiness.machine import in_words as machine
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.layout import WAIT_S, Layout
 from bilora_ray.search.study.storage import is_database, naming_the_database, study_names
@@ -22,6 +23,7 @@ from bilora_ray.search.study.studies import delete_study, open_study
 from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.search.study.warm_start import in_words
 from bilora_ray.tracking.mlflow_tracker import BackgroundTracker, MlflowTracker, add_to_study, default_uri
+from bilora_ray.tracking.provenance import versions
 
 logger = logging.getLogger(__name__)
 # So long nobody wonders why a search that is over does not end.
@@ -100,6 +102,7 @@ class Session:
         """End the study's run in MLflow, unless MLflow could not be opened, and give up this process's trials."""
         try:
             self.study.settle()
+            self._report()
             if self.tracking.exception() is None:
                 late = Timer(LATE_S, self.watcher.say, ["MLflow is sent what is left"])
                 late.start()
@@ -109,6 +112,18 @@ class Session:
                     late.cancel()
         finally:
             self.study.release()
+
+    def _report(self) -> None:
+        """Write the study's page. Whatever is wrong with it, the search is not lost for that."""
+        try:
+            from bilora_ray.report.page import write_report
+
+            name = self.study.space.study.name
+            write_report([self.study], self.study.layout.report(name), ended=self.study.in_hand())
+        except Exception as error:
+            logger.debug("the page of the study was not written", exc_info=True)
+            again = f"`bilora-ray report {self.study.space.study.name}` tries again"
+            self.watcher.say(f"Note: the page of the study could not be written ({first_line(error)}); {again}")
 
     def _close(self, tracker: MlflowTracker) -> None:
         try:
@@ -137,6 +152,7 @@ def session(
     begins = space.study.name not in study_names(layout)
     with naming_the_database(layout, then="" if begins else GO_ON):
         study = open_study(space, layout, digests)
+        study.keep_made_with({**versions(), **machine()})
     with ThreadPoolExecutor(max_workers=1) as executor:
         running = Session(study, watcher, executor.submit(_tracker, study, mlflow_uri, digests, watcher))
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePath
 from typing import TYPE_CHECKING
@@ -23,16 +24,20 @@ LONGEST_NAME, LONGEST_DIGEST = 500, 36
 def provenance() -> dict[str, str]:
     """Tags of every run: source, library versions, and the commit of the current folder where it is a repository."""
     tags = {"mlflow.source.name": "bilora-ray", "mlflow.source.type": "LOCAL"}
-    tags["bilora_ray.version.bilora-ray"] = __version__
-    for library in LIBRARIES:
-        try:
-            tags[f"bilora_ray.version.{library}"] = version(library)
-        except PackageNotFoundError:
-            continue
+    tags |= {f"bilora_ray.version.{library}": found for library, found in versions().items()}
     commit = _git_commit()
     if commit is not None:
         tags["mlflow.source.git.commit"] = commit
     return tags
+
+
+def versions() -> dict[str, str]:
+    """Library -> version, of this package and of those that decide what a trial computes."""
+    found = {"bilora-ray": __version__}
+    for library in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[library] = version(library)
+    return found
 
 
 def _git_commit() -> str | None:

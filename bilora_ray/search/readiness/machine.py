@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -101,9 +102,7 @@ def gpus() -> Iterator[Finding]:
 
 def memory() -> Iterator[Finding]:
     """Whether the memory holds a process of a trial for every core."""
-    # Not all systems say which of the cores a process may use.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    free = free_memory()
+    cores, free = _cores(), free_memory()
     found = f"{free / GIB:.1f} GiB of memory free, {cores} cores"
     held = int(free / PROCESS)
     if held < 1:
@@ -191,6 +190,21 @@ def storage(path: Path) -> Iterator[Finding]:
         yield Finding(about, Verdict.NOTE, found, mend)
     else:
         yield Finding(about, Verdict.OK, found)
+
+
+def in_words() -> dict[str, str]:
+    """What this machine is, by name: to tell where a study was searched."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = {"Python": platform.python_version(), "system": f"{platform.system()} {platform.machine()}"}
+    found["machine"] = f"{_cores()} cores, {memory / GIB:.0f} GiB of memory"
+    with suppress(OSError, subprocess.SubprocessError):
+        found["GPUs"] = _driver_sees() or "none"
+    return found
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system says which."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _there(path: Path) -> Path:

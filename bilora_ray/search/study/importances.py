@@ -32,10 +32,12 @@ INTERVAL = 0.8
 FURTHEST = 3.0
 # Of columns with numbers up to 1: what rounding leaves of those that others hold.
 NEGLIGIBLE = 1e-6
-METHOD = (
+SHARES = (
     "functional ANOVA (a parabola for a number, a level for each choice) less what chance explains; shown where "
-    f"{1 - FALSE_ALARMS:.0%} of shuffled studies explain less; in brackets the middle {INTERVAL:.0%} of resampled ones"
+    f"{1 - FALSE_ALARMS:.0%} of shuffled studies explain less"
 )
+INTERVALS = f"the middle {INTERVAL:.0%} of resampled ones"
+METHOD = f"{SHARES}; in brackets {INTERVALS}"
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,10 @@ class Layout:
         """File of some validation rows of study `name`, as its winner and the base model answer them."""
         return self.study(name) / "examples.json"
 
+    def report(self, name: str) -> Path:
+        """The page of study `name`, as its last search left it."""
+        return self.study(name) / "report.html"
+
     def lent(self, name: str) -> Path:
         """Folder of the checkpoints from which trials of a study may yet go on that are others'."""
         return self.study(name) / "lent"

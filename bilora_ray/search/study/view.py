@@ -18,7 +18,7 @@ from bilora_ray.errors import UserError, nearest
 from bilora_ray.files import is_held
 from bilora_ray.records import Objective, Status, TrialRecord
 from bilora_ray.search.space import FINALISTS_OF, LIMITED, Space
-from bilora_ray.search.study.control.budget import Ended, end_of
+from bilora_ray.search.study.control.budget import RUN, Ended, end_of
 from bilora_ray.search.study.control.evaluations import ENDED_BY, broken, evaluations_of
 from bilora_ray.search.study.control.front import front_of, losses_of
 from bilora_ray.search.study.importances import Importances, importances_of
@@ -36,6 +36,8 @@ REMOVED = "removed"
 ASKED_FOR = "fixed_params"
 # What the metric is without training, and whose adapter is compared with that: see `control.comparison`.
 BASELINE, COMPARED = "baseline", "compared"
+# With which versions, and on what, the study was last searched.
+MADE_WITH = "made_with"
 # A trial that failed by its own settings is PRUNED with a constraint that it broke, since samplers read nothing of a
 # FAIL. Other failures, and all of version 0.1.0, are FAIL.
 STATUS = {
@@ -195,6 +197,17 @@ class StudyView:
             return json.loads(self.layout.examples(self.study.study_name).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
             return []
+
+    @property
+    def seconds(self) -> float | None:
+        """For which searches have run it; None if that is not known. Downtime is none of it."""
+        run = self.study.user_attrs.get(RUN)
+        return None if run is None else float(run["seconds"])
+
+    @property
+    def made_with(self) -> dict[str, str]:
+        """With which versions and on what machine it was last searched, by name; empty if that is not known."""
+        return dict(self.study.user_attrs.get(MADE_WITH, {}))
 
     def importances(self) -> Importances:
         """Which of the searched settings mattered, among the trials that are complete or were stopped early."""

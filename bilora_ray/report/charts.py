@@ -1,0 +1,458 @@
+"""The charts of a page: pure functions of what was found, which return Vega-Lite; None where there is nothing to show.
+
+Colours are names of the page's style sheet, so that one picture is drawn for light, for dark and for paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import altair as alt
+
+from bilora_ray.report.found import Found
+from bilora_ray.report.rows import (
+    BEST,
+    SCALED,
+    WATCHED,
+    Axis,
+    Row,
+    axes,
+    best_so_far,
+    evaluation_rows,
+    statuses,
+    trial_rows,
+    window,
+    x_of,
+)
+from bilora_ray.search.space import setting_of
+from bilora_ray.words import in_short
+
+Chart = alt.Chart | alt.LayerChart | alt.FacetChart
+# The page gives the rows of these names, so that the charts of a study share them.
+TRIALS, EVALUATIONS = "trials", "evaluations"
+COLOURS = {BEST: "var(--best)", "complete": "var(--accent)", "stopped early": "var(--faint)", "failed": "var(--bad)"}
+OTHERS = "var(--other)"
+# From the worst to the best.
+_IS_BEST = f"datum.status === '{BEST}'"
+STEPS = [f"var(--step-{step})" for step in range(6)]
+# Pairs of settings that are told by name, where both are searched.
+PAIRS = (("rho", "auxiliary_rank"), ("rank", "auxiliary_rank"))
+# Of fewer trials with a value a picture says less than the table.
+FEWEST = 3
+MOST_SLICES, MOST_AXES = 12, 8
+# From so many trials on marks are lighter and smaller.
+MANY = 200
+HEIGHT, LOW = 300, 200
+# From such a ratio on, of the largest to the smallest.
+SEVERAL_ORDERS = 30
+# The look that all charts share; `null` leaves something out.
+CONFIG: dict[str, Any] = {
+    "background": "transparent",
+    "font": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif",
+    "padding": {"left": 4, "right": 12, "top": 6, "bottom": 4},
+    "view": {"stroke": None, "continuousHeight": HEIGHT},
+    "axis": {
+        "domainColor": "var(--line)",
+        "gridColor": "var(--line)",
+        "gridOpacity": 0.6,
+        "tickColor": "var(--line)",
+        "labelColor": "var(--soft)",
+        "titleColor": "var(--soft)",
+        "labelFontSize": 11,
+        "titleFontSize": 12,
+        "titleFontWeight": 500,
+        "titlePadding": 8,
+        "labelLimit": 130,
+        "labelOverlap": "greedy",
+    },
+    "axisX": {"grid": False, "tickCount": 6},
+    "axisY": {"domain": False, "ticks": False, "labelPadding": 6, "tickCount": 5},
+    "legend": {
+        "orient": "top",
+        "labelColor": "var(--soft)",
+        "titleColor": "var(--soft)",
+        "labelFontSize": 11,
+        "titleFontSize": 11,
+        "titleFontWeight": 500,
+        "symbolStrokeWidth": 2,
+        "columns": 4,
+        "gradientLength": 250,
+        "gradientThickness": 10,
+        "labelOverlap": "greedy",
+    },
+    "point": {"filled": True, "size": 55},
+    "text": {"color": "var(--soft)", "fontSize": 11},
+}
+
+
+def history(found: Found) -> Chart | None:
+    """Each trial's value in the order of the search, and the best so far."""
+    rows = trial_rows(found)
+    if len(rows) < 2:
+        return None
+    x = alt.X("trial:Q", title="trial, in the order of the search", axis=alt.Axis(format="d"), scale=_snug())
+    points = _by_status(alt.Chart(), rows).encode(x, _value(found, rows), _status(rows), tooltip=_tooltip(found))
+    layers = [points]
+    if line := best_so_far(found):
+        best = alt.Chart(alt.Data(values=line)).mark_line(
+            interpolate="step-after", color="var(--best)", strokeWidth=1.5, opacity=0.9
+        )
+        layers.insert(0, best.encode(x, _value(found, rows)))
+    return _wide(alt.layer(*layers, data=alt.NamedData(name=TRIALS)))
+
+
+def importances(found: Found) -> Chart | None:
+    """What share of the values' variance each setting explains, with its interval."""
+    shares = found.importances.shares
+    rows = [
+        {"setting": key, "share": share.share, "low": share.low, "high": share.high} for key, share in shares.items()
+    ]
+    if not rows:
+        return None
+    y = alt.Y("setting:N", sort=None, title=None, axis=alt.Axis(labelLimit=180, labelFontSize=12))
+    x = alt.X("share:Q", title="share of the variance", axis=alt.Axis(format=".0%"), scale=alt.Scale(domain=[0, 1]))
+    told = [alt.Tooltip("setting:N"), *(alt.Tooltip(f"{key}:Q", format=".0%") for key in ("share", "low", "high"))]
+    base = alt.Chart(alt.Data(values=rows))
+    bars = base.mark_bar(color="var(--accent)", height=14, cornerRadius=2).encode(y, x, tooltip=told)
+    ends = base.mark_rule(color="var(--ink)", strokeWidth=1.5).encode(y, alt.X("low:Q", title=""), x2="high:Q")
+    return _wide(alt.layer(bars, ends), 34 * len(rows) + 20)
+
+
+def slices(found: Found) -> Iterator[Chart]:
+    """A picture a setting: where along it the good trials lie."""
+    rows = trial_rows(found)
+    for key, axis in list(axes(found).items())[:MOST_SLICES]:
+        if _is_told(key, rows):
+            points = _by_status(alt.Chart(alt.NamedData(name=TRIALS)), rows).encode(
+                _x(axis), _value(found, rows), _status(rows, None), tooltip=_tooltip(found)
+            )
+            yield _wide(_apart(points, x=axis), LOW)
+
+
+def maps(found: Found) -> Iterator[Chart]:
+    """A picture a pair of settings: the better a trial, the stronger its colour."""
+    rows, laid_out = trial_rows(found), axes(found)
+    for across, down in _pairs(found, rows):
+        points = _points(rows).encode(
+            _x(laid_out[across]), _y(laid_out[down]), _strength(found, rows), tooltip=_tooltip(found)
+        )
+        yield _wide(_apart(points, x=laid_out[across], y=laid_out[down]), 260)
+
+
+def parallel(found: Found) -> Chart | None:
+    """A line a trial, through its settings to its value."""
+    rows, laid_out = trial_rows(found), axes(found)
+    keys = [key for key in laid_out if _is_told(key, rows)][:MOST_AXES]
+    if len(keys) < 2 or len(rows) < FEWEST:
+        return None
+    ticks = [
+        {"setting": key, "at": at, "label": label} for key in keys for at, label in _readable(laid_out[key].ticks())
+    ]
+    if (ends := window([row["value"] for row in rows], found.objective)) is not None:
+        keys.append(found.metric)
+        ticks += [{"setting": found.metric, "at": at, "label": in_short(ends[at])} for at in (0, 1)]
+    x = alt.X(
+        "setting:N",
+        sort=keys,
+        title=None,
+        axis=alt.Axis(
+            labelExpr="split(datum.label, '_')",
+            labelAngle=0,
+            labelPadding=12,
+            domain=False,
+            ticks=False,
+            grid=True,
+            gridColor="var(--faint)",
+        ),
+        scale=alt.Scale(padding=0.35),
+    )
+    y = alt.Y("at:Q", axis=None, scale=alt.Scale(domain=[0, 1]))
+    lines = (
+        alt.Chart(alt.NamedData(name=TRIALS))
+        .transform_fold([f"{SCALED}{key}" for key in keys], as_=["scaled", "at"])
+        .transform_filter("isValid(datum.at)")
+        .transform_calculate(setting=f"slice(datum.scaled, {len(SCALED)})")
+        .mark_line(strokeWidth=1.6 if _are_few(rows) else 1, opacity=0.75 if _are_few(rows) else 0.45)
+        .encode(x, y, _strength(found, rows), detail="trial:N", tooltip=_tooltip(found))
+    )
+    words = alt.Chart(alt.Data(values=ticks)).encode(x, y, text="label:N")
+    text: dict[str, Any] = {"align": "left", "dx": 5, "fontSize": 10}
+    halo = words.mark_text(stroke="var(--paper)", strokeWidth=4, strokeJoin="round", **text)
+    return _wide(alt.layer(lines, halo, words.mark_text(color="var(--ink)", **text)), 320)
+
+
+def curves(found: Found) -> Chart | None:
+    """The metric as each trial trained: those that were stopped in grey."""
+    return _curves(found, "value", found.metric)
+
+
+def watched(found: Found) -> Iterator[Chart]:
+    """What each trial's method saw of the loss around it as it trained, where it was measured."""
+    for key, title in WATCHED.items():
+        if (chart := _curves(found, key, title)) is not None:
+            yield chart
+
+
+def front(found: Found) -> Iterator[Chart]:
+    """The first objective beside each other one, and the trials than which none is better in both."""
+    rows = trial_rows(found)
+    for other in found.objectives[1:]:
+        values = [row[other.metric] for row in rows if row[other.metric] is not None]
+        if len(values) < 2:
+            continue
+        across = alt.X(f"{other.metric}:Q", title=other.metric, scale=_ends(window(values, other)))
+        on_front = alt.Color(
+            "front:N",
+            title=None,
+            scale=alt.Scale(domain=["on the front", "others"], range=["var(--best)", "var(--faint)"]),
+        )
+        base = alt.Chart().transform_calculate(front="datum.front ? 'on the front' : 'others'")
+        points = base.mark_circle(opacity=0.85, clip=True).encode(
+            across, _value(found, rows), on_front, tooltip=_tooltip(found)
+        )
+        layers = [points]
+        if len(found.objectives) == 2 and len(found.front) > 1:
+            steps: Any = "step-after" if not other.greater_is_better else "step-before"
+            line = alt.Chart().transform_filter("datum.front").mark_line(interpolate=steps, color="var(--best)")
+            layers.insert(0, line.encode(across, _value(found, rows)))
+        yield _wide(alt.layer(*layers, data=alt.NamedData(name=TRIALS)))
+
+
+def finalists(found: Found) -> Chart | None:
+    """Each finalist's mean on fresh seeds with its interval, beside its single run in the search."""
+    if found.finals is None or found.finals.verdict is None:
+        return None
+    told = found.finals.verdict.finalists
+    rows = [
+        {"trial": f"trial {one.trial}", "mean": one.mean, "low": one.low, "high": one.high, "single": one.single}
+        for one in told
+    ]
+    base, y = alt.Chart(alt.Data(values=rows)), alt.Y("trial:N", sort=None, title=None)
+    scale = alt.Scale(zero=False)
+    tooltip = [alt.Tooltip("trial:N")] + [
+        alt.Tooltip(f"{key}:Q", title=title, format=".4g")
+        for key, title in (("mean", "mean of fresh seeds"), ("low", "from"), ("high", "to"), ("single", "single run"))
+    ]
+    x = alt.X("mean:Q", title=found.metric, scale=scale)
+    ends = base.mark_rule(color="var(--accent)", strokeWidth=2).encode(alt.X("low:Q", scale=scale), y, x2="high:Q")
+    means = base.mark_circle(color="var(--accent)", size=90, opacity=1).encode(x, y, tooltip=tooltip)
+    single = base.mark_point(color="var(--best)", filled=False, size=70, strokeWidth=1.5)
+    singles = single.encode(alt.X("single:Q", scale=scale), y, tooltip=tooltip)
+    return _wide(alt.layer(ends, means, singles), 34 * len(rows) + 20)
+
+
+def costs(found: Found) -> Iterator[Chart]:
+    """What the trials' time and memory bought."""
+    rows = trial_rows(found)
+    for key, title in (("train_runtime", "seconds of training"), ("gpu_memory_gib", "GiB of GPU memory")):
+        values = [row[key] for row in rows if key in row]
+        if len(set(values)) > 1 and len(values) >= FEWEST:
+            across = alt.X(f"{key}:Q", title=title, scale=_snug())
+            yield _wide(
+                _by_status(alt.Chart(alt.NamedData(name=TRIALS)), rows).encode(
+                    across, _value(found, rows), _status(rows, None), tooltip=_tooltip(found)
+                ),
+                240,
+            )
+
+
+def against(one: Found, other: Found) -> Chart | None:
+    """The best so far of two searches, trial by trial."""
+    rows: list[Row] = []
+    for found in (one, other):
+        rows += [{**row, "study": found.name} for row in best_so_far(found)]
+    if one.objective != other.objective or len({row["study"] for row in rows}) < 2:
+        return None
+    ends = window([row["value"] for row in rows], one.objective)
+    line = alt.Chart(alt.Data(values=rows)).mark_line(interpolate="step-after", strokeWidth=2, clip=True)
+    return _wide(
+        line.encode(
+            alt.X("trial:Q", title="trial, in the order of the search", axis=alt.Axis(format="d")),
+            alt.Y("value:Q", title=f"best {one.metric} so far", scale=_ends(ends)),
+            alt.Color(
+                "study:N",
+                title=None,
+                scale=alt.Scale(domain=[one.name, other.name], range=["var(--accent)", "var(--best)"]),
+            ),
+            tooltip=[alt.Tooltip("study:N"), alt.Tooltip("trial:Q"), alt.Tooltip("value:Q", format=".4g")],
+        )
+    )
+
+
+def _curves(found: Found, key: str, title: str) -> Chart | None:
+    rows = [row for row in evaluation_rows(found) if row.get(key) is not None]
+    if len(rows) == len({row["trial"] for row in rows}):  # not one trial has two
+        return None
+    values, unit = [row[key] for row in rows], x_of(found)
+    y = alt.Y(f"{key}:Q", title=title, scale=_ends(window(values, found.objective)))
+    if key != "value":
+        y = _positive(key, title, values)
+    many = not _are_few([row for row in rows if row["last"]])
+    base = (
+        alt.Chart()
+        .transform_filter(f"isValid(datum.{key})")
+        .encode(
+            alt.X(f"{unit}:Q", title=unit, scale=_snug()),
+            y,
+            _status(rows),
+            tooltip=[
+                alt.Tooltip("trial:Q"),
+                alt.Tooltip("status:N"),
+                alt.Tooltip(f"{unit}:Q"),
+                alt.Tooltip(f"{key}:Q", title=title, format=".4g"),
+            ],
+        )
+    )
+    lines = base.mark_line(clip=True).encode(
+        detail="trial:N",
+        opacity=alt.when(_IS_BEST).then(alt.value(1)).otherwise(alt.value(0.4 if many else 0.85)),
+        strokeWidth=alt.when(_IS_BEST).then(alt.value(2.5)).otherwise(alt.value(1 if many else 1.5)),
+    )
+    ends = base.transform_filter("datum.last").mark_circle(clip=True, size=14 if many else 28, opacity=0.7)
+    return _wide(alt.layer(lines, ends, data=alt.NamedData(name=EVALUATIONS)))
+
+
+def _points(rows: Sequence[Row]) -> alt.Chart:
+    return alt.Chart(alt.NamedData(name=TRIALS)).mark_circle(clip=True, opacity=0.9, size=60 if _are_few(rows) else 28)
+
+
+def _by_status(chart: alt.Chart, rows: Sequence[Row]) -> alt.Chart:
+    """Points of trials of which the best stands out, however many they are."""
+    few = _are_few(rows)
+    plain = 60 if few else 28
+    size = alt.when(_IS_BEST).then(alt.value(2.2 * plain)).otherwise(alt.value(plain))
+    solid = alt.when(_IS_BEST).then(alt.value(1)).otherwise(alt.value(0.9 if few else 0.55))
+    return chart.mark_circle(clip=True).encode(size=size, opacity=solid)
+
+
+def _are_few(rows: Sequence[Row]) -> bool:
+    """Whether the trials of `rows` can be told apart without lighter marks."""
+    return len(rows) < MANY
+
+
+def _wide(chart: Chart, height: int = HEIGHT) -> Chart:
+    """As wide as its place on the page."""
+    return chart.properties(width="container", height=height)
+
+
+def _snug() -> alt.Scale:
+    return alt.Scale(nice=False, zero=False, padding=6)
+
+
+def _ends(ends: tuple[float, float] | None) -> alt.Scale:
+    """A scale for numbers between `ends`; what is beyond them lies at the edge."""
+    if ends is None:
+        return alt.Scale(zero=False)
+    return alt.Scale(domain=list(ends), zero=False, clamp=True, nice=True)
+
+
+def _positive(key: str, title: str, values: Sequence[float]) -> alt.Y:
+    """Sizes, by their logarithms where they are of several orders."""
+    low, high = min(values), max(values)
+    if low <= 0 or high < SEVERAL_ORDERS * low:
+        return alt.Y(f"{key}:Q", title=title, scale=alt.Scale(zero=True))
+    ticks = alt.Axis(values=_decades(low, high), format="~g")
+    return alt.Y(f"{key}:Q", title=title, scale=alt.Scale(type="log", nice=False, padding=6), axis=ticks)
+
+
+def _value(found: Found, rows: Sequence[Row]) -> alt.Y:
+    return alt.Y("value:Q", title=found.metric, scale=_ends(window([row["value"] for row in rows], found.objective)))
+
+
+def _status(
+    rows: Sequence[Row], legend: alt.Legend | alt.utils.schemapi.UndefinedType | None = alt.Undefined
+) -> alt.Color:
+    domain = statuses(rows)
+    scale = alt.Scale(domain=domain, range=[COLOURS.get(word, OTHERS) for word in domain])
+    return alt.Color("status:N", title=None, scale=scale, legend=legend)
+
+
+def _strength(found: Found, rows: Sequence[Row]) -> alt.Color:
+    """Colours by the value: the better, the stronger."""
+    ends = window([row["value"] for row in rows], found.objective) or (0.0, 1.0)
+    steps = STEPS if found.objective.greater_is_better else STEPS[::-1]
+    scale = alt.Scale(type="quantize", domain=list(ends), range=steps)
+    return alt.Color("value:Q", title=found.metric, scale=scale, legend=alt.Legend(format=".3g", columns=6))
+
+
+def _x(axis: Axis) -> alt.X:
+    return alt.X(_field(axis), title=axis.key, scale=_scale(axis), sort=axis.levels or alt.Undefined, axis=_ticks(axis))
+
+
+def _y(axis: Axis) -> alt.Y:
+    if axis.levels is None:
+        return alt.Y(_field(axis), title=axis.key, scale=_scale(axis), axis=_ticks(axis))
+    upwards = axis.levels[::-1]
+    return alt.Y(_field(axis), title=axis.key, scale=alt.Scale(domain=upwards), sort=upwards, axis=alt.Axis(grid=True))
+
+
+def _ticks(axis: Axis) -> alt.Axis:
+    if axis.levels is not None:
+        return alt.Axis(labelAngle=0)
+    values = _decades(*axis.ends) if axis.log else alt.Undefined
+    return alt.Axis(labelAngle=0, format="~g", tickCount=5, values=values)
+
+
+def _decades(low: float, high: float) -> list[float]:
+    """Round numbers of a log scale that are far enough apart to be read."""
+    span = math.log10(high / low)
+    steps = (1.0, 2.0, 5.0) if span < 1.5 else (1.0, 3.0) if span < 3.5 else (1.0,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    return [value for power in powers for step in steps if low <= (value := step * 10.0**power) <= high]
+
+
+def _field(axis: Axis) -> str:
+    return f"{axis.key}:{'Q' if axis.levels is None else 'O'}"
+
+
+def _scale(axis: Axis) -> alt.Scale:
+    if axis.levels is not None:
+        return alt.Scale(domain=axis.levels)
+    return alt.Scale(type="log" if axis.log else "linear", domain=list(axis.ends), nice=False, padding=6)
+
+
+def _apart(points: alt.Chart, x: Axis, y: Axis | None = None) -> alt.Chart:
+    """Trials of one level beside one another."""
+    spread = alt.Scale(domain=[-0.4, 1.4])
+    if x.levels is not None:
+        points = points.encode(xOffset=alt.XOffset("apart:Q", scale=spread))
+    if y is not None and y.levels is not None:
+        points = points.encode(yOffset=alt.YOffset("also_apart:Q", scale=spread))
+    return points
+
+
+def _tooltip(found: Found) -> list[alt.Tooltip]:
+    others = [alt.Tooltip(f"{one.metric}:Q", format=".4g") for one in found.objectives[1:]]
+    told = [_told(axis) for axis in axes(found).values()]
+    value = alt.Tooltip("value:Q", title=found.metric, format=".4g")
+    return [alt.Tooltip("trial:Q"), alt.Tooltip("status:N"), value, *others, *told]
+
+
+def _told(axis: Axis) -> alt.Tooltip:
+    return alt.Tooltip(_field(axis)) if axis.levels is not None else alt.Tooltip(_field(axis), format=".3g")
+
+
+def _is_told(key: str, rows: Sequence[Row]) -> bool:
+    """Whether enough trials have the setting, and not all the same value of it."""
+    values = [row[key] for row in rows if key in row]
+    return len(values) >= FEWEST and len(set(values)) > 1
+
+
+def _pairs(found: Found, rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """The pairs of settings that are worth a picture: those with a name, and the two that mattered most."""
+    told = [key for key in found.settings if _is_told(key, rows)]
+    pairs = [pair for pair in PAIRS if all(key in told for key in pair)]
+    mattered = [key for key in told if key in map(setting_of, found.importances.shares)]
+    two = (mattered + [key for key in told if key not in mattered])[:2]
+    if len(two) == 2 and set(two) not in [set(pair) for pair in pairs] and (mattered or not pairs):
+        numbers = sorted(two, key=lambda key: Axis(key, found).levels is not None)
+        pairs.append((numbers[0], numbers[1]))
+    return pairs
+
+
+def _readable(ticks: list[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Of many ticks the first, the last and some between."""
+    step = max(1, len(ticks) // 6)
+    return [tick for index, tick in enumerate(ticks) if index % step == 0 or index == len(ticks) - 1]
