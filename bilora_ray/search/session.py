@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from bilora_ray.search.study.layout import WAIT_S, Layout
 from bilora_ray.search.study.storage import is_database, naming_the_database, study_names
 from bilora_ray.search.study.studies import delete_study, open_study
 from bilora_ray.search.study.study import SearchStudy
+from bilora_ray.search.study.view import StudyView
 from bilora_ray.search.study.warm_start import in_words
 from bilora_ray.tracking.mlflow_tracker import BackgroundTracker, MlflowTracker, add_to_study, default_uri
 from bilora_ray.tracking.provenance import versions
@@ -102,7 +103,7 @@ class Session:
         """End the study's run in MLflow, unless MLflow could not be opened, and give up this process's trials."""
         try:
             self.study.settle()
-            self._report()
+            write_page(self.study, self.watcher.say, ended=self.study.in_hand())
             if self.tracking.exception() is None:
                 late = Timer(LATE_S, self.watcher.say, ["MLflow is sent what is left"])
                 late.start()
@@ -112,18 +113,6 @@ class Session:
                     late.cancel()
         finally:
             self.study.release()
-
-    def _report(self) -> None:
-        """Write the study's page. Whatever is wrong with it, the search is not lost for that."""
-        try:
-            from bilora_ray.report.page import write_report
-
-            name = self.study.space.study.name
-            write_report([self.study], self.study.layout.report(name), ended=self.study.in_hand())
-        except Exception as error:
-            logger.debug("the page of the study was not written", exc_info=True)
-            again = f"`bilora-ray report {self.study.space.study.name}` tries again"
-            self.watcher.say(f"Note: the page of the study could not be written ({first_line(error)}); {again}")
 
     def _close(self, tracker: MlflowTracker) -> None:
         try:
@@ -167,6 +156,24 @@ def session(
             if ours and study.best() is None and not isinstance(error, MachineError):
                 delete_study(space, layout)
             raise
+
+
+def write_page(study: StudyView, say: Callable[[str], None], ended: Collection[int] = ()) -> None:
+    """Write the page of a study into its folder. Whatever is wrong with that, no search is lost for it.
+
+    Args:
+        study: the study.
+        say: is told why there is no page.
+        ended: its trials that are running in the database, and that this process runs no more.
+    """
+    name = study.space.study.name
+    try:
+        from bilora_ray.report.page import write_report
+
+        write_report([study], study.layout.report(name), ended)
+    except Exception as error:
+        logger.debug("the page of a study was not written", exc_info=True)
+        say(f"Note: there is no page of the study ({first_line(error)}); `bilora-ray report {name}` tries again")
 
 
 def tell_result(
