@@ -222,9 +222,9 @@ def front(found: Found) -> Iterator[Chart]:
 
 def finalists(found: Found) -> Chart | None:
     """Each finalist's mean on fresh seeds with its interval, beside its single run in the search."""
-    if found.finals is None or found.finals.verdict is None:
+    if found.verdict is None:
         return None
-    told = found.finals.verdict.finalists
+    told = found.verdict.finalists
     rows = [
         {"trial": f"trial {one.trial}", "mean": one.mean, "low": one.low, "high": one.high, "single": one.single}
         for one in told

@@ -11,6 +11,7 @@ from bilora_ray.records import Objective, Status, TrialRecord
 from bilora_ray.search.space import Space, setting_of
 from bilora_ray.search.study.control.disk import used_by
 from bilora_ray.search.study.control.finalists import Finals, finals_of
+from bilora_ray.search.study.control.verdict import Verdict
 from bilora_ray.search.study.importances import Importances
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.steering.copying import written
@@ -74,6 +75,17 @@ class Found:
     def best(self) -> TrialRecord | None:
         """The best complete trial; None before there is one, and of finalists, which their search judges."""
         return None if self.search is not None else self.objective.best_of(self.records)
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """Who wins among the finalists, once that is known."""
+        return None if self.finals is None else self.finals.verdict
+
+    @cached_property
+    def chosen(self) -> TrialRecord | None:
+        """The trial that the search comes to: the winner among finalists, or the best."""
+        winner = None if self.verdict is None else self.verdict.winner.trial
+        return next((record for record in self.records if record.number == winner), self.best)
 
     @cached_property
     def ranked(self) -> list[TrialRecord]:

@@ -19,15 +19,15 @@ BEST = "the best"
 WATCHED = {"auxiliary_norm": "Norm of the auxiliary's perturbation", "sharpness": "Sharpness"}
 # So many evaluations are drawn at the most, or the page would be slow and large.
 MOST_EVALUATIONS = 12_000
-# What lies further from the best than so many times the distance of most is drawn at the edge.
-OUTLYING, MOST = 3.0, 0.9
+# Beyond so many interquartile ranges from the quartiles, which is Tukey's outer fence, values lie at the edge.
+FENCE = 3.0
 # Beside a setting's name: where its value lies on an axis from 0 to 1.
 SCALED = "scaled "
 
 
 def trial_rows(found: Found) -> list[Row]:
     """A row for each trial that has a value; the best come last, and so are drawn on top."""
-    laid_out, known = axes(found), [record for record in reversed(found.ranked) if _plain(record.value) is not None]
+    laid_out, known = axes(found), [record for record in _drawn(found) if _plain(record.value) is not None]
     rows = [_trial_row(record, found, laid_out) for record in known]
     if (ends := window([row["value"] for row in rows], found.objective)) is not None:
         for row in rows:
@@ -58,7 +58,7 @@ def _trial_row(record: TrialRecord, found: Found, laid_out: Mapping[str, Axis]) 
 
 def evaluation_rows(found: Found) -> list[Row]:
     """A row for each evaluation, or for as many of each trial as there is room for; the best trial comes last."""
-    records = [record for record in reversed(found.ranked) if record.history]
+    records = [record for record in _drawn(found) if record.history]
     most = max(2, MOST_EVALUATIONS // max(1, len(records)))
     rows = []
     for record in records:
@@ -104,10 +104,9 @@ def window(values: Sequence[float], objective: Objective) -> tuple[float, float]
     if not values or min(values) == max(values):
         return None
     losses = np.array([objective.as_loss(value) for value in values])
-    best, most, worst = losses.min(), np.quantile(losses, MOST), losses.max()
-    if most > best and worst - best > OUTLYING * (most - best):
-        worst = most + (most - best) / 2
-    ends = sorted((objective.as_loss(float(best)), objective.as_loss(float(worst))))
+    first, third = np.quantile(losses, [0.25, 0.75])
+    fence = third + FENCE * (third - first) if third > first else math.inf
+    ends = sorted(objective.as_loss(float(end)) for end in (losses.min(), losses[losses <= fence].max()))
     return ends[0] + 0.0, ends[1] + 0.0
 
 
@@ -165,7 +164,13 @@ def axes(found: Found) -> Mapping[str, Axis]:
 
 
 def _group(record: TrialRecord, found: Found) -> str:
-    return BEST if found.best is not None and record.number == found.best.number else status_of(record)
+    return BEST if found.chosen is not None and record.number == found.chosen.number else status_of(record)
+
+
+def _drawn(found: Found) -> list[TrialRecord]:
+    """All trials in the order in which they are drawn: the best on top, that which the search comes to above all."""
+    rest = [record for record in reversed(found.ranked) if record is not found.chosen]
+    return rest if found.chosen is None else [*rest, found.chosen]
 
 
 def _thinned(history: Sequence[Mapping[str, float]], most: int) -> list[Mapping[str, float]]:

@@ -131,20 +131,18 @@ class Headline:
 
 def headline(found: Found) -> Headline:
     """The best of a study, what it is worth, and what it gains."""
-    best, facts = found.best, tuple(_facts(found))
+    best, facts = found.chosen, tuple(_facts(found))
     if best is None or best.value is None:
         line = "No trial is complete yet." if found.search is None else _of_finalists(found)
         return Headline(found.metric, "", lines=[line], facts=facts)
-    verdict = None if found.finals is None else found.finals.verdict
-    value, lines = best.value, []
+    verdict, value, lines = found.verdict, best.value, []
     if verdict is None:
         many = sum(record.status is Status.COMPLETE for record in found.records)
         rest = f", the luckiest of {many} that are complete" if many > 1 else ""
         lines.append(f"Trial {best.number}: a single run{rest}.")
     else:
-        value = verdict.score
-        best = next((one for one in found.records if one.number == verdict.winner.trial), best)
-        lines.append(f"{verdict.in_words(found.metric)}.")
+        value, of = verdict.score, f"the best of {len(verdict.finalists)} finalists, on {verdict.seeds} fresh seeds"
+        lines.append(f"Trial {best.number}: {of}{verdict.beside_single()}.")
     lines += _gain(found, value)
     if verdict is not None and found.finals is not None and found.finals.test:
         told = ", ".join(f"{key.removeprefix('eval_')} {one:.6g}" for key, one in found.finals.test.items())
@@ -201,7 +199,7 @@ def _leaderboard(found: Found) -> Iterator[Block]:
     columns = ["trial", "status", *extra, *(one.metric for one in found.objectives), "step", *keys]
     rows = [_row(record, found, keys, lineage, several) for record in found.ranked]
     if rows:
-        yield Table(columns, rows, marked=0 if found.best is not None and found.ranked[0] is found.best else None)
+        yield Table(columns, rows, marked=found.ranked.index(found.chosen) if found.chosen is not None else None)
     for line in stops(found.records):
         yield Text(f"{line}.")
 
@@ -233,8 +231,8 @@ def _beyond(found: Found) -> Iterator[Text]:
 
 
 def _finalists(found: Found) -> Iterator[Block]:
-    verdict = None if found.finals is None else found.finals.verdict
-    if found.finals is None or verdict is None:
+    verdict = found.verdict
+    if verdict is None:
         return
     if (chart := charts.finalists(found)) is not None:
         yield Drawn(chart)

@@ -109,12 +109,12 @@ def test_the_best_is_drawn_last_and_stopped_trials_are_told_apart(searched: Foun
     assert sum(row["last"] for row in evaluations) == len(searched.records)
 
 
-def test_what_far_most_are_better_than_is_at_the_edge(searched: Found) -> None:
+def test_what_lies_far_from_most_lies_at_the_edge(searched: Found) -> None:
     values = [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 1e30]
     ends = window(values, searched.objective)
     assert ends is not None
     assert ends[0] == 1.0
-    assert 1.9 < ends[1] < 5
+    assert ends[1] == 1.9
     assert window([2.0, 2.0], searched.objective) is None
     assert window([1.0, 2.0, 3.0], searched.objective) == (1.0, 3.0)
 

@@ -93,17 +93,20 @@ class Verdict:
 
     def in_words(self, metric: str) -> str:
         """Who wins, with what, and how that differs from the single run in the search."""
-        winner = self.winner
-        line = f"Winner: trial {winner.trial}, {metric} {self.score:.6g}"
+        line = f"Winner: trial {self.winner.trial}, {metric} {self.score:.6g}"
         if self.low is not None:
             line += f", {interval(self.low, self.high)} with {LEVEL:.0%} confidence"
-        if winner.single is None or self.fell is None:
-            return f"{line}; the search had stopped it early"
-        single = f"the {winner.single:.6g} of its single run in the search"
+        return line + self.beside_single()
+
+    def beside_single(self) -> str:
+        """How the score differs from the winner's single run in the search: the end of a sentence."""
+        single = self.winner.single
+        if single is None or self.fell is None:
+            return "; the search had stopped it early"
+        run = f"the {single:.6g} of its single run in the search"
         if self.fell == 0:
-            return f"{line}, as {single}"
-        how = "worse" if self.fell > 0 else "better"
-        return f"{line}; that is {abs(self.fell):.4g} {how} than {single}"
+            return f", as {run}"
+        return f"; that is {abs(self.fell):.4g} {'worse' if self.fell > 0 else 'better'} than {run}"
 
 
 def judge(singles: Mapping[int, float | None], scores: Mapping[int, Scores], objective: Objective) -> Verdict | None:
