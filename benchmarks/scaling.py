@@ -31,7 +31,7 @@ from bilora_ray.runners import own_process
 from bilora_ray.runners.task import NUMBER, telling, the_only
 from bilora_ray.search.cluster.cluster import cluster
 from bilora_ray.search.run import run_trials
-from bilora_ray.search.session import Observers
+from bilora_ray.search.session import Observers, study_info
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.layout import Layout
@@ -78,9 +78,7 @@ def space(num_trials: int, scheduler: str) -> Space:
 def tracker(study: SearchStudy) -> MlflowTracker:
     """MLflow on a SQLite file beside the study."""
     folder = study.layout.storage_path
-    return MlflowTracker.open(
-        default_uri(folder), "scaling", study.study.study_name, folder / "artifacts", {}, {}, {}, print
-    )
+    return MlflowTracker.open(default_uri(folder), "scaling", folder / "artifacts", study_info(study, {}), print)
 
 
 def measure_search(concurrent: int) -> str:

@@ -166,6 +166,27 @@ class Objective:
         return min(complete, key=self.rank, default=None)
 
 
+@dataclass(frozen=True)
+class Served:
+    """What MLflow is told of an adapter that it shall load.
+
+    Attributes:
+        loader: the module that loads it.
+        inputs: the columns of a question, in order.
+        texts: whether all of these are texts, and the answer is one.
+        config: what a user of the model may decide anew, with its values.
+        facts: what there is to know of it: base model, its revision, task, licence.
+        example: a question, by column; None: none is known.
+    """
+
+    loader: str
+    inputs: tuple[str, ...]
+    texts: bool
+    config: Mapping[str, Any]
+    facts: Mapping[str, str]
+    example: Mapping[str, Any] | None = None
+
+
 class Observer(Protocol):
     """Watches a search. The search goes on whatever an observer does; it never waits long for one."""
 

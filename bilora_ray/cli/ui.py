@@ -25,20 +25,16 @@ Example:
 def command(storage_path: Path, mlflow_uri: str | None, port: int) -> None:
     """Browse all studies and trials in MLflow, on this machine only."""
     from bilora_ray.search.study.layout import Layout
-    from bilora_ray.tracking.mlflow_tracker import default_uri, ui_command
+    from bilora_ray.tracking.mlflow_tracker import default_uri, ui_address, ui_command
 
     folder = Layout(absolute(storage_path)).storage_path
     have_home()
     if mlflow_uri is None and not (folder / "mlflow.db").exists():
         raise UserError(f"--storage-path {storage_path}: no runs here yet; `bilora-ray tune` makes them")
-    command_line, environment = ui_command(mlflow_uri or default_uri(folder), port)
+    uri = mlflow_uri or default_uri(folder)
+    command_line, environment = ui_command(uri, port)
     _check_free(port)
-    # MLflow's first page is of another kind of work; this one lists the runs of training.
-    click.echo(
-        f"In some seconds MLflow is on http://127.0.0.1:{port}/#/experiments?workflowType=machine_learning; "
-        "Ctrl-C ends it.",
-        err=True,
-    )
+    click.echo(f"In some seconds MLflow is on {ui_address(uri, port)}\nCtrl-C ends it.", err=True)
     os.execve(command_line[0], command_line, {**os.environ, **environment})
 
 

@@ -30,7 +30,7 @@ from bilora_ray.search.cluster.cluster import (
 from bilora_ray.search.cluster.gpus import decided
 from bilora_ray.search.cluster.shared_storage import check_shared
 from bilora_ray.search.cluster.watchdog import head_watched
-from bilora_ray.search.session import Observers, Session, Watcher, session, tell_result, write_page
+from bilora_ray.search.session import Observers, Session, Watcher, session, tell_result, winner_in_words, write_page
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.control.comparison import keep, to_compare
 from bilora_ray.search.study.control.finalists import Finals, begin, check_finalists, finals_of, keep_test
@@ -179,8 +179,9 @@ def search_finalists(
             test = finals.test or _score_once(study, finals, ray_address, watcher.say)
             write_page(study, watcher.say)
             metrics = {f"test_{key.removeprefix('eval_')}": value for key, value in test.items()}
-            told = finals.verdict.as_metrics(study.objective.metric)
-            tell_result(study, mlflow_uri, {**told, **metrics}, watcher.say)
+            metric = study.objective.metric
+            told = {**finals.verdict.as_metrics(metric), **metrics}
+            tell_result(study, mlflow_uri, told, watcher.say, winner_in_words(finals.verdict, metric))
 
 
 def _score_once(

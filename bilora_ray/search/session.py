@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from threading import Timer
 from typing import Protocol
 
@@ -16,15 +17,19 @@ from bilora_ray.errors import GO_ON, MachineError, UserError, first_line
 from bilora_ray.files import locked
 from bilora_ray.records import Observer, TrialRecord
 from bilora_ray.search.readiness.machine import in_words as machine
-from bilora_ray.search.space import Space
+from bilora_ray.search.space import FINALISTS_OF, Space, setting_of
+from bilora_ray.search.study.control.finalists import winner_of
+from bilora_ray.search.study.control.verdict import Verdict
 from bilora_ray.search.study.layout import WAIT_S, Layout
 from bilora_ray.search.study.storage import is_database, naming_the_database, study_names
 from bilora_ray.search.study.studies import delete_study, open_study
 from bilora_ray.search.study.study import SearchStudy
-from bilora_ray.search.study.view import StudyView
+from bilora_ray.search.study.view import StudyView, search_of
 from bilora_ray.search.study.warm_start import in_words
 from bilora_ray.tracking.mlflow_tracker import BackgroundTracker, MlflowTracker, add_to_study, default_uri
+from bilora_ray.tracking.pages import baseline_line
 from bilora_ray.tracking.provenance import versions
+from bilora_ray.tracking.study_runs import StudyInfo
 
 logger = logging.getLogger(__name__)
 # So long nobody wonders why a search that is over does not end.
@@ -124,7 +129,24 @@ class Session:
             tracker.interrupt()
             raise
         front = [record.number for record in self.study.front(records)]
-        tracker.close(records, None if best is None else best.number, interrupted, others, front)
+        if search_of(self.study.study) is not None:  # its luckiest run is nothing that anybody should take
+            best = winner_of(self.study)
+        number = None if best is None else best.number
+        tracker.close(records, number, interrupted, others, front, told_of(self.study))
+
+
+def told_of(study: StudyView) -> list[str]:
+    """What there is to say of a study beside its trials, a line each, in Markdown."""
+    search, told = search_of(study.study), []
+    if search is not None:
+        told.append(f"These are the finalists of study '{search}', trained anew on fresh seeds")
+    line = baseline_line(study.study.user_attrs.get("baseline") or {}, study.objective.metric)
+    if line is not None:
+        told.append(line)
+    if study.space.study.finalists:
+        finals = FINALISTS_OF.format(study.space.study.name)
+        told.append(f"Its best are trained anew on fresh seeds in study '{finals}'")
+    return told
 
 
 @contextmanager
@@ -177,25 +199,58 @@ def write_page(study: StudyView, say: Callable[[str], None], ended: Collection[i
 
 
 def tell_result(
-    study: SearchStudy, mlflow_uri: str | None, metrics: Mapping[str, float], say: Callable[[str], None]
+    study: StudyView,
+    mlflow_uri: str | None,
+    metrics: Mapping[str, float],
+    say: Callable[[str], None],
+    winner: str | None = None,
 ) -> None:
-    """Add `metrics` to the run of a study that has ended, unless they are there."""
-    layout, config = study.layout, study.space.study
-    uri, artifacts = mlflow_uri or default_uri(layout.storage_path), layout.storage_path / "mlflow-artifacts"
-    add_to_study(uri, config.project, config.name, artifacts, {STUDY_ID: study.id}, metrics, say)
+    """Add to the run of a study that has ended what came of it: metrics, what its finalists say, its report.
+
+    Args:
+        study: the study.
+        mlflow_uri: MLflow server or database; None: a SQLite file beside the studies.
+        metrics: by name; those with a `step` among them are of that step.
+        winner: what its finalists say, one line; None: nothing new.
+        say: shows one line to a person: that MLflow does not answer.
+    """
+    layout, project = study.layout, study.space.study.project
+    uri = mlflow_uri or default_uri(layout.storage_path)
+    add_to_study(uri, project, artifacts_of(layout), study_info(study, {}), metrics, winner, say)
+
+
+def winner_in_words(verdict: Verdict, metric: str) -> str:
+    """Who wins among the finalists, and with which score."""
+    score = f"{metric} {verdict.score:.4g}"
+    if verdict.low is not None and verdict.high is not None:
+        score += f" (95 %: {verdict.low:.4g} to {verdict.high:.4g})"
+    return f"of the finalists: trial {verdict.winner.trial}, {score} on {verdict.seeds} fresh seeds"
+
+
+def artifacts_of(layout: Layout) -> Path:
+    """Where a SQLite store of MLflow keeps its artifacts; a server has its own place."""
+    return layout.storage_path / "mlflow-artifacts"
+
+
+def study_info(study: StudyView, digests: Mapping[str, str]) -> StudyInfo:
+    """What MLflow is told of `study`, whose data and base models have `digests` by source."""
+    space, layout = study.space, study.layout
+    return StudyInfo(
+        name=space.study.name,
+        tags={STUDY_ID: study.id},
+        params=space.fixed,
+        digests=of_data(digests),
+        objectives=study.objectives,
+        searched=tuple(dict.fromkeys(map(setting_of, space.distributions))),
+        storage_path=layout.storage_path,
+        report=layout.report(space.study.name),
+        search=search_of(study.study),
+    )
 
 
 def _tracker(study: SearchStudy, mlflow_uri: str | None, digests: Mapping[str, str], watcher: Watcher) -> MlflowTracker:
     space, layout = study.space, study.layout
     # One process at a time, or two that begin together would each make the study's run.
     with locked(layout.study(space.study.name) / "tracking.lock", WAIT_S):
-        return MlflowTracker.open(
-            mlflow_uri or default_uri(layout.storage_path),
-            project=space.study.project,
-            study_name=space.study.name,
-            artifact_root=layout.storage_path / "mlflow-artifacts",
-            study_tags={STUDY_ID: study.id},
-            study_params=space.fixed,
-            digests=of_data(digests),
-            say=watcher.say,
-        )
+        uri, project = mlflow_uri or default_uri(layout.storage_path), space.study.project
+        return MlflowTracker.open(uri, project, artifacts_of(layout), study_info(study, digests), watcher.say)

@@ -12,15 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from bilora_ray.addresses import masked
 from bilora_ray.errors import UserError
 from bilora_ray.records import Status, TrialRecord
 from bilora_ray.tracking.guard import Guard, reason
-from bilora_ray.tracking.provenance import provenance
-from bilora_ray.tracking.store import SERVERS, check_runs, connect, make_store
-from bilora_ray.tracking.study_runs import StudyInfo, StudyRuns, add_metrics
+from bilora_ray.tracking.pages import TRAINING, view_address
+from bilora_ray.tracking.store import SERVERS, check_runs, connect, make_store, newest_view
+from bilora_ray.tracking.study_runs import StudyInfo, StudyRuns, add_result
 
 LATER = "the search goes on, and what is missed is sent later"
 AT_RESUME = "`bilora-ray tune --resume` sends what is missing"
@@ -70,33 +69,20 @@ class MlflowTracker(_Reconciling):
 
     @classmethod
     def open(
-        cls,
-        uri: str,
-        project: str,
-        study_name: str,
-        artifact_root: Path,
-        study_tags: Mapping[str, str],
-        study_params: Mapping[str, Any],
-        digests: Mapping[str, str],
-        say: Callable[[str], None],
+        cls, uri: str, project: str, artifact_root: Path, study: StudyInfo, say: Callable[[str], None]
     ) -> MlflowTracker:
         """Connect to MLflow and begin the study's run there, or go on with it.
 
         Args:
             uri: MLflow tracking URI; a SQLite file and its tables are made if missing.
             project: MLflow experiment, made if missing.
-            study_name: name of the study's run.
             artifact_root: folder of the artifacts where the store is a SQLite file; a server has its own place.
-            study_tags: tags of the study's run. Only a run that carries all of them is this study's, so an id among
-                them keeps apart studies that share a name and a server.
-            study_params: settings that all trials share.
-            digests: data source -> digest of its content.
+            study: what MLflow is told of it.
             say: shows one line to a person.
 
         Raises:
             UserError: the URI is none that will do, or nothing that can be written answers there.
         """
-        study = StudyInfo(study_name, dict(study_tags), dict(study_params), dict(digests), provenance())
 
         def connect_runs() -> StudyRuns:
             return StudyRuns(*connect(uri, project, artifact_root), study)
@@ -122,6 +108,7 @@ class MlflowTracker(_Reconciling):
         interrupted: bool,
         others: bool = False,
         front: Sequence[int] = (),
+        told: Sequence[str] = (),
     ) -> None:
         """Make MLflow agree with `trials` and end the study's run. Trials that still run are marked as interrupted.
 
@@ -131,11 +118,12 @@ class MlflowTracker(_Reconciling):
             interrupted: whether the study is to go on later.
             others: whether other processes go on with the study now: its run stays as it is.
             front: the numbers of the trials on the Pareto front; none where there is one objective.
+            told: what else the page of the study's run is to say, a line each, in Markdown.
         """
         self.keep(trials)
         with self._sending, self._guard.attempt(AT_RESUME):
             self._runs = None  # other processes may have made and ended runs since
-            self._flush(lambda runs: runs.end(trials, best_number, interrupted, others, front))
+            self._flush(lambda runs: runs.end(trials, best_number, interrupted, others, front, told))
 
     def interrupt(self) -> None:
         """End the runs that were begun here, and the study's, as interrupted: the study cannot be asked any more."""
@@ -219,10 +207,10 @@ class BackgroundTracker(_Reconciling):
 def add_to_study(
     uri: str,
     project: str,
-    study_name: str,
     artifact_root: Path,
-    study_tags: Mapping[str, str],
+    study: StudyInfo,
     metrics: Mapping[str, float],
+    winner: str | None,
     say: Callable[[str], None],
 ) -> None:
     """Add to the run of a study that has ended what came of it later. What is there is not added again.
@@ -230,15 +218,15 @@ def add_to_study(
     Args:
         uri: as `MlflowTracker.open` takes it, with what follows.
         project: the same.
-        study_name: the same.
         artifact_root: the same.
-        study_tags: the same.
+        study: the same.
         metrics: by name; those with a `step` among them are of that step.
+        winner: what its finalists say, one line; None: nothing new.
         say: shows one line to a person: that MLflow does not answer.
     """
     with Guard(say).attempt(AT_RESUME):
         client, experiment_id = connect(uri, project, artifact_root)
-        add_metrics(client, experiment_id, study_name, study_tags, metrics)
+        add_result(client, experiment_id, study, metrics, winner)
 
 
 def ui_command(uri: str, port: int) -> tuple[list[str], dict[str, str]]:
@@ -261,3 +249,15 @@ def ui_command(uri: str, port: int) -> tuple[list[str], dict[str, str]]:
     # Else Python would take a file of the current folder for a package of its name.
     environment["PYTHONSAFEPATH"] = "1"
     return command, {**environment, "PYTHONWARNINGS": "ignore"}
+
+
+def ui_address(uri: str, port: int) -> str:
+    """Where to look first in the pages that `ui_command` serves: at the trials of the newest study, if it is known.
+
+    Args:
+        uri: MLflow tracking URI of a database.
+        port: on 127.0.0.1.
+    """
+    newest = newest_view(uri)
+    page = f"#/experiments?{TRAINING}" if newest is None else view_address(*newest)
+    return f"http://127.0.0.1:{port}/{page}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.records import Status
+from bilora_ray.tracking.pages import NOTE
 from bilora_ray.tracking.store import patience
 
 if TYPE_CHECKING:
@@ -58,6 +59,11 @@ class Run:
         self._metrics = set(run.data.metrics)
         self._logged: set[tuple[str, int]] | None = None
 
+    @property
+    def note(self) -> str:
+        """What its page describes it by."""
+        return self._tags.get(NOTE, "")
+
     def has_ended_as(self, status: str, evaluations: int) -> bool:
         """Whether it has ended with `status`, and holds that many evaluations."""
         return self.status == status != RUNNING and (self.evaluations is None or self.evaluations >= evaluations)
@@ -98,6 +104,11 @@ class Run:
         with patience():
             self._client.log_artifacts(self.run_id, str(folder), name)
 
+    def keep_file(self, file: Path) -> None:
+        """Copy `file` to the artifacts, in the place of an older one."""
+        with patience():
+            self._client.log_artifact(self.run_id, str(file))
+
     def tag(self, tags: Mapping[str, str]) -> None:
         """Set those of `tags` that it has not."""
         from mlflow.entities import RunTag
@@ -117,7 +128,7 @@ class Run:
     def end(self, status: str, tags: Mapping[str, str], evaluations: int | None = None) -> None:
         """End it. The status tag is written last: a run that carries it holds all that there is to hold."""
         self._client.set_terminated(self.run_id, MLFLOW_STATUS[status])
-        self.tag(tags if evaluations is None else {**tags, EVALUATIONS: str(evaluations)})
+        self.tag(tags if evaluations is None else {EVALUATIONS: str(evaluations), **tags})
         self.evaluations = evaluations
         self.tag({STATUS: status})
         self.status, self.live = status, False

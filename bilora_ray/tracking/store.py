@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from bilora_ray.addresses import is_local, masked
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.tracking.guard import reason
+from bilora_ray.tracking.pages import VIEW
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -111,6 +112,25 @@ def check_runs(uri: str) -> None:
             connection.execute("SELECT experiment_id FROM experiments LIMIT 1")
     except sqlite3.Error as error:
         raise UserError(f"{option}: cannot be read as MLflow's ({reason(error)})") from None
+
+
+def newest_view(uri: str) -> tuple[str, str] | None:
+    """The newest study that the pages of its experiment offer a view of: the experiment and the study's run.
+
+    Args:
+        uri: MLflow tracking URI of a database. It is looked into where it is a SQLite file.
+    """
+    database = _check(uri, f"--mlflow-uri {masked(uri)}")
+    if database is None:
+        return None
+    query = (
+        "SELECT runs.experiment_id, run_uuid FROM runs JOIN experiment_tags ON key = ? || run_uuid "
+        "AND experiment_tags.experiment_id = runs.experiment_id WHERE lifecycle_stage = 'active' "
+        "ORDER BY start_time DESC LIMIT 1"
+    )
+    with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=PROBE_TIMEOUT_S)) as connection:
+        found = connection.execute(query, (VIEW,)).fetchone()
+    return None if found is None else (str(found[0]), str(found[1]))
 
 
 def seen(uri: str) -> str:

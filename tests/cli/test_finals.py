@@ -15,7 +15,7 @@ from bilora_ray.cli.main import main
 from bilora_ray.config import TrialConfig
 from bilora_ray.release import export as released
 from bilora_ray.release import servers
-from bilora_ray.search.session import tell_result
+from bilora_ray.search.session import artifacts_of, study_info, tell_result, winner_in_words
 from bilora_ray.search.simulated import Metrics, simulate
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.control.finalists import Finals, begin, finals_of
@@ -136,19 +136,13 @@ def test_export_takes_the_run_of_the_winner_with_the_middle_score(
 @pytest.mark.slow
 def test_mlflow_has_the_score_beside_the_single_run_once(study: SearchStudy) -> None:
     uri, said = default_uri(study.layout.storage_path), list[str]()
-    names = {
-        "project": "bilora-ray",
-        "study_name": "s",
-        "artifact_root": study.layout.storage_path / "mlflow-artifacts",
-    }
-    tags = {"bilora_ray.study_id": study.id}
-    tracker = MlflowTracker.open(uri, **names, study_tags=tags, study_params={}, digests={}, say=said.append)
+    tracker = MlflowTracker.open(uri, "bilora-ray", artifacts_of(study.layout), study_info(study, {}), said.append)
     best = study.best()
     tracker.close(study.records(), None if best is None else best.number, interrupted=False)
     verdict = train_finalists(study).verdict
     assert verdict is not None
     for _ in range(2):
-        tell_result(study, uri, verdict.as_metrics("eval_loss"), said.append)
+        tell_result(study, uri, verdict.as_metrics("eval_loss"), said.append, winner_in_words(verdict, "eval_loss"))
     assert said == []
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("bilora-ray")
@@ -159,4 +153,5 @@ def test_mlflow_has_the_score_beside_the_single_run_once(study: SearchStudy) -> 
     assert run.data.metrics["finalist_fell"] == pytest.approx(verdict.fell)
     assert len(client.get_metric_history(run.info.run_id, "finalist_eval_loss")) == 1
     assert run.info.status == "FINISHED"
+    assert run.data.tags["mlflow.note.content"].count(f"**Winner of the finalists: trial {verdict.winner.trial},") == 1
     assert said == []

@@ -10,7 +10,9 @@ import pytest
 from chaos.nodes import children, free_port
 from mlflow_server import Server
 
+from bilora_ray.records import Objective
 from bilora_ray.tracking.mlflow_tracker import MlflowTracker, default_uri
+from bilora_ray.tracking.study_runs import StudyInfo
 
 COMMAND = Path(sys.executable).with_name("bilora-ray")
 
@@ -24,7 +26,8 @@ def listening(pid: int) -> set[tuple[str, int]]:
 def test_ui_listens_on_the_loopback_and_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     runs, port = tmp_path / "runs", free_port()
-    MlflowTracker.open(default_uri(runs), "p", "s", runs / "mlflow-artifacts", {}, {}, {}, print)
+    study = StudyInfo("s", {}, {}, {}, (Objective("eval_loss", False),), (), runs, runs / "report.html")
+    MlflowTracker.open(default_uri(runs), "p", runs / "mlflow-artifacts", study, print)
     with Server([str(COMMAND), "ui", "--storage-path", str(runs), "--port", str(port)], {}, port) as server:
         assert server.process is not None
         assert listening(server.process.pid) == {("127.0.0.1", port)}

@@ -41,13 +41,14 @@ def test_open_makes_one_parent_run_and_finds_it_again(project: Project) -> None:
 def test_study_tags_keep_studies_of_one_name_apart(project: Project) -> None:
     mine, other = ({"bilora_ray.study_id": name} for name in ("mine", "other"))
     for tags in (mine, other, mine):
-        project.open(study_tags=tags).trial_started(record())
+        project.open(tags=tags).trial_started(record())
     assert len(project.runs()) == 4
 
 
 def test_runs_say_what_made_them(project: Project) -> None:
-    project.open().trial_started(record())
+    project.open().close([record(0, Status.PRUNED, steps=1)], None, interrupted=False)
     for run in project.runs():
+        assert list(run.data.tags)[-1].startswith("bilora_ray.version.")
         assert run.data.tags["bilora_ray.version.bilora-ray"] == __version__
         assert run.data.tags["bilora_ray.version.mlflow"].startswith("3.")
 
@@ -62,7 +63,7 @@ def test_commit_is_that_of_the_current_folder(
     subprocess.run(["git", "init", "--quiet"], check=True)
     subprocess.run(["git", *author, "commit", "--quiet", "--allow-empty", "--message", "x"], check=True)
     head = subprocess.run(["git", "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
-    project.open(study_tags={"second": "yes"})
+    project.open(tags={"second": "yes"})
     commits = [run.data.tags.get("mlflow.source.git.commit") for run in project.runs()]
     assert sorted(map(str, commits)) == sorted(["None", head.strip()])
 
@@ -97,7 +98,7 @@ def test_started_trial_is_a_child_with_its_settings(project: Project) -> None:
     settings = {**SETTINGS, "target_modules": ("q_proj", "v_proj"), "gradient_checkpointing": False}
     project.open().trial_started(record(7, settings=settings))
     run = project.trials()[7]
-    assert run.info.run_name == f"{STUDY}-0007"
+    assert run.info.run_name == "trial 7: rho 0.05"
     assert run.info.status == "RUNNING"
     assert run.data.tags["bilora_ray.status"] == "running"
     assert json.loads(run.data.tags["bilora_ray.sampled"]) == {"rho": 0.05}
@@ -131,7 +132,7 @@ def test_only_finite_numbers_are_logged(project: Project) -> None:
     tracker.trial_reported(record(), {**evaluation(20), "nan": 0.5})
     assert project.steps(0) == [(10, 1 / 10), (20, 1 / 20)]
     assert project.steps(0, "nan") == [(20, 0.5)]
-    assert set(project.trials()[0].data.metrics) == {"eval_loss", "max_steps", "nan"}
+    assert set(project.trials()[0].data.metrics) == {"best_eval_loss", "eval_loss", "nan"}
     assert project.said == []
 
 
@@ -161,7 +162,7 @@ def test_complete_trial_has_its_value_and_adapter(project: Project, adapter: Pat
     tracker = project.open()
     tracker.trial_started(record())
     tracker.trial_ended(record(status=Status.COMPLETE, steps=3, value=0.01, adapter=adapter))
-    assert project.steps(0, "best_eval_loss") == [(30, 0.01)]
+    assert project.steps(0, "best_eval_loss")[-1] == (30, 0.01)
     assert project.artifacts(0) == ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
 
 

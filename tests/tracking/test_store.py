@@ -25,9 +25,12 @@ from .tracked import Project
 OPEN = """
 import sys
 from pathlib import Path
+from bilora_ray.records import Objective
 from bilora_ray.tracking.mlflow_tracker import MlflowTracker, default_uri
+from bilora_ray.tracking.study_runs import StudyInfo
 folder = Path(sys.argv[1])
-MlflowTracker.open(default_uri(folder), "project", sys.argv[2], folder / "mlflow-artifacts", {}, {}, {}, print)
+study = StudyInfo(sys.argv[2], {}, {}, {}, (Objective("eval_loss", False),), (), folder, folder / "report.html")
+MlflowTracker.open(default_uri(folder), "project", folder / "mlflow-artifacts", study, print)
 """
 
 

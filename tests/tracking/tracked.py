@@ -8,11 +8,27 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from bilora_ray.records import Status, TrialRecord
+from bilora_ray.records import Objective, Status, TrialRecord
 from bilora_ray.tracking.mlflow_tracker import MlflowTracker
+from bilora_ray.tracking.study_runs import StudyInfo
 
 STUDY = "fish"
 SETTINGS = {"metric": "eval_loss", "method": "bilora", "rank": 8, "rho": 0.05, "lora_alpha": None}
+
+
+def study_info(storage: Path, **changes: Any) -> StudyInfo:
+    """What MLflow is told of a study, with `changes`."""
+    fields: dict[str, Any] = {
+        "name": STUDY,
+        "tags": {},
+        "params": {"model_name_or_path": "builtin:tiny", "max_steps": 30},
+        "digests": {},
+        "objectives": (Objective("eval_loss", greater_is_better=False),),
+        "searched": ("rho",),
+        "storage_path": storage,
+        "report": storage / "report.html",
+    }
+    return StudyInfo(**{**fields, **changes})
 
 
 class Project:
@@ -23,17 +39,9 @@ class Project:
         self.said: list[str] = []
 
     def open(self, **changes: Any) -> MlflowTracker:
-        arguments: dict[str, Any] = {
-            "uri": self.uri,
-            "project": self.name,
-            "study_name": STUDY,
-            "artifact_root": self.artifact_root,
-            "study_tags": {},
-            "study_params": {"model_name_or_path": "builtin:tiny", "max_steps": 30},
-            "digests": {},
-            "say": self.said.append,
-        }
-        return MlflowTracker.open(**{**arguments, **changes})
+        uri, artifacts = changes.pop("uri", self.uri), changes.pop("artifact_root", self.artifact_root)
+        study = study_info(self.artifact_root.parent, **changes)
+        return MlflowTracker.open(uri, self.name, artifacts, study, self.said.append)
 
     @property
     def client(self) -> MlflowClient:

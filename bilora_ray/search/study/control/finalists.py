@@ -26,7 +26,7 @@ from bilora_ray.search.study.control.verdict import Verdict, judge
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import open_storage, study_names
 from bilora_ray.search.study.studies import finalists_of, has_begun, load_study, open_study
-from bilora_ray.search.study.view import FINALISTS, StudyView
+from bilora_ray.search.study.view import FINALISTS, StudyView, search_of
 
 # What the finalists' study keeps of the test rows: run -> metrics.
 TESTED = "tested"
@@ -195,6 +195,14 @@ def finals_of(study: StudyView) -> Finals | None:
     if chosen is None or name is None:
         return None
     return told_by(study, load_study(study.layout, name), chosen)
+
+
+def winner_of(finals: StudyView) -> TrialRecord | None:
+    """Of the study `finals`, which trains finalists, the run whose adapter is taken; None before all have ended."""
+    search = search_of(finals.study)
+    searched = None if search is None else load_study(finals.layout, search)
+    chosen = None if searched is None else chosen_of(searched)
+    return None if searched is None or chosen is None else told_by(searched, finals, chosen).winner
 
 
 def told_by(study: StudyView, finals: StudyView, chosen: Chosen) -> Finals:
