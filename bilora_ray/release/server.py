@@ -364,7 +364,8 @@ def _reply(choice: Mapping[str, Any]) -> Reply:
         text = choice["message"]["content"] or ""
         values = [one.get("logprob") for one in told.get("content") or ()]
     else:
-        text, values = choice["text"], told.get("token_logprobs") or []
+        text = choice["text"]  # llama.cpp tells of it as of a chat
+        values = told.get("token_logprobs") or [one.get("logprob") for one in told.get("content") or ()]
     known = [float(value) for value in values if isinstance(value, int | float)]
     without_thoughts = str(text).rpartition(THOUGHT)[2]
     whole = len(known) == len(values) and without_thoughts == text
@@ -377,7 +378,7 @@ def _gaps(asked: Asked, example: Example, reply: Reply) -> tuple[float, float] |
         return None
     ours, theirs = (asked.log_likelihoods(example, reply.text, base_model) for base_model in (False, True))
     # It may tell of the end too. Of fewer tokens than ours there are other ones.
-    if len(reply.log_probabilities) < len(ours):
+    if not ours or len(reply.log_probabilities) < len(ours):
         return None
 
     def gap(local: Sequence[float]) -> float:

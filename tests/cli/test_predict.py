@@ -304,6 +304,21 @@ def test_a_file_is_whole_or_not_there(
     assert (result.exit_code, list(tmp_path.iterdir())) == (130, [])
 
 
+def test_a_log_hears_how_far_it_is(trained: Callable[[str], Path], tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verb, "LOG_EVERY_S", 0)
+    few = ("--set", "per_device_generation_batch_size=4", "--set", "per_device_eval_batch_size=4", "--base-model")
+    said = run(trained("causal-lm"), "--data", validation(tiny, "causal-lm"), *few).stderr.splitlines()
+    told = [line.partition(", about ")[0] for line in said]
+    done = (4, 8, 12, 16, 18, 22, 26, 30, 34)  # of 18 rows and two models
+    assert told == [f"{count} of 36 answers" for count in done]
+    labels = run(
+        trained("sequence-classification"), "--data", validation(tiny, "sequence-classification"), *few
+    ).stderr.splitlines()
+    assert labels[0].startswith("Note: the head of base model ")
+    assert len(labels) > 5
+    assert all(" of 36 answers, about " in line for line in labels[1:])
+
+
 def test_a_wrong_row_is_found_before_the_model_is_loaded(
     trained: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,11 +390,18 @@ def test_an_adapter_whose_base_is_gone_says_how_to_name_it(
     assert ran(adapter, "say red", "--set", there) == ran(trained("causal-lm"), "say red")
 
 
-def test_what_a_row_loses_is_told(trained: Callable[[str], Path]) -> None:
+def test_what_a_row_loses_is_told(trained: Callable[[str], Path], tmp_path: Path) -> None:
     result = run(trained("causal-lm"), "so very well " * 40)
     assert result.exit_code == 0
     assert result.stderr == "Note: max_length: 1 of 1 rows lost tokens, as in an evaluation (64 with the text)\n"
     assert run(trained("causal-lm"), "so very well").stderr == ""
+    # A long answer that is known takes nothing from what is asked.
+    long = "so very well " * 40
+    chat = [{"role": "user", "content": "say red"}, {"role": "assistant", "content": long}]
+    rows = write_rows(tmp_path / "rows.jsonl", [{"messages": chat, "prompt": "say red", "completion": long}])
+    for kind in ("causal-lm", "chats"):
+        said = run(trained(kind), "--data", rows)
+        assert (said.exit_code, said.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from bilora_ray.training.prediction.sampling import Sampling
 from bilora_ray.training.probe.passes import check_tokens
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Answer, Cut, Example, Model, Processor, Row, on_device
-from bilora_ray.training.tasks.text import TextRow, predict
+from bilora_ray.training.tasks.text import predict
 
 Told = Callable[[int], None]
 
@@ -73,17 +73,22 @@ class Asked:
             UserError: the tokenizer leaves nothing of a row, or the model has no embedding of one of its tokens.
         """
         found, cut = [], 0
-        # An answer that is known decides nothing of what is read.
-        bare = [replace(row, completion="") if isinstance(row, TextRow) else row for row in rows]
-        encoded = TASKS[self.config.task].examples(bare, self.config, self.processor, True)
+        encoded = TASKS[self.config.task].examples(rows, self.config, self.processor, True)
         for row, parts in zip(rows, encoded, strict=True):
             example, lost = parts[-1]  # a chat is asked for its last turn
             if not example.length or (example.prompt_ids is not None and not example.prompt_ids):
                 raise UserError(f"{row.where}: there is no text to read")
-            found.append(replace(example, reference=row.completion) if isinstance(row, TextRow) else example)
-            cut += bool(lost & (Cut.PROMPT | Cut.WHOLE_PROMPT))
+            found.append(example)
+            cut += self._is_cut(example, lost)
         check_tokens(self.model, self.config, self.processor, found)
         return found, cut
+
+    def _is_cut(self, example: Example, lost: Cut) -> bool:
+        """Whether what is read lost a part, and not only what would be learned beside an answer that is known."""
+        if example.prompt_ids is not None and TASKS[self.config.task].continues:
+            fills = len(example.prompt_ids) >= self.config.max_length - self.config.max_new_tokens
+            return fills and bool(lost & (Cut.PROMPT | Cut.WHOLE_PROMPT))
+        return bool(lost & Cut.PROMPT)
 
     def answers(
         self,
@@ -108,9 +113,13 @@ class Asked:
             return self._labels(model, examples, told)
 
     def log_likelihoods(self, example: Example, text: str, base_model: bool = False) -> list[float]:
-        """For each token of a `text` the log-probability of it behind the prompt of `example`, in nats."""
+        """For each token of a `text` its log-probability behind the prompt of `example`, in nats.
+
+        What is longer than a text may be is left out.
+        """
         prompt = list(example.prompt_ids or ())
         tokens = self.processor(text, add_special_tokens=False, verbose=False)["input_ids"]
+        tokens = tokens[: self.config.max_new_tokens]
         ids = torch.tensor([[*prompt, *tokens]], device=self.model.device)
         with self._asked(base_model) as model, torch.no_grad():
             scores = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
