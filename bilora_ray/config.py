@@ -42,6 +42,11 @@ Task = Literal[
 METHOD_TITLES: dict[MethodName, str] = {
     "lora": "LoRA",
     "bilora": "Bi-LoRA (sharpness-aware LoRA, [arXiv 2508.19564](https://arxiv.org/abs/2508.19564))",
+    "dual-lora": "Dual-LoRA (an ablation of Bi-LoRA, [arXiv 2508.19564](https://arxiv.org/abs/2508.19564))",
+    "lora-sam": "LoRA-SAM ([arXiv 2010.01412](https://arxiv.org/abs/2010.01412) on the factors)",
+    "looksam": "LookSAM ([arXiv 2203.02714](https://arxiv.org/abs/2203.02714) on the factors)",
+    "nbar": "nBAR ([arXiv 2410.14802](https://arxiv.org/abs/2410.14802))",
+    "obar": "oBAR ([arXiv 2410.14802](https://arxiv.org/abs/2410.14802))",
 }
 
 # About what CUDA takes of a GPU for each process, beside what torch allocates: an estimate, not measured here.
@@ -327,19 +332,67 @@ class TrialConfig(Settings):
     )
     rho: Float = setting(
         0.05,
-        "radius of the auxiliary perturbation, Frobenius norm, all layers; with a bf16 base and steps of few rows 0.2 "
-        "or more outlasts the rounding",
+        "radius of the perturbation, over all layers: of the auxiliary's effective weight change, Frobenius norm "
+        "(bilora, dual-lora); of the primary's factors (lora-sam, looksam). With a bf16 base and steps of few rows 0.2 "
+        "or more of the auxiliary's outlasts the rounding",
         gt=0,
         decides="training",
-        of=("bilora",),
+        of=("bilora", "dual-lora", "lora-sam", "looksam"),
         amid=True,
         shown=("card", "best"),
     )
     auxiliary_rank: Int = setting(
-        8, "r of the auxiliary adapter", ge=1, decides="training", of=("bilora",), shown=("card", "best")
+        8,
+        "r of the auxiliary adapter",
+        ge=1,
+        decides="training",
+        of=("bilora", "dual-lora"),
+        shown=("card", "best"),
     )
     auxiliary_learning_rate: Float | None = setting(
-        None, "learning_rate when absent", gt=0, decides="training", of=("bilora",), amid=True, shown=("card",)
+        None,
+        "learning_rate when absent",
+        gt=0,
+        decides="training",
+        of=("bilora", "dual-lora"),
+        amid=True,
+        shown=("card",),
+    )
+    clip: Literal["global", "per-layer", "none"] = setting(
+        "global",
+        "what is clipped to rho: the auxiliary over all layers, each layer by itself, nothing",
+        decides="training",
+        of=("bilora",),
+        amid=True,
+        shown=("card",),
+    )
+    norm: Literal["effective", "unscaled"] = setting(
+        "effective",
+        "what rho is the norm of: s2 B2 A2, or B2 A2 as the paper writes it",
+        decides="training",
+        of=("bilora",),
+        shown=("card",),
+    )
+    looksam_every: Int = setting(
+        5, "each so many-th step is one of SAM", ge=1, decides="training", of=("looksam",), amid=True, shown=("card",)
+    )
+    looksam_alpha: Float = setting(
+        0.7,
+        "share of SAM's direction in the steps between",
+        gt=0,
+        decides="training",
+        of=("looksam",),
+        amid=True,
+        shown=("card",),
+    )
+    bar_alpha: Float = setting(
+        0.25,
+        "coefficient of the regularization at the first step; falls to 0 over the training",
+        gt=0,
+        decides="training",
+        of=("nbar", "obar"),
+        amid=True,
+        shown=("card",),
     )
 
     # Optimisation

@@ -38,6 +38,7 @@ def config(**settings: Any) -> TrialConfig:
 
 *SOME, LAST = (repr(task) for task in TASK_FACTS)
 TASK_WORDS = f"{', '.join(SOME)} or {LAST}"
+METHOD_WORDS = f"{', '.join(map(repr, METHOD_NAMES[:-1]))} or {METHOD_NAMES[-1]!r}"
 UNQUOTED = 'yes, no, on and off are true or false to YAML: a text needs quotes, as in "no"'
 
 
@@ -177,6 +178,7 @@ def test_integers_are_known_and_so_are_numbers() -> None:
         "split_seed",
         "rank",
         "auxiliary_rank",
+        "looksam_every",
         "max_steps",
         "per_device_train_batch_size",
         "per_device_eval_batch_size",
@@ -193,6 +195,8 @@ def test_integers_are_known_and_so_are_numbers() -> None:
         "lora_dropout",
         "rho",
         "auxiliary_learning_rate",
+        "looksam_alpha",
+        "bar_alpha",
         "learning_rate",
         "weight_decay",
         "max_grad_norm",
@@ -228,7 +232,10 @@ def test_integers_are_known_and_so_are_numbers() -> None:
         ({"train_data": ""}, "train_data: should have at least 1 character, got ''"),
         ({"model_name_or_path": None}, "model_name_or_path: should be a valid string, got None"),
         ({"task": "causal"}, f"task: should be {TASK_WORDS}, got 'causal'"),
-        ({"method": "sam"}, "method: should be 'lora' or 'bilora', got 'sam'"),
+        (
+            {"method": "sam"},
+            f"method: should be {METHOD_WORDS}, got 'sam'",
+        ),
         (
             {"lr_scheduler_type": "cosin"},
             "lr_scheduler_type: should be 'cosine', 'linear', 'constant' or 'constant_with_warmup', got 'cosin'",
@@ -446,8 +453,22 @@ def test_the_auxiliarys_settings_apply_to_bilora_alone(setting: str) -> None:
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_the_primarys_settings_apply_to_every_method(method: str) -> None:
-    own = ["rho", "auxiliary_rank", "auxiliary_learning_rate"]
-    assert [key for key in FACTS if not applies(key, method)] == ([] if method == "bilora" else own)
+    primary = {"rank", "lora_alpha", "lora_dropout", "target_modules", "learning_rate", "weight_decay", "max_grad_norm"}
+    assert all(applies(key, method) for key in primary)
+
+
+def test_what_a_method_does_not_read_does_not_apply_to_it() -> None:
+    assert [key for key in FACTS if not applies(key, "lora")] == [
+        "rho",
+        "auxiliary_rank",
+        "auxiliary_learning_rate",
+        "clip",
+        "norm",
+        "looksam_every",
+        "looksam_alpha",
+        "bar_alpha",
+    ]
+    assert [key for key in FACTS if not applies(key, "lora-sam")][:2] == ["auxiliary_rank", "auxiliary_learning_rate"]
 
 
 # Facts

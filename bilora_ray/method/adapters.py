@@ -115,6 +115,19 @@ def primary_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad and name not in auxiliary}
 
 
+def primary_factors(model: PeftModel) -> list[Factors]:
+    """(A1, B1, s1) of every adapted linear layer, in the model's order. ValueError if there is none."""
+    found = []
+    for _, layer in _adapted(model):
+        if PRIMARY not in layer.lora_A:
+            continue
+        A, B = layer.lora_A[PRIMARY].weight, layer.lora_B[PRIMARY].weight
+        found.append(Factors(cast(Tensor, A), cast(Tensor, B), layer.scaling[PRIMARY]))
+    if not found:
+        raise ValueError("the primary adapts no linear layer")
+    return found
+
+
 def export_primary(model: PeftModel, folder: str | PathLike[str], weights: Mapping[str, Tensor] | None = None) -> None:
     """Write the primary as the ordinary PEFT adapter that plain LoRA would write; training may go on undisturbed.
 

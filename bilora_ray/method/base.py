@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from bilora_ray.method.adapters import primary_parameters
+from bilora_ray.method.adapters import primary_factors, primary_parameters
 from bilora_ray.method.flat import UNUSUAL, Plan, alike, with_gradients
 
 Closure = Callable[[], Tensor]
@@ -30,6 +30,11 @@ class MethodAdamW(torch.optim.AdamW):
     that is what a checkpoint keeps, tensors and plain values, each in its own shape and dtype; a tuple in `state` comes
     back as a list. AdamW begins the state of a parameter at its first update, and only if there is none yet.
     """
+
+    # How many forward and backward passes over the rows a step takes, on average.
+    passes_per_step: float = 1.0
+    # How many steps the training has; None if nobody has said so. It is told anew at each start.
+    total_steps: int | None = None
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups)
@@ -49,10 +54,7 @@ class MethodAdamW(torch.optim.AdamW):
         Returns:
             What `closure` returned.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = self._gradients(closure)
         self._before_update()
         self._update()
         self._after_update()
@@ -61,6 +63,18 @@ class MethodAdamW(torch.optim.AdamW):
     def metrics(self) -> dict[str, float]:
         """What the method has to report besides the loss, now."""
         return {}
+
+    def remaining(self, begun: int) -> float:
+        """The share of the training's steps that are left once `begun` of them have begun; 1 if nobody knows."""
+        return 1.0 if self.total_steps is None else max(0.0, 1 - begun / self.total_steps)
+
+    def _gradients(self, closure: Closure | None) -> Tensor | None:
+        """Leave the gradients that the update is of; a method that asks for the loss more often does that here.
+
+        Returns:
+            The loss of the first pass.
+        """
+        return None if closure is None else evaluated(closure)
 
     def _before_update(self) -> None:
         """What a method does to the gradients before they are limited."""
@@ -98,6 +112,18 @@ class MethodAdamW(torch.optim.AdamW):
 
     def _after_update(self) -> None:
         """What a method does to the parameters once they have moved."""
+
+
+def evaluated(closure: Closure) -> Tensor:
+    """The loss of `closure`, which leaves its gradients."""
+    with torch.enable_grad():
+        return closure()
+
+
+def adapter_places(model: PeftModel, parameters: list[Tensor]) -> list[int]:
+    """Where each adapted layer's A1 and B1 are among `parameters`, in turn. A wrapper may replace the parameters."""
+    places = {id(parameter): place for place, parameter in enumerate(parameters)}
+    return [places[id(tensor)] for layer in primary_factors(model) for tensor in (layer.A, layer.B)]
 
 
 def descent_group(

@@ -71,10 +71,32 @@ def project_(factors: Sequence[Factors], rho: float) -> Tensor:
     shrink = (rho / norm).sqrt().clamp(max=1.0)  # c = 0 gives infinity, hence 1
     tensors: dict[torch.device, list[Tensor]] = defaultdict(list)
     for group in alike:
-        tensors[group.A[0].device] += map(_own_part, (*group.A, *group.B))
+        tensors[group.A[0].device] += map(own_part, (*group.A, *group.B))
     for device, own in tensors.items():
         torch._foreach_mul_(own, shrink.to(device))
     return norm.clamp(max=rho)
+
+
+@torch.no_grad()
+def project_each_(factors: Sequence[Factors], rho: float) -> None:
+    """Clip each layer's perturbation by itself to ||.||_F <= rho, in place: what Eq. 10 is compared with (Table 5).
+
+    Args:
+        factors: of every adapted layer; changed in place.
+        rho: the radius of each layer, > 0.
+
+    Raises:
+        ValueError: rho is not positive, or `factors` is empty.
+    """
+    if not rho > 0:
+        raise ValueError(f"rho must be > 0, got {rho}")
+    for group in _alike(factors):
+        gram_A, gram_B = _gram(group.A), _gram(group.B, tall=True)
+        _add_up([gram_A, gram_B])
+        norms = (gram_A.sums * gram_B.sums).sum((1, 2)).clamp(min=0.0).sqrt() * group.scaling
+        shrinks = list((rho / norms).sqrt().clamp(max=1.0).unbind())
+        for parts in (group.A, group.B):
+            torch._foreach_mul_(list(map(own_part, parts)), shrinks)
 
 
 class _Alike(NamedTuple):
@@ -162,5 +184,6 @@ def _add_up(grams: Sequence[_Gram]) -> None:
             part.copy_(total.view_as(part))
 
 
-def _own_part(factor: Tensor) -> Tensor:
+def own_part(factor: Tensor) -> Tensor:
+    """What this process has of a factor that may be sharded."""
     return factor.to_local() if isinstance(factor, DTensor) else factor

@@ -117,6 +117,9 @@ class ReferenceBiLora:
         max_grad_norm: limit on the gradient's norm, for each adapter by itself; None for no limit.
     """
 
+    # The auxiliary goes up the loss.
+    ascends = 1.0
+
     def __init__(
         self,
         layers: Mapping[str, BiLoraLayer],
@@ -158,16 +161,19 @@ class ReferenceBiLora:
         for name, layer in self.layers.items():
             layer.B1 = self.primary[name, "B1"].moved(layer.B1, descent[name, "B1"])
             layer.A1 = self.primary[name, "A1"].moved(layer.A1, descent[name, "A1"])
-            layer.B2 = self.auxiliary[name, "B2"].moved(layer.B2, -ascent[name, "B2"])
-            layer.A2 = self.auxiliary[name, "A2"].moved(layer.A2, -ascent[name, "A2"])
+            layer.B2 = self.auxiliary[name, "B2"].moved(layer.B2, -self.ascends * ascent[name, "B2"])
+            layer.A2 = self.auxiliary[name, "A2"].moved(layer.A2, -self.ascends * ascent[name, "A2"])
 
-        # Eq. 10: back into the ball, all layers by one factor; each product B2 A2 keeps its direction.
+        self.project()
+        return value
+
+    def project(self) -> None:
+        """Eq. 10: back into the ball, all layers by one factor; each product B2 A2 keeps its direction."""
         c = self.auxiliary_norm()
         if c > self.rho:
             for layer in self.layers.values():
                 layer.B2 = layer.B2 * (self.rho / c) ** 0.5
                 layer.A2 = layer.A2 * (self.rho / c) ** 0.5
-        return value
 
     def auxiliary_norm(self) -> float:
         """c = sqrt(sum_j ||s2 B2_j A2_j||_F^2) over all layers j (Eq. 10)."""

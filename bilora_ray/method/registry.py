@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 
 from bilora_ray.errors import nearest
-from bilora_ray.method import bilora, lora
+from bilora_ray.method import bar, bilora, dual_lora, looksam, lora, lora_sam
 from bilora_ray.method.base import MethodAdamW, Place
 
 # A method's name -> what makes its optimizer for a PEFT LoRA model with the primary adapter, to which it attaches what
@@ -18,6 +18,11 @@ from bilora_ray.method.base import MethodAdamW, Place
 METHODS: dict[str, Callable[..., MethodAdamW]] = {
     "lora": lora.build,
     "bilora": bilora.build,
+    "dual-lora": dual_lora.build,
+    "lora-sam": lora_sam.build,
+    "looksam": looksam.build,
+    "nbar": bar.build_nbar,
+    "obar": bar.build_obar,
 }
 
 

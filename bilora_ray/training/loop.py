@@ -132,6 +132,7 @@ class Run:
         )
         self.step_rows = config.step_rows(workers.planned)
         self.max_steps = config.max_steps or share_of(config.num_train_epochs, self.steps_per_epoch)
+        self.optimizer.total_steps = self.max_steps
         self.eval_every = eval_every(config.eval_steps, self.max_steps)
         self.schedule = get_scheduler(
             config.lr_scheduler_type,

@@ -23,7 +23,16 @@ SETTINGS = {
     "rho": 0.05,
     "auxiliary_rank": 3,
     "auxiliary_learning_rate": 2e-3,
+    "clip": "global",
+    "norm": "effective",
+    "looksam_every": 3,
+    "looksam_alpha": 0.7,
+    "bar_alpha": 0.25,
 }
+
+
+def of(name):
+    return {key: SETTINGS[key] for key in settings_of(name)}
 
 
 def train(model, optimizer, batch, steps):
@@ -38,15 +47,15 @@ def parameters_of(model):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_through_the_same_seam(name):
     model, batch = primary_model("llama")
-    optimizer = build_method(name, model, **{key: SETTINGS[key] for key in settings_of(name)})
-    assert has_auxiliary(model) == (name == "bilora")
+    optimizer = build_method(name, model, **of(name))
+    assert has_auxiliary(model) == ("auxiliary_rank" in settings_of(name))
     losses = train(model, optimizer, batch, 15)
     assert losses[-1] < losses[0]
 
 
 def test_settings_reach_the_groups():
     model, _ = primary_model("llama")
-    descent, ascent = build_method("bilora", model, **SETTINGS).param_groups
+    descent, ascent = build_method("bilora", model, **of("bilora")).param_groups
     assert (descent["lr"], descent["weight_decay"], descent["maximize"]) == (1e-3, 0.1, False)
     assert (ascent["lr"], ascent["weight_decay"], ascent["maximize"], ascent["rho"]) == (2e-3, 0.0, True, 0.05)
     assert descent["max_grad_norm"] == ascent["max_grad_norm"] == 1.0
@@ -157,8 +166,8 @@ def test_misuse_is_refused():
     with pytest.raises(ValueError, match="is_trainable"):
         LoraAdamW(frozen.requires_grad_(False), learning_rate=1e-3)
     with pytest.raises(ValueError, match="did you mean 'bilora'"):
-        build_method("bi-lora", plain, **SETTINGS)
+        build_method("bi-lora", plain, **of("bilora"))
     with pytest.raises(TypeError, match="rhoo"):
-        build_method("bilora", plain, **SETTINGS, rhoo=1.0)
+        build_method("bilora", plain, **of("bilora"), rhoo=1.0)
     with pytest.raises(TypeError, match="weight_decay"):
         build_method("bilora", plain, learning_rate=1e-3)

@@ -348,7 +348,10 @@ def test_the_longest_and_the_shortest_step_are_of_trials_that_can_be() -> None:
             {"rho": {"value": 1, "when": {"metod": "lora"}}},
             "trial.rho.when: unknown key 'metod'; did you mean 'method'?",
         ),
-        ({"rho": {"value": 1, "when": {"method": "sam"}}}, "trial.rho.when.method: should be 'lora' or 'bilora'"),
+        (
+            {"rho": {"value": 1, "when": {"method": "sam"}}},
+            "trial.rho.when.method: should be 'lora', 'bilora'",
+        ),
         ({"rho": {"value": 1, "when": {"method": []}}}, "trial.rho: when.method: should have at least 1 item"),
         ({"rank": {"value": 1, **LORA}}, "trial.rank: when method is 'lora': method is never 'lora'; it is 'bilora'"),
         (

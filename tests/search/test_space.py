@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from bilora_ray.errors import UserError
+from bilora_ray.facts import METHOD_NAMES
 from bilora_ray.search.space import Choice, Distribution, Range, Space
 from bilora_ray.search.space_file import check_draw, load_space, parse_override
 
@@ -75,6 +76,9 @@ def refused_text(file: Path) -> Callable[[str | bytes], str]:
 
 
 # The files that ship
+
+
+METHOD_WORDS = f"{', '.join(map(repr, METHOD_NAMES[:-1]))} or {METHOD_NAMES[-1]!r}"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -475,7 +479,7 @@ def test_a_point_that_is_itself_an_override_gives_way_to_nothing(refused: Refuse
             {"choice": ["all-linear", ["q_proj"]]},
             ".target_modules: choice.1: must be one number, text, true, false or null, got ['q_proj']",
         ),
-        ("method", {"choice": ["lora", "sam"]}, ".method: should be 'lora' or 'bilora', got 'sam'"),
+        ("method", {"choice": ["lora", "sam"]}, f".method: should be {METHOD_WORDS}, got 'sam'"),
         (
             "rank",
             {"log": True},

@@ -1,0 +1,141 @@
+"""What Bi-LoRA is compared with: each against its plain twin in float64, and what a step of it costs."""
+
+import copy
+from types import MethodType
+
+import pytest
+import torch
+from test_reference import PATTERN, adapted, factors, fresh_batch, loss_in_float64, loss_of_weights, reference_layers
+from tiny import closure_of, primary_model
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from bilora_ray.method import METHODS, build_method, settings_of
+from bilora_ray.method.layers import AUXILIARY, PRIMARY
+from bilora_ray.method.reference_rivals import (
+    ReferenceAblatedBiLora,
+    ReferenceBar,
+    ReferenceDualLora,
+    ReferenceLookSam,
+    ReferenceLoraSam,
+)
+
+STEPS = 50
+SETTINGS = {
+    "learning_rate": 2e-3,
+    "weight_decay": 0.1,
+    "rho": 0.05,
+    "auxiliary_rank": 3,
+    "auxiliary_learning_rate": 7e-4,
+    "clip": "global",
+    "norm": "effective",
+    "looksam_every": 4,
+    "looksam_alpha": 0.7,
+    "bar_alpha": 0.25,
+}
+# Method and settings of its own -> its twin, and what that has beside what all have.
+TWINS = [
+    ("lora-sam", {}, ReferenceLoraSam, {"rho": 0.05}),
+    ("looksam", {}, ReferenceLookSam, {"rho": 0.05, "every": 4, "alpha": 0.7}),
+    ("nbar", {}, ReferenceBar, {"by_gradients": True, "steps": STEPS}),
+    ("obar", {"bar_alpha": 3.0}, ReferenceBar, {"by_gradients": False, "alpha": 3.0, "steps": STEPS}),
+    ("dual-lora", {}, ReferenceDualLora, {}),
+    ("bilora", {"clip": "per-layer", "rho": 0.01}, ReferenceAblatedBiLora, {"clip": "per-layer"}),
+    ("bilora", {"clip": "none"}, ReferenceAblatedBiLora, {"clip": "none"}),
+    ("bilora", {"norm": "unscaled"}, ReferenceAblatedBiLora, {"unscaled": True}),
+]
+
+
+def norm_in_float64(model):
+    """transformers normalises in fp32 whatever the model is in: a direction of length 1 would show that."""
+
+    def forward(self, hidden):
+        return self.weight * hidden * (hidden.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+
+    for module in model.modules():
+        if isinstance(module, LlamaRMSNorm):
+            module.forward = MethodType(forward, module)
+
+
+def settings(name, **own):
+    return {key: {**SETTINGS, **own}[key] for key in settings_of(name)}
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
+@pytest.mark.parametrize("family", ["mlp", "llama"])
+@pytest.mark.parametrize(("name", "own", "twin", "told"), TWINS)
+def test_each_equals_its_twin(family, max_grad_norm, name, own, twin, told):
+    model, batch = primary_model(family, torch.float64, alpha_pattern={PATTERN[family]: 3})
+    norm_in_float64(model)
+    base = copy.deepcopy(model).merge_and_unload()  # B1 = 0: merging changes nothing
+    optimizer = build_method(name, model, **settings(name, max_grad_norm=max_grad_norm, **own))
+    optimizer.total_steps = STEPS
+    given = {key: {**SETTINGS, **own}[key] for key in ("learning_rate", "weight_decay")}
+    if "auxiliary_rank" in settings_of(name):
+        given |= {key: {**SETTINGS, **own}[key] for key in ("rho", "auxiliary_learning_rate")}
+    plain = twin(reference_layers(model), max_grad_norm=max_grad_norm, **given)
+    for key, value in told.items():
+        setattr(plain, key, value)
+    start = {key: [tensor.clone() for tensor in factors(layer, PRIMARY)[:2]] for key, layer in adapted(model).items()}
+    model.train()
+    for step in range(STEPS):
+        inputs = fresh_batch(batch, step)
+        fast = optimizer.step(closure_of(model, optimizer, inputs, loss_in_float64))
+        assert float(fast.detach()) == pytest.approx(plain.step(loss_of_weights(base, inputs)), rel=1e-10)
+    for key, layer in adapted(model).items():
+        A1, B1, _ = factors(layer, PRIMARY)
+        assert (A1 - plain.layers[key].A1).abs().max() <= 1e-10
+        assert (B1 - plain.layers[key].B1).abs().max() <= 1e-10
+        assert (B1 - start[key][1]).abs().max() > 1e-3
+        if AUXILIARY in layer.lora_A:
+            A2, B2, _ = factors(layer, AUXILIARY)
+            assert (A2 - plain.layers[key].A2).abs().max() <= 1e-10
+            assert (B2 - plain.layers[key].B2).abs().max() <= 1e-10
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_costs_what_is_declared(name):
+    model, batch = primary_model("mlp")
+    optimizer = build_method(name, model, **settings(name, max_grad_norm=1.0))
+    optimizer.total_steps = STEPS
+    passes = {"forward": 0, "backward": 0}
+    model.register_forward_hook(lambda *_: passes.update(forward=passes["forward"] + 1))
+    model.train()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.register_hook(lambda gradient: passes.update(backward=passes["backward"] + 1))
+        loss.backward()
+        return loss
+
+    steps = 2 * SETTINGS["looksam_every"]
+    for _ in range(steps):
+        optimizer.step(closure)
+    declared = optimizer.passes_per_step
+    assert passes == {"forward": declared * steps, "backward": declared * steps}
+
+
+@pytest.mark.parametrize("name", ["lora-sam", "looksam"])
+def test_what_needs_the_loss_twice_says_so(name):
+    model, _ = primary_model("mlp")
+    with pytest.raises(TypeError, match="closure"):
+        build_method(name, model, **settings(name, max_grad_norm=1.0)).step()
+
+
+def test_the_factors_are_where_they_were_if_the_second_pass_fails():
+    model, batch = primary_model("mlp")
+    optimizer = build_method("lora-sam", model.train(), **settings("lora-sam", max_grad_norm=1.0))
+    closure = closure_of(model, optimizer, batch)
+    optimizer.step(closure)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    calls = []
+
+    def fails():
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("out of memory")
+        return closure()
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.step(fails)
+    assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in before.items())
