@@ -36,7 +36,7 @@ from bilora_ray.tracking.pages import (
     view_of,
     with_winner,
 )
-from bilora_ray.tracking.provenance import dataset_inputs, source
+from bilora_ray.tracking.provenance import dataset_inputs, source, version_tags
 from bilora_ray.tracking.run import COMPLETE, INTERRUPTED, Point, Run
 
 if TYPE_CHECKING:
