@@ -14,7 +14,7 @@ from tiny_trials import CHAT_TEMPLATE, Tiny, evaluate_adapter
 
 from bilora_ray.cli.main import main
 from bilora_ray.errors import MachineError, UserError
-from bilora_ray.recipe import evaluation_config, read_recipe
+from bilora_ray.recipe import read_recipe
 from bilora_ray.records import Status
 from bilora_ray.search import alone
 from bilora_ray.search.preflight import preflight
@@ -94,7 +94,7 @@ def test_a_trial_that_diverges_late_is_failed_and_its_earlier_adapter_exported(
     result = CliRunner().invoke(main, typed)
     assert result.exit_code == 0, result.output
     assert read_recipe(tmp_path / "x")["step"] == 2
-    assert evaluate_adapter(tmp_path / "x", evaluation_config(tmp_path / "x", {}))["eval_loss"] == record.loss
+    assert evaluate_adapter(tmp_path / "x", study.config(0))["eval_loss"] == record.loss
 
 
 def test_what_would_be_the_same_again_is_one_line_and_fails_the_trial(

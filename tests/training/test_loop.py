@@ -14,7 +14,6 @@ from toy_methods import TwoPasses, pass_twice
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.errors import NonFiniteLoss, UserError
 from bilora_ray.method import primary_parameters
-from bilora_ray.recipe import evaluation_config
 from bilora_ray.release.export import export_adapter
 from bilora_ray.training import loop
 from bilora_ray.training import model as models
@@ -393,7 +392,7 @@ def test_what_was_good_before_a_late_nan_stays_and_is_exported(tiny: Tiny, tmp_p
     best = run.folder.best_adapter()
     assert best is not None
     export_adapter(best, tmp_path / "exported", {"study": "s", "trial": 0})
-    measured = evaluate_adapter(tmp_path / "exported", evaluation_config(tmp_path / "exported", {}))
+    measured = evaluate_adapter(tmp_path / "exported", config)
     kept = metrics if run.progress.best_step == 4 else run.progress.history[0]
     assert measured == {name: kept[name] for name in config.available_metrics}
 

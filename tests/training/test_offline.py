@@ -85,8 +85,9 @@ def test_the_network_is_watched(tiny: Tiny, reached: list[Any]) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("task", TASKS)
 def test_a_trial_of_a_cached_model_and_what_comes_of_it_reach_nowhere(
-    task: Task, method: str, tiny: Tiny, tmp_path: Path, reached: list[Any]
+    task: Task, method: str, tiny: Tiny, tmp_path: Path, reached: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tiny.folder)
     cached(tiny.model(task))
     texts = {} if task in KINDS else {"predict_with_generate": True, "max_new_tokens": 3}
     config = of_the_hub(tiny, task, method=method, **texts)
