@@ -17,7 +17,7 @@ from bilora_ray.cli.options import (
     trial_option,
 )
 from bilora_ray.errors import UserError
-from bilora_ray.library.exporting import choose, write
+from bilora_ray.library.exporting import check_new, choose, write
 from bilora_ray.search.study.layout import Layout
 
 EPILOG = """\b
@@ -79,7 +79,8 @@ def command(
     if private and repository is None:
         raise UserError("--private: says how a repository is made; give --push-to-hub too")
     layout = Layout(absolute(storage_path), study_database)
-    chosen = choose(layout, study, number, prefer, output)
+    chosen = choose(layout, study, number, prefer)
+    check_new(output)
     if repository is not None:
         from bilora_ray.release.hub import check_push, fetch_card
 

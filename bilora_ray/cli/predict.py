@@ -245,7 +245,7 @@ def _folder(adapter: str, number: int | None, storage_path: Path, study_database
     is_exported = any((path / name).is_file() for name in (RECIPE, CONFIG))
     if number is None and (is_exported or len(path.parts) != 1):
         return path
-    from bilora_ray.cli.winners import adapter_of
+    from bilora_ray.library.exporting import choose
     from bilora_ray.search.study.layout import Layout
     from bilora_ray.search.study.storage import naming_the_database, study_names
     from bilora_ray.search.study.studies import LISTED
@@ -258,7 +258,7 @@ def _folder(adapter: str, number: int | None, storage_path: Path, study_database
             return path  # who reads it says what is missing
         hint = f"; {nearest(adapter, known, LISTED)}" if known else ""
         raise UserError(f"{adapter}: no such folder, and no study of {layout.database}{hint}")
-    return adapter_of(layout, adapter, number)
+    return choose(layout, adapter, number).adapter
 
 
 @contextmanager

@@ -63,18 +63,17 @@ class Exported:
     serve: Mapping[str, str]
 
 
-def choose(layout: Layout, study: str, number: int | None, prefer: str | None, output: Path) -> Chosen:
-    """The adapter of trial `number` of a study, or of its best, for a folder `output` that is free.
+def choose(layout: Layout, study: str, number: int | None, prefer: str | None = None) -> Chosen:
+    """The adapter of trial `number` of a study, or of its best.
 
     Args:
         layout: where the study is.
         study: its name.
         number: the trial's; None: the best, and of a study with finalists the winner's run with the middle score.
         prefer: of several objectives the one by which the trial is the best of the front.
-        output: where it shall go.
 
     Raises:
-        UserError: there is no such study, trial or adapter, or something is in `output`.
+        UserError: there is no such study, trial or adapter.
     """
     from bilora_ray.search.study.control.finalists import finals_of
     from bilora_ray.search.study.storage import naming_the_database
@@ -87,10 +86,9 @@ def choose(layout: Layout, study: str, number: int | None, prefer: str | None, o
         found = load_study(layout, study)
         if number is None:
             refuse_finalists(found)
-        check_new(output)
         record = found.chosen(number, prefer)
         finals = finals_of(found) if number is None and prefer is None else None
-        baseline: Mapping[str, Any] | None = getattr(found, "baseline", dict)()
+        baseline = found.baseline()
     notes = []
     if finals is not None and finals.winner is None:
         notes = ["the best single run is taken, for its finalists are not all trained"]
@@ -116,10 +114,11 @@ def write(chosen: Chosen, output: Path, merge: bool, check: bool = True) -> Expo
         check: whether the copy is loaded and compared with what was trained.
 
     Raises:
-        UserError: the adapter or its base cannot be read, or their sum cannot be written.
+        UserError: something is in `output`; the adapter or its base cannot be read, or their sum cannot be written.
         MachineError: the folder cannot be written.
         RuntimeError: torch's, of a GPU without enough memory.
     """
+    check_new(output)
     if merge or check:
         from bilora_ray.quiet import quiet
 

@@ -101,11 +101,18 @@ class Study:
         Raises:
             UserError: there is no such trial or adapter, or something is in `output`.
         """
-        chosen = choose(self._layout, self.name, trial, prefer, Path(output))
-        if not merge:
-            return write(chosen, Path(output), merge=False).output
+        chosen = choose(self._layout, self.name, trial, prefer)
         with left_as_found():
-            return write(chosen, Path(output), merge=True).output
+            return write(chosen, Path(output), merge).output
+
+    def report(self) -> Path:
+        """Write the study's page anew, as `bilora-ray report` does, and say where it is."""
+        from bilora_ray.report.page import write_report
+
+        file = self._layout.report(self.name)
+        with self._read() as view:
+            write_report([view], file)
+        return file
 
     @contextmanager
     def _read(self) -> Iterator[StudyView]:

@@ -280,13 +280,37 @@ def test_a_trial_that_passed_a_rung_passes_it_again_after_a_resume(layout: Layou
     assert again.report(0, {"step": 2, "max_steps": 9, "eval_loss": 2.0}) is Status.RUNNING
 
 
-def test_the_first_rung_is_a_third_of_a_trial_unless_said(layout: Layout) -> None:
+@pytest.mark.parametrize(("factor", "first"), [(None, 20), (2, 20), (3, 26), (4, 20)])
+def test_the_first_rung_is_a_part_of_a_trial_unless_said(layout: Layout, factor: int | None, first: int) -> None:
+    settings = {} if factor is None else {"reduction_factor": factor}
+    study = open_study(space({"scheduler": "asha", **settings}), layout)
+    next_trial(study)
+    study.report(0, {"step": first, "max_steps": 80, "eval_loss": 1.0})
+    next_trial(study)
+    assert study.report(1, {"step": first - 1, "max_steps": 80, "eval_loss": 2.0}) is Status.RUNNING
+    assert study.report(1, {"step": first, "max_steps": 80, "eval_loss": 2.0}) is Status.PRUNED
+
+
+def test_what_a_file_leaves_unsaid_is_as_the_study_began(layout: Layout) -> None:
+    study = open_study(space({"scheduler": "asha", "reduction_factor": 3, "grace_period": 10}), layout)
+    next_trial(study)
+    study.release()
+    study = open_study(space({"scheduler": "asha", "grace_period": 10}), layout)
+    for number in range(3):
+        next_trial(study)
+        study.report(number, {"step": 10, "max_steps": 80, "eval_loss": 3.0 - number})
+    next_trial(study)
+    # The second of four is among the better half, and not among the better third.
+    assert study.report(3, {"step": 10, "max_steps": 80, "eval_loss": 1.5}) is Status.PRUNED
+
+
+def test_another_part_than_a_study_began_with_is_refused(layout: Layout) -> None:
     study = open_study(space({"scheduler": "asha"}), layout)
     next_trial(study)
-    study.report(0, {"step": 30, "max_steps": 90, "eval_loss": 1.0})
-    next_trial(study)
-    assert study.report(1, {"step": 29, "max_steps": 90, "eval_loss": 2.0}) is Status.RUNNING
-    assert study.report(1, {"step": 30, "max_steps": 90, "eval_loss": 2.0}) is Status.PRUNED
+    study.release()
+    with pytest.raises(UserError, match="reduction_factor was 2, is 3"):
+        open_study(space({"scheduler": "asha", "reduction_factor": 3}), layout)
+    assert open_study(space({"scheduler": "asha", "reduction_factor": 2}), layout)
 
 
 def test_a_study_that_began_with_a_ninth_goes_on_with_it(layout: Layout) -> None:
@@ -336,7 +360,7 @@ def last_steps(study: SearchStudy, losses: tuple[float, float], steps: tuple[int
 
 @pytest.mark.parametrize("grace_period", [9, None])
 def test_trials_of_different_batches_are_compared_after_as_many_rows(layout: Layout, grace_period: int | None) -> None:
-    settings = {} if grace_period is None else {"grace_period": grace_period}
+    settings = {"reduction_factor": 3} if grace_period is None else {"grace_period": grace_period}
     study = two_batches(layout, **settings)
     # Nine steps of 64 rows, or the third part of 27, are 36 of 16.
     assert last_steps(study, (1.0, 2.0), (27, 108)) == [(Status.COMPLETE, 27), (Status.PRUNED, 36)]
@@ -344,7 +368,7 @@ def test_trials_of_different_batches_are_compared_after_as_many_rows(layout: Lay
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_the_first_rung_of_trials_of_as_many_steps_is_the_shortest_ones(layout: Layout, first: int) -> None:
-    searched = space({"scheduler": "asha"}, {**BATCHES, "max_steps": 27})
+    searched = space({"scheduler": "asha", "reduction_factor": 3}, {**BATCHES, "max_steps": 27})
     study = open_study(searched, layout)
     assert [next_trial(study), next_trial(study)] == [0, 1]
     study.report(first, {"step": 1, "max_steps": 27, "eval_loss": 1.0})

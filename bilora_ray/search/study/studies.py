@@ -41,6 +41,7 @@ from bilora_ray.search.space.order import without_effect
 from bilora_ray.search.study.control.budget import end_of
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.looks import Looks
+from bilora_ray.search.study.schedulers.base import FACTOR
 from bilora_ray.search.study.storage import making, naming_the_database, open_storage, read_storage, study_names
 from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.search.study.view import DIGESTS, ID, StudyView, objective_of, search_of, status_of
@@ -52,6 +53,8 @@ LISTED = "`bilora-ray show` lists them"
 FREE_TO_CHANGE = frozenset(
     {"num_trials", "max_concurrent", "finalists", "finalist_seeds", "keep_adapters", "max_disk_gb", *BUDGETS}
 )
+# What a file may leave unsaid, and has been said of its study at the start.
+FACTORED = "study.reduction_factor"
 # What a distribution, or a value under a condition, is told from other mappings by.
 PARTS = {"choice", "low", "value"}
 ONLY = "of a study only num_trials, max_concurrent, its finalists, what it keeps and what it may use may change"
@@ -293,7 +296,11 @@ def _check_begun(study: optuna.Study, space: Space, layout: Layout, digests: Map
     """
     name, stored = study.study_name, _stored(study)
     _check_place(study, layout)
-    _check_same(name, "space", _comparable(stored), _comparable(_described(space)))
+    began, given = _comparable(stored), _comparable(_described(space))
+    if FACTORED in began:
+        began[FACTORED] = began[FACTORED] or FACTOR
+        given[FACTORED] = given.get(FACTORED) or began[FACTORED]
+    _check_same(name, "space", began, given)
     begun = study.user_attrs[DIGESTS]
     # Version 0.1.0 kept the first data that it searched, and no base.
     for what, kept, found in (

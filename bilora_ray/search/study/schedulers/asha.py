@@ -13,5 +13,5 @@ def is_weak(asked: Asked) -> bool:
     """Whether asynchronous successive halving stops the trial. Rungs and verdicts are kept in the study."""
     now = reached(asked)
     first = max(1, in_parts(first_rung(asked, now), now.unit))
-    pruner = SuccessiveHalvingPruner(min_resource=first, reduction_factor=asked.space.study.reduction_factor)
+    pruner = SuccessiveHalvingPruner(min_resource=first, reduction_factor=asked.factor)
     return is_weak_at_rungs(asked, now, pruner, first, lambda trial: True)

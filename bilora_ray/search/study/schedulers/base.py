@@ -13,7 +13,11 @@ from optuna.trial import Trial
 from bilora_ray.records import Objective
 from bilora_ray.search.space import Space, Value
 from bilora_ray.search.study.looks import attributes_of
+from bilora_ray.search.study.warm_start import SPACE
 
+# Of two trials the better one goes on. With three, ASHA finds a little less in as much training
+# (benchmarks/results/search_efficiency.md); it was what version 0.1.0 had.
+FACTOR = 2
 # Of a trial, the step of the last evaluation after which it was let go on.
 JUDGED = "judged"
 
@@ -49,6 +53,12 @@ class Asked:
     def max_steps(self) -> int:
         """The trial's."""
         return int(self.metrics["max_steps"])
+
+    @property
+    def factor(self) -> int:
+        """At each rung one of so many trials goes on: as the study began, whatever a file leaves unsaid since."""
+        begun = self.known.get(SPACE, {}).get("study", {}).get("reduction_factor")
+        return int(begun or self.space.study.reduction_factor or FACTOR)
 
     @cached_property
     def known(self) -> Mapping[str, Any]:

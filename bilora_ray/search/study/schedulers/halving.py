@@ -59,7 +59,7 @@ def _lost_a_rung(asked: Asked, now: Reached, first: int, is_rival: Callable[[Fro
     A process that died between Optuna's note of a rung and ours of the verdict leaves the rung without one: the
     comparison is made again, before Optuna notes the trial at the rung behind.
     """
-    factor, as_loss = asked.space.study.reduction_factor, asked.objective.as_loss
+    factor, as_loss = asked.factor, asked.objective.as_loss
     for key, value in _rungs_to_judge(asked, now, first).items():
         came = (each for each in asked.trial.study.get_trials(deepcopy=False) if key in each.system_attrs)
         losses = sorted(as_loss(each.system_attrs[key]) for each in came if is_rival(each))
@@ -70,7 +70,7 @@ def _lost_a_rung(asked: Asked, now: Reached, first: int, is_rival: Callable[[Fro
 
 def _rungs_to_judge(asked: Asked, now: Reached, first: int) -> dict[str, float]:
     """The rungs at which the trial is noted and was not let go on yet, with what it had measured there."""
-    own, factor = _of(asked), asked.space.study.reduction_factor
+    own, factor = _of(asked), asked.factor
     passed = own.user_attrs.get(PASSED, own.user_attrs.get(JUDGED, 0) * now.a_step)
     before, here = in_parts(passed, now.unit), in_parts(now.amount, now.unit)
     return {

@@ -19,7 +19,7 @@ def is_weak(asked: Asked) -> bool:
     now = reached(asked)
     first = max(1, in_parts(first_rung(asked, now), now.unit))
     last = max(first, in_parts(longest(asked, now), now.unit))
-    study, factor = asked.trial.study, asked.space.study.reduction_factor
+    study, factor = asked.trial.study, asked.factor
     pruner = HyperbandPruner(min_resource=first, max_resource=last, reduction_factor=factor)
     pruner._try_initialization(study)  # or all would be in its first bracket
     bracket = pruner._get_bracket_id(study, asked.trial.storage.get_trial(asked.trial._trial_id))

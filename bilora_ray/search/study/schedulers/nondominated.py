@@ -26,7 +26,7 @@ def is_weak(asked: Asked) -> bool:
     now = reached(asked)
     first = first_rung(asked, now)
     own = asked.trial.storage.get_trial(asked.trial._trial_id)
-    factor, rung = asked.space.study.reduction_factor, 0
+    factor, rung = asked.factor, 0
     while first * factor**rung <= now.amount:
         key = f"{RUNG}{rung}"
         if key not in own.user_attrs or own.user_attrs[key]["step"] > own.user_attrs.get(JUDGED, -1):

@@ -60,10 +60,12 @@ def first_rung(asked: Asked, now: Reached) -> float:
         # As many steps see fewer rows in smaller batches: of all trials the shortest has a rung, whoever asks first.
         shortest = space.with_step(min)
         a_step = a_step if shortest.max_steps is None else shortest.step_rows(workers)
-    # A ninth is too early where a sampler proposes what is alike: of that, ASHA keeps what learns fast, not what ends
-    # best (benchmarks/search_efficiency.py). HyperBand has later brackets, and the median stops less.
-    powers = 1 if settings.scheduler == "asha" and len(space.objectives) == 1 else 2
-    return agreed(asked, key, max(1, asked.max_steps // settings.reduction_factor**powers) * a_step)
+    # With thirds a ninth would be next, which is too early where a sampler proposes what is alike: of that, ASHA keeps
+    # what learns fast, not what ends best (benchmarks/search_efficiency.py). HyperBand has later brackets, and the
+    # median stops less.
+    latest = asked.factor > 2 and settings.scheduler == "asha" and len(space.objectives) == 1
+    part = asked.factor if latest else asked.factor**2
+    return agreed(asked, key, max(1, asked.max_steps // part) * a_step)
 
 
 def longest(asked: Asked, now: Reached) -> float:
