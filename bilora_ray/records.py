@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 # The metric of an evaluation that says how many more without a gain the trial waits for, if it does not for all.
 PATIENCE_LEFT = "patience_left"
+# What a trial does first where it is the first of its process.
+IMPORTING = "importing torch, transformers and PEFT"
 
 
 def is_last(evaluation: Mapping[str, float]) -> bool:
@@ -185,6 +187,30 @@ class Served:
     config: Mapping[str, Any]
     facts: Mapping[str, str]
     example: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Moving:
+    """What a trial does between its evaluations.
+
+    Attributes:
+        what: it does, in words.
+        step: the steps that it has made.
+        max_steps: all that it is to make; 0: not known yet.
+        next_evaluation: the step that ends with one.
+        step_seconds: of a step, the mean of those of this start; 0 before the first one.
+    """
+
+    what: str
+    step: int = 0
+    max_steps: int = 0
+    next_evaluation: int = 0
+    step_seconds: float = 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Until the next evaluation begins; None before that can be told."""
+        return (self.next_evaluation - self.step) * self.step_seconds if self.step_seconds else None
 
 
 class Observer(Protocol):

@@ -18,6 +18,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+@pytest.fixture(autouse=True)
+def _nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a slow machine says of what takes seconds is no part of what a test expects."""
+    if importlib.util.find_spec("rich") is not None:
+        monkeypatch.setattr("bilora_ray.cli.waiting.SOON_S", 600.0)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """Tiny models of the three tasks with their data; see tiny_trials.py."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bilora_ray.cli.options import json_option, print_json, set_option, space_option
+from bilora_ray.cli.waiting import waiting
 from bilora_ray.library.spaces import space_to_search
 from bilora_ray.paths import have_home
 from bilora_ray.words import duration
@@ -46,21 +47,29 @@ def command(
     space = space_to_search(space_path, overrides, num_trials, max_concurrent)
     have_home()
 
-    from bilora_ray.quiet import quiet
-    from bilora_ray.search.preflight import check_kernels, pinned, preflight
+    with waiting("reading and checking the data and the model"):
+        from bilora_ray.quiet import quiet
+        from bilora_ray.search.preflight import check_kernels, pinned, preflight
 
-    space = pinned(space, None)
-    preflight(space)
+        space = pinned(space, None)
+        preflight(space)
 
-    from bilora_ray.search.cluster.cluster import is_own
-    from bilora_ray.search.readiness.estimate import ends
-    from bilora_ray.search.readiness.measure import measure
+        from bilora_ray.search.cluster.cluster import is_own
+        from bilora_ray.search.readiness.estimate import ends
+        from bilora_ray.search.readiness.measure import measure
 
-    if is_own(ray_address):
-        check_kernels(space, apart=True)
-    quiet()
+        if is_own(ray_address):
+            check_kernels(space, apart=True)
+        quiet()
     click.echo(f"Running some steps of {len(ends(space))} trials, the extreme ones", err=True)
-    found = measure(space, ray_address)
+    with waiting("starting Ray") as told_of:
+
+        def measured(done: int, count: int) -> None:
+            if not done:
+                told_of.now("measuring trials, each in a process of its own")
+            told_of.counted(done, count)
+
+        found = measure(space, ray_address, measured)
     if as_json:
         print_json(found.as_dict())
     else:

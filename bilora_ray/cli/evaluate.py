@@ -11,10 +11,12 @@ import click
 
 from bilora_ray.cli.options import json_option, print_json, set_option, telling_of_gpu_memory
 from bilora_ray.cli.tables import in_quotes
+from bilora_ray.cli.waiting import waiting
 from bilora_ray.config import TRAINING_SETTINGS, TrialConfig, deciding_the_split
 from bilora_ray.digests import check_rows, check_template
 from bilora_ray.errors import UserError
 from bilora_ray.paths import files_of, have_home, locate_here
+from bilora_ray.records import IMPORTING
 from bilora_ray.search.space_file import absolute_sources, parse_override
 
 if TYPE_CHECKING:
@@ -108,10 +110,12 @@ def _compared(
     config: TrialConfig, before: Mapping[str, str], data: str | None, other_rows: bool, base_model: bool
 ) -> list[str]:
     """What there is to say of the rows and the template, beside what the training read. UserError if they differ."""
-    from bilora_ray.quiet import quiet
+    with waiting(IMPORTING):
+        from bilora_ray.quiet import quiet
 
-    quiet()
-    from bilora_ray.training.rows import read_sources
+        quiet()
+        import bilora_ray.training.evaluate  # noqa: F401 - what it takes is seconds
+        from bilora_ray.training.rows import read_sources
 
     own_rows = data is None and not other_rows
     notes = list(check_template(config, before))
@@ -128,10 +132,13 @@ def _measured(adapter: Path | None, config: TrialConfig, examples: int) -> _Meas
     from bilora_ray.recipe import is_merged
     from bilora_ray.training.evaluate import evaluate, load_adapted, predict
 
-    with telling_of_gpu_memory("; take a smaller one: --set per_device_eval_batch_size=N"):
+    memory = telling_of_gpu_memory("; take a smaller one: --set per_device_eval_batch_size=N")
+    with memory, waiting(f"reading the data and loading the base model {config.model_name_or_path}") as told_of:
         model, loaded, told = load_adapted(None if adapter is None or is_merged(adapter) else adapter, config)
         config = config.model_copy(update={"label_names": loaded.label_names, "format": loaded.format})
+        told_of.now(f"measuring {len(loaded.validation)} rows")
         metrics = evaluate(model, loaded.validation, config, loaded.tokenizer)
+        told_of.now(f"answering {examples} rows")
         predictions = predict(model, loaded, config, examples) if examples else []
     return _Measured(metrics, len(loaded.validation), [_told(one) for one in predictions], told)
 

@@ -16,6 +16,7 @@ from bilora_ray.cli.options import (
     telling_of_gpu_memory,
     trial_option,
 )
+from bilora_ray.cli.waiting import waiting
 from bilora_ray.errors import UserError
 from bilora_ray.library.exporting import check_new, choose, write
 from bilora_ray.search.study.layout import Layout
@@ -87,7 +88,8 @@ def command(
         check_push(repository)
         fetch_card(chosen.adapter)
     without = "" if merge else ", or give --no-check"
-    with telling_of_gpu_memory(f"; hide it with CUDA_VISIBLE_DEVICES= to use main memory{without}"):
+    memory = telling_of_gpu_memory(f"; hide it with CUDA_VISIBLE_DEVICES= to use main memory{without}")
+    with memory, waiting(f"{'merging' if merge else 'copying'} the adapter, and comparing what was written"):
         exported = write(chosen, output, merge, check=not no_check)
     address = None
     if repository is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bilora_ray.cli.options import json_option, print_json, set_option, space_option
+from bilora_ray.cli.waiting import waiting
 from bilora_ray.errors import TrialFailure, UserError
 from bilora_ray.paths import have_home
 from bilora_ray.search.space import Space, Value
@@ -46,18 +47,19 @@ def command(space_path: Path, overrides: tuple[str, ...], steps: int, as_json: b
     space = load_space(space_path, overrides)
     have_home()
 
-    from bilora_ray.quiet import quiet
-    from bilora_ray.search.preflight import pinned, preflight
+    with waiting("reading and checking the data and the model"):
+        from bilora_ray.quiet import quiet
+        from bilora_ray.search.preflight import pinned, preflight
 
-    space = pinned(space, None)
-    preflight(space)
-    quiet()
-    from bilora_ray.training.probe.profile import WARM_UP, profile
+        space = pinned(space, None)
+        preflight(space)
+        quiet()
+        from bilora_ray.training.probe.profile import WARM_UP, profile
 
     where = ", on the CPU: resources.gpus_per_worker is 0" if space.resources.gpus_per_worker == 0 else ""
     click.echo(f"Running {WARM_UP} steps to warm up, {steps} that are timed, and one evaluation{where}", err=True)
     try:
-        with _seeing(space.resources.gpus_per_worker):
+        with _seeing(space.resources.gpus_per_worker), waiting("loading the base model, then running steps"):
             found = profile(
                 space.trial_config(_first(space)),
                 steps,

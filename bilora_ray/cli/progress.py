@@ -14,7 +14,7 @@ from rich.text import Text
 
 from bilora_ray.cli.notebook import NotebookLive
 from bilora_ray.cli.tables import TrialTable
-from bilora_ray.records import Objective, Status, TrialRecord
+from bilora_ray.records import Moving, Objective, Status, TrialRecord
 from bilora_ray.training.compute.cutting import Proven
 from bilora_ray.training.data.truncation import Truncation
 from bilora_ray.words import amount_of, duration, in_short, status_of, step_of
@@ -32,20 +32,28 @@ class SearchProgress:
         objective: what trials are judged by.
         notes: lines to show as the first trial starts.
         labels: lines to show before them.
+        starting: what is done before the first trial starts.
     """
 
     def __init__(
-        self, num_trials: int, objective: Objective, notes: Sequence[str] = (), labels: Sequence[str] = ()
+        self,
+        num_trials: int,
+        objective: Objective,
+        notes: Sequence[str] = (),
+        labels: Sequence[str] = (),
+        starting: str = "",
     ) -> None:
         self.num_trials = num_trials
         self.objective, self.metric = objective, objective.metric
-        self.notes, self.labels = notes, labels
+        self.notes, self.labels, self.starting = notes, labels, starting
         # A thread draws both dictionaries at any moment, so neither is changed: another one takes its place.
         self.ended: dict[int, TrialRecord] = {}
         self.running: dict[int, tuple[TrialRecord, Mapping[str, float]]] = {}
+        self.moves: dict[int, Moving] = {}
         self.ended_before = 0
         self.started = time.monotonic()
-        self._said_start = self._said_cut = False
+        self._said_start = self._said_cut = self._heard = False
+        self._said_moves: set[str] = set()
         self._said_limits: set[str] = set()
         self._reported = time.monotonic()
         self._console = Console(stderr=True, highlight=False)
@@ -64,6 +72,8 @@ class SearchProgress:
     def __enter__(self) -> SearchProgress:
         if self._live:
             self._live.start()
+        elif self.starting:
+            self._print(self.starting)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,6 +95,7 @@ class SearchProgress:
     def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
         """Move the trial's line on."""
         self.running = {**self.running, trial.number: (trial, metrics)}
+        self._heard = True
         if self._live is None and time.monotonic() >= self._reported + REPORT_EVERY_S:
             self._reported = time.monotonic()
             self._print(
@@ -98,9 +109,22 @@ class SearchProgress:
             self._said_cut = True
             self._say_what_is_cut(Truncation.told_by(metrics), trial.settings)
 
+    def trial_moves(self, number: int, moving: Moving) -> None:
+        """Move the trial's line on between evaluations; a log hears how the first one begins, and then now and then."""
+        self.moves = {**self.moves, number: moving}
+        shown = self.running.get(number)
+        if self._live is not None or shown is None:
+            return
+        begins = not self._heard and moving.what not in self._said_moves
+        if begins or time.monotonic() >= self._reported + REPORT_EVERY_S:
+            self._said_moves.add(moving.what)
+            self._reported = time.monotonic()
+            self._print(f"trial {number}: {_between(moving, first=not shown[1])}")
+
     def trial_ended(self, trial: TrialRecord) -> None:
         """Count the trial, if this is the first that is heard of its end."""
         self.running = {number: shown for number, shown in self.running.items() if number != trial.number}
+        self.moves = {number: moving for number, moving in self.moves.items() if number != trial.number}
         known = trial.number in self.ended
         self.ended = {**self.ended, trial.number: trial}
         if self._live is None and not known:
@@ -137,7 +161,7 @@ class SearchProgress:
         text.append(f"  {counts[Status.COMPLETE]} complete, {counts[Status.PRUNED]} stopped early", style="default")
         if counts[Status.FAILED]:
             text.append(f", {counts[Status.FAILED]} failed", style="red")
-        running = f"{len(self.running)} running" if self._said_start else "starting"
+        running = f"{len(self.running)} running" if self._said_start else self.starting or "starting"
         text.append(f", {running}\n{duration(time.monotonic() - self.started)}", style="dim")
         left = self._seconds_left()
         if left is not None:
@@ -150,7 +174,10 @@ class SearchProgress:
     def _table(self) -> TrialTable:
         table = TrialTable("trial", "step", self.metric)
         for number, (trial, metrics) in sorted(self.running.items()):
-            step = step_of(metrics) if metrics else "starting"
+            moving = self.moves.get(number)
+            step = "starting" if moving is None else _between(moving, first=not metrics)
+            if metrics and (moving is None or moving.step < metrics["step"]):
+                step = step_of(metrics)
             table.add(str(number), step, in_short(metrics.get(self.metric)), sampled=trial.sampled)
         return table
 
@@ -159,6 +186,17 @@ class SearchProgress:
         if done == 0:
             return None
         return (time.monotonic() - self.started) / done * (self.num_trials - len(self.ended))
+
+
+def _between(moving: Moving, first: bool) -> str:
+    """What a trial does between evaluations, with its steps and the time until the `first` one."""
+    if not moving.max_steps:
+        return moving.what
+    where = f"step {moving.step}/{moving.max_steps}"
+    if moving.step == moving.next_evaluation or moving.what != "training":
+        return f"{moving.what} at {where}"
+    left = moving.seconds_left
+    return f"{where}, evaluates in {duration(left)}" if first and left is not None else where
 
 
 def _how_far(trial: TrialRecord) -> str:

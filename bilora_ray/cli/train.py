@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -24,6 +25,7 @@ from bilora_ray.cli.options import (
     where_adapter_is,
 )
 from bilora_ray.cli.progress import SearchProgress
+from bilora_ray.cli.waiting import waiting
 from bilora_ray.errors import UserError
 from bilora_ray.library.training import check_run, run_one
 from bilora_ray.search.cluster.protection import check_mlflow
@@ -75,12 +77,13 @@ def command(
     if not insecure:
         check_mlflow(mlflow_uri)
     layout = Layout(absolute(storage_path), study_database)
-    one = check_run(space_path, overrides, layout, name=name, study=study, number=number, resume=resume)
+    with waiting("reading and checking the data and the model"):
+        one = check_run(space_path, overrides, layout, name=name, study=study, number=number, resume=resume)
     if one.trial is not None:
         click.echo(f"Settings of trial {one.trial} of study '{study}'", err=True)
     # Which trial is the best one may have changed by the time of a resume.
     with leaving_to_go_on(*([] if study is None or number is not None else [f"--trial={one.trial}"])):
-        trained = run_one(one, SearchProgress, mlflow_uri)
+        trained = run_one(one, partial(SearchProgress, starting="opening MLflow"), mlflow_uri)
     objective = trained.objective
     record = trained.record(0)
     if as_json:

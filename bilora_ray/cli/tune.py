@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from bilora_ray.cli.options import (
 from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.cli.tables import in_quotes
 from bilora_ray.cli.validate import describe
+from bilora_ray.cli.waiting import waiting
 from bilora_ray.errors import UserError
 from bilora_ray.library.searching import Asked, Search, check_search, is_counted, rehearse, run_search, space_of
 from bilora_ray.search.space import SEEDS, Space, setting_of
@@ -75,14 +77,19 @@ def command(
         layout, num_trials, max_concurrent, resume, extend, earlier, ray_address, mlflow_uri, insecure, dry_run
     )
     space = space_of(space_path, overrides, asked)
-    search = check_search(space, asked, is_counted(overrides, asked))
+    with waiting("reading and checking the data and the model"):
+        search = check_search(space, asked, is_counted(overrides, asked))
     if dry_run:
-        _tell_plan(search, rehearse(search), as_json)
+        with waiting("trying what can be tried without weights"):
+            rehearsal = rehearse(search)
+        _tell_plan(search, rehearsal, as_json)
         return
+    with waiting("loading what a search needs"):
+        import bilora_ray.search.run  # noqa: F401 - what it takes is seconds
     started = time.monotonic()
     # Not by --extend, which would ask for as many once more.
     with leaving_to_go_on(*([] if extend is None else [f"--num-trials={search.space.study.num_trials}"])):
-        study = run_search(search, SearchProgress)
+        study = run_search(search, partial(SearchProgress, starting="starting Ray, opening MLflow"))
     if as_json:
         print_json(study_as_json(study))
     else:

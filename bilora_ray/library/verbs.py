@@ -20,7 +20,7 @@ from bilora_ray.search.cluster.protection import check_mlflow
 from bilora_ray.search.study.layout import Layout
 
 if TYPE_CHECKING:
-    from bilora_ray.records import Objective, TrialRecord
+    from bilora_ray.records import Moving, Objective, TrialRecord
 
 
 def tune(
@@ -213,6 +213,9 @@ class _Silent:
         """Nothing is shown."""
 
     def trial_reported(self, trial: TrialRecord, metrics: Mapping[str, float]) -> None:
+        """Nothing is shown."""
+
+    def trial_moves(self, number: int, moving: Moving) -> None:
         """Nothing is shown."""
 
     def trial_ended(self, trial: TrialRecord) -> None:

@@ -26,7 +26,10 @@ ALL_VISIBLE = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 
 
 def measured(
-    settings: Sequence[Mapping[str, Any]], resources: Mapping[str, Any], at_once: int
+    settings: Sequence[Mapping[str, Any]],
+    resources: Mapping[str, Any],
+    at_once: int,
+    tell: Callable[[int, int], None] = lambda done, count: None,
 ) -> list[tuple[float, Cost] | TrialFailure]:
     """Seconds of what a first trial of a process imports, and what one of each `settings` takes, in that order.
 
@@ -36,6 +39,7 @@ def measured(
         settings: those of a TrialConfig.
         resources: those of a ResourceConfig: what one worker gets is what each process gets.
         at_once: workers that run at one time in the search.
+        tell: hears how many of all measurements are done.
 
     Raises:
         UserError, MachineError: as `fit`.
@@ -46,6 +50,8 @@ def measured(
     runs = [index % len(settings) for index in range(len(settings) + spare(len(settings), at_once))]
     found: list[list[Any]] = [[] for _ in settings]
     running: dict[ray.ObjectRef, int] = {}
+    count = len(runs)
+    tell(0, count)
     while runs or running:
         while runs and len(running) < at_once:
             index = runs.pop(0)
@@ -53,6 +59,7 @@ def measured(
             running[asked] = index
         (done,), _ = ray.wait(list(running), num_returns=1)
         found[running.pop(done)].append(_told(done))
+        tell(count - len(runs) - len(running), count)
     return [_middle(each) for each in found]
 
 

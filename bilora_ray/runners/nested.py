@@ -21,6 +21,7 @@ from bilora_ray.runners.task import (
     explained,
     folder_of,
     import_training,
+    moving,
     telling,
     the_only,
 )
@@ -102,7 +103,8 @@ def _train_on_worker(task: Mapping[str, Any]) -> None:
     folder = folder_of(trial)
     with workers.first(folder.lock(ORPHAN_WAIT_S)), not_again():
         config, report = TrialConfig(**trial[SETTINGS]), telling(train.report, trial)
-        fit(config, folder, report, workers, trial[DIGESTS])
+        tell = moving(folder) if workers.is_first else lambda _: None
+        fit(config, folder, report, workers, trial[DIGESTS], tell=tell)
 
 
 def _failures(error: BaseException) -> list[BaseException]:

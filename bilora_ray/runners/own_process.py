@@ -8,6 +8,7 @@ from typing import Any
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import not_again
+from bilora_ray.records import IMPORTING, Moving
 from bilora_ray.runners.task import (
     DIGESTS,
     EXPECTED,
@@ -17,6 +18,7 @@ from bilora_ray.runners.task import (
     explained,
     folder_of,
     import_training,
+    moving,
     telling,
     the_only,
 )
@@ -35,6 +37,9 @@ def run_trial(task: Mapping[str, Any]) -> None:
     trial = the_only(task)
     try:
         with not_again():  # nor what an import raises
+            folder = folder_of(trial)
+            tell = moving(folder)
+            tell(Moving(IMPORTING))
             import_training()
             from bilora_ray.training.compute.memory import keep_to_share
             from bilora_ray.training.loop import fit
@@ -43,10 +48,9 @@ def run_trial(task: Mapping[str, Any]) -> None:
             if not gc.get_freeze_count():
                 gc.freeze()
             keep_to_share(task[RESOURCES]["gpus_per_worker"])
-            folder = folder_of(trial)
             with folder.lock(ORPHAN_WAIT_S):
                 config, report = TrialConfig(**trial[SETTINGS]), telling(tune.report, trial)
-                fit(config, folder, report, digests=trial[DIGESTS], keep_base=True)
+                fit(config, folder, report, digests=trial[DIGESTS], keep_base=True, tell=tell)
     except EXPECTED as error:
         tune.report(explained(trial, error))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors import SafetensorError
 
 from bilora_ray.errors import MachineError, TrialFailure, UserError, first_line
 from bilora_ray.garbage import importing
+from bilora_ray.records import Moving
 from bilora_ray.training.folder import TrialFolder
 
 # The keys of a task: the trials that run together, and what they get. Those of each of its trials.
@@ -21,6 +23,8 @@ NUMBER, FOLDER, SETTINGS, DIGESTS = "number", "folder", "settings", "digests"
 # its own settings are why; or what is wrong with its settings or data; or what is wrong with the machine, so that the
 # trial may go on another time.
 EVALUATION, FAILURE, BY_SETTINGS, BAD_INPUT, BROKEN = "evaluation", "failure", "by_settings", "bad_input", "broken"
+# So often at the most a trial notes its steps.
+TELL_S = 2.0
 EXPECTED = (TrialFailure, UserError, OSError, SafetensorError)
 
 
@@ -60,6 +64,19 @@ def telling(report: Callable[[dict[str, Any]], None], trial: Mapping[str, Any]) 
     def tell(evaluation: dict[str, float]) -> bool:
         report({NUMBER: trial[NUMBER], EVALUATION: evaluation})
         return True
+
+    return tell
+
+
+def moving(folder: TrialFolder) -> Callable[[Moving], None]:
+    """What `fit` tells its steps to: a file of the trial's, where whoever shows the search finds them now and then."""
+    told, at = "", 0.0
+
+    def tell(now: Moving) -> None:
+        nonlocal told, at
+        if now.what != told or time.monotonic() >= at + TELL_S:
+            told, at = now.what, time.monotonic()
+            folder.moves(now)
 
     return tell
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from bilora_ray.errors import GO_ON, MachineError, TrialFailure, UserError, not_again
-from bilora_ray.records import Status
+from bilora_ray.records import IMPORTING, Moving, Status
 from bilora_ray.search.session import Observers, Watcher, session
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.layout import Layout
@@ -45,7 +46,7 @@ def train(
         study, observers = running.study, running.observers()
         numbers = study.next_trials()
         for number in numbers:
-            _train(study, number, observers)
+            _train(study, number, observers, partial(running.watcher.trial_moves, number))
         if study.full is not None:
             raise study.full
         if not numbers and not study.finished():
@@ -53,10 +54,7 @@ def train(
     return study
 
 
-def _train(study: SearchStudy, number: int, observers: Observers) -> None:
-    from bilora_ray.training.distributed.workers import Workers
-    from bilora_ray.training.loop import fit
-
+def _train(study: SearchStudy, number: int, observers: Observers, tell: Callable[[Moving], None]) -> None:
     def report(metrics: dict[str, float]) -> bool:
         status = study.report(number, metrics)
         observers.trial_reported(study.record(number), metrics)
@@ -65,12 +63,16 @@ def _train(study: SearchStudy, number: int, observers: Observers) -> None:
         return status is Status.RUNNING
 
     observers.trial_started(study.record(number))
+    tell(Moving(IMPORTING))
+    from bilora_ray.training.distributed.workers import Workers
+    from bilora_ray.training.loop import fit
+
     folder = study.folder(number)
     try:
         with folder.lock(ORPHAN_WAIT_S), not_again():
             # As many rows a step as where the space's workers share them.
             workers = Workers(planned=study.space.resources.workers)
-            fit(study.config(number), folder, report, workers, study.digests(number))
+            fit(study.config(number), folder, report, workers, study.digests(number), tell=tell)
     except MachineError as error:
         raise MachineError(f"{error}{GO_ON}") from None
     except (TrialFailure, UserError) as error:

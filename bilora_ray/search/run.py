@@ -30,7 +30,17 @@ from bilora_ray.search.cluster.cluster import (
 from bilora_ray.search.cluster.gpus import decided
 from bilora_ray.search.cluster.shared_storage import check_shared
 from bilora_ray.search.cluster.watchdog import head_watched
-from bilora_ray.search.session import Observers, Session, Watcher, session, tell_result, winner_in_words, write_page
+from bilora_ray.search.session import (
+    LATE_S,
+    Observers,
+    Session,
+    Watcher,
+    session,
+    tell_result,
+    watching_moves,
+    winner_in_words,
+    write_page,
+)
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.control.comparison import keep, to_compare
 from bilora_ray.search.study.control.finalists import Finals, begin, check_finalists, finals_of, keep_test
@@ -97,6 +107,7 @@ def search(
         comparing = Comparing(space.resources.model_dump(), space.study.num_trials)
         observers = Observers([running.observers(), comparing])
         concurrent = _at_once(space, watcher.say)
+        stack.enter_context(watching_moves(study, watcher))
         run_trials(study, observers, concurrent)
         while study.await_others(Observers([watcher]), watcher.say):
             run_trials(study, observers, concurrent)
@@ -115,7 +126,12 @@ def _compare(study: SearchStudy, comparing: Comparing, say: Callable[[str], None
             return
         runs, number = asked.runs, asked.winner.number
         settings, digests = runs.config(number).model_dump(), runs.digests(number)
-        found = comparing.compare(settings, runs.folder(number).path, asked.adapter, digests, asked.measured)
+        late = threading.Timer(LATE_S, say, ["the winner is compared with its base model"])
+        late.start()
+        try:
+            found = comparing.compare(settings, runs.folder(number).path, asked.adapter, digests, asked.measured)
+        finally:
+            late.cancel()
         keep(asked, found.baseline, found.examples)
     except (UserError, TrialFailure, OSError) as error:
         say(f"Note: the winner is not compared with its base model ({first_line(error)}); --resume tries again")

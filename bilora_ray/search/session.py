@@ -8,14 +8,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Timer
+from threading import Event, Thread, Timer
 from typing import Protocol
 
 from bilora_ray.addresses import masked
 from bilora_ray.digests import of_data
 from bilora_ray.errors import GO_ON, MachineError, UserError, first_line
 from bilora_ray.files import locked
-from bilora_ray.records import Observer, TrialRecord
+from bilora_ray.records import Moving, Observer, TrialRecord
 from bilora_ray.search.readiness.machine import in_words as machine
 from bilora_ray.search.space import FINALISTS_OF, Space, setting_of
 from bilora_ray.search.study.control.finalists import winner_of
@@ -34,6 +34,8 @@ from bilora_ray.tracking.study_runs import StudyInfo
 logger = logging.getLogger(__name__)
 # So long nobody wonders why a search that is over does not end.
 LATE_S = 3.0
+# How often it is looked what trials do, and how long at the least that is for each of very many.
+LOOK_S, LOOK_EACH_S = 2.0, 0.02
 STUDY_ID = "bilora_ray.study_id"
 
 
@@ -51,6 +53,9 @@ class Watcher(Observer, Protocol):
 
     def say(self, line: str) -> None:
         """Show one line, such as that MLflow does not answer."""
+
+    def trial_moves(self, number: int, moving: Moving) -> None:
+        """Show what a trial does between its evaluations; from any thread, often."""
 
 
 class Observers:
@@ -196,6 +201,32 @@ def write_page(study: StudyView, say: Callable[[str], None], ended: Collection[i
     except Exception as error:
         logger.debug("the page of a study was not written", exc_info=True)
         say(f"Note: there is no page of the study ({first_line(error)}); `bilora-ray report {name}` tries again")
+
+
+@contextmanager
+def watching_moves(study: SearchStudy, watcher: Watcher) -> Iterator[None]:
+    """In the block `watcher` hears what the running trials of this process do between their evaluations."""
+    done = Event()
+
+    def look() -> None:
+        seen: dict[int, Moving] = {}
+        wait = LOOK_S
+        while not done.wait(wait):
+            numbers = study.in_hand()
+            wait = max(LOOK_S, len(numbers) * LOOK_EACH_S)
+            for number in numbers:
+                now = study.folder(number).moving()
+                if now is not None and now != seen.get(number):
+                    seen[number] = now
+                    watcher.trial_moves(number, now)
+
+    looking = Thread(target=look, daemon=True)
+    looking.start()
+    try:
+        yield
+    finally:
+        done.set()
+        looking.join(LATE_S)  # a storage that is away may hold it
 
 
 def tell_result(

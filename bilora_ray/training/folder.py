@@ -4,6 +4,7 @@ lock                          held by the process that trains
 checkpoints/step-00000120/    tensors.safetensors and state.json; only complete ones carry such a name
 adapters/step-00000090/       the best adapter so far, as PEFT writes it
                               of a trial that goes on from another's, the first one is that one's: see `begin_from`
+moving.json                   what the trial does between evaluations, for who watches: it may be torn, or missing
 scratch/                      what whoever runs the trial keeps while it runs
 ../passes.json                the largest passes that have room, where larger ones have not
 ../examples/                  of data too large for the memory: the tokenized rows, which the trials of a study share
@@ -16,15 +17,17 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from bilora_ray.errors import MachineError
 from bilora_ray.files import atomic_folder, link_files, locked
+from bilora_ray.records import Moving
 
 EXAMPLES = "examples"
 STATE = "state.json"
+MOVING = "moving.json"
 TENSORS = "tensors.safetensors"
 # Of a checkpoint that another trial wrote: the settings that have other values from there on.
 CHANGED = "changed"
@@ -125,9 +128,23 @@ class TrialFolder:
         """Folder of whoever runs the trial, for as long as it runs."""
         return self.path / "scratch"
 
+    def moves(self, moving: Moving) -> None:
+        """Note what the trial does now. Whoever watches can do without it, so that nothing is raised."""
+        with contextlib.suppress(OSError):
+            (self.path / MOVING).write_text(json.dumps(asdict(moving)), encoding="utf-8")
+
+    def moving(self) -> Moving | None:
+        """What the trial does, as far as is known."""
+        try:
+            return Moving(**json.loads((self.path / MOVING).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
     def discard_tensors(self) -> None:
         """Free the disk of a trial that will not go on; its evaluations and its adapter stay."""
         shutil.rmtree(self.scratch, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (self.path / MOVING).unlink(missing_ok=True)
         for complete in _complete(self.checkpoints):
             (complete / TENSORS).unlink(missing_ok=True)
 

@@ -29,7 +29,7 @@ from bilora_ray.files import atomic_folder, temporary_folder
 from bilora_ray.method import export_primary, primary_parameters
 from bilora_ray.paths import cached_commit
 from bilora_ray.recipe import PAD, TEMPLATE, write_recipe
-from bilora_ray.records import PATIENCE_LEFT, is_last
+from bilora_ray.records import PATIENCE_LEFT, Moving, is_last
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from bilora_ray.training.compute.compiled import Compiled
@@ -50,6 +50,8 @@ from bilora_ray.training.tasks.base import Example, Task, weighted
 
 # Takes an evaluation, and says whether the trial shall go on. To say nothing, as 0.1.0 had it, is yes.
 Report = Callable[[dict[str, float]], bool]
+# Takes what is done between evaluations, after each step too.
+Tell = Callable[[Moving], None]
 
 
 @dataclass
@@ -93,6 +95,7 @@ class Run:
         workers: who train it together. Each has such a state, and the first one writes.
         digests: see `fit`.
         keep_base: see `fit`.
+        tell: see `fit`.
     """
 
     def __init__(
@@ -102,6 +105,7 @@ class Run:
         workers: Workers = ALONE,
         digests: Mapping[str, str] | None = None,
         keep_base: bool = False,
+        tell: Tell = lambda _: None,
     ) -> None:
         begun = workers.gather(folder.state())[0].get("settings", {}).get("precision")
         self.config = config = resolved(config, workers, begun)
@@ -113,10 +117,12 @@ class Run:
         if torch.cuda.is_available():  # this process may have had another trial before
             release()
             torch.cuda.reset_peak_memory_stats()
+        tell(Moving("reading the data"))
         self.data: Loaded = load_data(config, shared=folder.examples)
         self.config = config.model_copy(update={"format": self.data.format})
         self.digests = {**self.data.digests, BASE: of_base(config), CHAT_TEMPLATE: of_template(config)}
         check_unchanged(config, digests or {}, self.digests)
+        tell(Moving("loading the base model"))
         self.base = models.take_base(config, self.data.tokenizer, self.data.label_names, workers, keep_base)
         self._check_base()
         self.model = models.add_primary(self.base.begin(), config, self.base.fresh)
@@ -214,6 +220,12 @@ class Run:
         self.window.losses.append(loss.detach())
         self.window.tokens += sum(example.length for example in examples)
         self.window.seconds += time.perf_counter() - started
+
+    def moving(self, what: str) -> Moving:
+        """What the trial does now, with the speed of its steps since the last evaluation."""
+        step, window = self.progress.step, self.window
+        following = min(self.max_steps, (step // self.eval_every + 1) * self.eval_every)
+        return Moving(what, step, self.max_steps, following, window.seconds / max(1, len(window.losses)))
 
     def evaluation_due(self) -> bool:
         """Whether the current step ends with an evaluation; the last one does."""
@@ -352,6 +364,7 @@ def fit(
     workers: Workers = ALONE,
     digests: Mapping[str, str] | None = None,
     keep_base: bool = False,
+    tell: Tell = lambda _: None,
 ) -> Progress:
     """Train one trial, or go on with it, and keep its best adapter in `folder`.
 
@@ -365,6 +378,7 @@ def fit(
         digests: setting -> digest that what it names must have: this trial is to be compared with others, which had
             those rows and that base. What is not there may be anything.
         keep_base: whether to keep the base model in memory for the next trial of this process.
+        tell: hears what is done between evaluations, so that nobody wonders; it decides nothing.
 
     Returns:
         What was done, with the best value and its step. A trial that was ended by a report has its checkpoint: it can
@@ -378,13 +392,15 @@ def fit(
     """
     run: Run | None = None
     try:
-        run = Run(config, folder, workers, digests, keep_base)
+        run = Run(config, folder, workers, digests, keep_base, tell)
         run.resume()
         with _ending(run):
             goes_on = all(workers.gather(report(metrics))[0] is not False for metrics in run.progress.history)
             while goes_on and not run.is_over:
                 run.train_step()
+                tell(run.moving("training"))
                 if run.evaluation_due():
+                    tell(run.moving("evaluating"))
                     goes_on = workers.gather(report(run.evaluate()))[0] is not False
         return run.progress
     except OutOfMemory as error:

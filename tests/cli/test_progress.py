@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from bilora_ray.cli.progress import SearchProgress
-from bilora_ray.records import Objective, Status, TrialRecord
+from bilora_ray.cli.waiting import waiting
+from bilora_ray.records import Moving, Objective, Status, TrialRecord
 
 TRIALS = 3000
 
@@ -86,3 +90,84 @@ def test_how_far_a_trial_came_is_said(
     progress = SearchProgress(2, Objective("eval_loss", greater_is_better=False))
     progress.trial_ended(replace(trial(0, status), **more))
     assert capsys.readouterr().err == f"1 of 2 trials done: trial 0 {words}, eval_loss 0\n"
+
+
+def moved(step: int, what: str = "training", seconds: float = 0.5) -> Moving:
+    return Moving(what, step, max_steps=90, next_evaluation=30, step_seconds=seconds)
+
+
+def test_a_log_hears_what_the_first_trial_loads_and_when_it_is_evaluated(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = SearchProgress(2, Objective("eval_loss", greater_is_better=False), starting="starting Ray")
+    with progress:
+        progress.trial_started(trial(0, Status.RUNNING))
+        progress.trial_started(trial(1, Status.RUNNING))
+        for moving in (Moving("reading the data"), Moving("loading the base model"), moved(1), moved(2), moved(3)):
+            progress.trial_moves(0, moving)
+            progress.trial_moves(1, moving)  # one of both will do
+    assert capsys.readouterr().err.splitlines() == [
+        "starting Ray",
+        "0 of 2 trials done; running",
+        "trial 0: reading the data",
+        "trial 0: loading the base model",
+        "trial 0: step 1/90, evaluates in 14 s",
+    ]
+
+
+def test_a_log_has_one_line_a_minute_on_steps(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress = SearchProgress(2, Objective("eval_loss", greater_is_better=False))
+    progress.trial_started(trial(0, Status.RUNNING))
+    progress.trial_moves(0, moved(1))
+    capsys.readouterr()
+    now = time.monotonic()
+    monkeypatch.setattr("bilora_ray.cli.progress.time.monotonic", lambda: now)
+    for step in range(2, 200):
+        now += 1.0
+        progress.trial_moves(0, moved(step, seconds=1.0))
+    assert capsys.readouterr().err.count("\n") == 3
+    progress.trial_moves(7, moved(1))  # one that has ended
+    assert capsys.readouterr().err == ""
+
+
+def test_the_picture_has_the_steps_between_evaluations() -> None:
+    progress = SearchProgress(2, Objective("eval_loss", greater_is_better=False))
+    progress.trial_started(trial(0, Status.RUNNING))
+
+    def drawn() -> str:
+        console = Console(width=100, file=io.StringIO())
+        with console.capture() as found:
+            console.print(progress)
+        return found.get()
+
+    assert "starting" in drawn()
+    progress.trial_moves(0, Moving("loading the base model"))
+    assert "loading the base model" in drawn()
+    progress.trial_moves(0, moved(7))
+    assert "step 7/90, evaluates in 12 s" in drawn()
+    progress.trial_reported(trial(0, Status.RUNNING), {"step": 30, "max_steps": 90, "eval_loss": 1.0})
+    assert "30/90" in drawn()  # until more is heard
+    progress.trial_moves(0, moved(31))
+    assert "step 31/90 " in drawn()
+
+
+def test_what_takes_seconds_is_said_in_a_log(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bilora_ray.cli.waiting.SOON_S", 0.01)
+
+    def wait_for(line: str) -> str:
+        told = ""
+        while line not in told:
+            told += capsys.readouterr().err
+        return told
+
+    with waiting("loading the base model") as doing:
+        assert wait_for("loading") == "loading the base model, 0 s\n"
+        doing.now("measuring")
+        doing.counted(1, 4)
+        assert wait_for("measuring").startswith("measuring, 1 of 4, 0 s, about ")
+    monkeypatch.setattr("bilora_ray.cli.waiting.SOON_S", 600.0)
+    with pytest.raises(ZeroDivisionError), waiting("nothing that takes long"):
+        raise ZeroDivisionError
+    assert capsys.readouterr().err == ""

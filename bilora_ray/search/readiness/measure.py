@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from bilora_ray.errors import UserError
 from bilora_ray.search.cluster.cluster import capacity, check_address, cluster, is_own, nodes, workers_on
@@ -13,8 +13,12 @@ from bilora_ray.search.readiness.machine import free_memory
 from bilora_ray.search.space import ResourceConfig, Space
 
 
-def measure(space: Space, ray_address: str | None) -> Estimate:
+def measure(
+    space: Space, ray_address: str | None, tell: Callable[[int, int], None] = lambda done, count: None
+) -> Estimate:
     """What the search of `space` takes on the cluster at `ray_address`; None: one on this machine.
+
+    `tell` hears how many of all measurements are done.
 
     Raises:
         UserError: as a search of it would, or a trial of the space does not fit, or each worker would have a part of
@@ -34,7 +38,7 @@ def measure(space: Space, ray_address: str | None) -> Estimate:
         has_room = capacity(space.resources, list(has.values()))
         at_once = min(space.study.num_trials, space.study.max_concurrent or has_room, has_room)
         workers = at_once * space.resources.workers
-        found = measured(ends(space), space.resources.model_dump(), workers)
+        found = measured(ends(space), space.resources.model_dump(), workers, tell)
         asked = [node for node in has if workers_on(has[node], space.resources)]
         gpus = space.resources.gpus_per_worker > 0
         told = on_each(asked, memory_of_gpus if gpus else free_memory, gpus)

@@ -144,7 +144,10 @@ def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.St
         # Of one that has begun they are there, but for those that a person has dropped.
         for point in (*map(space.parameters, space.points_to_evaluate), *first_points(warm)):
             study.enqueue_trial(point, skip_if_exists=True)
-    study.set_user_attr(SPACE, _described(space))
+    described = _described(space)
+    if begun:
+        described["study"]["reduction_factor"] = study.user_attrs[SPACE]["study"]["reduction_factor"]
+    study.set_user_attr(SPACE, described)
     return study
 
 
