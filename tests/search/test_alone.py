@@ -44,11 +44,11 @@ def test_the_last_evaluation_ends_the_trial(study: SearchStudy, monkeypatch: pyt
     verdicts = []
     fit = loop.fit
 
-    def spied(config: Any, folder: Any, report: loop.Report, *more: Any) -> Any:
-        return fit(config, folder, lambda metrics: verdicts.append(report(metrics)) or verdicts[-1], *more)
+    def spied(config: Any, folder: Any, report: loop.Report, *more: Any, **others: Any) -> Any:
+        return fit(config, folder, lambda metrics: verdicts.append(report(metrics)) or verdicts[-1], *more, **others)
 
     monkeypatch.setattr(loop, "fit", spied)
-    alone._train(study, 0, Observers([]))
+    alone._train(study, 0, Observers([]), lambda _: None)
     assert verdicts == [True, True, True, False]
     assert study.record(0).status is Status.COMPLETE
 
@@ -56,7 +56,7 @@ def test_the_last_evaluation_ends_the_trial(study: SearchStudy, monkeypatch: pyt
 def test_a_trial_that_is_out_of_patience_is_complete(tiny: Tiny, tmp_path: Path) -> None:
     # No evaluation is better than the first by so much.
     study = study_of_one(tiny, tmp_path, early_stopping_patience=2, early_stopping_threshold=100.0)
-    alone._train(study, 0, Observers([]))
+    alone._train(study, 0, Observers([]), lambda _: None)
     record = study.record(0)
     assert record.status is Status.COMPLETE
     assert [metrics["step"] for metrics in record.history] == [2, 4, 6]
@@ -71,7 +71,7 @@ def test_a_trial_that_the_study_ends_trains_no_further(study: SearchStudy, monke
         return Status.PRUNED
 
     monkeypatch.setattr(study, "report", prune)
-    alone._train(study, 0, Observers([]))
+    alone._train(study, 0, Observers([]), lambda _: None)
     assert study.folder(0).state()["step"] == 2
     assert study.record(0).status is Status.PRUNED
 
@@ -86,7 +86,7 @@ def test_a_trial_that_diverges_late_is_failed_and_its_earlier_adapter_exported(
         return metrics if study.folder(0).latest() is None else metrics | {"eval_loss": math.nan}
 
     monkeypatch.setattr(loop, "evaluate", diverging)
-    alone._train(study, 0, Observers([]))
+    alone._train(study, 0, Observers([]), lambda _: None)
     record = study.record(0)
     assert (record.status, record.error) == (Status.FAILED, "loss is nan at step 4")
     study.release()
@@ -100,11 +100,11 @@ def test_a_trial_that_diverges_late_is_failed_and_its_earlier_adapter_exported(
 def test_what_would_be_the_same_again_is_one_line_and_fails_the_trial(
     study: SearchStudy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fit(*_: Any) -> None:
+    def fit(*_: Any, **others: Any) -> None:
         raise TypeError("not so")
 
     monkeypatch.setattr(loop, "fit", fit)
-    alone._train(study, 0, Observers([]))
+    alone._train(study, 0, Observers([]), lambda _: None)
     record = study.record(0)
     assert (record.status, record.error) == (Status.FAILED, "TypeError: not so")
     assert study.study.trials[0].state is TrialState.FAIL
@@ -125,12 +125,12 @@ def test_a_trial_does_not_go_on_with_other_rows_than_the_study_began_with(tiny: 
         f"train_data: {rows} has changed since the study began: its digest was {began[str(rows)]}, is {now[str(rows)]}"
     )
     with pytest.raises(MachineError) as caught:
-        alone._train(study, 0, Observers([]))
+        alone._train(study, 0, Observers([]), lambda _: None)
     assert str(caught.value) == f"{line}; mend that and go on with --resume"
     # Nothing is lost: with the rows as they were it goes on.
     assert study.record(0).status is Status.RUNNING
     rows.write_bytes((tiny.folder / "texts-train.jsonl").read_bytes())
-    alone._train(study, 0, Observers([]))
+    alone._train(study, 0, Observers([]), lambda _: None)
     assert study.record(0).status is Status.COMPLETE
 
 
@@ -146,7 +146,7 @@ def test_a_trial_does_not_go_on_with_another_chat_template(tiny: Tiny, tmp_path:
     assert study.next_trials() == [0]
     template.write_text(CHAT_TEMPLATE.removeprefix("{{ bos_token }}"))
     with pytest.raises(MachineError, match=f"^chat_template: {template} has changed since the study began: "):
-        alone._train(study, 0, Observers([]))
+        alone._train(study, 0, Observers([]), lambda _: None)
     study.release()
     with pytest.raises(UserError, match=f"^study 's' began with other chat template: {template} was "):
         check_study(space, layout, True, preflight(space).digests)
