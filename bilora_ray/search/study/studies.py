@@ -146,7 +146,7 @@ def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.St
             study.enqueue_trial(point, skip_if_exists=True)
     described = _described(space)
     if begun:
-        described["study"]["reduction_factor"] = study.user_attrs[SPACE]["study"]["reduction_factor"]
+        described["study"]["reduction_factor"] = study.user_attrs[SPACE]["study"].get("reduction_factor")
     study.set_user_attr(SPACE, described)
     return study
 
