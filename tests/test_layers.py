@@ -57,6 +57,7 @@ DEPTH = {
     "interruption": 16,
     "quiet": 16,
     "records": 16,
+    "threads": 16,
 }
 # The package itself names what it gives, each from its own place.
 GIVES_FROM = {"", "errors", "library", "records"}

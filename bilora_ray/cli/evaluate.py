@@ -18,6 +18,7 @@ from bilora_ray.errors import UserError
 from bilora_ray.paths import files_of, have_home, locate_here
 from bilora_ray.records import IMPORTING
 from bilora_ray.search.space_file import absolute_sources, parse_override
+from bilora_ray.threads import use_fitting_threads
 
 if TYPE_CHECKING:
     from bilora_ray.training.tasks.base import Prediction
@@ -114,6 +115,7 @@ def _compared(
         from bilora_ray.quiet import quiet
 
         quiet()
+        use_fitting_threads()
         import bilora_ray.training.evaluate  # noqa: F401 - what it takes is seconds
         from bilora_ray.training.rows import read_sources
 

@@ -20,6 +20,7 @@ from bilora_ray.cli.waiting import waiting
 from bilora_ray.errors import UserError
 from bilora_ray.library.exporting import check_new, choose, write
 from bilora_ray.search.study.layout import Layout
+from bilora_ray.threads import use_fitting_threads
 
 EPILOG = """\b
 Examples:
@@ -90,6 +91,11 @@ def command(
     without = "" if merge else ", or give --no-check"
     memory = telling_of_gpu_memory(f"; hide it with CUDA_VISIBLE_DEVICES= to use main memory{without}")
     with memory, waiting(f"{'merging' if merge else 'copying'} the adapter, and comparing what was written"):
+        if merge or not no_check:
+            from bilora_ray.quiet import quiet
+
+            quiet()
+            use_fitting_threads()
         exported = write(chosen, output, merge, check=not no_check)
     address = None
     if repository is not None:

@@ -35,6 +35,7 @@ from bilora_ray.errors import MachineError, UserError, first_line, nearest
 from bilora_ray.files import atomic_file
 from bilora_ray.paths import have_home, kind_of, locate_here
 from bilora_ray.search.space_file import absolute_sources, parse_override
+from bilora_ray.threads import use_fitting_threads
 from bilora_ray.words import duration
 
 if TYPE_CHECKING:
@@ -141,6 +142,7 @@ def command(
     from bilora_ray.quiet import quiet
 
     quiet()
+    use_fitting_threads()
     from bilora_ray.training.prediction.questions import asking, question, record_of, records_of
 
     config = asking(config, max_new_tokens)

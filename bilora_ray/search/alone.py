@@ -14,6 +14,7 @@ from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import naming_the_database, running_study
 from bilora_ray.search.study.studies import check_study
 from bilora_ray.search.study.study import SearchStudy
+from bilora_ray.threads import use_fitting_threads
 from bilora_ray.training.folder import ORPHAN_WAIT_S
 
 
@@ -34,6 +35,7 @@ def train(
     """
     from bilora_ray.training.compute.precision import of_machine
 
+    use_fitting_threads()
     with naming_the_database(layout, then=""):
         check_study(space, layout, resume, digests)
     if space.fixed.get("precision") == "auto":  # of a study that begins: it is decided once
