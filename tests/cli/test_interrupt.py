@@ -1,7 +1,8 @@
-"""Ctrl-C and a cluster's SIGTERM: the search ends cleanly, says how to go on, and that command finishes it."""
+"""A signal to the process or to its group: the search ends cleanly, says how to go on, and that command finishes it."""
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import subprocess
@@ -27,10 +28,17 @@ def _wait_for_a_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("verb", "number"), [(verb, number) for verb in ("tune", "train") for number in (signal.SIGINT, signal.SIGTERM)]
+    ("verb", "number", "group"),
+    [
+        ("tune", signal.SIGINT, True),
+        ("tune", signal.SIGTERM, False),
+        ("tune", signal.SIGTERM, True),
+        ("train", signal.SIGINT, False),
+        ("train", signal.SIGHUP, True),
+    ],
 )
 def test_a_signal_ends_it_cleanly_and_the_printed_command_goes_on(
-    tiny: Tiny, tmp_path: Path, verb: str, number: signal.Signals
+    tiny: Tiny, tmp_path: Path, verb: str, number: signal.Signals, group: bool
 ) -> None:
     settings = tiny.config("causal-lm", max_steps=200, eval_steps=10).model_dump(exclude_unset=True)
     settings["rho"] = "{low: 0.01, high: 0.2}" if verb == "tune" else 0.05
@@ -43,9 +51,10 @@ def test_a_signal_ends_it_cleanly_and_the_printed_command_goes_on(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     _wait_for_a_checkpoint(tmp_path, process)
-    process.send_signal(number)
+    (os.killpg if group else os.kill)(process.pid, number)
     stdout, stderr = process.communicate()
     assert (process.returncode, stdout) == (128 + number, "")
     *_, line = stderr.strip().splitlines()
