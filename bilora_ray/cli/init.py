@@ -84,5 +84,5 @@ def command(data: str, model: str | None, task: Any, overrides: tuple[str, ...],
     for line in found.doubts:
         click.secho(f"Or: {line}", fg="yellow")
     words, file_name = shlex.join(program()), shlex.quote(str(output))
-    click.echo(f"Wrote {output}, and {schema.name} by which editors complete it")
+    click.echo(f"Wrote {output}; editors complete it by {schema.name} beside it")
     click.echo(f"Next   {words} tune --space {file_name}   (--dry-run first reads every row, and starts nothing)")

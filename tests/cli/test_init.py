@@ -146,7 +146,7 @@ def test_short_answers_are_right_or_wrong() -> None:
 
 def test_the_longest_answer_has_room_beside_the_longest_prompt() -> None:
     """No Note says that a text would end before its answer does."""
-    answers = {str(number): "yes it is so " * 12 + str(number) for number in range(3)}
+    answers = {str(number): f"yes it is so and not otherwise than as in case {number}" for number in range(3)}
     made(texts(60, lambda random, text: {"question": text[:9], "answer": answers[random.choice("012")]}))
     done = CliRunner().invoke(main, ["tune", "--space", "my_space.yaml", "--dry-run"])
     assert done.exit_code == 0, done.output
@@ -161,6 +161,12 @@ def test_the_longest_answer_has_room_beside_the_longest_prompt() -> None:
 )
 def test_a_number_of_parameters_in_words(parameters: float, words: str) -> None:
     assert bases.in_words(parameters) == words
+
+
+def test_long_answers_that_come_again_are_judged_by_their_loss() -> None:
+    """A word of them that is another makes none wrong as a whole."""
+    rows = texts(60, lambda random, text: {"question": text, "answer": f"please restart {random.choice(WORDS)} " * 5})
+    assert made(rows)[0]["trial"]["metric"] == "eval_loss"
 
 
 def test_an_answer_behind_its_working_has_a_pattern() -> None:

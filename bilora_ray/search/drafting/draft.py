@@ -233,7 +233,7 @@ def _judged(config: TrialConfig, rows: Dataset) -> Iterator[Line]:
 
 
 def _by_answers(answers: Sequence[str]) -> Iterator[Line]:
-    """Right or wrong as a whole are answers that are marked, of few words, or among few."""
+    """Right or wrong as a whole are answers that are marked, of few words, or short ones of which there are few."""
     marked = all(re.search(MARKED, text) for text in answers)
     short = sum(len(text.split()) <= CLOSED_WORDS and len(text) <= CLOSED_CHARACTERS for text in answers)
     different = len(set(answers))
@@ -241,7 +241,7 @@ def _by_answers(answers: Sequence[str]) -> Iterator[Line]:
         why = "answers stand behind ####"
     elif short >= NEARLY_ALL * len(answers):
         why = f"answers have {CLOSED_WORDS} words or fewer"
-    elif COMES_AGAIN * different <= len(answers):
+    elif COMES_AGAIN * different <= len(answers) and max(map(len, answers)) <= CLOSED_CHARACTERS:
         why = f"there are but {different} different answers"
     else:
         why = f"of long answers; {EXACT_MATCH}, with predict_with_generate: true, is for such as are right or wrong"
