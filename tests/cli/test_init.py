@@ -146,11 +146,13 @@ def test_short_answers_are_right_or_wrong() -> None:
 
 def test_the_longest_answer_has_room_beside_the_longest_prompt() -> None:
     """No Note says that a text would end before its answer does."""
-    answers = {str(number): f"yes it is so and not otherwise than as in case {number}" for number in range(3)}
+    answers = {
+        str(number): f"so it is, and not otherwise than as it is in the case of #### {number}" for number in range(3)
+    }
     made(texts(60, lambda random, text: {"question": text[:9], "answer": answers[random.choice("012")]}))
     done = CliRunner().invoke(main, ["tune", "--space", "my_space.yaml", "--dry-run"])
     assert done.exit_code == 0, done.output
-    assert "eval_exact_match" in Path("my_space.yaml").read_text()
+    assert load_space(Path("my_space.yaml")).fixed["metric"] == "eval_exact_match"
     assert "Note: max_new_tokens" not in done.output
     assert "0 are cut to max_length" in done.output
 
@@ -255,6 +257,12 @@ def test_what_is_said_goes_before_what_is_seen() -> None:
     assert (space["study"]["name"], space["trial"]["rank"], space["trial"]["max_length"]) == ("other", 8, 64)
     assert space["trial"]["lora_dropout"] == 0.1
     assert "rank" not in space["study"]["points_to_evaluate"][0]
+
+
+def test_another_method_is_searched_by_what_it_reads() -> None:
+    space, _ = made(texts(30, tickets), "--set", "method=lora")
+    assert space["study"]["points_to_evaluate"] == [{"rank": 8, "learning_rate": "4e-3"}]
+    assert space["trial"].keys().isdisjoint({"rho", "auxiliary_rank"})
 
 
 def test_paths_start_at_the_file_that_is_written(folder: Path) -> None:

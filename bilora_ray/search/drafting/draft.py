@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bilora_ray.checking import build
-from bilora_ray.config import EXACT_MATCH, SOURCES, TASK_FACTS, Task, TrialConfig, takes_mapping
+from bilora_ray.config import EXACT_MATCH, SOURCES, TASK_FACTS, Task, TrialConfig, applies, takes_mapping
 from bilora_ray.paths import BUILTIN, holds_images, kind_of, locate_here
 from bilora_ray.search.drafting.bases import Base, base_of, default_base, in_words
 from bilora_ray.search.drafting.columns import Roles, Writes, look_at, roles_of
@@ -42,8 +42,6 @@ HOLDING_OUT = {"validation_data", "validation_split", "validation_fraction"}
 STEP_ROWS, FEWEST_STEPS = {True: 8, False: 32}, 8
 # An answer of so many words is right or wrong as a whole, if nearly all are as short.
 CLOSED_WORDS, CLOSED_CHARACTERS, NEARLY_ALL = 3, 60, 0.95
-# So are answers of which each comes again so often, on average.
-COMES_AGAIN = 5
 # An answer behind its working, as GSM8K has it.
 MARKED = r"#### (-?[\d.,]*\d)"
 # Accuracy says little where one label of two has such a share, or one of several so many times the rows of the rarest.
@@ -111,7 +109,7 @@ def draft(data: str, model: str | None, asked: Task | None, given: Given, output
         *_study(config, base, given["trial"], gpus > 0),
         *_data(roles, config, output.parent),
         *_length(config, lengths, writes, gpus > 0),
-        *_method(base),
+        *_method(base, config),
         *_course(config, base, rows, writes, gpus > 0),
         *judged,
         *_resources(gpus > 0),
@@ -158,7 +156,7 @@ def _study(config: TrialConfig, base: Base, trial: Mapping[str, Any], gpu: bool)
     yield Line("study", "name", name if STUDY_NAME.fullmatch(name) else "my-study")
     yield Line("study", "num_trials", TRIALS[gpu], "`bilora-ray tune --extend 10` runs more afterwards")
     searched = {"rank": 8, "auxiliary_rank": 8, "rho": 0.05, "learning_rate": base.rates[2]}
-    if point := {key: value for key, value in searched.items() if key not in trial}:
+    if point := {key: value for key, value in searched.items() if key not in trial and applies(key, config.method)}:
         comment = "No trial is stopped before a third of its rows (grace_period says otherwise). This one runs first:"
         yield Line("study", "points_to_evaluate", [point], comment)
 
@@ -194,14 +192,18 @@ def _length(config: TrialConfig, lengths: Lengths, writes: bool, gpu: bool) -> I
         yield Line("trial", "max_new_tokens", room, "tokens of an answer at the most")
 
 
-def _method(base: Base) -> Iterator[Line]:
+def _method(base: Base, config: TrialConfig) -> Iterator[Line]:
+    """The method, and the ranges of what it reads."""
     low, high, _ = base.rates
-    yield Line("trial", "method", TrialConfig.model_fields["method"].default)
-    yield Line("trial", "rank", {"choice": [4, 8, 16]}, "of the adapter that is kept")
-    yield Line("trial", "auxiliary_rank", {"choice": [2, 4, 8]}, "of the one that looks for sharpness")
-    yield Line("trial", "rho", {"low": 0.005, "high": 1.0, "log": True}, "how far around the weights it looks")
     of = "most models" if base.parameters is None else f"models of {in_words(base.parameters)} parameters"
-    yield Line("trial", "learning_rate", {"low": low, "high": high, "log": True}, f"where {of} learn")
+    searched: tuple[tuple[str, dict[str, Any], str], ...] = (
+        ("rank", {"choice": [4, 8, 16]}, "of the adapter that is kept"),
+        ("auxiliary_rank", {"choice": [2, 4, 8]}, "of the one that looks for sharpness"),
+        ("rho", {"low": 0.005, "high": 1.0, "log": True}, "how far around the weights it looks"),
+        ("learning_rate", {"low": low, "high": high, "log": True}, f"where {of} learn"),
+    )
+    yield Line("trial", "method", config.method)
+    yield from (Line("trial", key, range_, why) for key, range_, why in searched if applies(key, config.method))
 
 
 def _course(config: TrialConfig, base: Base, rows: Dataset, writes: bool, gpu: bool) -> Iterator[Line]:
@@ -233,16 +235,13 @@ def _judged(config: TrialConfig, rows: Dataset) -> Iterator[Line]:
 
 
 def _by_answers(answers: Sequence[str]) -> Iterator[Line]:
-    """Right or wrong as a whole are answers that are marked, of few words, or short ones of which there are few."""
+    """Right or wrong as a whole are answers that are marked, or of few words."""
     marked = all(re.search(MARKED, text) for text in answers)
     short = sum(len(text.split()) <= CLOSED_WORDS and len(text) <= CLOSED_CHARACTERS for text in answers)
-    different = len(set(answers))
     if marked:
         why = "answers stand behind ####"
     elif short >= NEARLY_ALL * len(answers):
         why = f"answers have {CLOSED_WORDS} words or fewer"
-    elif COMES_AGAIN * different <= len(answers) and max(map(len, answers)) <= CLOSED_CHARACTERS:
-        why = f"there are but {different} different answers"
     else:
         why = f"of long answers; {EXACT_MATCH}, with predict_with_generate: true, is for such as are right or wrong"
         yield Line("trial", "metric", "eval_loss", why)
