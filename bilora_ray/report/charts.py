@@ -11,6 +11,7 @@ from typing import Any
 
 import altair as alt
 
+from bilora_ray.config import COSTS
 from bilora_ray.report.found import Found
 from bilora_ray.report.rows import (
     BEST,
@@ -202,14 +203,16 @@ def front(found: Found) -> Iterator[Chart]:
         values = [row[other.metric] for row in rows if row[other.metric] is not None]
         if len(values) < 2:
             continue
-        across = alt.X(f"{other.metric}:Q", title=other.metric, scale=_ends(window(values, other)))
+        # What costs most is what trains longest, and no outlier.
+        ends = None if other.metric in COSTS else window(values, other)
+        across = alt.X(f"{other.metric}:Q", title=other.metric, scale=_ends(ends))
         on_front = alt.Color(
             "front:N",
             title=None,
             scale=alt.Scale(domain=["on the front", "others"], range=["var(--best)", "var(--faint)"]),
         )
         base = alt.Chart().transform_calculate(front="datum.front ? 'on the front' : 'others'")
-        points = base.mark_circle(opacity=0.85, clip=True).encode(
+        points = base.mark_circle(opacity=0.85, size=60 if _are_few(rows) else 28).encode(
             across, _value(found, rows), on_front, tooltip=_tooltip(found)
         )
         layers = [points]
@@ -310,12 +313,12 @@ def _curves(found: Found, key: str, title: str) -> Chart | None:
         opacity=alt.when(_IS_BEST).then(alt.value(1)).otherwise(alt.value(0.4 if many else 0.85)),
         strokeWidth=alt.when(_IS_BEST).then(alt.value(2.5)).otherwise(alt.value(1 if many else 1.5)),
     )
-    ends = base.transform_filter("datum.last").mark_circle(clip=True, size=14 if many else 28, opacity=0.7)
+    ends = base.transform_filter("datum.last").mark_circle(size=14 if many else 28, opacity=0.7)
     return _wide(alt.layer(lines, ends, data=alt.NamedData(name=EVALUATIONS)))
 
 
 def _points(rows: Sequence[Row]) -> alt.Chart:
-    return alt.Chart(alt.NamedData(name=TRIALS)).mark_circle(clip=True, opacity=0.9, size=60 if _are_few(rows) else 28)
+    return alt.Chart(alt.NamedData(name=TRIALS)).mark_circle(opacity=0.9, size=60 if _are_few(rows) else 28)
 
 
 def _by_status(chart: alt.Chart, rows: Sequence[Row]) -> alt.Chart:
@@ -324,7 +327,7 @@ def _by_status(chart: alt.Chart, rows: Sequence[Row]) -> alt.Chart:
     plain = 60 if few else 28
     size = alt.when(_IS_BEST).then(alt.value(2.2 * plain)).otherwise(alt.value(plain))
     solid = alt.when(_IS_BEST).then(alt.value(1)).otherwise(alt.value(0.9 if few else 0.55))
-    return chart.mark_circle(clip=True).encode(size=size, opacity=solid)
+    return chart.mark_circle().encode(size=size, opacity=solid)
 
 
 def _are_few(rows: Sequence[Row]) -> bool:
