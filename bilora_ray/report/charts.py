@@ -93,7 +93,9 @@ def history(found: Found) -> Chart | None:
     rows = trial_rows(found)
     if len(rows) < 2:
         return None
-    x = alt.X("trial:Q", title="trial, in the order of the search", axis=alt.Axis(format="d"), scale=_snug())
+    x = alt.X(
+        "trial:Q", title="trial, in the order of the search", axis=alt.Axis(format="d", tickMinStep=1), scale=_snug()
+    )
     points = _by_status(alt.Chart(), rows).encode(x, _value(found, rows), _status(rows), tooltip=_tooltip(found))
     layers = [points]
     if line := best_so_far(found):
@@ -272,7 +274,7 @@ def against(one: Found, other: Found) -> Chart | None:
     line = alt.Chart(alt.Data(values=rows)).mark_line(interpolate="step-after", strokeWidth=2, clip=True)
     return _wide(
         line.encode(
-            alt.X("trial:Q", title="trial, in the order of the search", axis=alt.Axis(format="d")),
+            alt.X("trial:Q", title="trial, in the order of the search", axis=alt.Axis(format="d", tickMinStep=1)),
             alt.Y("value:Q", title=f"best {one.metric} so far", scale=_ends(ends)),
             alt.Color(
                 "study:N",

@@ -141,8 +141,9 @@ def headline(found: Found) -> Headline:
         rest = f", the luckiest of {many} that are complete" if many > 1 else ""
         lines.append(f"Trial {best.number}: a single run{rest}.")
     else:
-        value, of = verdict.score, f"the best of {len(verdict.finalists)} finalists, on {verdict.seeds} fresh seeds"
-        lines.append(f"Trial {best.number}: {of}{verdict.beside_single()}.")
+        value, many = verdict.score, len(verdict.finalists)
+        of = f"the best of {many} finalists" if many > 1 else "the only finalist"
+        lines.append(f"Trial {best.number}: {of}, on {verdict.seeds} fresh seeds{verdict.beside_single()}.")
     lines += _gain(found, value)
     if verdict is not None and found.finals is not None and found.finals.test:
         told = ", ".join(f"{key.removeprefix('eval_')} {one:.6g}" for key, one in found.finals.test.items())
@@ -333,9 +334,9 @@ def _failures(found: Found) -> Iterator[Block]:
 
 
 def _made_of(found: Found) -> Iterator[Block]:
+    yield Code(found.space_file)
     if found.made_with:
         yield Table(["", ""], [[key, value] for key, value in found.made_with.items()])
-    yield Code(found.space_file)
 
 
 def _commands(found: Found) -> Iterator[Block]:

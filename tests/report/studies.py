@@ -1,9 +1,13 @@
-"""Studies to make pages of: real ones in all but their trials, whose curves are made up, in seconds."""
+"""Studies to make pages of: real ones in all but their trials, whose curves are made up.
+
+python tests/report/studies.py 1000 runs      then: bilora-ray report simulated --storage-path runs
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -87,3 +91,7 @@ def keep(study: SearchStudy, number: int, history: Sequence[Metrics]) -> None:
     checkpoint.mkdir(parents=True)
     state: dict[str, Any] = {"step": int(history[-1]["step"]), "history": [dict(one) for one in history]}
     (checkpoint / STATE).write_text(json.dumps({**state, "best_step": int(best["step"])}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    simulated(Path(sys.argv[2]).resolve(), trials=int(sys.argv[1]))

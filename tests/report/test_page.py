@@ -181,6 +181,15 @@ def test_the_page_asks_for_nothing_and_runs_nothing_else(searched: Found) -> Non
     assert "unsafe-eval" not in str(policies[0])
 
 
+def test_a_page_of_a_thousand_trials_is_small(searched: Found) -> None:
+    many = [replace(searched.records[n % len(searched.records)], number=n) for n in range(1000)]
+    html = page([replace(searched, records=many)])
+    assert len(html.encode("utf-8")) < 5e6
+    drawn = Read(html).drawn["rows"][0]
+    assert len(drawn["trials"]) == 1000
+    assert len(drawn["evaluations"]) <= 12_000
+
+
 def test_several_objectives_have_a_front(tmp_path: Path) -> None:
     objectives = "study.objectives=[{metric: eval_loss}, {metric: train_runtime}]"
     found = read(simulated(tmp_path, objectives, trials=5))
