@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -179,6 +179,7 @@ class Served:
         config: what a user of the model may decide anew, with its values.
         facts: what there is to know of it: base model, its revision, task, licence.
         example: a question, by column; None: none is known.
+        write: writes the adapter, as it is exported, to a new folder.
     """
 
     loader: str
@@ -186,7 +187,8 @@ class Served:
     texts: bool
     config: Mapping[str, Any]
     facts: Mapping[str, str]
-    example: Mapping[str, Any] | None = None
+    example: Mapping[str, Any] | None
+    write: Callable[[Path], object]
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,11 @@ NAMES: dict[str, tuple[str, ...]] = {
         "ray._private.ray_constants.RAY_DISABLE_FAILURE_SIGNAL_HANDLER",
         "ray._private.utils.set_sigterm_handler",
     ),
+    "the end of a study, to free what its runs and models hold, and nothing that others have deleted": (
+        "mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore._hard_delete_logged_model",
+        "mlflow.store.tracking.sqlalchemy_store.SqlAlchemyStore._hard_delete_run",
+        "mlflow.tracking._tracking_service.utils._get_store",
+    ),
     "the search, to keep Tune silent": ("ray.tune.progress_reporter.ProgressReporter.should_report",),
     "the scheduler, to decide about a trial whose process died and to end a search that cannot go on": (
         "ray.tune.execution.tune_controller.TuneController.request_stop_experiment",

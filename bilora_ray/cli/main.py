@@ -37,6 +37,7 @@ COMMANDS = {
     "export": "Copy a trial's adapter out, or merge it into its base model.",
     "evaluate": "Measure an exported adapter on a data file.",
     "predict": "Ask an adapter: a prompt, or every row of a file.",
+    "register": "Make an adapter a version of a model in MLflow's registry.",
     "ui": "Browse all runs in MLflow.",
     "estimate": "Say what a search will take: memory, time, device-hours.",
     "doctor": "Look whether all is there that a search needs.",

@@ -1,34 +1,44 @@
-"""`bilora-ray ui`: MLflow's pages over every study."""
+"""`bilora-ray ui`: MLflow's pages over every study, or Optuna's."""
 
 from __future__ import annotations
 
 import os
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from bilora_ray.cli.options import absolute, mlflow_option, storage_option
+from bilora_ray.cli.options import absolute, mlflow_option, storage_option, study_database_option
 from bilora_ray.errors import UserError
 from bilora_ray.paths import have_home
 
+if TYPE_CHECKING:
+    from bilora_ray.search.study.layout import Layout
+
 EPILOG = """\b
-Example:
+Examples:
   bilora-ray ui --port 5001
+  bilora-ray ui --optuna
 """
 
 
 @click.command(epilog=EPILOG)
 @storage_option
 @mlflow_option
+@click.option("--optuna", is_flag=True, help="Show optuna-dashboard over the study database instead, to look only.")
+@study_database_option
 @click.option("--port", default=5000, show_default=True, type=click.IntRange(1, 65535), help="Port on 127.0.0.1.")
-def command(storage_path: Path, mlflow_uri: str | None, port: int) -> None:
+def command(storage_path: Path, mlflow_uri: str | None, optuna: bool, study_database: str | None, port: int) -> None:
     """Browse all studies and trials in MLflow, on this machine only."""
     from bilora_ray.search.study.layout import Layout
     from bilora_ray.tracking.mlflow_tracker import default_uri, ui_address, ui_command
 
-    folder = Layout(absolute(storage_path)).storage_path
     have_home()
+    if optuna:
+        _show_dashboard(Layout(absolute(storage_path), study_database), port)
+        return
+    folder = Layout(absolute(storage_path)).storage_path
     if mlflow_uri is None and not (folder / "mlflow.db").exists():
         raise UserError(f"--storage-path {storage_path}: no runs here yet; `bilora-ray tune` makes them")
     uri = mlflow_uri or default_uri(folder)
@@ -36,6 +46,16 @@ def command(storage_path: Path, mlflow_uri: str | None, port: int) -> None:
     _check_free(port)
     click.echo(f"In some seconds MLflow is on {ui_address(uri, port)}\nCtrl-C ends it.", err=True)
     os.execve(command_line[0], command_line, {**os.environ, **environment})
+
+
+def _show_dashboard(layout: Layout, port: int) -> None:
+    from bilora_ray.search.study.steering.dashboard import check_dashboard_is_there, serve, storage_to_look_at
+
+    check_dashboard_is_there()
+    storage = storage_to_look_at(layout)
+    _check_free(port)
+    click.echo(f"optuna-dashboard is on http://127.0.0.1:{port}; it can change nothing\nCtrl-C ends it.", err=True)
+    serve(storage, port)
 
 
 def _check_free(port: int) -> None:

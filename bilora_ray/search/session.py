@@ -9,13 +9,13 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread, Timer
-from typing import Protocol
+from typing import Any, Protocol
 
 from bilora_ray.addresses import masked
 from bilora_ray.digests import of_data
 from bilora_ray.errors import GO_ON, MachineError, UserError, first_line
 from bilora_ray.files import locked
-from bilora_ray.records import Moving, Observer, TrialRecord
+from bilora_ray.records import Moving, Observer, Served, TrialRecord
 from bilora_ray.search.readiness.machine import in_words as machine
 from bilora_ray.search.space import FINALISTS_OF, Space, setting_of
 from bilora_ray.search.study.control.finalists import winner_of
@@ -27,6 +27,7 @@ from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.search.study.view import StudyView, search_of
 from bilora_ray.search.study.warm_start import in_words
 from bilora_ray.tracking.mlflow_tracker import BackgroundTracker, MlflowTracker, add_to_study, default_uri
+from bilora_ray.tracking.models import Candidate, candidate
 from bilora_ray.tracking.pages import baseline_line
 from bilora_ray.tracking.provenance import versions
 from bilora_ray.tracking.study_runs import StudyInfo
@@ -137,7 +138,40 @@ class Session:
         if search_of(self.study.study) is not None:  # its luckiest run is nothing that anybody should take
             best = winner_of(self.study)
         number = None if best is None else best.number
-        tracker.close(records, number, interrupted, others, front, told_of(self.study))
+        served = None if interrupted or others else served_of(self.study, best)
+        tracker.close(records, number, interrupted, others, front, told_of(self.study), served)
+
+
+def served_of(study: StudyView, best: TrialRecord | None) -> Served | None:
+    """What MLflow is told of the adapter of the `best` trial, so that it can load it; None if there is none to take.
+
+    Where finalists are trained it is the winner's that is taken, and not that of a search's best single run.
+    """
+    from bilora_ray.release.served import served
+
+    if best is None or best.adapter is None or not best.adapter.is_dir() or study.space.study.finalists:
+        return None
+    try:
+        return served(best.adapter, origin_of(study, best))
+    except UserError as error:
+        logger.debug("no model is made of %s: %s", best.adapter, error)
+        return None
+
+
+def candidate_of(study: StudyView, record: TrialRecord) -> Candidate:
+    """The adapter of a trial as MLflow takes it for a model. UserError if there is none."""
+    from bilora_ray.release.served import served
+
+    name = study.space.study.name
+    if record.adapter is None or not record.adapter.is_dir():
+        raise UserError(f"study '{name}': trial {record.number} has no adapter; `bilora-ray show {name}` says why")
+    return candidate(name, record, served(record.adapter, origin_of(study, record)))
+
+
+def origin_of(study: StudyView, record: TrialRecord) -> dict[str, Any]:
+    """What the card and the recipe of an adapter say of where it comes from."""
+    metric = study.objective.metric
+    return {"study": study.space.study.name, "trial": record.number, metric: record.value, **record.values}
 
 
 def told_of(study: StudyView) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from bilora_ray.addresses import masked
 from bilora_ray.errors import UserError
-from bilora_ray.records import Status, TrialRecord
+from bilora_ray.records import Served, Status, TrialRecord
 from bilora_ray.tracking.guard import Guard, reason
 from bilora_ray.tracking.pages import TRAINING, view_address
 from bilora_ray.tracking.store import SERVERS, check_runs, connect, make_store, newest_view
@@ -109,6 +109,7 @@ class MlflowTracker(_Reconciling):
         others: bool = False,
         front: Sequence[int] = (),
         told: Sequence[str] = (),
+        served: Served | None = None,
     ) -> None:
         """Make MLflow agree with `trials` and end the study's run. Trials that still run are marked as interrupted.
 
@@ -119,11 +120,12 @@ class MlflowTracker(_Reconciling):
             others: whether other processes go on with the study now: its run stays as it is.
             front: the numbers of the trials on the Pareto front; none where there is one objective.
             told: what else the page of the study's run is to say, a line each, in Markdown.
+            served: what MLflow is told of the best trial's adapter, which becomes a model; None: it does not.
         """
         self.keep(trials)
         with self._sending, self._guard.attempt(AT_RESUME):
             self._runs = None  # other processes may have made and ended runs since
-            self._flush(lambda runs: runs.end(trials, best_number, interrupted, others, front, told))
+            self._flush(lambda runs: runs.end(trials, best_number, interrupted, others, front, told, served))
 
     def interrupt(self) -> None:
         """End the runs that were begun here, and the study's, as interrupted: the study cannot be asked any more."""

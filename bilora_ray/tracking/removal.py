@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,22 +9,22 @@ from typing import TYPE_CHECKING
 from bilora_ray.addresses import masked
 from bilora_ray.errors import UserError
 from bilora_ray.tracking.guard import reason
+from bilora_ray.tracking.models import address_of, models_of
+from bilora_ray.tracking.pages import VIEW
 from bilora_ray.tracking.store import SERVERS, connect
 from bilora_ray.tracking.study_runs import PAGE, PARENT, STUDY
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
     from mlflow.entities import Run as MlflowRun
-
-# So many ids are given to one command line.
-AT_ONCE = 500
 
 
 def remove_runs(uri: str, project: str, artifact_root: Path, study_name: str, tags: Mapping[str, str]) -> int:
     """Remove the run of a study, and those of its trials.
 
-    From a database they are gone with their artifacts. A server keeps what is deleted until whoever runs it calls
-    `mlflow gc`.
+    From a database they are gone with their artifacts, and so are the models that they made, but for those that have a
+    version in the registry. A server keeps what is deleted until whoever runs it calls `mlflow gc`.
 
     Args:
         uri: MLflow tracking URI.
@@ -45,11 +42,15 @@ def remove_runs(uri: str, project: str, artifact_root: Path, study_name: str, ta
     try:
         client, experiment = connect(uri, project, artifact_root)
         runs = _find(client, experiment, study_name, tags)
+        models = [model for run in runs if PARENT not in run.data.tags for model in _models(client, experiment, run)]
+        for model in models:
+            client.delete_logged_model(model.model_id)
         for run in runs:
+            _forget_view(client, experiment, run.info.run_id)
             if run.info.lifecycle_stage == "active":
                 client.delete_run(run.info.run_id)
         if uri.partition("://")[0] not in SERVERS:
-            _collect([run.info.run_id for run in runs], uri)
+            _collect(uri, runs, models)
     except UserError:
         raise
     except Exception as error:  # its type depends on the store
@@ -67,6 +68,19 @@ def _find(client: MlflowClient, experiment: str, study_name: str, tags: Mapping[
     return [*children, *parents]
 
 
+def _models(client: MlflowClient, experiment: str, run: MlflowRun) -> list[LoggedModel]:
+    """The models of a study's run that are not in the registry."""
+    registered = {version.source for version in client.search_model_versions(f"run_id = '{run.info.run_id}'")}
+    found = models_of(client, experiment, run.info.run_id)
+    return [model for model in found if address_of(model.model_id) not in registered]
+
+
+def _forget_view(client: MlflowClient, experiment: str, run_id: str) -> None:
+    """Take a study from the views of its experiment's page."""
+    if f"{VIEW}{run_id}" in client.get_experiment(experiment).tags:
+        client.delete_experiment_tag(experiment, f"{VIEW}{run_id}")
+
+
 def _search(client: MlflowClient, experiment: str, condition: str) -> list[MlflowRun]:
     from mlflow.entities import ViewType
 
@@ -80,13 +94,15 @@ def _search(client: MlflowClient, experiment: str, condition: str) -> list[Mlflo
             return found
 
 
-def _collect(run_ids: list[str], uri: str) -> None:
-    """Have MLflow free what deleted runs hold; its own command does that, and it alone."""
-    environment = {**os.environ, "MLFLOW_TRACKING_URI": uri, "PYTHONSAFEPATH": "1", "PYTHONWARNINGS": "ignore"}
-    for start in range(0, len(run_ids), AT_ONCE):
-        ids = ",".join(run_ids[start : start + AT_ONCE])
-        command = [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", uri, "--run-ids", ids]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode != 0:
-            lines = done.stderr.strip().splitlines() or ["mlflow gc failed"]
-            raise RuntimeError(lines[-1])
+def _collect(uri: str, runs: list[MlflowRun], models: list[LoggedModel]) -> None:
+    """Free what deleted runs and models hold. `mlflow gc` would free what others have deleted too."""
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+    from mlflow.tracking._tracking_service.utils import _get_store
+
+    store = _get_store(uri)
+    for model in models:
+        get_artifact_repository(model.artifact_location).delete_artifacts()
+        store._hard_delete_logged_model(model.model_id)
+    for run in runs:
+        get_artifact_repository(run.info.artifact_uri).delete_artifacts()
+        store._hard_delete_run(run.info.run_id)

@@ -45,6 +45,8 @@ CREDENTIALS = (
 CREDENTIALS_FILE = "~/.mlflow/credentials"
 # Whoever speaks for a failure is the guard; these would each print it too, some with a traceback.
 LOGGERS = ("mlflow", "alembic", "urllib3.connectionpool")
+# Where a store knows a path below the folder of its artifacts.
+PLACES = (("runs", "artifact_uri"), ("logged_models", "artifact_location"), ("model_versions", "storage_location"))
 PROBE_TIMEOUT_S = 5.0
 UPLOAD_TIMEOUT_S = 120
 
@@ -247,11 +249,12 @@ def _follow(database: Path, artifact_root: Path) -> None:
                 connection.execute(
                     "UPDATE experiments SET artifact_location = ? WHERE artifact_location = ?", (new, old)
                 )
-                connection.execute(
-                    "UPDATE runs SET artifact_uri = ? || substr(artifact_uri, length(?) + 1) "
-                    "WHERE substr(artifact_uri, 1, length(?)) = ?",
-                    (new, old, f"{old}/", f"{old}/"),
-                )
+                for table, column in PLACES:
+                    connection.execute(
+                        f"UPDATE {table} SET {column} = ? || substr({column}, length(?) + 1) "
+                        f"WHERE substr({column}, 1, length(?)) = ?",
+                        (new, old, f"{old}/", f"{old}/"),
+                    )
 
 
 @contextmanager

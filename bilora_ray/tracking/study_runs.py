@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bilora_ray.records import Objective, Status, TrialRecord
+from bilora_ray.records import Objective, Served, Status, TrialRecord
+from bilora_ray.tracking.models import candidate, log_model
 from bilora_ray.tracking.pages import (
     NOTE,
     SEARCHED,
@@ -143,6 +144,7 @@ class StudyRuns:
         others: bool,
         front: Sequence[int] = (),
         told: Sequence[str] = (),
+        served: Served | None = None,
     ) -> None:
         """End the parent and every run that is not over, and mark the best, and the front. The parent tells of it all.
 
@@ -153,6 +155,7 @@ class StudyRuns:
             others: whether other processes go on with it now.
             front: the numbers of the trials on the Pareto front; none where there is one objective.
             told: lines for the parent's description, in Markdown.
+            served: what MLflow is told of the best's adapter, which becomes a model; None: it does not.
         """
         trials = list(trials)
         for number, run in self._trials.items():
@@ -176,6 +179,9 @@ class StudyRuns:
         if not others:
             ended = COMPLETE if best_number is not None else Status.FAILED.value
             self._parent.end(INTERRUPTED if interrupted else ended, self._study.versions)
+        if best is not None and best.adapter is not None and served is not None:
+            runs = (self._parent.run_id, self._trials[best.number].run_id)
+            log_model(self._client, self._experiment_id, *runs, candidate(self._study.name, best, served))
 
     def interrupt(self, numbers: Iterable[int]) -> None:
         """End the runs of the trials `numbers`, each in sync, and the parent, until the study is resumed."""

@@ -1,0 +1,123 @@
+"""`bilora-ray register`: an adapter as a version of a model in MLflow's registry."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bilora_ray.cli.options import (
+    absolute,
+    json_option,
+    mlflow_option,
+    print_json,
+    storage_option,
+    study_argument,
+    study_database_option,
+    trial_option,
+)
+from bilora_ray.errors import UserError
+from bilora_ray.paths import have_home
+
+if TYPE_CHECKING:
+    from bilora_ray.records import TrialRecord
+    from bilora_ray.search.study.view import StudyView
+
+EPILOG = """\b
+Examples:
+  bilora-ray register quickstart --name word-problems --alias champion
+  bilora-ray register quickstart --trial 3 --name word-problems
+"""
+# What MLflow takes; the first is a part of a URI and of a path.
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_. -]*")
+ALIAS = re.compile(r"(?!v\d+$)(?!latest$)[A-Za-z0-9_-]+", re.IGNORECASE)
+
+
+@click.command(epilog=EPILOG)
+@study_argument
+@trial_option
+@click.option("--name", required=True, metavar="NAME", help="The model in the registry, made if missing.")
+@click.option("--alias", metavar="ALIAS", help="Have this alias, such as champion, name the version.")
+@storage_option
+@study_database_option
+@mlflow_option
+@json_option
+def command(
+    study: str,
+    number: int | None,
+    name: str,
+    alias: str | None,
+    storage_path: Path,
+    study_database: str | None,
+    mlflow_uri: str | None,
+    as_json: bool,
+) -> None:
+    """Register the adapter of the best trial, or of any, in MLflow, which loads, serves and versions it.
+
+    It has a signature, an example, and the base model's name, commit and licence. The base model's weights are not
+    copied. Registered twice it is one version.
+    """
+    _check("--name", name, NAME, "letters, digits, '_', '-', '.' and spaces")
+    if alias is not None:
+        _check("--alias", alias, ALIAS, "letters, digits, '_' and '-', and neither 'latest' nor 'v1'")
+    have_home()
+    from bilora_ray.search.session import artifacts_of, candidate_of, study_info
+    from bilora_ray.search.study.layout import Layout
+    from bilora_ray.search.study.storage import naming_the_database
+    from bilora_ray.tracking.mlflow_tracker import default_uri
+    from bilora_ray.tracking.registry import register
+
+    layout = Layout(absolute(storage_path), study_database)
+    with naming_the_database(layout, then=""):
+        found, record = _chosen(layout, study, number)
+        candidate, info = candidate_of(found, record), study_info(found, {})
+    uri = mlflow_uri or default_uri(layout.storage_path)
+    made = register(
+        uri,
+        found.space.study.project,
+        artifacts_of(layout),
+        info,
+        candidate,
+        name,
+        alias,
+        _described(found, record, f"models:/{name}@{alias}" if alias else None),
+    )
+    address = f"models:/{name}@{alias}" if alias else f"models:/{name}/{made.version}"
+    if as_json:
+        print_json({**asdict(made), "uri": address, "alias": alias, **candidate.served.facts})
+        return
+    told = "is" if made.is_new else "was already"
+    click.echo(f"Trial {record.number} of '{found.space.study.name}' {told} version {made.version} of {name}")
+    click.echo(f"Load it  mlflow.pyfunc.load_model({address!r})")
+    click.echo(f"Serve it MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow models serve -m {address} --env-manager local")
+
+
+def _chosen(layout: Any, study: str, number: int | None) -> tuple[StudyView, TrialRecord]:
+    """The trial that is meant, and the study whose it is: of one with finalists the winner's run is."""
+    from bilora_ray.search.study.control.finalists import finals_of
+    from bilora_ray.search.study.studies import load_study, refuse_finalists
+
+    found = load_study(layout, study)
+    if number is None:
+        refuse_finalists(found)
+        finals = finals_of(found)
+        if finals is not None and finals.winner is not None:
+            return finals.study, finals.winner
+    return found, found.chosen(number)
+
+
+def _described(study: StudyView, record: TrialRecord, address: str | None) -> str:
+    values = "".join(f", {metric} {value:.6g}" for metric, value in record.values.items())
+    config = study.config(record.number)
+    base = f"`{config.model_name_or_path}`" + (f" at `{config.model_revision}`" if config.model_revision else "")
+    load = f"\n\n`mlflow.pyfunc.load_model({address!r})`" if address else ""
+    return f"LoRA adapter of {base}: trial {record.number} of study `{study.space.study.name}`{values}{load}"
+
+
+def _check(option: str, text: str, allowed: re.Pattern[str], in_words: str) -> None:
+    if not allowed.fullmatch(text):
+        raise UserError(f"{option} {text}: MLflow allows {in_words}")
