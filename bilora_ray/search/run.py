@@ -195,9 +195,10 @@ def search_finalists(
             test = finals.test or _score_once(study, finals, ray_address, watcher.say)
             write_page(study, watcher.say)
             metrics = {f"test_{key.removeprefix('eval_')}": value for key, value in test.items()}
-            metric = study.objective.metric
+            metric, winner = study.objective.metric, finals.winner
+            assert winner is not None
             told = {**finals.verdict.as_metrics(metric), **metrics}
-            tell_result(study, mlflow_uri, told, watcher.say, winner_in_words(finals.verdict, metric))
+            tell_result(study, mlflow_uri, told, watcher.say, winner_in_words(finals.verdict, metric, winner.adapter))
 
 
 def _score_once(

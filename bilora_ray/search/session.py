@@ -284,12 +284,13 @@ def tell_result(
     add_to_study(uri, project, artifacts_of(layout), study_info(study, {}), metrics, winner, say)
 
 
-def winner_in_words(verdict: Verdict, metric: str) -> str:
-    """Who wins among the finalists, and with which score."""
+def winner_in_words(verdict: Verdict, metric: str, adapter: Path | None) -> str:
+    """Who wins among the finalists, with which score, and which adapter is taken; in Markdown that begins in bold."""
     score = f"{metric} {verdict.score:.4g}"
     if verdict.low is not None and verdict.high is not None:
         score += f" (95 %: {verdict.low:.4g} to {verdict.high:.4g})"
-    return f"of the finalists: trial {verdict.winner.trial}, {score} on {verdict.seeds} fresh seeds"
+    line = f"of the finalists: trial {verdict.winner.trial}, {score} on {verdict.seeds} fresh seeds**"
+    return line if adapter is None else f"{line}. Its adapter: `{adapter}`"
 
 
 def artifacts_of(layout: Layout) -> Path:

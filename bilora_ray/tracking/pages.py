@@ -147,9 +147,9 @@ def study_note(
 
 
 def with_winner(note: str, line: str) -> str:
-    """`note` after the paragraph that tells of finalists, which is `line`."""
+    """`note` after the paragraph that tells of finalists: `line`, which closes the bold type that it begins in."""
     first, _, rest = note.partition("\n\n")
-    return f"{WINNER} {line}**\n\n{rest if first.startswith(WINNER) else note}"
+    return f"{WINNER} {line}\n\n{rest if first.startswith(WINNER) else note}"
 
 
 def _values(trial: TrialRecord) -> str:

@@ -142,7 +142,9 @@ def test_mlflow_has_the_score_beside_the_single_run_once(study: SearchStudy) -> 
     verdict = train_finalists(study).verdict
     assert verdict is not None
     for _ in range(2):
-        tell_result(study, uri, verdict.as_metrics("eval_loss"), said.append, winner_in_words(verdict, "eval_loss"))
+        tell_result(
+            study, uri, verdict.as_metrics("eval_loss"), said.append, winner_in_words(verdict, "eval_loss", None)
+        )
     assert said == []
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("bilora-ray")

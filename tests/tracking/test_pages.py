@@ -138,9 +138,9 @@ def test_an_old_run_keeps_its_name_and_its_metrics(project: Project) -> None:
 
 def test_what_finalists_say_is_the_first_paragraph_and_a_newer_one_takes_its_place() -> None:
     note = "**Best: trial 1**\n\nand more"
-    first = with_winner(note, "of the finalists: trial 1")
+    first = with_winner(note, "of the finalists: trial 1**")
     assert first == "**Winner of the finalists: trial 1**\n\n" + note
-    assert with_winner(first, "of the finalists: trial 2") == "**Winner of the finalists: trial 2**\n\n" + note
+    assert with_winner(first, "of the finalists: trial 2**") == "**Winner of the finalists: trial 2**\n\n" + note
 
 
 def test_a_baseline_is_told_where_it_is_known() -> None:
