@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.records import Served, TrialRecord
+from bilora_ray.tracking.pages import NOTE, link
 from bilora_ray.tracking.provenance import PACKAGE, VERSION, versions
 from bilora_ray.tracking.run import as_param
 from bilora_ray.tracking.store import patience
@@ -80,9 +81,12 @@ def log_model(
                 return found
             client.delete_logged_model(found.model_id)  # whoever made it was killed amid that
     params = {key: as_param(value) for key, value in wanted.sampled.items()}
-    name = wanted.name.translate(NOT_IN_A_NAME)
+    name, base = wanted.name.translate(NOT_IN_A_NAME), wanted.served.facts.get("base_model")
+    trial = link(f"trial {wanted.number}", experiment_id, trial_run)
+    study = link("its study", experiment_id, study_run)
+    note = f"LoRA adapter of `{base}`, whose weights are not copied: {trial} of {study}"
     made = client.create_logged_model(
-        experiment_id, name, study_run, {**which, **wanted.served.facts}, params, "adapter"
+        experiment_id, name, study_run, {**which, NOTE: note, **wanted.served.facts}, params, "adapter"
     )
     with tempfile.TemporaryDirectory(prefix="bilora-ray-") as folder, patience():
         _write(Path(folder) / "model", wanted, made.model_id, study_run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,9 +19,10 @@ from bilora_ray.tracking.study_runs import PARENT, STUDY, TRIAL, StudyInfo
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
 
 
-URI = "MLFLOW_TRACKING_URI"
+URI, VERSIONS = "MLFLOW_TRACKING_URI", "mlflow.modelVersions"
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ def register(
                     model_id=model.model_id,
                 )
         version = int(made.version if found is None else found)
+        _link(client, model, name, version)
         if alias is not None:
             client.set_registered_model_alias(name, alias, str(version))
     except UserError:
@@ -119,6 +122,15 @@ def _runs(client: MlflowClient, experiment_id: str, study: StudyInfo, number: in
             return run.info.run_id, trial.info.run_id
     line = f"trial {number} of study '{study.name}' has no run there; `bilora-ray tune --resume` sends what is missing"
     raise UserError(f"--mlflow-uri {masked(uri)}: {line}")
+
+
+def _link(client: MlflowClient, model: LoggedModel, name: str, version: int) -> None:
+    """Have the page of a model name its versions in the registry, as a server of MLflow does by itself."""
+    known = json.loads(model.tags.get(VERSIONS, "[]"))
+    if not any((told.get("name"), str(told.get("version"))) == (name, str(version)) for told in known):
+        client.set_logged_model_tags(
+            model.model_id, {VERSIONS: json.dumps([*known, {"name": name, "version": version}])}
+        )
 
 
 def _version(client: MlflowClient, name: str, model_id: str) -> str | None:

@@ -120,6 +120,11 @@ def test_registered_twice_it_is_one_version_and_the_alias_names_it(project: Proj
     assert version.description == "of a test"
     assert FACTS.items() <= version.tags.items()
     assert version.tags["bilora_ray.study"] == STUDY
+    tags = project.client.get_logged_model(model.model_id).tags
+    assert json.loads(tags["mlflow.modelVersions"]) == [{"name": project.name, "version": 1}]
+    assert tags["mlflow.note.content"].startswith(
+        "LoRA adapter of `builtin:tiny`, whose weights are not copied: [trial 5]("
+    )
 
 
 def test_another_trial_gets_a_model_as_it_is_registered(project: Project, best: TrialRecord, adapter: Path) -> None:
