@@ -25,7 +25,7 @@ class Chosen:
         record: the trial.
         adapter: the folder.
         objectives: the metrics that the trial is judged by.
-        baseline: what those are without training, where the study knows.
+        origin: study, trial, what it is worth by each metric of the study, and what that is without training.
         notes: what there is to say of the choice.
     """
 
@@ -33,15 +33,8 @@ class Chosen:
     record: TrialRecord
     adapter: Path
     objectives: Sequence[str]
-    baseline: Mapping[str, Any] | None = None
+    origin: Mapping[str, Any]
     notes: Sequence[str] = ()
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        """What the adapter is told of where it came from."""
-        record, baseline = self.record, {"baseline": self.baseline} if self.baseline else {}
-        known = {"study": self.study, "trial": record.number, self.objectives[0]: record.value}
-        return {**known, **record.values, **baseline}
 
 
 @dataclass(frozen=True)
@@ -99,7 +92,7 @@ def choose(layout: Layout, study: str, number: int | None, prefer: str | None = 
         record,
         _adapter_of(found, record),
         [objective.metric for objective in found.objectives],
-        baseline,
+        found.origin(record) | ({"baseline": baseline} if baseline else {}),
         notes,
     )
 

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread, Timer
-from typing import Any, Protocol
+from typing import Protocol
 
 from bilora_ray.addresses import masked
 from bilora_ray.digests import of_data
@@ -152,7 +152,7 @@ def served_of(study: StudyView, best: TrialRecord | None) -> Served | None:
     if best is None or best.adapter is None or not best.adapter.is_dir() or study.space.study.finalists:
         return None
     try:
-        return served(best.adapter, origin_of(study, best))
+        return served(best.adapter, study.origin(best))
     except UserError as error:
         logger.debug("no model is made of %s: %s", best.adapter, error)
         return None
@@ -165,13 +165,7 @@ def candidate_of(study: StudyView, record: TrialRecord) -> Candidate:
     name = study.space.study.name
     if record.adapter is None or not record.adapter.is_dir():
         raise UserError(f"study '{name}': trial {record.number} has no adapter; `bilora-ray show {name}` says why")
-    return candidate(name, record, served(record.adapter, origin_of(study, record)))
-
-
-def origin_of(study: StudyView, record: TrialRecord) -> dict[str, Any]:
-    """What the card and the recipe of an adapter say of where it comes from."""
-    metric = study.objective.metric
-    return {"study": study.space.study.name, "trial": record.number, metric: record.value, **record.values}
+    return candidate(name, record, served(record.adapter, study.origin(record)))
 
 
 def told_of(study: StudyView) -> list[str]:
@@ -179,7 +173,7 @@ def told_of(study: StudyView) -> list[str]:
     search, told = search_of(study.study), []
     if search is not None:
         told.append(f"These are the finalists of study '{search}', trained anew on fresh seeds")
-    line = baseline_line(study.study.user_attrs.get("baseline") or {}, study.objective.metric)
+    line = baseline_line(study.baseline() or {}, study.objective.metric)
     if line is not None:
         told.append(line)
     if study.space.study.finalists:

@@ -191,6 +191,12 @@ class StudyView:
         """What the metrics are without training, and its `kind`: see `untrained.Comparison`. None: not known."""
         return self.study.user_attrs.get(BASELINE)
 
+    def origin(self, record: TrialRecord) -> dict[str, Any]:
+        """What the card and the recipe of a trial's adapter say of where it comes from, and of what it is worth."""
+        metric, baseline = self.objective.metric, self.baseline()
+        known = {"study": self.space.study.name, "trial": record.number, metric: record.value, **record.values}
+        return {**known, **({"baseline": baseline} if baseline else {})}
+
     def examples(self) -> list[dict[str, Any]]:
         """Some validation rows with the answers of the winner's adapter and of its base model; none: not known."""
         try:
