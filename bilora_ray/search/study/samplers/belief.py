@@ -28,7 +28,7 @@ from bilora_ray.search.study.warm_start import WARM_START
 DRAWN = "believed"
 # Of the first trials such a share draws from the belief, and half of it after each so many more. Of earlier studies the
 # best points run first anyway.
-PRIOR, EARLIER = (0.75, 10), (0.5, 5)
+PRIOR, EARLIER = (0.75, 10), (0.25, 4)
 # Of trials that draw from the belief, and of others: from so many on they are compared. The median place of the first
 # must be this share of the others' or less, or the belief tells nothing.
 ENOUGH, NEARER = 3, 0.75
