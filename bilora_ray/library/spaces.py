@@ -10,9 +10,10 @@ from typing import Any
 from bilora_ray.errors import UserError
 from bilora_ray.paths import Locate, locate_here
 from bilora_ray.search.space import Space
+from bilora_ray.search.space.shipped import space_file
 from bilora_ray.search.space_file import SECTIONS, checked_space, load_space, sections_of
 
-# A space file, or what one holds: the sections `study`, `trial` and, if need be, `resources`.
+# A space file, the name of one that ships, or what one holds: the sections `study`, `trial` and `resources`.
 SpaceLike = str | Path | Mapping[str, Any]
 # What is said to be wrong with a dict, which has no file's name.
 IN_PYTHON = Path("space")
@@ -22,7 +23,7 @@ def read_space(space: SpaceLike | None, overrides: Sequence[str] = (), locate: L
     """The checked space: see `load_space`. Relative paths in a dict start at the current folder."""
     if isinstance(space, Mapping):
         return checked_space(sections_of(space, IN_PYTHON), IN_PYTHON, overrides, locate)
-    return load_space(None if space is None else Path(space), overrides, locate)
+    return load_space(space_file(space) if isinstance(space, str) else space, overrides, locate)
 
 
 def space_to_search(

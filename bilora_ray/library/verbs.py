@@ -45,8 +45,8 @@ def tune(
     error names an option such as --resume, that is the argument of its name.
 
     Args:
-        space: a space file (YAML), or a dict of the same shape. Relative paths in a file start at its folder, in a dict
-            at the current one.
+        space: a space file (YAML), the name of one that ships with the package, such as `quickstart`, or a dict of the
+            same shape. Relative paths in a file start at its folder, in a dict at the current one.
         settings: what overrides the space, as `--set` does: `{"rho": 0.1, "study.seed": 1}`. A value may be a
             distribution.
         num_trials: trials to finish; None: the space's.
