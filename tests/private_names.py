@@ -123,6 +123,12 @@ NAMES: dict[str, tuple[str, ...]] = {
     "a kept base, to know whether it was written to": ("torch.Tensor._version",),
     "a base, to know whether it came with an adapter": ("transformers.PreTrainedModel._hf_peft_config_loaded",),
     "the projection, to shrink all factors in one kernel": ("torch._foreach_mul_",),
+    "the methods of two passes, to move all factors together and back": (
+        "torch._foreach_add_",
+        "torch._foreach_copy_",
+        "torch._foreach_mul",
+        "torch._foreach_sub",
+    ),
     "AdamW's update, to do it for many tensors at once": (
         "torch._foreach_norm",
         "torch._utils._flatten_dense_tensors",
