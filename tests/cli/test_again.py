@@ -73,7 +73,7 @@ def test_a_run_is_listed_trained_anew_and_measured_merged(trained: None, tiny: T
     assert merged["eval_loss"] == pytest.approx(first["eval_loss"], rel=1e-4)
     shown = json.loads(bilora_ray("evaluate", "merged", rows, "--examples=2", "--json"))["examples"]
     assert [list(example) for example in shown] == [["input", "prediction", "reference"]] * 2
-    assert "reference  '" in bilora_ray("evaluate", "merged", rows, "--examples=1")
+    assert "reference   '" in bilora_ray("evaluate", "merged", rows, "--examples=1")
     here = f"--set=model_name_or_path={tiny.model('causal-lm')}"
     base = json.loads(bilora_ray("evaluate", "merged", rows, "--base-model", here, "--json"))
     assert base["eval_loss"] > merged["eval_loss"]

@@ -420,7 +420,7 @@ def test_an_mlflow_that_cannot_be_used_is_one_line_and_begins_no_study(
     monkeypatch.chdir(tmp_path)
     _prepare(Case("", ""), tmp_path)
     result = _run(f"train --space space.yaml --set rho=0.05 --mlflow-uri {uri}")
-    assert result.stderr == f"Error: {line.format(here=os.path.realpath(tmp_path))}\n"
+    assert result.stderr == f"opening MLflow\nError: {line.format(here=os.path.realpath(tmp_path))}\n"
     assert (result.stdout, result.exit_code) == ("", 2)
     assert _run("show").stdout == f"no studies in {os.path.realpath(tmp_path)}/runs\n"
 
