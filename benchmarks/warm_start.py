@@ -37,7 +37,7 @@ SPACE = (
 EVALUATIONS = 9
 # Learning rate, radius and rank that are best: of the earlier study's task, of one like it, of two that are not.
 EARLIER = (3e-4, 0.1, 8)
-TASKS = {"related": (4e-4, 0.07, 8), "unrelated": (5e-3, 0.9, 4), "unrelated, on the other side": (2e-5, 0.012, 16)}
+TASKS = {"related": (4e-4, 0.07, 8), "unrelated": (5e-3, 0.9, 4), "opposite": (2e-5, 0.012, 16)}
 DISTANCES = (0.5, 0.3, 0.2)
 
 

@@ -131,13 +131,16 @@ def command(
     """
     chosen = _Choices(data, output, base_model, max_new_tokens, temperature, top_p, seed, server, model)
     chosen.check(prompt)
-    from bilora_ray.recipe import evaluation_config, known_of
+    from bilora_ray.recipe import evaluation_config, is_merged, known_of
 
     folder = _folder(adapter, number, storage_path, study_database)
     settings = _settings(overrides)
     if data is not None:
         settings["train_data"] = locate_here(data, Path.cwd(), "--data", True)
-    config = evaluation_config(folder, settings)
+    # Of a merged model a name is that of its base.
+    named = {"model_name_or_path"} if base_model and is_merged(folder) else set()
+    of_adapter = {key: value for key, value in settings.items() if key not in named}
+    config = evaluation_config(folder, of_adapter)
     have_home()
     from bilora_ray.quiet import quiet
 

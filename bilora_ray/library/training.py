@@ -98,11 +98,13 @@ def check_run(
         raise UserError(f"{space.path}: one run needs one value for each setting; give {keys}")
     have_home()
 
+    from bilora_ray.quiet import quiet
     from bilora_ray.search.preflight import chat_notes, check_kernels, pinned, preflight
 
     space = pinned(space, layout if resume else None)
     checked = preflight(space)
     check_kernels(space, apart=False)
+    quiet()
     config = space.trial_config({})
     before = {} if origin is None else origin.view.digests_for(config)
     told = changed(config, before, by_setting(checked.digests, config))
@@ -117,10 +119,8 @@ def run_one(run: Run, watch: Watch, mlflow_uri: str | None) -> SearchStudy:
         UserError: see `search.alone.train`.
         KeyboardInterrupt: of Ctrl-C, or of `bilora-ray stop`; what is done is kept.
     """
-    from bilora_ray.quiet import quiet
     from bilora_ray.search.alone import train
 
-    quiet()
     watcher = watch(1, run.space.trial_config({}).objective, run.notes, run.checked.labels)
     return train(
         run.space,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from bilora_ray.records import Served, TrialRecord
 from bilora_ray.tracking.pages import NOTE, link
-from bilora_ray.tracking.provenance import PACKAGE, VERSION, versions
+from bilora_ray.tracking.provenance import PACKAGE, versions
 from bilora_ray.tracking.run import as_param
 from bilora_ray.tracking.store import patience
 
@@ -126,9 +126,7 @@ def _write(folder: Path, wanted: Candidate, model_id: str, run_id: str) -> None:
     from mlflow.types.schema import AnyType
 
     served, found = wanted.served, versions()
-    requirements = [
-        f"{name}=={found[VERSION + name].partition('+')[0]}" for name in REQUIRED if VERSION + name in found
-    ]
+    requirements = [f"{name}=={found[name].partition('+')[0]}" for name in REQUIRED if name in found]
     kind: Any = DataType.string if served.texts else AnyType()
     example = None if served.example is None else pandas.DataFrame([served.example])
     data = folder.with_name("adapter")

@@ -21,7 +21,13 @@ from bilora_ray.search.study.studies import check_study, load_study, open_study
 TRIAL = ("model_name_or_path=org/model", "task=causal-lm", "train_data=org/data", "rho={low: 0.01, high: 0.2}")
 SPACE = load_space(None, [*TRIAL, "study.name=s", "study.scheduler=none", "study.num_trials=2"])
 # What a verb wants beside the name of a study.
-MORE = {"enqueue": ["rho=0.1"], "clone": ["new"], "export": ["--output=out"], "delete": ["--yes"]}
+MORE = {
+    "enqueue": ["rho=0.1"],
+    "clone": ["new"],
+    "export": ["--output=out"],
+    "delete": ["--yes"],
+    "register": ["--name=n"],
+}
 
 
 def with_a_study() -> list[str]:

@@ -219,11 +219,11 @@ def test_a_cluster_that_the_program_is_connected_to_is_left_alone(monkeypatch: p
 
 
 def test_a_search_may_run_in_another_thread_which_has_no_signals() -> None:
+    from bilora_ray.interruption import heeding_signals, noted
     from bilora_ray.library.surroundings import left_as_found
-    from bilora_ray.search.run import _heeding_ctrl_c
 
     def search() -> bool:
-        with left_as_found(), _heeding_ctrl_c(unless=lambda: False):
+        with left_as_found(), heeding_signals(), noted():
             return True
 
     before = signal.getsignal(signal.SIGINT)

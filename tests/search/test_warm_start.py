@@ -16,6 +16,7 @@ from optuna.samplers import RandomSampler
 from bilora_ray.cli import tune
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.library import searching
 from bilora_ray.search.simulated import Curve, Metrics, Moment, simulate
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study import studies
@@ -231,8 +232,8 @@ def test_what_all_trials_of_a_source_shared_is_taken_where_it_is_searched_here(l
     first, second = first_points(study.warm_start)
     assert (first["method"], first["rank"], first.keys()) == ("lora", 8, {"method", "learning_rate", "rank"})
     assert (second["method"], "rho" in second) == ("bilora", True)
-    assert study.next_trials() == [0]
-    assert study.config(0).method == "lora"
+    assert [study.next_trials(), study.next_trials()] == [[0], [1]]
+    assert study.config(1).method == "lora"
     with pytest.raises(UserError, match="--warm-start old: none of its settings"):  # but by itself it is no finding
         begun(layout, "other", "study.warm_start=[old]", space=("method={choice: [bilora, lora]}",))
 
@@ -250,7 +251,7 @@ def test_a_related_study_helps_and_an_unrelated_one_does_not_mislead(layout: Lay
         return float(np.mean(found))
 
     warm = "study.warm_start=[old]"
-    assert distance("related", RELATED, 6, warm) < 0.6 * distance("related", RELATED, 6)
+    assert distance("related", RELATED, 6, warm) < 0.85 * distance("related", RELATED, 6)
     assert distance("unrelated", UNRELATED, 30, warm) < distance("unrelated", UNRELATED, 30) + 0.1
 
 
@@ -261,7 +262,7 @@ def test_the_option_names_studies(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.extend(overrides)
         raise UserError("seen")
 
-    monkeypatch.setattr(tune, "space_to_search", stop)
+    monkeypatch.setattr(searching, "space_to_search", stop)
     CliRunner().invoke(tune.command, ["--space", "x.yaml", "--set", "rho=0.1", "--warm-start", "a,b"])
     assert seen == ["rho=0.1", 'study.warm_start=["a", "b"]']
     assert load_space(None, [*TASK, *SPACE, "study.name=s", *seen[1:]]).study.warm_start == ("a", "b")

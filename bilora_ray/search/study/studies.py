@@ -142,7 +142,10 @@ def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.St
         if warm:
             study.set_user_attr(WARM_START, warm)
         # Of one that has begun they are there, but for those that a person has dropped.
-        for point in (*map(space.parameters, space.points_to_evaluate), *first_points(warm)):
+        points = list(map(space.parameters, space.points_to_evaluate))
+        # Who comes first to a rung goes on from it, whatever it is worth: so one that is proposed is the first.
+        points += [{}] if warm and not points else []
+        for point in (*points, *first_points(warm)):
             study.enqueue_trial(point, skip_if_exists=True)
     described = _described(space)
     if begun:
@@ -322,7 +325,8 @@ def _check_begun(study: optuna.Study, space: Space, layout: Layout, digests: Map
 
 def _check_known(layout: Layout, name: str, names: Sequence[str]) -> None:
     """Refuse a folder of trials whose study the database has lost: nothing can go on with them, or show them."""
-    if name not in names and any(layout.trials(name).glob("[0-9]*")):
+    is_name = Path(name).name == name  # of a path, what is in its folder is none of a study's
+    if name not in names and is_name and any(layout.trials(name).glob("[0-9]*")):
         raise UserError(f"{layout.trials(name)}: holds trials that the study database does not know; move it away")
 
 

@@ -28,10 +28,10 @@ from bilora_ray.search.study.warm_start import WARM_START
 DRAWN = "believed"
 # Of the first trials such a share draws from the belief, and half of it after each so many more. Of earlier studies the
 # best points run first anyway.
-PRIOR, EARLIER = (0.75, 10), (0.25, 4)
+PRIOR, EARLIER = (0.75, 10), (0.5, 4)
 # Of trials that draw from the belief, and of others: from so many on they are compared. The median place of the first
 # must be this share of the others' or less, or the belief tells nothing.
-ENOUGH, NEARER = 3, 0.75
+ENOUGH, NEARER = 2, 0.75
 # Near a value that was good elsewhere: this share of the range, on its scale, is the standard deviation.
 NEAR = 0.08
 
@@ -66,21 +66,24 @@ def _draws(study: optuna.Study, space: Space, number: int) -> bool:
 
 
 def believes(space: Space, number: int) -> bool:
-    """Whether trial `number` draws from a belief that holds: the first does, and gets the best guess."""
+    """Whether trial `number` draws from a belief that holds: the first does, and gets a prior's best guess."""
     first, halved_after = EARLIER if space.study.warm_start else PRIOR
-    return number == 0 or _chance(space, number, "belief") < first * 0.5 ** (number / halved_after)
+    if number == 0:
+        return not space.study.warm_start
+    return _chance(space, number, "belief") < first * 0.5 ** (number / halved_after)
 
 
 def refuted(study: optuna.Study) -> bool:
     """Whether the trials that drew from the belief did no better than the others, of which there are some of each.
 
-    Points that were given say nothing of it.
+    Points that a person gave say nothing of it; those of earlier studies do.
     """
     ended = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+    earlier = [one["settings"] for one in attributes_of(study).get(WARM_START, ())]
     places: dict[bool, list[int]] = {True: [], False: []}
-    proposed = [trial for trial in ended if DRAWN in trial.system_attrs and not given(trial)]
-    for place, trial in enumerate(best_first(study, proposed), 1):
-        places[trial.system_attrs[DRAWN]].append(place)
+    told = [trial for trial in ended if DRAWN in trial.system_attrs and (not given(trial) or given(trial) in earlier)]
+    for place, trial in enumerate(best_first(study, told), 1):
+        places[bool(given(trial)) or trial.system_attrs[DRAWN]].append(place)
     return min(map(len, places.values())) >= ENOUGH and median(places[True]) > NEARER * median(places[False])
 
 
