@@ -124,7 +124,7 @@ class FusedLayer(_Layer):
         """The adapters `names` as one of the sum of their ranks: fewer thin products, and no m-sized temporary."""
         base, factors = self.base_layer, [self.factors(name) for name in names]
         B = torch.cat([layer.B for layer in factors], dim=1) if len(factors) > 1 else factors[0].B
-        if _is_plain(base, x.dtype):
+        if is_plain(base, x.dtype):
             return add_base(x, base.weight, base.bias, self._hidden(x, names, factors), B)
         output = base(x)
         return add_up_projection(output, self._hidden(x, names, factors), B)
@@ -197,7 +197,7 @@ def gains_by_fusing(layer: LoraLayer) -> bool:
     return type(layer) is lora.Linear or type(layer).__module__ == QUANTISED
 
 
-def _is_plain(base: Any, dtype: torch.dtype) -> TypeGuard[nn.Linear]:
+def is_plain(base: Any, dtype: torch.dtype) -> TypeGuard[nn.Linear]:
     """Whether `base` does a product in low precision, all of it in `dtype`, and nobody looks at what it computes."""
     return (
         dtype in LOW_PRECISION
