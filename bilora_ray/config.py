@@ -60,7 +60,8 @@ SET_METRICS = ("eval_accuracy", "eval_f1")
 NUMBER_METRICS = ("eval_mse", "eval_pearson", "eval_spearman")
 SHARES = frozenset({"eval_accuracy", "eval_f1", "eval_token_accuracy", EXACT_MATCH})
 CORRELATIONS = frozenset({"eval_matthews_correlation", "eval_pearson", "eval_spearman"})
-MINIMIZED = frozenset({"eval_loss", "eval_mse", "eval_perplexity"})
+SHARPNESS = "sharpness"
+MINIMIZED = frozenset({"eval_loss", "eval_mse", "eval_perplexity", SHARPNESS})
 # What every evaluation tells of the cost of an adapter, and what it is; the last is known on GPUs only.
 COSTS = {
     "train_runtime": "seconds of training until the adapter",
@@ -485,6 +486,13 @@ class TrialConfig(Settings):
     answer_pattern: str | None = setting(
         None, "regular expression whose group 1 is the answer in a text", decides="evaluation"
     )
+    sharpness_radius: Float | None = setting(
+        None,
+        "measure sharpness, the rise of eval_loss when all adapted weights move along its gradient by this norm. An "
+        "evaluation takes about five times as long, and as much main memory more as those weights in fp32",
+        gt=0,
+        decides="evaluation",
+    )
 
     @field_validator("attn_implementation")
     @classmethod
@@ -569,6 +577,8 @@ class TrialConfig(Settings):
             hint = allowed if known else nearest(self.metric, self.available_metrics)
             if self.metric == EXACT_MATCH and generates:
                 hint = "it needs predict_with_generate: true"
+            if self.metric == SHARPNESS:
+                hint = "it needs sharpness_radius"
             raise ValueError(f"metric: '{self.metric}' is not measured here; {hint}")
         if self.predict_with_generate and not generates:
             raise ValueError(f"predict_with_generate: {self.task} generates no text")
@@ -617,9 +627,10 @@ class TrialConfig(Settings):
     def available_metrics(self) -> tuple[str, ...]:
         """Names of the metrics that an evaluation of this trial reports."""
         facts = TASK_FACTS[self.task]
-        if not (self.predict_with_generate and facts.generates):
-            return facts.metrics
-        return facts.metrics + (EXACT_MATCH,) + (LABEL_METRICS if self.label_names else ())
+        metrics = facts.metrics
+        if self.predict_with_generate and facts.generates:
+            metrics += (EXACT_MATCH,) + (LABEL_METRICS if self.label_names else ())
+        return metrics if self.sharpness_radius is None else (*metrics, SHARPNESS)
 
     @property
     def objective(self) -> Objective:
@@ -659,6 +670,8 @@ class TrialConfig(Settings):
             return "quantization: quantised weights cannot be cut into parts; use parallelism: ddp"
         if self.torch_compile:
             return "torch_compile: blocks that are cut into parts are not compiled; use parallelism: ddp"
+        if self.sharpness_radius is not None:
+            return "sharpness_radius: sharpness is not measured of a model in parts; use parallelism: ddp"
         return None
 
     @property

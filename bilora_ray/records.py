@@ -65,7 +65,8 @@ class TrialRecord:
         adapter: its folder.
         removed: the setting of the study for which the adapter was removed; then there is no folder.
         error: why it failed, one line.
-        values: of each of the study's metrics, all with that adapter; empty before the first evaluation.
+        values: of each of the study's metrics, and sharpness where it is measured, all with that adapter; empty
+            before the first evaluation.
         broken: the limits of the study that it does not keep to, one line.
         stopped_after: unit -> how much of it the trial had had when it was stopped or ended early; empty if it was not.
         ended_by: the budget of the study that ended it early, or `stop`: it is complete with what it had reached.

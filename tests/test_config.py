@@ -204,6 +204,7 @@ def test_integers_are_known_and_so_are_numbers() -> None:
         "num_train_epochs",
         "eval_steps",
         "early_stopping_threshold",
+        "sharpness_radius",
     ]
 
 
@@ -344,6 +345,13 @@ def test_a_trial_is_judged_only_by_what_its_evaluation_measures(settings: dict[s
     assert refused(**settings, metric="bleu") == (
         f"W: metric: 'bleu' is not measured here; allowed: {', '.join(sorted(metrics))}"
     )
+
+
+def test_sharpness_is_measured_where_its_radius_is_given() -> None:
+    assert config(sharpness_radius=0.1, metric="sharpness").available_metrics[-1] == "sharpness"
+    assert not config(sharpness_radius=0.1, metric="sharpness").objective.greater_is_better
+    assert refused(metric="sharpness") == "W: metric: 'sharpness' is not measured here; it needs sharpness_radius"
+    assert (config(sharpness_radius=0.1).whole_only or "").startswith("sharpness_radius: ")
 
 
 def test_a_metric_of_another_task_is_refused_with_the_nearest_name() -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from bilora_ray.cli.finalists import finals_as_json
 from bilora_ray.cli.tables import TrialTable
+from bilora_ray.config import SHARPNESS
 from bilora_ray.library.rows import leaders
 from bilora_ray.records import Objective, Status, TrialRecord
 from bilora_ray.words import as_yaml, in_short, status_of, step_of, stops, telling, values_of
@@ -46,14 +47,15 @@ def print_leaderboard(
     rows = leaders(records, objectives, front)
     most = None if most is None else max(most, len(ahead))
     metrics = [objective.metric for objective in objectives]
+    beside = [SHARPNESS] if SHARPNESS not in metrics and any(SHARPNESS in record.values for record in rows) else []
     lineage = any(record.parent is not None for record in rows)
     columns = [*(["from"] if lineage else []), *(["front"] if len(metrics) > 1 else [])]
-    table = TrialTable("trial", "status", *columns, *metrics, "step")
+    table = TrialTable("trial", "status", *columns, *metrics, *beside, "step")
     for record in rows[:most]:
         step = step_of(record.history[-1]) if record.history else ""
         status = f"[{STATUS_STYLE[record.status]}]{status_of(record)}[/]"
         marked = ["yes" if record.number in ahead else ""] if len(metrics) > 1 else []
-        values = [in_short(record.value), *(in_short(record.values.get(metric)) for metric in metrics[1:])]
+        values = [in_short(record.value), *(in_short(record.values.get(metric)) for metric in (*metrics[1:], *beside))]
         parent = "" if record.parent is None else f"{record.parent.number} at {record.parent.step}"
         marked = [*([parent] if lineage else []), *marked]
         table.add(str(record.number), status, *marked, *values, step, sampled=record.sampled)

@@ -25,6 +25,7 @@ from bilora_ray.training.data.batches import in_row_order, longest_first
 from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.probe.passes import Probe, check_passes, check_tokens
+from bilora_ray.training.probe.sharpness import sharpness
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Example, Model, Prediction, Processor, on_device
 
@@ -59,6 +60,7 @@ def evaluate(
             metrics, read = _losses(model, examples, config, tokenizer, workers)
             if config.predict_with_generate:
                 metrics |= TASKS[config.task].generated(model, examples, config, tokenizer, workers, read)
+            metrics |= sharpness(model, examples, config, tokenizer)
     finally:
         model.train(was_training)
     return metrics

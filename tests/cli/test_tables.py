@@ -85,6 +85,14 @@ def test_a_trial_without_a_setting_has_an_empty_cell() -> None:
     assert lines[-2].split() == ["1", "complete", "0.4", "4"]
 
 
+def test_sharpness_has_a_column_where_it_was_measured() -> None:
+    sharp = TrialRecord(0, Status.COMPLETE, {}, {"rank": 4}, value=0.5, values={METRIC: 0.5, "sharpness": 0.0321})
+    lines = leaderboard([sharp, record(1, Status.COMPLETE, 0.4)], width=120)
+    assert "sharpness" in " ".join(lines)
+    assert lines[-3].split() == ["0", "complete", "0.5", "0.0321", "4"]
+    assert "sharpness" not in " ".join(leaderboard([record(1, Status.COMPLETE, 0.4)], width=120))
+
+
 @pytest.mark.parametrize("width", [40, 120])
 def test_a_setting_is_text_whatever_it_looks_like(width: int) -> None:
     template = {"prompt_template": "[INST] {q} [/INST]"}

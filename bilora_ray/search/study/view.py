@@ -12,7 +12,7 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from bilora_ray.config import TrialConfig, applies
+from bilora_ray.config import SHARPNESS, TrialConfig, applies
 from bilora_ray.digests import by_setting
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.files import is_held
@@ -300,7 +300,7 @@ class StudyView:
             adapter=None if removed else adapter,
             removed=removed,
             error=trial.user_attrs.get(ERROR) if failed else None,
-            values={metric: known[metric] for metric in metrics if metric in known},
+            values={metric: known[metric] for metric in dict.fromkeys([*metrics, SHARPNESS]) if metric in known},
             broken=broken(trial, self.space.study),
             stopped_after=trial.user_attrs.get(STOPPED, {}) if stopped else {},
             parent=parent_of(trial.user_attrs),
