@@ -45,20 +45,7 @@ def command(
     adapter: Path, data: str | None, base_model: bool, examples: int, overrides: tuple[str, ...], as_json: bool
 ) -> None:
     """Measure the adapter in folder ADAPTER, or a merged model, with the metrics that it was trained with."""
-    from bilora_ray.recipe import evaluation_config, known_of
-
-    settings, given = _settings(data, overrides)
-    config = evaluation_config(adapter, settings, base_model)
-    _check_here(config)
-    before = known_of(adapter)["digests"]
-    for key in given:
-        # A file that was moved is known by its content.
-        if key in deciding_the_split(config.model_dump()) and not (key == "train_data" and key in before):
-            raise UserError(
-                f"--set {given[key]}: would measure on rows that the training did not hold out; give --data"
-            )
-    have_home()
-    notes = _compared(config, before, data, "validation_data" in given, base_model)
+    config, notes = asked(adapter, data, overrides, base_model)
     measured = _measured(None if base_model else adapter, config, examples)
     notes += measured.notes
     if as_json:
@@ -68,8 +55,7 @@ def command(
         return
     for note in notes:
         click.secho(f"Note: {note}", fg="yellow", err=True)
-    what = f"base model {config.model_name_or_path}" if base_model else str(adapter)
-    click.echo(f"{what} on {measured.rows} rows of {_rows(config)}:")
+    click.echo(f"{on_rows(adapter, config, measured.rows, base_model)}:")
     for key, value in measured.metrics.items():
         click.echo(f"{key:<28} {value:.6g}")
     for example in measured.examples:
@@ -86,6 +72,30 @@ class _Measured:
     rows: int
     examples: Sequence[Mapping[str, Any]]
     notes: Sequence[str]
+
+
+def asked(adapter: Path, data: str | None, overrides: Sequence[str], base_model: bool) -> tuple[TrialConfig, list[str]]:
+    """The settings to measure an adapter with, and what there is to say of its rows. UserError if they are not its."""
+    from bilora_ray.recipe import evaluation_config, known_of
+
+    settings, given = _settings(data, overrides)
+    config = evaluation_config(adapter, settings, base_model)
+    _check_here(config)
+    before = known_of(adapter)["digests"]
+    for key in given:
+        # A file that was moved is known by its content.
+        if key in deciding_the_split(config.model_dump()) and not (key == "train_data" and key in before):
+            raise UserError(
+                f"--set {given[key]}: would measure on rows that the training did not hold out; give --data"
+            )
+    have_home()
+    return config, _compared(config, before, data, "validation_data" in given, base_model)
+
+
+def on_rows(adapter: Path, config: TrialConfig, rows: int, base_model: bool) -> str:
+    """What was measured, on how many rows of which file, for people to read."""
+    what = f"base model {config.model_name_or_path}" if base_model else str(adapter)
+    return f"{what} on {rows} rows of {_rows(config)}"
 
 
 def _settings(data: str | None, overrides: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -36,6 +36,7 @@ COMMANDS = {
     "delete": "Remove a study: its files, its records and its runs in MLflow.",
     "export": "Copy a trial's adapter out, or merge it into its base model.",
     "evaluate": "Measure an exported adapter on a data file.",
+    "sharpness": "Measure how flat the loss is around an adapter.",
     "predict": "Ask an adapter: a prompt, or every row of a file.",
     "register": "Make an adapter a version of a model in MLflow's registry.",
     "ui": "Browse all runs in MLflow.",

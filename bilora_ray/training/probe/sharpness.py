@@ -108,6 +108,10 @@ class Rows:
                 raise failure(ONE_ROW["training"], shortage, self.config)
             self.proven = max(1, max(positions(self._sides(part), self.padded) for part in parts if len(part) > 1) // 2)
 
+    def loss(self) -> float:
+        """Their mean loss at W."""
+        return self.measured(lambda batches: FullSpace(self.model).loss(batches[0]))
+
     def _cut(self, examples: Sequence[Example]) -> list[list[Example]]:
         sides, config = self._sides(examples), self.config
         budget = Budget(config.per_device_train_batch_size, config.tokens_per_pass, self.proven, self.padded)
