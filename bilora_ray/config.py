@@ -488,8 +488,8 @@ class TrialConfig(Settings):
     )
     sharpness_radius: Float | None = setting(
         None,
-        "measure sharpness, the rise of eval_loss when all adapted weights move along its gradient by this norm. An "
-        "evaluation takes about five times as long, and as much main memory more as those weights in fp32",
+        "measure sharpness, the rise of eval_loss when all adapted weights move along its gradient by this norm. Where "
+        "no text is generated, an evaluation takes six times as long; those weights in fp32 are in main memory then",
         gt=0,
         decides="evaluation",
     )

@@ -59,8 +59,8 @@ def command(
     The weights that it adapts are moved, in memory only, by a step of each of the --radii: along the gradient over all
     rows; along each batch's own gradient, for that batch, which is m-sharpness; and along random directions, with
     rows as long as those of the weights. With the top eigenvalue of the Hessian, in the full space of the weights and,
-    of an adapter, in the space of its factors. It takes as long as some hundred evaluations, and 6 times the adapted
-    weights in fp32 as main memory.
+    of an adapter, in the space of its factors. It takes as long as some hundreds of evaluations, and main memory for
+    three times the adapted weights in fp32. No file and no weight is changed.
     """
     steps = _radii(radii)
     if output is not None and (output.suffix != SUFFIX or not output.absolute().parent.is_dir()):

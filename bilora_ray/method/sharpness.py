@@ -8,7 +8,10 @@ is removed in any case: so the weights are what they were to the bit, quantised 
 What is as large as W (the gradient, a direction, a vector of Lanczos) lies in host memory, and is on the device one
 layer at a time.
 
-All is computed in evaluation mode, as `evaluate` does it.
+All is computed in evaluation mode. In fp64 it is brute force's to 1e-9, the eigenvalue as near as `tolerance` says. In
+fp32 a rise is told from rounding down to some 1e-6 of the loss. On a bf16 base a displacement is rounded as one sum
+with its layer's output, as in `layers`: on a small Llama that left rises 2e-5 to 2e-4 of the loss off, rounded apart up
+to five times as much.
 """
 
 from __future__ import annotations
