@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from tiny_trials import Tiny, run_fit
 
 from bilora_ray.cli.main import main
 from bilora_ray.training.folder import TrialFolder
-from tests.tiny_trials import Tiny, run_fit
 
 
 @pytest.fixture(scope="module")

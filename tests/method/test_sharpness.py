@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tiny import Batch, Mlp, bilora_model, primary_model, randomize
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,7 +26,6 @@ from bilora_ray.method.sharpness import (
     random_rises,
     top_eigenvalue,
 )
-from tests.method.tiny import Batch, Mlp, bilora_model, primary_model, randomize
 
 RADII = (0.05, 0.2, 1.0)
 SPACES = (FullSpace, LoraSpace)

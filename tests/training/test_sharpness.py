@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_trials import TASKS, Tiny, evaluate_adapter, run_fit
 
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.method.sharpness import FullSpace, LoraSpace, adversarial_rises
 from bilora_ray.training.evaluate import load_adapted
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.probe import sharpness as probe
-from tests.tiny_trials import TASKS, Tiny, evaluate_adapter, run_fit
 
 SETTINGS: dict[str, Any] = {"sharpness_radius": 0.1, "max_steps": 4, "eval_steps": 2}
 
