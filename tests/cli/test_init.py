@@ -326,7 +326,23 @@ def test_the_kind_of_a_column(values: list[Any], kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["a: b", "no", "{x}\n", "1", "ü", "", "1e-3", 0.05, True, None, [1, "b"], {"a": "n#o"}]
+    "value",
+    [
+        "a: b",
+        "no",
+        "{x}\n",
+        "1",
+        "ü",
+        "",
+        "1e-3",
+        0.05,
+        True,
+        None,
+        [1, "b"],
+        {"a": "n#o"},
+        ["a, b", "c]"],
+        {"d, e": "f}"},
+    ],
 )
 def test_a_value_is_written_so_that_it_is_read_again(value: Any) -> None:
     assert yaml.safe_load(f"key: {_flow(value)}") == {"key": value}

@@ -53,13 +53,14 @@ def _setting(line: Line) -> Iterator[str]:
         yield from [*_comment(line.comment, "  "), text]
 
 
-def _flow(value: Any) -> str:
-    """A value on one line, as a person writes it."""
+def _flow(value: Any, within: bool = False) -> str:
+    """A value on one line, as a person writes it; `within` a list or a mapping, commas and brackets end a bare text."""
     if isinstance(value, str):
         plain = yaml.safe_dump(value, width=10**6, allow_unicode=True).removesuffix("\n...\n").strip()
-        return value if value and plain == value else json.dumps(value, ensure_ascii=False)
+        bare = value and plain == value and not (within and set(value) & set(",[]{}"))
+        return value if bare else json.dumps(value, ensure_ascii=False)
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_flow(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_flow(key, True)}: {_flow(item, True)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(_flow, value)) + "]"
+        return "[" + ", ".join(_flow(item, True) for item in value) + "]"
     return json.dumps(value)
