@@ -284,6 +284,7 @@ def test_paths_start_at_the_file_that_is_written(folder: Path) -> None:
         (("--data", "ids.csv", "--output", "a/b.yaml"), "--output a/b.yaml: no such folder: a"),
         (("--data", "ids.csv", "--output", "space.txt"), "--output space.txt: a space file is called NAME.yaml"),
         (("--data", "ids.csv", "--set", "task=causal-lm"), "--set task: is --task here"),
+        (("--data", "dots.csv"), "--data: column 'q.text' is to stand in a template, whose columns have letters, "),
         (("--data", "likes.jsonl"), "train_data: chosen and rejected make preferences"),
         (
             ("--data", "texts.csv", "--task", "image-classification"),
@@ -294,7 +295,9 @@ def test_paths_start_at_the_file_that_is_written(folder: Path) -> None:
 )
 def test_a_mistake_is_one_line_and_writes_nothing(words: tuple[str, ...], line: str, folder: Path) -> None:
     (folder / "ids.csv").write_text("id,date\n1,2026-01-01\n2,2026-01-02\n")
-    (folder / "texts.csv").write_text("question,answer\n" + "".join(f"what is {n},it is {n} {n}\n" for n in range(9)))
+    rows = "".join(f"what is {n},it is {n} {n}\n" for n in range(9))
+    (folder / "texts.csv").write_text(f"question,answer\n{rows}")
+    (folder / "dots.csv").write_text(f"q.text,answer\n{rows}")
     write_rows(folder / "likes.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     done = run(*words)
@@ -308,6 +311,7 @@ def test_a_mistake_is_one_line_and_writes_nothing(words: tuple[str, ...], line: 
     ("values", "kind"),
     [
         (["a b c", "d e f", "g h i"], "text"),
+        (["a b c", "d e f"], "text"),
         (["yes", "no", "yes", "no", "yes", "no"], "label"),
         ([True, False, True, False, True, False], "label"),
         (["1", "2", "1", "2", "1", "2"], "label"),

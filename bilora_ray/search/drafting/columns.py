@@ -14,7 +14,7 @@ from itertools import islice, pairwise
 from pathlib import PurePath
 from typing import Any, Literal
 
-from bilora_ray.config import TASK_FACTS, Task
+from bilora_ray.config import TASK_FACTS, Task, template_columns
 from bilora_ray.errors import UserError
 from bilora_ray.paths import IMAGE_SUFFIXES
 from bilora_ray.search.drafting.firsts import FIRSTS, Kind
@@ -112,7 +112,7 @@ def _kind(name: str, values: Sequence[Any]) -> Kind:
         if look_like_numbers(different, len(texts)):
             return "other" if _counts_rows(texts) else "number"
         return "label" if len(different) <= max(MANY, len(texts) // FEW) else "number"
-    comes_again = 2 <= len(different) <= max(2, len(texts) // FEW)
+    comes_again = 2 <= len(different) <= max(2, len(texts) // FEW) and len(different) < len(texts)
     return "label" if comes_again and max(map(len, different)) <= LONGEST_LABEL else "text"
 
 
@@ -215,6 +215,7 @@ def _written(columns: Sequence[Column], task: Task, said: Mapping[str, Any]) -> 
     if len(usable) == 1:
         name = usable[0].name
         settings = {"prompt_template": "", "completion_template": _in_braces(name)}
+        _check_fit([name], said)
         return Roles(task, f"'{name}' is learned as plain text, which answers nothing", settings)
     called = [column for column in usable if _named(column, ANSWERS)]
     in_order = texts[1:] or [column for column in usable if column not in texts[:1]]
@@ -226,7 +227,8 @@ def _written(columns: Sequence[Column], task: Task, said: Mapping[str, Any]) -> 
     if _says_templates(said):
         settings = {key: value for key, value in settings.items() if key not in said}
         return Roles(task, "its templates were said", settings)
-    others = [column.name for column in rest if column is not prompt]
+    _check_fit([prompt.name, completion.name], said)
+    others = [column.name for column in rest if column is not prompt and _fits(column.name)]
     doubts = []
     if not called:
         asked, written = f"{_in_braces(completion.name)}\n", _in_braces(prompt.name)
@@ -234,7 +236,7 @@ def _written(columns: Sequence[Column], task: Task, said: Mapping[str, Any]) -> 
         way = " ".join(_set(*one) for one in turned)
         doubts.append(f"by their order '{completion.name}' answers '{prompt.name}'; to turn them round: {way}")
     if others:
-        every = "\n".join(_in_braces(column.name) for column in rest) + "\n"
+        every = "\n".join(_in_braces(name) for name in (column.name for column in rest) if _fits(name)) + "\n"
         doubts.append(f"nothing is read of {_listed(others)}; to read all texts: {_set('prompt_template', every)}")
     labels = [column for column in usable if column.kind == "label" and column not in (completion, prompt)]
     if label := _first(labels, LABELS):
@@ -289,6 +291,20 @@ def _listed(names: Sequence[str]) -> str:
 
 def _in_braces(name: str) -> str:
     return f"{{{name}}}"
+
+
+def _fits(name: str) -> bool:
+    """Whether a column of that name can stand in a template."""
+    try:
+        return template_columns(_in_braces(name)) == (name,)
+    except ValueError:
+        return False
+
+
+def _check_fit(names: Sequence[str], said: Mapping[str, Any]) -> None:
+    if not _says_templates(said) and (odd := [name for name in names if not _fits(name)]):
+        allowed = "letters, digits, spaces, '_' and '-'"
+        raise UserError(f"--data: column '{odd[0]}' is to stand in a template, whose columns have {allowed}; rename it")
 
 
 def _set(key: str, value: str) -> str:
