@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -212,6 +213,9 @@ class _Choices:
             raise UserError("--data: is asked instead of a prompt; leave one out")
         if self.output is not None:
             self._check_output()
+        for name, number in (("--temperature", self.temperature), ("--top-p", self.top_p)):
+            if number is not None and not math.isfinite(number):
+                raise UserError(f"{name} {number}: must be a finite number")
         if self.seed is not None and not self.is_drawn:
             raise UserError("--seed: decides nothing of greedy texts; give --temperature or --top-p")
         if self.model is not None and self.server is None:
@@ -246,7 +250,9 @@ def _folder(adapter: str, number: int | None, storage_path: Path, study_database
     """The folder that ADAPTER names, or that of the best trial of the study of that name."""
     from bilora_ray.recipe import CONFIG, RECIPE
 
-    path = Path(adapter).expanduser()
+    path = Path(adapter)
+    if adapter.startswith("~"):
+        path = absolute(path)
     is_exported = any((path / name).is_file() for name in (RECIPE, CONFIG))
     if number is None and (is_exported or len(path.parts) != 1):
         return path
@@ -284,6 +290,8 @@ def _settings(overrides: Sequence[str]) -> dict[str, Any]:
         section, key, value = parse_override(override)
         if section != "trial":
             raise UserError(f"--set {override}: a prediction has settings of a trial only")
+        if key == "train_data":
+            raise UserError(f"--set {override}: is --data here")
         if key in TRAINING_SETTINGS:
             raise UserError(f"--set {override}: changes nothing in a prediction, which trains nothing")
         settings |= absolute_sources({key: value}, Path.cwd(), "--set trial")

@@ -373,6 +373,7 @@ def test_what_is_neither_an_adapter_nor_a_study_is_a_line(tmp_path: Path, monkey
     assert error("one", "hello") == f"one: no such folder, and no study of {tmp_path / 'runs'}"
     assert error("one", "hello", "--trial", "0") == f"study 'one': not in {tmp_path / 'runs'}"
     assert error("some/one", "hello") == "some/one: no such folder"
+    assert error("~nobody-here/one", "hello") == "~nobody-here/one: Could not determine home directory."
     (tmp_path / "one").mkdir()
     assert error("one", "hello") == "one: no adapter here (adapter_config.json is missing)"
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
@@ -415,6 +416,9 @@ def test_what_a_row_loses_is_told(trained: Callable[[str], Path], tmp_path: Path
             "--output x.csv: is written as JSON lines; its name must end with .jsonl",
         ),
         (["hi", "--seed", "1"], "--seed: decides nothing of greedy texts; give --temperature or --top-p"),
+        (["hi", "--temperature", "nan"], "--temperature nan: must be a finite number"),
+        (["hi", "--top-p", "nan"], "--top-p nan: must be a finite number"),
+        (["hi", "--set", "train_data=x.jsonl"], "--set train_data=x.jsonl: is --data here"),
         (["hi", "--model", "x"], "--model: is what a server calls the adapter; give --server"),
         (
             ["hi", "--server", "http://x", "--top-p", "0.5"],
