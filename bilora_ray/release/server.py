@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from http.client import HTTPException
 from statistics import fmean
 from typing import IO, TYPE_CHECKING, Any, Literal
 from urllib.error import HTTPError, URLError
@@ -248,6 +250,8 @@ class Server:
             raise MachineError(f"--server {self.url}: {why}") from None
         except OSError as error:  # the connection breaks
             raise MachineError(f"--server {self.url}: {path}: {_words(error)}") from None
+        except HTTPException:  # its answer breaks off, or is another protocol's
+            raise UserError(f"--server {self.url}: {path} answers with what is no HTTP") from None
         except ValueError:
             raise UserError(f"--server {self.url}: {path} answers with what is no JSON") from None
         if not isinstance(found, dict):
@@ -261,7 +265,9 @@ class Server:
 
     def _said(self, error: HTTPError) -> str:
         """What a server says is wrong, in a line without the token."""
-        text = error.read(MOST_BYTES).decode("utf-8", "replace")
+        text = ""
+        with suppress(OSError, HTTPException):  # it breaks off
+            text = error.read(MOST_BYTES).decode("utf-8", "replace")
         try:
             told = json.loads(text)
             told = told.get("error") or told.get("detail") or told.get("message") or told

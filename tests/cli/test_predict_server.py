@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import StreamRequestHandler, TCPServer
 from typing import Any
 
 import pytest
@@ -289,6 +290,23 @@ def test_a_server_that_hangs_is_a_line(serve: Any) -> None:
         asked.reply(server.TEXT, {"prompt": "hello"})
     assert not gone.is_set()
     gone.set()
+
+
+@pytest.mark.parametrize(
+    "answer", [b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", b"HTTP/1.1 200 OK"]
+)
+def test_what_speaks_another_protocol_or_breaks_off_is_a_line(answer: bytes) -> None:
+    class Handler(StreamRequestHandler):
+        def handle(self) -> None:
+            while self.rfile.readline().strip():
+                pass
+            self.wfile.write(answer)
+
+    with TCPServer(("127.0.0.1", 0), Handler) as listening:
+        threading.Thread(target=listening.handle_request, daemon=True).start()
+        url = f"http://127.0.0.1:{listening.server_address[1]}"
+        with pytest.raises(UserError, match=f"--server {url}: /v1/models"):
+            Server(url, timeout_s=5).chosen(None)
 
 
 def test_a_server_that_is_not_there_is_a_line_before_the_model_is_loaded(
