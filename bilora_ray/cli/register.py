@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bilora_ray.addresses import masked
 from bilora_ray.cli.options import (
     absolute,
     json_option,
@@ -84,7 +85,7 @@ def command(
         candidate,
         name,
         alias,
-        _described(found, record, f"models:/{name}@{alias}" if alias else None),
+        _described(found, record),
     )
     address = f"models:/{name}@{alias}" if alias else f"models:/{name}/{made.version}"
     if as_json:
@@ -93,7 +94,8 @@ def command(
     told = "is" if made.is_new else "was already"
     click.echo(f"Trial {record.number} of '{found.space.study.name}' {told} version {made.version} of {name}")
     click.echo(f"Load it  mlflow.pyfunc.load_model({address!r})")
-    click.echo(f"Serve it MLFLOW_TRACKING_URI={shlex.quote(uri)} mlflow models serve -m {address} --env-manager local")
+    where, what = shlex.quote(masked(uri)), shlex.quote(address)
+    click.echo(f"Serve it MLFLOW_TRACKING_URI={where} mlflow models serve -m {what} --env-manager local")
 
 
 def _chosen(layout: Any, study: str, number: int | None) -> tuple[StudyView, TrialRecord]:
@@ -110,12 +112,12 @@ def _chosen(layout: Any, study: str, number: int | None) -> tuple[StudyView, Tri
     return found, found.chosen(number)
 
 
-def _described(study: StudyView, record: TrialRecord, address: str | None) -> str:
+def _described(study: StudyView, record: TrialRecord) -> str:
+    """What stays true of a version: an alias may name another one tomorrow."""
     values = "".join(f", {metric} {value:.6g}" for metric, value in record.values.items())
     config = study.config(record.number)
     base = f"`{config.model_name_or_path}`" + (f" at `{config.model_revision}`" if config.model_revision else "")
-    load = f"\n\n`mlflow.pyfunc.load_model({address!r})`" if address else ""
-    return f"LoRA adapter of {base}: trial {record.number} of study `{study.space.study.name}`{values}{load}"
+    return f"LoRA adapter of {base}: trial {record.number} of study `{study.space.study.name}`{values}"
 
 
 def _check(option: str, text: str, allowed: re.Pattern[str], in_words: str) -> None:

@@ -21,7 +21,9 @@ from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.studies import open_study
 from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.search.study.view import StudyView
+from bilora_ray.tracking import registry
 from bilora_ray.tracking.mlflow_tracker import MlflowTracker, default_uri
+from bilora_ray.tracking.registry import Registered
 
 from .test_finals import SPACE, curve
 
@@ -77,9 +79,20 @@ def test_the_best_is_registered_with_what_there_is_to_know_of_it(study: SearchSt
     version = MlflowClient(default_uri(study.layout.storage_path)).get_model_version_by_alias("fish", "champion")
     assert version.tags["bilora_ray.trial"] == str(best.number)
     assert version.description.startswith(f"LoRA adapter of `org/model`: trial {best.number} of study `s`, eval_loss ")
+    assert "champion" not in version.description  # which may be another version's tomorrow
     again = called("register", "s", "--name", "fish")
     assert again.stdout.startswith(f"Trial {best.number} of 's' was already version 1 of fish\n")
     assert "mlflow.pyfunc.load_model('models:/fish/1')" in again.stdout
+
+
+def test_the_line_that_serves_it_is_one_of_a_shell_and_shows_no_password(
+    study: SearchStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Registered("big fish", 3, "m-1", True)
+    monkeypatch.setattr(registry, "register", lambda *_: made)
+    told = called("register", "s", "--name", "big fish", "--mlflow-uri", "https://me:hidden@host").stdout
+    assert "hidden" not in told
+    assert "MLFLOW_TRACKING_URI='https://me:***@host' mlflow models serve -m 'models:/big fish/3' " in told
 
 
 def test_of_finalists_the_winners_run_is_registered_and_marked_and_not_the_luckiest(study: SearchStudy) -> None:
