@@ -47,9 +47,11 @@ def command(
     file = output or own
     with naming_the_database(layout, then=""):
         found = [load_study(layout, name) for name in names]
-        from bilora_ray.report.page import write_report
+        from bilora_ray.report.page import is_page, write_report
 
         try:
+            if file.exists() and not is_page(file):
+                raise UserError(f"{file}: exists, and is no page of a study; name another file with --output")
             write_report(found, absolute(file))
         except OSError as error:
             how = "" if output is not None else "; name another file with --output"

@@ -25,6 +25,8 @@ from bilora_ray.words import in_short, setting_in_short
 PARTS = Path(__file__).parent
 # What the bundle of Vega hands to the page.
 ENTRY = "window.vegaEmbed = vegaEmbed;"
+# By this, near its beginning, a page is known: page.html.
+GENERATOR, LENGTH_OF_HEAD = b'<meta name="generator" content="bilora-ray ', 4096
 
 
 def write_report(studies: Sequence[StudyView], file: Path, ended: Collection[int] = ()) -> None:
@@ -41,6 +43,12 @@ def write_report(studies: Sequence[StudyView], file: Path, ended: Collection[int
     text = page([read(study, ended) for study in studies])
     with atomic_file(file) as opened:
         opened.write(text)
+
+
+def is_page(file: Path) -> bool:
+    """Whether `file` holds a page of ours, which may be written anew. OSError where it cannot be read."""
+    with file.open("rb") as opened:
+        return GENERATOR in opened.read(LENGTH_OF_HEAD)
 
 
 def page(studies: Sequence[Found]) -> str:

@@ -291,6 +291,7 @@ def test_two_studies_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.Monk
     result = CliRunner().invoke(main, ["report", "one", "--compare", "two"])
     assert result.exit_code == 0, result.output
     assert result.output == "Report   one-two.html\n"
+    assert CliRunner().invoke(main, ["report", "one", "--compare", "two"]).exit_code == 0  # written anew
     shown = Read(Path("one-two.html").read_text(encoding="utf-8"))
     assert shown.texts.count("one") > 1
     assert shown.texts.count("two") > 1
@@ -306,12 +307,14 @@ def test_two_studies_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.Monk
         (["one", "--compare", "one"], "--compare one: is the study itself; name another one"),
         (["one", "--compare", "onne"], "study 'onne': not in"),
         (["one", "--output", "missing/page.html"], "missing/page.html: cannot be written"),
+        (["one", "--output", "notes.txt"], "notes.txt: exists, and is no page of a study; name another file with"),
     ],
 )
 def test_what_cannot_be_is_one_line(
     arguments: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("mine")
     study = open_study(load_space(None, [*SPACE, "study.name=one"]), Layout(tmp_path / "runs"), {})
     next_trial(study)
     study.release()
@@ -320,3 +323,4 @@ def test_what_cannot_be_is_one_line(
     assert line in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not list(tmp_path.glob("**/*.html"))
+    assert (tmp_path / "notes.txt").read_text() == "mine"
