@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bilora_ray.errors import MachineError, first_line
 from bilora_ray.library.exporting import choose, write
 from bilora_ray.library.rows import evaluation_rows, trial_rows
 from bilora_ray.library.surroundings import importing, left_as_found
@@ -106,12 +107,19 @@ class Study:
             return write(chosen, Path(output), merge).output
 
     def report(self) -> Path:
-        """Write the study's page anew, as `bilora-ray report` does, and say where it is."""
-        from bilora_ray.report.page import write_report
+        """Write the study's page anew, as `bilora-ray report` does, and say where it is.
 
+        Raises:
+            MachineError: it cannot be written.
+        """
         file = self._layout.report(self.name)
         with self._read() as view:
-            write_report([view], file)
+            from bilora_ray.report.page import write_report
+
+            try:
+                write_report([view], file)
+            except OSError as error:
+                raise MachineError(f"{file}: cannot be written ({error.strerror or first_line(error)})") from None
         return file
 
     @contextmanager
