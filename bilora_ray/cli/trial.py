@@ -54,7 +54,10 @@ def print_trial(console: Console, study: StudyView, record: TrialRecord) -> None
     if record.history and (seconds := record.history[-1].get("train_runtime")) is not None:
         say(f"Trained for {duration(seconds)}, to step {step_of(record.history[-1])}")
     console.print()
-    say("Settings that the search chose:" if record.sampled else "The search chose no setting.")
+    if record.status is Status.QUEUED:
+        say("Settings that were asked for:" if record.sampled else "No settings were asked for.")
+    else:
+        say("Settings that the search chose:" if record.sampled else "The search chose no setting.")
     print_settings(console, record.sampled)
     others = {key: value for key, value in non_default(record.settings).items() if key not in record.sampled}
     if others:

@@ -149,6 +149,7 @@ def test_a_trial_that_waits_is_listed_and_can_be_dropped() -> None:
     ]
     waiting = json.loads(said("show", "s", "--trial", "1", "--json"))
     assert (waiting["status"], waiting["sampled"]) == ("queued", {"rank": 16, "rho": 0.05})
+    assert "Settings that were asked for:" in said("show", "s", "--trial", "1").splitlines()
     assert typed("export", "s", "--trial", "1", "--output", "x").stderr == (
         "Error: study 's': trial 1 is queued, and has not begun\n"
     )
