@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -162,7 +163,7 @@ def _of_finalists(found: Found) -> str:
 def _gain(found: Found, value: float) -> Iterator[str]:
     """What `value` gains over what is had without training."""
     base = found.baseline.get(found.metric)
-    if base is None:
+    if base is None or not math.isfinite(base):
         return
     gain = found.objective.as_loss(float(base)) - found.objective.as_loss(value)
     how = f"{abs(gain):.4g} {'better' if gain > 0 else 'worse'}" if gain else "the same"

@@ -231,7 +231,9 @@ def test_what_it_gains_over_no_training_is_said(searched: Found) -> None:
     gain = 9.0 - searched.best.value
     told = replace(searched, baseline={"kind": "base-model", "eval_loss": 9.0})
     assert f"Without training it is 9 (the base model alone): that is {gain:.4g} better." in headline(told).lines
-    assert not any("training" in line for line in headline(searched).lines)
+    unknown = replace(searched, baseline={"kind": "base-model", "eval_loss": float("nan")})
+    for found in (searched, unknown):
+        assert not any("training" in line for line in headline(found).lines)
 
 
 def test_failures_are_counted_by_cause(searched: Found) -> None:
