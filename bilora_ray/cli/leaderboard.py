@@ -13,7 +13,7 @@ from bilora_ray.cli.tables import TrialTable
 from bilora_ray.config import SHARPNESS
 from bilora_ray.library.rows import leaders
 from bilora_ray.records import Objective, Status, TrialRecord
-from bilora_ray.words import as_yaml, in_short, status_of, step_of, stops, telling, values_of
+from bilora_ray.words import WITHOUT_TRAINING, as_yaml, in_short, status_of, step_of, stops, telling, values_of
 
 if TYPE_CHECKING:
     from bilora_ray.search.study.view import StudyView
@@ -25,13 +25,6 @@ STATUS_STYLE = {
     Status.RUNNING: "yellow",
     Status.INTERRUPTED: "yellow",
     Status.QUEUED: "dim",
-}
-
-# The kinds of baseline, in words.
-WITHOUT_TRAINING = {
-    "base-model": "the base model alone",
-    "majority": "without learning, by how often each label is,",
-    "mean": "without learning, always the mean,",
 }
 
 
