@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from bilora_ray.config import TrialConfig, shown
+from bilora_ray.config import non_default, shown
 from bilora_ray.records import Objective, Status, TrialRecord
 
 STATUS_WORDS = {
@@ -92,11 +92,6 @@ def telling(record: TrialRecord) -> dict[str, Any]:
     sampled = {key: value for key, value in record.settings.items() if key in record.sampled}
     adapters = {key: record.settings[key] for key in shown("best") if key in record.settings}
     return sampled or {**non_default(record.settings), **adapters}
-
-
-def non_default(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of a trial's `settings` that have not their default."""
-    return {key: value for key, value in settings.items() if value != TrialConfig.model_fields[key].default}
 
 
 def stops(records: Sequence[TrialRecord]) -> Iterator[str]:
