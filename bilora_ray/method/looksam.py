@@ -75,11 +75,18 @@ class LookSamAdamW(LoraSamAdamW):
         return loss
 
     def _keep(self, moving: list[Tensor], plain: list[Tensor]) -> None:
-        """Remember what the gradients that the parameters have now, SAM's, have beside the `plain` ones."""
-        _, sharp = with_gradients(moving)
-        along = _dot(sharp, plain) / (_dot(plain, plain) + TINY)
-        beside = torch._foreach_sub(sharp, list(torch._foreach_mul(plain, along)))
-        self._found = list(zip(moving, beside, strict=True))
+        """Remember what the gradients that the parameters have now, SAM's, have beside the `plain` ones.
+
+        Of an expert without tokens there is none in some passes: that counts as 0.
+        """
+        before = dict(zip(moving, plain, strict=True))
+        there, sharp = with_gradients(self.param_groups[0]["params"])
+        own = [before[each] if each in before else torch.zeros_like(each) for each in there]
+        along = _dot(sharp, own) / (_dot(plain, plain) + TINY)
+        beside = torch._foreach_sub(sharp, list(torch._foreach_mul(own, along)))
+        for state in self.state.values():
+            state.pop(BESIDE, None)
+        self._found = list(zip(there, beside, strict=True))
 
     def _after_update(self) -> None:
         # Not before: AdamW begins the state of a parameter only where there is none.
@@ -88,10 +95,13 @@ class LookSamAdamW(LoraSamAdamW):
         self._found = []
 
     def _reuse(self, moving: list[Tensor], gradients: list[Tensor]) -> None:
-        group = self.param_groups[0]
-        beside = [self.state[parameter][BESIDE] for parameter in moving]
-        scale = group["looksam_alpha"] * (_dot(gradients, gradients) / (_dot(beside, beside) + TINY)).sqrt()
-        torch._foreach_add_(gradients, torch._foreach_mul(beside, scale))
+        kept = [self.state.get(parameter, {}).get(BESIDE) for parameter in moving]
+        changed = [gradient for gradient, part in zip(gradients, kept, strict=True) if part is not None]
+        beside = [part for part in kept if part is not None]
+        if beside:
+            alpha = self.param_groups[0]["looksam_alpha"]
+            scale = alpha * (_dot(gradients, gradients) / (_dot(beside, beside) + TINY)).sqrt()
+            torch._foreach_add_(changed, torch._foreach_mul(beside, scale))
 
 
 def _dot(ones: list[Tensor], others: list[Tensor]) -> Tensor:

@@ -139,3 +139,24 @@ def test_the_factors_are_where_they_were_if_the_second_pass_fails():
     with pytest.raises(RuntimeError, match="out of memory"):
         optimizer.step(fails)
     assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize("lacking", [(0,), (1,), (2,), (0, 1), (3,)])
+def test_looksam_goes_on_where_a_gradient_comes_and_goes_as_of_an_expert_without_tokens(lacking):
+    model, batch = primary_model("mlp")
+    optimizer = build_method("looksam", model.train(), **settings("looksam", max_grad_norm=1.0, looksam_every=2))
+    closure = closure_of(model, optimizer, batch)
+    expert = optimizer.param_groups[0]["params"][0]
+    calls = []
+
+    def sometimes():  # two passes, one, two, one
+        loss = closure()
+        if len(calls) in lacking:
+            expert.grad = None
+        calls.append(1)
+        return loss
+
+    for _ in range(4):
+        optimizer.step(sometimes)
+    assert len(calls) == 6
+    assert all(parameter.isfinite().all() for parameter in optimizer.param_groups[0]["params"])
