@@ -121,9 +121,16 @@ def evaluated(closure: Closure) -> Tensor:
 
 
 def adapter_places(model: PeftModel, parameters: list[Tensor]) -> list[int]:
-    """Where each adapted layer's A1 and B1 are among `parameters`, in turn. A wrapper may replace the parameters."""
+    """Where each adapted layer's A1 and B1 are among `parameters`, in turn. A wrapper may replace the parameters.
+
+    Raises:
+        ValueError: a factor is not trained.
+    """
     places = {id(parameter): place for place, parameter in enumerate(parameters)}
-    return [places[id(tensor)] for layer in primary_factors(model) for tensor in (layer.A, layer.B)]
+    factors = [tensor for layer in primary_factors(model) for tensor in (layer.A, layer.B)]
+    if not all(id(tensor) in places for tensor in factors):
+        raise ValueError("a factor of the primary is frozen; this method moves A1 and B1 of each layer that has them")
+    return [places[id(tensor)] for tensor in factors]
 
 
 def descent_group(

@@ -160,3 +160,11 @@ def test_looksam_goes_on_where_a_gradient_comes_and_goes_as_of_an_expert_without
         optimizer.step(sometimes)
     assert len(calls) == 6
     assert all(parameter.isfinite().all() for parameter in optimizer.param_groups[0]["params"])
+
+
+@pytest.mark.parametrize("name", ["lora-sam", "looksam", "nbar", "obar"])
+def test_a_frozen_factor_is_refused_in_words(name):
+    model, _ = primary_model("mlp")
+    next(layer for layer in adapted(model).values()).lora_A[PRIMARY].weight.requires_grad_(False)
+    with pytest.raises(ValueError, match="frozen"):
+        build_method(name, model, **settings(name, max_grad_norm=1.0))
