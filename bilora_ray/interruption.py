@@ -207,6 +207,8 @@ def _forget_in_a_child() -> None:
     """What is forked off, and is not another program, must not tell its own signals to this process."""
     if _ears:
         signal.set_wakeup_fd(-1)
+    for ear in _ears:  # no thread watches here, and nobody asks what was heard: each signal is raised
+        ear.watched = ear.noting = False
 
 
 os.register_at_fork(after_in_child=_forget_in_a_child)

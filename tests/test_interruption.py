@@ -114,6 +114,26 @@ def test_a_forked_child_tells_its_own_signals_to_nobody() -> None:
     assert process.returncode == 0
 
 
+def test_a_forked_child_is_deaf_to_no_signal() -> None:
+    body = """import os
+        with interruption.noted():
+            pid = os.fork()
+            for _ in range(0 if pid else 2):
+                try:
+                    os.kill(os.getpid(), 15)
+                    time.sleep(5)
+                    os._exit(1)
+                except KeyboardInterrupt:
+                    pass
+            if not pid:
+                os._exit(7)
+            sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    process = started(body)
+    assert process.communicate() == ("", "")
+    assert process.returncode == 7
+
+
 def test_who_takes_note_hears_of_it_and_nothing_is_raised() -> None:
     before = [signal.getsignal(number) for number in NUMBERS]
     with heeding_signals(), noted():
