@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
+from safetensors import SafetensorError
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError, first_line, not_again
@@ -61,6 +62,8 @@ class Comparing:
             raise MachineError(f"there was no room on the cluster for {ROOM_S:.0f} s") from None
         except RayError as error:
             raise MachineError(first_line(getattr(error, "cause", None) or error)) from None
+        if isinstance(told, SafetensorError):
+            raise MachineError(first_line(told))
         if isinstance(told, Exception):
             raise told
         return cast(Comparison, told)
