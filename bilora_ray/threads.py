@@ -11,11 +11,15 @@ QUOTA = Path("/sys/fs/cgroup/cpu.max")
 QUOTA_1, PERIOD_1 = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
 
 
-def use_fitting_threads() -> int:
+def use_fitting_threads(begun_with: int | None = None) -> int:
     """Have torch use as many threads as there are processors for, unless `OMP_NUM_THREADS` says how many.
 
     torch takes one for each core, which then wait for each other where other processes have some of them: a training
     took four times as long on all cores of a busy machine as on one.
+
+    Args:
+        begun_with: how many a training that goes on has had until now: with others its last digits would be others,
+            and what it did itself in the last minute is no reason for fewer.
 
     Returns:
         How many it uses.
@@ -23,7 +27,7 @@ def use_fitting_threads() -> int:
     import torch
 
     if OMP_NUM_THREADS not in os.environ:
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), free_processors())))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), begun_with or free_processors())))
     return torch.get_num_threads()
 
 

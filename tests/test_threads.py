@@ -67,3 +67,17 @@ def test_who_says_how_many_threads_there_are_is_believed(
         assert use_fitting_threads() == used
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_training_that_goes_on_has_as_many_as_before_however_busy_it_has_made_the_machine(
+    machine: pytest.MonkeyPatch,
+) -> None:
+    machine.setattr(os, "getloadavg", lambda: (8.0, 0.0, 0.0))
+    machine.delenv("OMP_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        for begun_with, used in ((None, 1), (5, 5), (9, 6)):
+            torch.set_num_threads(6)
+            assert use_fitting_threads(begun_with) == used
+    finally:
+        torch.set_num_threads(before)

@@ -35,7 +35,6 @@ def train(
     """
     from bilora_ray.training.compute.precision import of_machine
 
-    use_fitting_threads()
     with naming_the_database(layout, then=""):
         check_study(space, layout, resume, digests)
     if space.fixed.get("precision") == "auto":  # of a study that begins: it is decided once
@@ -46,6 +45,7 @@ def train(
         session(space, layout, mlflow_uri, digests, watcher) as running,
     ):
         study, observers = running.study, running.observers()
+        study.keep_threads(use_fitting_threads)
         numbers = study.next_trials()
         for number in numbers:
             _train(study, number, observers, partial(running.watcher.trial_moves, number))

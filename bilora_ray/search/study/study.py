@@ -32,7 +32,7 @@ from bilora_ray.search.study.schedulers import OF_SEVERAL, SCHEDULERS
 from bilora_ray.search.study.schedulers.base import Asked
 from bilora_ray.search.study.schedulers.rungs import reached
 from bilora_ray.search.study.steering.requests import STOP
-from bilora_ray.search.study.view import ENDED, ERROR, MADE_WITH, STOPPED, StudyView
+from bilora_ray.search.study.view import ENDED, ERROR, MADE_WITH, STOPPED, THREADS, StudyView
 from bilora_ray.training.folder import EXAMPLES
 
 # So long the workers of a stopped trial may take to end.
@@ -147,6 +147,13 @@ class SearchStudy(StudyView):
     def keep_made_with(self, made_with: Mapping[str, str]) -> None:
         """Keep with which versions and on what machine the study is searched, in place of those before."""
         self.study.set_user_attr(MADE_WITH, dict(made_with))
+
+    def keep_threads(self, choose: Callable[[int | None], int]) -> None:
+        """Keep how many threads `choose` takes, which hears how many there were at the study's begin."""
+        begun_with = self.study.user_attrs.get(THREADS)
+        used = choose(begun_with)
+        if begun_with is None:
+            self.study.set_user_attr(THREADS, used)
 
     def settle(self) -> None:
         """Wait until nobody writes to the trials that were stopped here, and free what they have written since.

@@ -38,6 +38,8 @@ ASKED_FOR = "fixed_params"
 BASELINE, COMPARED = "baseline", "compared"
 # With which versions, and on what, the study was last searched.
 MADE_WITH = "made_with"
+# On how many threads a training without a search computes, from its begin on.
+THREADS = "threads"
 # A trial that failed by its own settings is PRUNED with a constraint that it broke, since samplers read nothing of a
 # FAIL. Other failures, and all of version 0.1.0, are FAIL.
 STATUS = {
