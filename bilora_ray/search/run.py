@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 
 from bilora_ray.config import TEST_SETTINGS
 from bilora_ray.errors import MachineError, TrialFailure, UserError, first_line
-from bilora_ray.interruption import Interrupted, noted
+from bilora_ray.interruption import Interrupted, heard, noted
 from bilora_ray.runners import runner_for
 from bilora_ray.runners.comparing import Comparing
 from bilora_ray.runners.scoring import score
@@ -105,7 +105,8 @@ def search(
         stack.enter_context(head_watched(lambda: _end(running, ray_address)))
         study = running.study
         comparing = Comparing(space.resources.model_dump(), space.study.num_trials)
-        observers = Observers([running.observers(), comparing])
+        # Of a search that trains finalists their study compares the winner.
+        observers = Observers([running.observers(), *([] if space.study.finalists else [comparing])])
         concurrent = _at_once(space, watcher.say)
         stack.enter_context(watching_moves(study, watcher))
         run_trials(study, observers, concurrent)
@@ -279,6 +280,9 @@ def run_trials(study: SearchStudy, observers: Observers, concurrent: int) -> Non
                 failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
             ),
         ).fit()
+        # Of a signal that came as the last trial ended Tune has asked no more: what follows would not hear of it.
+        if (signal := heard()) is not None:
+            raise Interrupted(signal)
     if scheduler.halted is not None:
         raise scheduler.halted
     if study.asked_to_stop() and not study.finished():
