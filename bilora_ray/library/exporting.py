@@ -76,17 +76,18 @@ def choose(layout: Layout, study: str, number: int | None, prefer: str | None = 
     if number is not None and prefer is not None:
         raise UserError("--prefer: --trial names the trial already; leave one out")
     with naming_the_database(layout, then=""):
-        found = load_study(layout, study)
+        found = searched = load_study(layout, study)
         if number is None:
             refuse_finalists(found)
         record = found.chosen(number, prefer)
         finals = finals_of(found) if number is None and prefer is None else None
-        baseline = found.baseline()
     notes = []
     if finals is not None and finals.winner is None:
         notes = ["the best single run is taken, for its finalists are not all trained"]
     elif finals is not None and finals.winner is not None:
         found, record = finals.study, finals.winner
+    with naming_the_database(layout, then=""):
+        baseline = searched.baseline_of(found.config(record.number))
     return Chosen(
         found.space.study.name,
         record,

@@ -98,6 +98,7 @@ def test_a_longer_search_with_another_winner_has_other_examples_and_the_same_bas
     asked = asked_of(longer)
     assert asked.winner.number > 3
     assert not asked.measured
+    assert longer.examples() == []  # what the one before has made of them is nothing of the new one's
     keep(asked, None, [])
     assert longer.study.user_attrs[COMPARED]["trial"] == asked.winner.number
     assert load_study(layout, "s").baseline() == BASELINE
@@ -112,6 +113,8 @@ def test_a_winner_with_another_base_model_is_measured_beside_its_own(layout: Lay
     before, after = (longer.config(number).model_name_or_path for number in (_best_of(study, 4), asked.winner.number))
     assert asked.measured is (before != after)
     assert before != after, "the case is not met: take another seed"
+    told = {number: longer.origin(longer.record(number)) for number in (_best_of(study, 4), asked.winner.number)}
+    assert ["baseline" in origin for origin in told.values()] == [True, False]
 
 
 def _best_of(study: SearchStudy, first: int) -> int:

@@ -12,7 +12,7 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from bilora_ray.config import SHARPNESS, TrialConfig, applies
+from bilora_ray.config import SHARPNESS, TrialConfig, applies, deciding
 from bilora_ray.digests import by_setting
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.files import is_held
@@ -195,12 +195,27 @@ class StudyView:
 
     def origin(self, record: TrialRecord) -> dict[str, Any]:
         """What the card and the recipe of a trial's adapter say of where it comes from, and of what it is worth."""
-        metric, baseline = self.objective.metric, self.baseline()
+        metric, baseline = self.objective.metric, self.baseline_of(self.config(record.number))
         known = {"study": self.space.study.name, "trial": record.number, metric: record.value, **record.values}
         return {**known, **({"baseline": baseline} if baseline else {})}
 
+    def baseline_of(self, config: TrialConfig) -> dict[str, Any] | None:
+        """The baseline of a trial with these settings, whose base model or rows may be others than the winner's."""
+        measured = self.study.user_attrs.get(COMPARED, {}).get("settings")
+        return self.baseline() if measured == decisive(config) else None
+
     def examples(self) -> list[dict[str, Any]]:
-        """Some validation rows with the answers of the winner's adapter and of its base model; none: not known."""
+        """Some validation rows with the answers of the winner's adapter and of its base model; none: not known.
+
+        Those of an earlier winner, which a longer search has left behind, are none of the study's any more.
+        """
+        compared = self.study.user_attrs.get(COMPARED)
+        if compared is None:
+            return []
+        if compared["study"] == self.study.study_name:
+            best = self.best()
+            if best is None or best.number != compared["trial"]:
+                return []
         try:
             return json.loads(self.layout.examples(self.study.study_name).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError):
@@ -320,3 +335,9 @@ def status_of(trial: FrozenTrial) -> Status:
 
 def _failed(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.FAIL or (trial.state == TrialState.PRUNED and ERROR in trial.constraints)
+
+
+def decisive(config: TrialConfig) -> dict[str, Any]:
+    """The settings that a base model alone is measured by."""
+    without = deciding("training", "training rows", "memory")
+    return {**config.model_dump(mode="json", exclude=set(without)), "split_seed": config.resolved_split_seed}

@@ -10,13 +10,12 @@ from typing import Any
 
 import optuna
 
-from bilora_ray.config import TrialConfig, deciding
 from bilora_ray.files import atomic_file
 from bilora_ray.records import TrialRecord
 from bilora_ray.search.study.control.finalists import finals_of
 from bilora_ray.search.study.storage import open_storage
 from bilora_ray.search.study.studies import load_study
-from bilora_ray.search.study.view import BASELINE, COMPARED, StudyView, search_of
+from bilora_ray.search.study.view import BASELINE, COMPARED, StudyView, decisive, search_of
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def to_compare(study: StudyView) -> Asked | None:
         return None
     compared, there = searched.study.user_attrs.get(COMPARED, {}), searched.baseline() is not None
     config = runs.config(winner.number)
-    measured = not there or compared.get("settings") != _decisive(config)
+    measured = not there or compared.get("settings") != decisive(config)
     asked = Asked(searched, runs, winner, winner.adapter, measured)
     same = all(compared.get(key) == value for key, value in asked.key.items())
     return None if same and not measured and searched.examples() else asked
@@ -77,10 +76,4 @@ def keep(asked: Asked, baseline: Mapping[str, Any] | None, examples: list[dict[s
     study = optuna.load_study(study_name=name, storage=open_storage(layout))
     if baseline is not None:
         study.set_user_attr(BASELINE, dict(baseline))
-    study.set_user_attr(COMPARED, {**asked.key, "settings": _decisive(asked.runs.config(asked.winner.number))})
-
-
-def _decisive(config: TrialConfig) -> dict[str, Any]:
-    """The settings that a base model alone is measured by."""
-    without = deciding("training", "training rows", "memory")
-    return {**config.model_dump(mode="json", exclude=set(without)), "split_seed": config.resolved_split_seed}
+    study.set_user_attr(COMPARED, {**asked.key, "settings": decisive(asked.runs.config(asked.winner.number))})
