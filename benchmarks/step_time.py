@@ -35,7 +35,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from bilora_ray.method import LoraAdamW, build_method, settings_of
+from bilora_ray.method import METHODS, LoraAdamW, build_method, settings_of
 
 RANK = 8
 SETTINGS = {
@@ -45,8 +45,17 @@ SETTINGS = {
     "rho": 0.05,
     "auxiliary_rank": RANK,
     "auxiliary_learning_rate": 5e-4,
+    "clip": "global",
+    "norm": "effective",
+    "looksam_every": 5,
+    "looksam_alpha": 0.7,
+    "bar_alpha": 0.25,
+    "rwp_space": "weight",
+    "seed": 0,
 }
 VOCABULARY = 1024
+# More than are measured: what changes over a training does so.
+TOTAL_STEPS = 1000
 Step = Callable[[], Any]
 
 
@@ -57,6 +66,7 @@ def contender(name: str, base: PreTrainedModel, batch: dict[str, Tensor]) -> Ste
     method = "lora" if name == "peft" else name
     settings = {key: SETTINGS[key] for key in settings_of(method)}
     optimizer = LoraAdamW(model, **settings) if name == "peft" else build_method(method, model, **settings)
+    optimizer.total_steps = TOTAL_STEPS
     model.train()
 
     def closure() -> Tensor:
@@ -204,7 +214,9 @@ def main() -> None:
     """Measure, and print the table or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("llama", "t5"), nargs="+", default=["llama", "t5"])
-    parser.add_argument("--methods", nargs="+", default=["peft", "lora", "bilora"], help="contenders")
+    parser.add_argument(
+        "--methods", nargs="+", choices=["peft", *METHODS], default=["peft", "lora", "bilora"], help="contenders"
+    )
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size, a multiple of 64")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", help="tokens a step, a multiple of 128 (512); of --shapes 4x1024,4x256,4x64")

@@ -47,7 +47,12 @@ METHOD_TITLES: dict[MethodName, str] = {
     "looksam": "LookSAM ([arXiv 2203.02714](https://arxiv.org/abs/2203.02714) on the factors)",
     "nbar": "nBAR ([arXiv 2410.14802](https://arxiv.org/abs/2410.14802))",
     "obar": "oBAR ([arXiv 2410.14802](https://arxiv.org/abs/2410.14802))",
+    "flat-lora": "Flat-LoRA ([arXiv 2409.14396](https://arxiv.org/abs/2409.14396))",
+    "rwp": "random weight perturbation ([arXiv 2211.11489](https://arxiv.org/abs/2211.11489))",
 }
+
+# Those with random noise, on whole tensors.
+NOISY: tuple[MethodName, ...] = ("flat-lora", "rwp")
 
 # About what CUDA takes of a GPU for each process, beside what torch allocates: an estimate, not measured here.
 CUDA_GIB = 0.5
@@ -335,10 +340,10 @@ class TrialConfig(Settings):
         0.05,
         "radius of the perturbation, over all layers: of the auxiliary's effective weight change, Frobenius norm "
         "(bilora, dual-lora); of the primary's factors (lora-sam, looksam). With a bf16 base and steps of few rows 0.2 "
-        "or more of the auxiliary's outlasts the rounding",
+        "or more of the auxiliary's outlasts the rounding. flat-lora, rwp: size of noise, as a share of a row's norm",
         gt=0,
         decides="training",
-        of=("bilora", "dual-lora", "lora-sam", "looksam"),
+        of=("bilora", "dual-lora", "lora-sam", "looksam", "flat-lora", "rwp"),
         amid=True,
         shown=("card", "best"),
     )
@@ -392,6 +397,14 @@ class TrialConfig(Settings):
         gt=0,
         decides="training",
         of=("nbar", "obar"),
+        amid=True,
+        shown=("card",),
+    )
+    rwp_space: Literal["weight", "lora"] = setting(
+        "weight",
+        "what has the noise: the full weight, or A1 and B1",
+        decides="training",
+        of=("rwp",),
         amid=True,
         shown=("card",),
     )
@@ -457,7 +470,7 @@ class TrialConfig(Settings):
     )
     seed: Int = setting(
         0,
-        "of data order, initial weights and dropout",
+        "of data order, initial weights, dropout and noise",
         ge=0,
         lt=2**32,
         decides="model",
@@ -591,6 +604,8 @@ class TrialConfig(Settings):
         if self.class_weights is not None and not TASK_FACTS[self.task].has_classes:
             allowed = ", ".join(task for task, facts in TASK_FACTS.items() if facts.has_classes)
             raise ValueError(f"class_weights: {self.task} has no classes to weigh; allowed with {allowed}")
+        if self.quantization is not None and self.method in NOISY and self.rwp_space == "weight":
+            raise ValueError(f"quantization: {self.method} has noise on the full weight, which must not be quantised")
         if self.label_names is not None and len(set(self.label_names)) < max(2, len(self.label_names)):
             raise ValueError("label_names: needs two or more different names")
         if self.label_names is not None:
@@ -672,6 +687,8 @@ class TrialConfig(Settings):
             return "torch_compile: blocks that are cut into parts are not compiled; use parallelism: ddp"
         if self.sharpness_radius is not None:
             return "sharpness_radius: sharpness is not measured of a model in parts; use parallelism: ddp"
+        if self.method in NOISY:
+            return f"method: {self.method} has noise on whole weights, not on parts of them; use parallelism: ddp"
         return None
 
     @property

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from bilora_ray.checking import Settings
 
-MethodName = Literal["lora", "bilora", "dual-lora", "lora-sam", "looksam", "nbar", "obar"]
+MethodName = Literal["lora", "bilora", "dual-lora", "lora-sam", "looksam", "nbar", "obar", "flat-lora", "rwp"]
 # What a setting decides: see `Facts`.
 Decides = Literal["rows", "training rows", "model", "training", "evaluation", "memory"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)

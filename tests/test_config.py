@@ -475,8 +475,20 @@ def test_what_a_method_does_not_read_does_not_apply_to_it() -> None:
         "looksam_every",
         "looksam_alpha",
         "bar_alpha",
+        "rwp_space",
     ]
     assert [key for key in FACTS if not applies(key, "lora-sam")][:2] == ["auxiliary_rank", "auxiliary_learning_rate"]
+
+
+def test_noise_on_the_full_weight_wants_all_of_it_as_it_is() -> None:
+    line = "W: quantization: {} has noise on the full weight, which must not be quantised"
+    assert refused(quantization="nf4", method="flat-lora") == line.format("flat-lora")
+    assert refused(quantization="int8", method="rwp") == line.format("rwp")
+    assert config(quantization="nf4", method="rwp", rwp_space="lora").whole_only is not None
+    for method in METHOD_NAMES:
+        whole = config(method=method).whole_only
+        noise = f"method: {method} has noise on whole weights, not on parts of them; use parallelism: ddp"
+        assert whole == (noise if method in ("flat-lora", "rwp") else None)
 
 
 # Facts

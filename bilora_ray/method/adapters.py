@@ -19,6 +19,7 @@ from peft.tuners.lora.tp_layer import LoraParallelLinear
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from bilora_ray.method.layers import (
     AUXILIARY,
@@ -29,6 +30,7 @@ from bilora_ray.method.layers import (
     mixed,
     plain_class_of,
 )
+from bilora_ray.method.noise import NoisyLayer
 from bilora_ray.method.radius import Factors
 
 # Layers whose weight change is not the single product B A that the radius is measured on.
@@ -87,6 +89,27 @@ def fuse(model: PeftModel) -> PeftModel:
         if gains_by_fusing(layer):
             layer.__class__ = mixed(FusedLayer, type(layer))
     return model
+
+
+def accept_noise(model: PeftModel) -> list[NoisyLayer]:
+    """Have the layers of a model with the primary alone compute with noise on W0, where they are given some.
+
+    Returns:
+        All adapted layers, in the model's order.
+
+    Raises:
+        ValueError: one is not plain LoRA over a linear layer whose weight is there as numbers; the message names them.
+    """
+    layers = dict(_adapted(model))
+    others = [name for name, layer in layers.items() if not _takes_noise(layer)]
+    others += [name for name, module in model.get_base_model().named_modules() if isinstance(module, UNSUPPORTED)]
+    if others:
+        raise ValueError(
+            f"noise is added to unquantised, plain linear layers with plain LoRA, not to {_listed(others)}"
+        )
+    for layer in layers.values():
+        layer.__class__ = mixed(NoisyLayer, plain_class_of(layer))
+    return cast(list[NoisyLayer], list(layers.values()))
 
 
 def has_auxiliary(model: nn.Module) -> bool:
@@ -158,6 +181,12 @@ def _adapted(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and PRIMARY in module.r:
             yield name, module
+
+
+def _takes_noise(layer: LoraLayer) -> bool:
+    """Whether `layer` computes W0 x + s1 B1 A1 x and nothing else, with a W0 that can be added to."""
+    is_plain = plain_class_of(layer) is lora_layers.Linear and type(layer.base_layer) in (nn.Linear, Conv1D)
+    return is_plain and PRIMARY not in layer.lora_variant and not layer.lora_bias[PRIMARY] and not layer.merged
 
 
 def _adapts_embeddings(model: PeftModel) -> bool:

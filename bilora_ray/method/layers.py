@@ -103,8 +103,7 @@ class FusedLayer(_Layer):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by the plain class: the mixed one is made at run time and has no importable name."""
-        kind = PerturbedLayer if isinstance(self, PerturbedLayer) else FusedLayer
-        return _rebuild, (kind, self.plain_class), self.__dict__
+        return _rebuild, (type(self).__bases__[0], self.plain_class), self.__dict__
 
     def _can_fuse(self, x: Tensor) -> bool:
         """Whether PEFT's own forward is base(x) + s1 B1 A1 dropout(x) and nothing else.

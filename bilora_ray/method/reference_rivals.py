@@ -5,6 +5,8 @@ Nothing here is fast, and it needs torch alone.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -123,6 +125,54 @@ class ReferenceLookSam(ReferenceLoraSam):
             g_s = {key: g[key] + scale * self.g_v[key] for key in g}
         self.t += 1
         self.move(g_s)
+        return value
+
+
+class ReferenceNoisyLora(ReferenceLora):
+    """LoRA whose gradient is taken under noise: Flat-LoRA and RWP (arXiv 2409.14396, section 3.3; 2211.11489).
+
+    The standard normal numbers are given, since no two programs draw the same.
+
+    Attributes:
+        rho: size of the noise.
+        steps: of the whole training, over which the noise grows; None where its size stays.
+        on_factors: whether it is on A1 and B1, and not on the merged weight.
+        draws: Z of each layer and tensor: `W`, or `A1` and `B1`, for the step to come.
+    """
+
+    rho = 0.05
+    steps: int | None = None
+    on_factors = False
+    draws: Gradients
+    t = 0
+
+    def noise(self, name: str, of: str, M: Tensor) -> Tensor:
+        """sigma_i Z_ij with sigma_i = c rho ||row i of M|| / sqrt(n), no gradient through it."""
+        c = 1.0 if self.steps is None else 0.5 * (1 - math.cos(math.pi * self.t / self.steps))
+        sigma = c * self.rho * M.norm(dim=1, keepdim=True) / math.sqrt(M.shape[1])
+        return sigma * self.draws[name, of]
+
+    def step(self, loss: Loss) -> float:
+        """One step, with one backward pass. Returns the loss under the noise."""
+        factors, W = {}, {}
+        for name, layer in self.layers.items():
+            B, A = layer.B1, layer.A1
+            if self.on_factors:
+                B, A = B + self.noise(name, "B1", B), A + self.noise(name, "A1", A)
+            factors[name] = B, A
+            W[name] = layer.W0 + layer.s1 * B @ A
+            if not self.on_factors:
+                W[name] = W[name] + self.noise(name, "W", W[name])
+        self.t += 1
+        value, G = value_and_gradient(loss, W)
+        gradient: Gradients = {}
+        for name, (B, A) in factors.items():
+            gradient[name, "B1"] = self.layers[name].s1 * G[name] @ A.T
+            gradient[name, "A1"] = self.layers[name].s1 * B.T @ G[name]
+        gradient = limited(gradient, self.max_grad_norm)
+        for name, layer in self.layers.items():
+            layer.B1 = self.adam[name, "B1"].moved(layer.B1, gradient[name, "B1"])
+            layer.A1 = self.adam[name, "A1"].moved(layer.A1, gradient[name, "A1"])
         return value
 
 

@@ -28,6 +28,8 @@ SETTINGS = {
     "looksam_every": 3,
     "looksam_alpha": 0.7,
     "bar_alpha": 0.25,
+    "rwp_space": "weight",
+    "seed": 0,
 }
 
 
@@ -48,6 +50,7 @@ def parameters_of(model):
 def test_every_method_trains_through_the_same_seam(name):
     model, batch = primary_model("llama")
     optimizer = build_method(name, model, **of(name))
+    optimizer.total_steps = 15
     assert has_auxiliary(model) == ("auxiliary_rank" in settings_of(name))
     losses = train(model, optimizer, batch, 15)
     assert losses[-1] < losses[0]

@@ -11,12 +11,14 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from bilora_ray.method import METHODS, build_method, settings_of
 from bilora_ray.method.layers import AUXILIARY, PRIMARY
+from bilora_ray.method.noise import Draws
 from bilora_ray.method.reference_rivals import (
     ReferenceAblatedBiLora,
     ReferenceBar,
     ReferenceDualLora,
     ReferenceLookSam,
     ReferenceLoraSam,
+    ReferenceNoisyLora,
 )
 
 STEPS = 50
@@ -31,6 +33,8 @@ SETTINGS = {
     "looksam_every": 4,
     "looksam_alpha": 0.7,
     "bar_alpha": 0.25,
+    "rwp_space": "weight",
+    "seed": 5,
 }
 # Method and settings of its own -> its twin, and what that has beside what all have.
 TWINS = [
@@ -38,6 +42,9 @@ TWINS = [
     ("looksam", {}, ReferenceLookSam, {"rho": 0.05, "every": 4, "alpha": 0.7}),
     ("nbar", {}, ReferenceBar, {"by_gradients": True, "steps": STEPS}),
     ("obar", {"bar_alpha": 3.0}, ReferenceBar, {"by_gradients": False, "alpha": 3.0, "steps": STEPS}),
+    ("flat-lora", {"rho": 0.2}, ReferenceNoisyLora, {"rho": 0.2, "steps": STEPS}),
+    ("rwp", {}, ReferenceNoisyLora, {"rho": 0.05}),
+    ("rwp", {"rwp_space": "lora", "rho": 0.3}, ReferenceNoisyLora, {"rho": 0.3, "on_factors": True}),
     ("dual-lora", {}, ReferenceDualLora, {}),
     ("bilora", {"clip": "per-layer", "rho": 0.01}, ReferenceAblatedBiLora, {"clip": "per-layer"}),
     ("bilora", {"clip": "none"}, ReferenceAblatedBiLora, {"clip": "none"}),
@@ -56,6 +63,27 @@ def norm_in_float64(model):
             module.forward = MethodType(forward, module)
 
 
+@pytest.fixture
+def noises(monkeypatch):
+    """The noise of the last step, of each tensor that has some."""
+    found, at = [], Draws.at
+
+    def recorded(self, *args):
+        found[:] = at(self, *args)
+        return found
+
+    monkeypatch.setattr(Draws, "at", recorded)
+    return found
+
+
+def draws_of(noises, model):
+    """Their numbers, as a twin is given them."""
+    tensors = [
+        (key, of) for key in adapted(model) for of in (("W",) if len(noises) == len(adapted(model)) else ("A1", "B1"))
+    ]
+    return {key: noise.draws * noise.scale.sign() for key, noise in zip(tensors, noises, strict=True)}
+
+
 def settings(name, **own):
     return {key: {**SETTINGS, **own}[key] for key in settings_of(name)}
 
@@ -63,7 +91,7 @@ def settings(name, **own):
 @pytest.mark.parametrize("max_grad_norm", [None, 0.05])
 @pytest.mark.parametrize("family", ["mlp", "llama"])
 @pytest.mark.parametrize(("name", "own", "twin", "told"), TWINS)
-def test_each_equals_its_twin(family, max_grad_norm, name, own, twin, told):
+def test_each_equals_its_twin(family, max_grad_norm, name, own, twin, told, noises):
     model, batch = primary_model(family, torch.float64, alpha_pattern={PATTERN[family]: 3})
     norm_in_float64(model)
     base = copy.deepcopy(model).merge_and_unload()  # B1 = 0: merging changes nothing
@@ -80,6 +108,8 @@ def test_each_equals_its_twin(family, max_grad_norm, name, own, twin, told):
     for step in range(STEPS):
         inputs = fresh_batch(batch, step)
         fast = optimizer.step(closure_of(model, optimizer, inputs, loss_in_float64))
+        if noises:
+            plain.draws = draws_of(noises, model)
         assert float(fast.detach()) == pytest.approx(plain.step(loss_of_weights(base, inputs)), rel=1e-10)
     for key, layer in adapted(model).items():
         A1, B1, _ = factors(layer, PRIMARY)
@@ -115,8 +145,8 @@ def test_a_step_costs_what_is_declared(name):
     assert passes == {"forward": declared * steps, "backward": declared * steps}
 
 
-@pytest.mark.parametrize("name", ["lora-sam", "looksam"])
-def test_what_needs_the_loss_twice_says_so(name):
+@pytest.mark.parametrize("name", ["lora-sam", "looksam", "flat-lora", "rwp"])
+def test_what_needs_a_closure_says_so(name):
     model, _ = primary_model("mlp")
     with pytest.raises(TypeError, match="closure"):
         build_method(name, model, **settings(name, max_grad_norm=1.0)).step()

@@ -91,6 +91,23 @@ def test_a_resumed_trial_ends_as_an_uninterrupted_one(task: Task, method: str, t
         assert_same_end(path, progress, tmp_path / "whole", expected)
 
 
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [("flat-lora", {}), ("rwp", {}), ("rwp", {"rwp_space": "lora"}), ("looksam", {"looksam_every": 2}), ("nbar", {})],
+)
+def test_a_resumed_rival_ends_as_an_uninterrupted_one(
+    method: str, own: dict[str, Any], tiny: Tiny, tmp_path: Path
+) -> None:
+    config = demanding(tiny, "causal-lm", method, max_steps=7, rho=0.3, **own)
+    _, expected = run_fit(config, tmp_path / "whole")
+    path = tmp_path / "resumed"
+    interrupted(config, path, 1)
+    torch.rand(3)
+    _, progress = run_fit(config, path)
+    assert progress.resumed_at == [3]
+    assert_same_end(path, progress, tmp_path / "whole", expected)
+
+
 @pytest.mark.parametrize("kind", MEMORIES)
 def test_a_resumed_method_remembers_what_it_had(
     kind: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

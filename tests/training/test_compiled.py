@@ -69,7 +69,7 @@ def new_graphs() -> Graphs:
 @pytest.mark.parametrize("task", ["causal-lm", pytest.param("sequence-classification", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("compiler")
 def test_few_graphs_do_for_all_shapes_and_for_a_second_trial(task: Task, tiny: Tiny, tmp_path: Path) -> None:
-    for method in METHODS:
+    for method in (*METHODS, "flat-lora"):
         config = tiny.config(task, method=method, max_steps=12, per_device_train_batch_size=5)
         plain, _, _ = trained(config, tmp_path / f"plain-{method}")
         config = config.model_copy(update={"torch_compile": True})
