@@ -45,6 +45,7 @@ METHOD_TITLES: dict[MethodName, str] = {
     "dual-lora": "Dual-LoRA (an ablation of Bi-LoRA, [arXiv 2508.19564](https://arxiv.org/abs/2508.19564))",
     "lora-sam": "LoRA-SAM ([arXiv 2010.01412](https://arxiv.org/abs/2010.01412) on the factors)",
     "looksam": "LookSAM ([arXiv 2203.02714](https://arxiv.org/abs/2203.02714) on the factors)",
+    "esam": "ESAM ([arXiv 2110.03141](https://arxiv.org/abs/2110.03141) on the factors)",
     "nbar": "nBAR ([arXiv 2410.14802](https://arxiv.org/abs/2410.14802))",
     "obar": "oBAR ([arXiv 2410.14802](https://arxiv.org/abs/2410.14802))",
     "flat-lora": "Flat-LoRA ([arXiv 2409.14396](https://arxiv.org/abs/2409.14396))",
@@ -339,11 +340,11 @@ class TrialConfig(Settings):
     rho: Float = setting(
         0.05,
         "radius of the perturbation, over all layers: of the auxiliary's effective weight change, Frobenius norm "
-        "(bilora, dual-lora); of the primary's factors (lora-sam, looksam). With a bf16 base and steps of few rows 0.2 "
-        "or more of the auxiliary's outlasts the rounding. flat-lora, rwp: size of noise, as a share of a row's norm",
+        "(bilora, dual-lora); of the primary's factors (lora-sam, looksam, esam). With a bf16 base and steps of few "
+        "rows 0.2 or more of the auxiliary's outlasts the rounding. flat-lora, rwp: of noise, as a share of its row's",
         gt=0,
         decides="training",
-        of=("bilora", "dual-lora", "lora-sam", "looksam", "flat-lora", "rwp"),
+        of=("bilora", "dual-lora", "lora-sam", "looksam", "esam", "flat-lora", "rwp"),
         amid=True,
         shown=("card", "best"),
     )
@@ -388,6 +389,26 @@ class TrialConfig(Settings):
         gt=0,
         decides="training",
         of=("looksam",),
+        amid=True,
+        shown=("card",),
+    )
+    esam_beta: Float = setting(
+        0.5,
+        "share of the factors that are perturbed",
+        gt=0,
+        le=1,
+        decides="training",
+        of=("esam",),
+        amid=True,
+        shown=("card",),
+    )
+    esam_gamma: Float = setting(
+        0.5,
+        "share of a step's rows, those whose loss the perturbation raises most, that the update is of",
+        gt=0,
+        le=1,
+        decides="training",
+        of=("esam",),
         amid=True,
         shown=("card",),
     )

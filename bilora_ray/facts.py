@@ -9,7 +9,7 @@ from pydantic import Field
 
 from bilora_ray.checking import Settings
 
-MethodName = Literal["lora", "bilora", "dual-lora", "lora-sam", "looksam", "nbar", "obar", "flat-lora", "rwp"]
+MethodName = Literal["lora", "bilora", "dual-lora", "lora-sam", "looksam", "esam", "nbar", "obar", "flat-lora", "rwp"]
 # What a setting decides: see `Facts`.
 Decides = Literal["rows", "training rows", "model", "training", "evaluation", "memory"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
@@ -59,6 +59,7 @@ def setting(
     decides: Decides,
     gt: float | None = None,
     ge: float | None = None,
+    le: float | None = None,
     lt: float | None = None,
     min_length: int | None = None,
     **facts: Any,
@@ -69,7 +70,7 @@ def setting(
         default: `...` where there is none.
         description: the one place where the setting is described.
         decides: see `Facts`. It has no default, so that nothing is assumed of a new setting.
-        gt: with `ge`, `lt` and `min_length`: as pydantic has them.
+        gt: with `ge`, `le`, `lt` and `min_length`: as pydantic has them.
         facts: see `Facts`. Trials are compared on the same rows, by the same measure: what decides those is not
             searched unless it says so.
 
@@ -77,7 +78,8 @@ def setting(
         TypeError: there are no such facts.
     """
     known = asdict(Facts(decides=decides, **{"searched": decides not in ("rows", "evaluation"), **facts}))
-    return Field(default, description=description, gt=gt, ge=ge, lt=lt, min_length=min_length, json_schema_extra=known)
+    limits: dict[str, Any] = {"gt": gt, "ge": ge, "le": le, "lt": lt, "min_length": min_length}
+    return Field(default, description=description, json_schema_extra=known, **limits)
 
 
 def facts_of(kind: type[Settings]) -> dict[str, Facts]:

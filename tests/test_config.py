@@ -196,6 +196,8 @@ def test_integers_are_known_and_so_are_numbers() -> None:
         "rho",
         "auxiliary_learning_rate",
         "looksam_alpha",
+        "esam_beta",
+        "esam_gamma",
         "bar_alpha",
         "learning_rate",
         "weight_decay",
@@ -474,6 +476,8 @@ def test_what_a_method_does_not_read_does_not_apply_to_it() -> None:
         "norm",
         "looksam_every",
         "looksam_alpha",
+        "esam_beta",
+        "esam_gamma",
         "bar_alpha",
         "rwp_space",
     ]
@@ -502,7 +506,7 @@ def test_noise_on_the_full_weight_wants_all_of_it_as_it_is() -> None:
         {"decides": "rho"},
         {"decides": "training", "of": ("adam",)},
         {"decides": "training", "search": False},
-        {"decides": "training", "le": 1},
+        {"decides": "training", "multiple_of": 1},
     ],
     ids=str,
 )

@@ -7,8 +7,8 @@ that a method which needs the loss twice a step fits the same loop.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from peft import PeftModel
@@ -19,6 +19,25 @@ from bilora_ray.method.flat import UNUSUAL, Plan, alike, with_gradients
 
 Closure = Callable[[], Tensor]
 Place = Callable[[PeftModel], None]
+
+
+@runtime_checkable
+class RowClosure(Protocol):
+    """A closure that can tell the rows of a step apart."""
+
+    def __call__(self) -> Tensor:
+        """See `MethodAdamW.step`."""
+
+    def by_row(self, rows: Sequence[int] | None = None, gradient: bool = True) -> Tensor:
+        """What each row has in the mean loss, without its graph.
+
+        Args:
+            rows: their places among those of the step; all of them if None. The mean is over these alone.
+            gradient: whether the gradients are cleared, and that of the mean is left.
+
+        Returns:
+            (rows,): they add up to the mean loss.
+        """
 
 
 class MethodAdamW(torch.optim.AdamW):
@@ -33,6 +52,8 @@ class MethodAdamW(torch.optim.AdamW):
 
     # How many forward and backward passes over the rows a step takes, on average.
     passes_per_step: float = 1.0
+    # How many forward passes it takes beside those.
+    forward_passes_per_step: float = 0.0
     # How many steps the training has; None if nobody has said so. It is told anew at each start.
     total_steps: int | None = None
 

@@ -6,6 +6,7 @@ Nothing here is fast, and it needs torch alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -174,6 +175,46 @@ class ReferenceNoisyLora(ReferenceLora):
             layer.B1 = self.adam[name, "B1"].moved(layer.B1, gradient[name, "B1"])
             layer.A1 = self.adam[name, "A1"].moved(layer.A1, gradient[name, "A1"])
         return value
+
+
+class ReferenceEsam(ReferenceLoraSam):
+    """ESAM (Du et al., ICLR 2022, Algorithm 1), on A1 and B1.
+
+    Attributes:
+        beta: share of the factors that are perturbed.
+        gamma: share of the rows that the gradient is of.
+        chosen: the factors that are perturbed in the step to come: given, since no two programs draw the same.
+    """
+
+    beta = 0.5
+    gamma = 0.5
+    chosen: set[tuple[str, str]]
+
+    def step_on(self, rows: Sequence[Loss]) -> float:
+        """One step on rows of equal weight, each with its loss. Returns the mean before it, at the weight itself."""
+        here = {name: (layer.B1, layer.A1) for name, layer in self.layers.items()}
+        losses = [self.at(row, here)[0] for row in rows]
+        g = self.at(lambda W: mean(rows, W), here)[1]
+        there = self.uphill({key: part if key in self.chosen else torch.zeros_like(part) for key, part in g.items()})
+        rise = [self.at(row, there)[0] - loss for row, loss in zip(rows, losses, strict=True)]
+        count = max(1, int(self.gamma * len(rows)))
+        sharpest = sorted(range(len(rows)), key=lambda row: -rise[row])[:count]
+        self.move(self.at(lambda W: mean([rows[row] for row in sharpest], W), there)[1])
+        return sum(losses) / len(losses)
+
+    def uphill(self, g: Gradients) -> dict[str, tuple[Tensor, Tensor]]:
+        """B1 + e_B, A1 + e_A with e = rho / beta g / ||g||; where nothing is chosen, nothing moves."""
+        length = norm(list(g.values()))
+        scale = self.rho / self.beta / length if length else 0.0
+        return {
+            name: (layer.B1 + scale * g[name, "B1"], layer.A1 + scale * g[name, "A1"])
+            for name, layer in self.layers.items()
+        }
+
+
+def mean(rows: Sequence[Loss], W: dict[str, Tensor]) -> Tensor:
+    """Of the losses of `rows` at W."""
+    return torch.stack([row(W) for row in rows]).mean()
 
 
 class ReferenceBar(ReferenceLora):

@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 
 from bilora_ray.errors import nearest
-from bilora_ray.method import bar, bilora, dual_lora, flat_lora, looksam, lora, lora_sam, rwp
+from bilora_ray.method import bar, bilora, dual_lora, esam, flat_lora, looksam, lora, lora_sam, rwp
 from bilora_ray.method.base import MethodAdamW, Place
 
 # A method's name -> what makes its optimizer for a PEFT LoRA model with the primary adapter, to which it attaches what
@@ -21,6 +21,7 @@ METHODS: dict[str, Callable[..., MethodAdamW]] = {
     "dual-lora": dual_lora.build,
     "lora-sam": lora_sam.build,
     "looksam": looksam.build,
+    "esam": esam.build,
     "nbar": bar.build_nbar,
     "obar": bar.build_obar,
     "flat-lora": flat_lora.build,

@@ -28,6 +28,8 @@ SETTINGS = {
     "looksam_every": 3,
     "looksam_alpha": 0.7,
     "bar_alpha": 0.25,
+    "esam_beta": 0.5,
+    "esam_gamma": 0.5,
     "rwp_space": "weight",
     "seed": 0,
 }

@@ -6,16 +6,18 @@ from types import MethodType
 import pytest
 import torch
 from test_reference import PATTERN, adapted, factors, fresh_batch, loss_in_float64, loss_of_weights, reference_layers
-from tiny import closure_of, primary_model
+from tiny import closure_of, primary_model, rows_of
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from bilora_ray.method import METHODS, build_method, settings_of
+from bilora_ray.method.esam import perturbed
 from bilora_ray.method.layers import AUXILIARY, PRIMARY
 from bilora_ray.method.noise import Draws
 from bilora_ray.method.reference_rivals import (
     ReferenceAblatedBiLora,
     ReferenceBar,
     ReferenceDualLora,
+    ReferenceEsam,
     ReferenceLookSam,
     ReferenceLoraSam,
     ReferenceNoisyLora,
@@ -33,6 +35,8 @@ SETTINGS = {
     "looksam_every": 4,
     "looksam_alpha": 0.7,
     "bar_alpha": 0.25,
+    "esam_beta": 0.5,
+    "esam_gamma": 0.5,
     "rwp_space": "weight",
     "seed": 5,
 }
@@ -40,6 +44,8 @@ SETTINGS = {
 TWINS = [
     ("lora-sam", {}, ReferenceLoraSam, {"rho": 0.05}),
     ("looksam", {}, ReferenceLookSam, {"rho": 0.05, "every": 4, "alpha": 0.7}),
+    ("esam", {}, ReferenceEsam, {"rho": 0.05}),
+    ("esam", {"esam_beta": 0.8, "esam_gamma": 0.3}, ReferenceEsam, {"rho": 0.05, "beta": 0.8, "gamma": 0.3}),
     ("nbar", {}, ReferenceBar, {"by_gradients": True, "steps": STEPS}),
     ("obar", {"bar_alpha": 3.0}, ReferenceBar, {"by_gradients": False, "alpha": 3.0, "steps": STEPS}),
     ("flat-lora", {"rho": 0.2}, ReferenceNoisyLora, {"rho": 0.2, "steps": STEPS}),
@@ -110,7 +116,14 @@ def test_each_equals_its_twin(family, max_grad_norm, name, own, twin, told, nois
         fast = optimizer.step(closure_of(model, optimizer, inputs, loss_in_float64))
         if noises:
             plain.draws = draws_of(noises, model)
-        assert float(fast.detach()) == pytest.approx(plain.step(loss_of_weights(base, inputs)), rel=1e-10)
+        if twin is ReferenceEsam:
+            places = [(key, of) for key in adapted(model) for of in ("A1", "B1")]
+            flags = perturbed(SETTINGS["seed"], step, len(places), plain.beta)
+            plain.chosen = {place for place, flag in zip(places, flags, strict=True) if flag}
+            value = plain.step_on([loss_of_weights(base, row) for row in rows_of(inputs)])
+        else:
+            value = plain.step(loss_of_weights(base, inputs))
+        assert float(fast.detach()) == pytest.approx(value, rel=1e-10)
     for key, layer in adapted(model).items():
         A1, B1, _ = factors(layer, PRIMARY)
         assert (A1 - plain.layers[key].A1).abs().max() <= 1e-10
@@ -127,25 +140,27 @@ def test_a_step_costs_what_is_declared(name):
     model, batch = primary_model("mlp")
     optimizer = build_method(name, model, **settings(name, max_grad_norm=1.0))
     optimizer.total_steps = STEPS
-    passes = {"forward": 0, "backward": 0}
-    model.register_forward_hook(lambda *_: passes.update(forward=passes["forward"] + 1))
-    model.train()
+    batch = {key: tensor[:8] for key, tensor in batch.items()}
+    rows = {"forward": 0, "backward": 0}
 
-    def closure():
-        optimizer.zero_grad()
-        loss = model(**batch).loss
-        loss.register_hook(lambda gradient: passes.update(backward=passes["backward"] + 1))
-        loss.backward()
-        return loss
+    def count(of, output):
+        rows[of] += len(output.logits)
+        return output
 
+    def loss_of(output, _):
+        output.loss.requires_grad and output.loss.register_hook(lambda _: count("backward", output) and None)
+        return output.loss
+
+    model.register_forward_hook(lambda _, inputs, output: count("forward", output))
+    closure = closure_of(model.train(), optimizer, batch, loss_of)
     steps = 2 * SETTINGS["looksam_every"]
     for _ in range(steps):
         optimizer.step(closure)
-    declared = optimizer.passes_per_step
-    assert passes == {"forward": declared * steps, "backward": declared * steps}
+    declared = optimizer.passes_per_step * steps * 8
+    assert rows == {"forward": declared + optimizer.forward_passes_per_step * steps * 8, "backward": declared}
 
 
-@pytest.mark.parametrize("name", ["lora-sam", "looksam", "flat-lora", "rwp"])
+@pytest.mark.parametrize("name", ["lora-sam", "looksam", "esam", "flat-lora", "rwp"])
 def test_what_needs_a_closure_says_so(name):
     model, _ = primary_model("mlp")
     with pytest.raises(TypeError, match="closure"):

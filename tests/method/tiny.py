@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -144,21 +144,43 @@ def own_loss(output: Any, batch: Batch) -> Tensor:
     return output.loss
 
 
-def closure_of(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    loss_of: Callable[[Any, Batch], Tensor] = own_loss,
-) -> Callable[[], Tensor]:
-    """The loss of `batch` with its gradient, as a training loop gives it to `step`."""
+class closure_of:
+    """The loss of `batch` with its gradient, as a training loop gives it to `step`. All rows weigh alike."""
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = loss_of(model(**batch), batch)
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        batch: Batch,
+        loss_of: Callable[[Any, Batch], Tensor] = own_loss,
+    ) -> None:
+        self.model, self.optimizer, self.batch, self.loss_of = model, optimizer, batch, loss_of
+
+    def __call__(self) -> Tensor:
+        self.optimizer.zero_grad()
+        loss = self.loss_of(self.model(**self.batch), self.batch)
         loss.backward()
         return loss
 
-    return closure
+    def by_row(self, rows: Sequence[int] | None = None, gradient: bool = True) -> Tensor:
+        chosen = range(len(rows_of(self.batch))) if rows is None else rows
+        if gradient:
+            self.optimizer.zero_grad()
+        parts = []
+        for row in chosen:
+            one = rows_of(self.batch)[row]
+            with torch.set_grad_enabled(gradient):
+                loss = self.loss_of(self.model(**one), one) / len(chosen)
+            if gradient:
+                loss.backward()
+            parts.append(loss.detach())
+        return torch.stack(parts)
+
+
+def rows_of(batch: Batch) -> list[Batch]:
+    """Each row as a batch of its own."""
+    count = len(next(iter(batch.values())))
+    return [{key: tensor[row : row + 1] for key, tensor in batch.items()} for row in range(count)]
 
 
 def activate_both_by_peft(model: PeftModel) -> None:

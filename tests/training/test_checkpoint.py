@@ -93,7 +93,14 @@ def test_a_resumed_trial_ends_as_an_uninterrupted_one(task: Task, method: str, t
 
 @pytest.mark.parametrize(
     ("method", "own"),
-    [("flat-lora", {}), ("rwp", {}), ("rwp", {"rwp_space": "lora"}), ("looksam", {"looksam_every": 2}), ("nbar", {})],
+    [
+        ("esam", {}),
+        ("flat-lora", {}),
+        ("rwp", {}),
+        ("rwp", {"rwp_space": "lora"}),
+        ("looksam", {"looksam_every": 2}),
+        ("nbar", {}),
+    ],
 )
 def test_a_resumed_rival_ends_as_an_uninterrupted_one(
     method: str, own: dict[str, Any], tiny: Tiny, tmp_path: Path

@@ -165,6 +165,43 @@ def test_a_pass_without_any_target_adds_nothing(task: Task, tiny: Tiny, tmp_path
     assert not any(part.any() for part in found(empty))
 
 
+def gradients_of(run: Run) -> list[torch.Tensor]:
+    return [p.grad.clone() for p in run.model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_rows_one_by_one_add_up_to_the_step(
+    task: Task, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: tensor)  # losses would be of float32
+    run = exact(Run(tiny.config(task, per_device_train_batch_size=6), TrialFolder(tmp_path)))
+    rows = run._next_rows()
+    closure = run.gradients.closure(rows)
+    loss = float(closure())
+    whole = gradients_of(run)
+    parts = closure.by_row()
+    assert parts.shape == (6,)
+    assert float(parts.sum()) == pytest.approx(loss, rel=1e-6)
+    for found, expected in zip(gradients_of(run), whole, strict=True):
+        assert (found - expected).norm() <= 1e-12 * max(1.0, float(expected.norm()))
+    before = gradients_of(run)
+    assert torch.equal(closure.by_row(gradient=False), parts)
+    assert all(map(torch.equal, gradients_of(run), before))
+    some = float(closure.by_row([4, 1]).sum())
+    chosen = gradients_of(run)
+    assert some == pytest.approx(float(run.gradients.closure([rows[4], rows[1]])()), rel=1e-6)
+    for found, expected in zip(gradients_of(run), chosen, strict=True):
+        assert (found - expected).norm() <= 1e-12 * max(1.0, float(expected.norm()))
+
+
+def test_rows_weigh_as_their_classes_do(tiny: Tiny, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"per_device_train_batch_size": 8, "class_weights": "balanced"}
+    run = Run(tiny.config("sequence-classification", **settings), TrialFolder(tmp_path))
+    run.model.eval()
+    closure = run.gradients.closure(run._next_rows())
+    assert float(closure.by_row().sum()) == pytest.approx(float(closure()), rel=1e-5)
+
+
 def exact(run: Run) -> Run:
     """`run` in float64 and without any dropout, whose masks depend on the passes."""
     run.model.double()

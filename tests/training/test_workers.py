@@ -100,6 +100,20 @@ PARTED = [pytest.param(False, marks=pytest.mark.slow, id="ddp"), pytest.param(Tr
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "own"), [("flat-lora", {}), ("rwp", {}), ("rwp", {"rwp_space": "lora"}), ("esam", {})]
+)
+def test_two_workers_train_a_rival_as_one_does(method: str, own: dict[str, Any], tiny: Tiny, tmp_path: Path) -> None:
+    length: dict[str, Any] = {"method": method, "rho": 0.2, "max_steps": 4, "eval_steps": 2, "learning_rate": 2e-3}
+    length |= {"model_name_or_path": without_dropout(tiny, "causal-lm", tmp_path), **own}
+    one, _ = run_fit(tiny.config("causal-lm", per_device_train_batch_size=6, **length), tmp_path / "one")
+    settings = settings_of(tiny, "causal-lm", rows=3, **length)
+    two = together(2, fit_together, settings, str(tmp_path / "two"), 2, False)
+    assert reproducible(two[0]) == reproducible(two[1])
+    check_alike(one, two[0], tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
 def test_two_workers_with_compiled_blocks_equal_one_without(tiny: Tiny, tmp_path: Path) -> None:
     if reason := why_not("cpu"):
         pytest.skip(reason)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from bilora_ray.errors import NonFiniteLoss
 from bilora_ray.method import MethodAdamW
-from bilora_ray.method.base import Closure
 from bilora_ray.training.compute.cutting import Budget, cut, positions
 from bilora_ray.training.compute.memory import ONE_ROW, Room, Shortage, failure, release, smaller
 from bilora_ray.training.compute.varlen import batch_of, is_flat, placed
@@ -52,23 +51,9 @@ class Gradients:
         # What all workers know, so that they cut a step alike.
         self.agreed = room.proven.training
 
-    def closure(self, examples: list[Any]) -> Closure:
-        """What a method calls as often as it needs in one step: the loss of `examples`, with its gradient.
-
-        Each call sees the same dropout, and none waits for a number.
-        """
-        before = random_states()
-        called = False
-
-        def closure() -> Tensor:
-            nonlocal called
-            if called:
-                with drawing_again(before):
-                    return self.of(examples, before)
-            called = True
-            return self.of(examples, before)
-
-        return closure
+    def closure(self, examples: list[Any]) -> StepClosure:
+        """What a method calls as often as it needs in one step: the loss of `examples`, with its gradient."""
+        return StepClosure(self, examples)
 
     def of(self, examples: list[Any], states: Mapping[str, Tensor] | None = None) -> Tensor:
         """The mean loss over the target tokens or rows of `examples`, weighted if so set, with its gradient.
@@ -90,6 +75,27 @@ class Gradients:
             is_last = is_last or found is not None
             set_random_states(states or {})
         self.network.share_gradients()
+        return self.workers.total(found)
+
+    def by_row(self, examples: list[Any], gradient: bool) -> Tensor:
+        """What each of `examples` has in their mean loss, (examples,), computed one by one.
+
+        With `gradient` that of the mean is what the parameters have then. There is no smaller pass than of one row.
+        """
+        if gradient:
+            self.optimizer.zero_grad()
+        targets = self.task.target_count(examples)
+        found = torch.zeros(len(examples), device=self.device)
+        own = self.workers.share(range(len(examples)))
+        for number, (row, counts) in enumerate(own, start=1):
+            self.network.accumulating(last=number == len(own))
+            weight = self.task.target_count([examples[row]]) / targets if counts and targets else 0.0
+            with torch.set_grad_enabled(gradient):
+                part = self._pass([examples[row]], weight, gradient)
+            if counts:
+                found[row] = part
+        if gradient:
+            self.network.share_gradients()
         return self.workers.total(found)
 
     def agree(self) -> None:
@@ -133,14 +139,15 @@ class Gradients:
             parts = self._cut(list(chain.from_iterable(parts)), known)
         return [(part, bool(counting)) for part in parts]
 
-    def _pass(self, part: list[Any], weight: float) -> Tensor:
-        """The loss of one pass, times its `weight`, whose gradient is added to what there is."""
+    def _pass(self, part: list[Any], weight: float, gradient: bool = True) -> Tensor:
+        """The loss of one pass, times its `weight`, whose `gradient` is added to what there is."""
         batch = placed(self.batch(part), self.device)
         loss = self.task.loss(self.network, batch)
         if not weight:  # the mean over no target is NaN, and so is nothing of it; parts of a model need the pass
             loss = loss.nan_to_num(0.0)
         loss = loss * weight
-        (loss * self.network.divides_by).backward()
+        if gradient:
+            (loss * self.network.divides_by).backward()
         return loss.detach()
 
     def batch(self, examples: Sequence[Any]) -> dict[str, Any]:
@@ -153,6 +160,39 @@ class Gradients:
         budget = Budget(self.config.per_device_train_batch_size, self.config.tokens_per_pass, proven, padded)
         parts = cut(sides, budget, self.device.type, workers)
         return [[examples[row] for row in part] for part in parts]
+
+
+class StepClosure:
+    """The loss of the rows of one step, as often as a method asks for it: a `RowClosure`.
+
+    Each call sees the same dropout, and none waits for a number.
+
+    Args:
+        gradients: compute it.
+        examples: the rows.
+    """
+
+    def __init__(self, gradients: Gradients, examples: list[Any]) -> None:
+        self._gradients = gradients
+        self._examples = examples
+        self._before = random_states()
+        self._called = False
+
+    def __call__(self) -> Tensor:
+        """The mean loss, with its gradient."""
+        return self._drawn(lambda: self._gradients.of(self._examples, self._before))
+
+    def by_row(self, rows: Sequence[int] | None = None, gradient: bool = True) -> Tensor:
+        """See `RowClosure`: a pass for each row."""
+        examples = self._examples if rows is None else [self._examples[row] for row in rows]
+        return self._drawn(lambda: self._gradients.by_row(examples, gradient))
+
+    def _drawn(self, compute: Callable[[], Tensor]) -> Tensor:
+        if self._called:
+            with drawing_again(self._before):
+                return compute()
+        self._called = True
+        return compute()
 
 
 class LateLosses:
