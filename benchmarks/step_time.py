@@ -35,7 +35,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
-from bilora_ray.method import METHODS, LoraAdamW, build_method, settings_of
+from bilora_ray.method import METHODS, LoraAdamW, MethodAdamW, build_method, settings_of
 
 RANK = 8
 SETTINGS = {
@@ -50,6 +50,8 @@ SETTINGS = {
     "looksam_every": 5,
     "looksam_alpha": 0.7,
     "bar_alpha": 0.25,
+    "esam_beta": 0.5,
+    "esam_gamma": 0.5,
     "rwp_space": "weight",
     "seed": 0,
 }
@@ -69,13 +71,37 @@ def contender(name: str, base: PreTrainedModel, batch: dict[str, Tensor]) -> Ste
     optimizer.total_steps = TOTAL_STEPS
     model.train()
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = model(**batch).loss
+    closure = Passes(model, optimizer, batch)
+    return lambda: optimizer.step(closure)
+
+
+class Passes:
+    """The loss of `batch` and its gradient, as the product's training loop gives them: see `RowClosure`."""
+
+    def __init__(self, model: PeftModel, optimizer: MethodAdamW, batch: dict[str, Tensor]) -> None:
+        self.model, self.optimizer, self.batch = model, optimizer, batch
+
+    def __call__(self) -> Tensor:
+        """The mean loss."""
+        self.optimizer.zero_grad()
+        loss: Tensor = self.model(**self.batch).loss
         loss.backward()
         return loss
 
-    return lambda: optimizer.step(closure)
+    def by_row(self, rows: Sequence[int] | None = None, gradient: bool = True) -> Tensor:
+        """What each row has in it. All are of one length."""
+        chosen = range(len(self.batch["labels"])) if rows is None else rows
+        if gradient:
+            self.optimizer.zero_grad()
+        parts = []
+        for row in chosen:
+            one = {key: tensor[row : row + 1] for key, tensor in self.batch.items()}
+            with torch.set_grad_enabled(gradient):
+                part = self.model(**one).loss / len(chosen)
+            if gradient:
+                part.backward()
+            parts.append(part.detach())
+        return torch.stack(parts)
 
 
 def build_base(model: str, hidden: int, layers: int) -> PreTrainedModel:
