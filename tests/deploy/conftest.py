@@ -9,10 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
-
-from bilora_ray.cli.main import main
+from documents import options_of
 
 
 @pytest.fixture(scope="session")
@@ -51,16 +49,4 @@ def tool() -> Callable[[str], str]:
 def parse() -> Callable[[list[str]], dict[str, Any]]:
     """Reads a command line of `bilora-ray` or `ray` as the program itself does: its options, or UsageError."""
 
-    def read(command: list[str]) -> dict[str, Any]:
-        program: Any = main
-        if command[0] == "ray":
-            from ray.scripts.scripts import cli as program
-        context = click.Context(program, info_name=command[0])
-        arguments = command[1:]
-        while isinstance(program, click.Group):
-            name, program, arguments = program.resolve_command(context, arguments)
-            context = click.Context(program, parent=context, info_name=name)
-        assert program is not None
-        return program.make_context(command[1], arguments, parent=context).params
-
-    return read
+    return options_of

@@ -9,44 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import documents
 import pytest
 import yaml
+from documents import commands_of
 
 Parse = Callable[[list[str]], dict[str, Any]]
-
-PROGRAMS = ("bilora-ray", "ray")
-SPAN = re.compile(r"`((?:bilora-ray|ray) [^`\s]+\s[^`]+)`")
-FENCE = re.compile(r"^ *```bash\n(.*?)^ *```", re.M | re.S)
-
-
-def _commands(text: str) -> Iterator[list[str]]:
-    """The commands of PROGRAMS in shell text, with their arguments, also those quoted for another shell."""
-    for line in text.replace("\\\n", " ").splitlines():
-        # Expansions have a value that an option of any type takes; those of whole lists are left out.
-        line = re.sub(r'"\$(\{\w+\[@\]\}|@)"', "", line)
-        line = re.sub(r"\$\{?\w+\}?", "1", line)
-        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-        lexer.whitespace_split = True
-        try:
-            tokens = list(lexer)
-        except ValueError:  # a quotation that goes on in the next line: no command of ours does
-            assert not re.search(r"(^|[ ('\"])(bilora-ray|ray) [a-z]", line), line
-            continue
-        yield from _in_tokens(tokens)
-
-
-def _in_tokens(tokens: list[str]) -> Iterator[list[str]]:
-    starts = {0}
-    for place, token in enumerate(tokens):
-        if any(token.startswith(f"{program} ") for program in PROGRAMS):
-            yield from _commands(token)
-        if set(token) <= set("();<>|&") or token in ("--", "then", "{", "!"):
-            starts.add(place + 1)
-        elif token in PROGRAMS and place in starts:
-            end = next((at for at in range(place, len(tokens)) if set(tokens[at]) & set("();<>|&")), len(tokens))
-            # The bare name is also that of a cluster and of a security group.
-            if end > place + 1:
-                yield tokens[place:end]
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -61,12 +29,12 @@ def commands_in(path: Path) -> list[list[str]]:
     """The commands in a file of deploy/."""
     text = path.read_text()
     if path.suffix == ".md":
-        texts = FENCE.findall(text) + [span.replace("\n", " ") for span in SPAN.findall(FENCE.sub("", text))]
-    elif path.suffix == ".yaml":
+        return documents.commands_in(text)
+    if path.suffix == ".yaml":
         texts = [string for document in yaml.safe_load_all(text) for string in _strings(document)]
     else:
         texts = [text]
-    return [command for text in texts for command in _commands(text)]
+    return [command for text in texts for command in commands_of(text)]
 
 
 def _all(deploy: Path) -> list[tuple[str, list[str]]]:
@@ -108,7 +76,7 @@ def test_no_command_is_overlooked(deploy: Path) -> None:
 def test_a_wrong_option_is_not_understood(parse: Parse) -> None:
     with pytest.raises(click.UsageError, match="--storage"):
         parse(["bilora-ray", "tune", "--space", "s.yaml", "--storage", "x"])
-    *_, command = _commands(
+    *_, command = commands_of(
         "kubectl exec pod -- ray job submit -- \\\n bilora-ray tune --no-such-option 'a b' | tee log"
     )
     with pytest.raises(click.UsageError, match="--no-such-option"):
