@@ -23,8 +23,8 @@ class EsamAdamW(LoraSamAdamW):
     code; the second gradient is of the share gamma of the rows whose part of the loss rose most by that.
 
     Its authors save the gradients of weights that are not perturbed. Of an adapter those are next to nothing, and the
-    look at all rows under the perturbation costs a forward pass: a step takes as long as LoRA-SAM's. Rows are told
-    apart by a pass for each.
+    look at all rows under the perturbation costs a forward pass: a step takes somewhat longer than LoRA-SAM's. Rows are
+    told apart by a pass for each.
 
     Args:
         model: a PEFT LoRA model without an auxiliary.
