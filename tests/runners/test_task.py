@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from bilora_ray.runners.task import (
     BROKEN,
     BY_SETTINGS,
     FAILURE,
+    FOLDER,
     NUMBER,
     RESOURCES,
     TRIALS,
@@ -151,7 +153,9 @@ def test_a_trial_says_whose_fault_its_end_was(error: Exception, told: dict[str, 
 
 
 @pytest.mark.parametrize("error", [ImportError("no peft"), SyntaxError("torn"), UserError("rank: no")])
-def test_a_process_that_cannot_begin_says_so_once(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_cannot_begin_says_so_once(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is imported in the trial's process is in it too."""
 
     def fail(*_: object) -> None:
@@ -160,7 +164,7 @@ def test_a_process_that_cannot_begin_says_so_once(error: Exception, monkeypatch:
     told: list[dict[str, object]] = []
     monkeypatch.setattr("bilora_ray.quiet.quiet", fail)
     monkeypatch.setattr("ray.tune.report", told.append)
-    own_process.run_trial({TRIALS: [{NUMBER: 7}], RESOURCES: {}})
+    own_process.run_trial({TRIALS: [{NUMBER: 7, FOLDER: str(tmp_path)}], RESOURCES: {}})
     (report,) = told
     if isinstance(error, UserError):
         assert report == {NUMBER: 7, BAD_INPUT: "rank: no"}

@@ -37,7 +37,7 @@ def tune(tiny: Tiny, folder: Path, address: str) -> subprocess.CompletedProcess[
 def test_a_cluster_without_a_dashboard_runs_no_trials_of_several_workers(tiny: Tiny, tmp_path: Path) -> None:
     with Nodes(dashboard=False) as nodes:
         result = tune(tiny, tmp_path, nodes.address)
-    assert result.stderr == (
+    assert result.stderr.endswith(  # after what was being done, on a slow machine
         f"Error: --ray-address {nodes.address}: its dashboard does not answer, and trials of several workers need it; "
         "start the head with --include-dashboard=true and ray[default]\n"
     )

@@ -181,6 +181,7 @@ def test_a_folder_without_room_for_rays_files_is_named(monkeypatch: pytest.Monke
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     check_room()
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**19))
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # another test of this process may have it running
     with pytest.raises(UserError) as caught, cluster(None):
         pass
     line = f"Ray does not start here: {tmp_path} has 0.5 MiB left for Ray's own files, which want 16 MiB"

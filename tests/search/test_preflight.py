@@ -552,8 +552,9 @@ def test_what_finalists_train_beside_the_budgets_of_their_search_is_told(tiny: T
     assert preflight(space(tiny, budget, **local)).notes == ()
 
 
-def test_test_data_are_checked_and_known_and_what_was_trained_on_is_told(tiny: Tiny) -> None:
-    rows = tiny.folder / "texts-train.jsonl"
+def test_test_data_are_checked_and_known_and_what_was_trained_on_is_told(tiny: Tiny, tmp_path: Path) -> None:
+    rows = tmp_path / "test.jsonl"
+    rows.write_text((tiny.folder / "texts-train.jsonl").read_text())
     checked = preflight(
         space(tiny, "study.finalists=2", f"test_data={rows}", model_name_or_path=str(tiny.model("causal-lm")))
     )
