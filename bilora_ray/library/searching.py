@@ -92,6 +92,8 @@ def space_of(given: SpaceLike, overrides: Sequence[str], asked: Asked) -> Space:
     Raises:
         UserError: it is wrong, it leaves nothing to search, or another machine would be used without a secret.
     """
+    if asked.extend is not None and asked.extend < 1:
+        raise UserError(f"--extend {asked.extend}: must be at least 1; it says how many trials more")
     if not asked.insecure:
         check_ray(asked.ray_address, "--ray-address")
         check_mlflow(asked.mlflow_uri)

@@ -53,7 +53,7 @@ def tune(
         max_concurrent: trials at one time; None: what there is room for.
         resume: go on with a study after an interruption, or with more trials.
         extend: go on with a study, with so many trials more than it was asked for.
-        warm_start: names of earlier studies, to begin with what was best in them.
+        warm_start: names of earlier studies, or one name, to begin with what was best in them.
         storage_path: where studies, checkpoints and adapters are kept; None: `BILORA_RAY_STORAGE_PATH`, or `runs`.
         study_database: URL of a PostgreSQL database of the studies; None: `BILORA_RAY_STUDY_DATABASE`, or a SQLite file
             in the storage path.
@@ -73,7 +73,7 @@ def tune(
         max_concurrent,
         resume,
         extend,
-        warm_start,
+        [warm_start] if isinstance(warm_start, str) else warm_start,
         ray_address or os.environ.get("RAY_ADDRESS"),
         mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI"),
         insecure,

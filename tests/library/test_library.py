@@ -139,6 +139,7 @@ def test_a_study_that_runs_is_read_anew_each_time() -> None:
         (lambda: bilora_ray.load_study("t"), "study 't': not in"),
         (lambda: bilora_ray.tune("none.yaml"), "none.yaml: no such file"),
         (lambda: bilora_ray.tune("quickstrat"), "no space 'quickstrat' ships with bilora-ray"),
+        (lambda: bilora_ray.tune("quickstart", extend=0), "--extend 0: must be at least 1"),
         (lambda: bilora_ray.tune({"studi": {}}), "space: unknown section 'studi'; did you mean 'study'?"),
         (lambda: bilora_ray.tune({"trial": {}}), "space: section 'study' is missing"),
         (lambda: bilora_ray.tune({"study": {"name": "s"}, "trial": {**TRIAL, "rnk": 4}}), "did you mean 'rank'?"),
