@@ -12,7 +12,7 @@ from data_table import page_with
 
 from bilora_ray.cli.settings import SECTIONS
 from bilora_ray.cli.settings import rows as settings
-from bilora_ray.config import COSTS, FACTS, TASK_FACTS, objective, range_of
+from bilora_ray.config import COSTS, EXACT_MATCH, FACTS, SHARPNESS, TASK_FACTS, objective, range_of
 from bilora_ray.facts import METHOD_NAMES
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -21,7 +21,7 @@ MEANINGS = {
     "eval_loss": "mean loss of a prediction, in nats; of regression the squared error",
     "eval_perplexity": "e to the power of `eval_loss`",
     "eval_token_accuracy": "share of an answer's tokens that are the likeliest after the right ones before them",
-    "eval_exact_match": "share of the texts that the model writes whose answer, as `answer_pattern` finds it, is "
+    EXACT_MATCH: "share of the texts that the model writes whose answer, as `answer_pattern` finds it, is "
     "right; needs `predict_with_generate: true`",
     "eval_accuracy": "share of right labels; where a text has several, of texts with just the right ones; of tags, of "
     "words",
@@ -31,8 +31,9 @@ MEANINGS = {
     "eval_mse": "mean squared error",
     "eval_pearson": "linear correlation of predictions and numbers",
     "eval_spearman": "correlation of their ranks",
+    SHARPNESS: "rise of `eval_loss` when the adapted weights move along its gradient by "
+    "`sharpness_radius`, which it needs",
 }
-WRITTEN = "eval_exact_match"
 
 
 def pages() -> dict[Path, dict[str, str]]:
@@ -70,7 +71,7 @@ def _metrics() -> str:
 def _tasks() -> str:
     rows = []
     for task, facts in TASK_FACTS.items():
-        names = (*facts.metrics, *([WRITTEN] if facts.generates else []))
+        names = (*facts.metrics, *([EXACT_MATCH] if facts.generates else []), SHARPNESS)
         rows.append((f"`{task}`", ", ".join(f"`{name}`" for name in names)))
     return _table(("task", "metrics"), rows)
 

@@ -25,7 +25,8 @@ from documents import ROOT, blocks, commands_in, documents, options_of
 import bilora_ray
 from bilora_ray.cli.main import COMMANDS, main
 from bilora_ray.cli.settings import rows as settings
-from bilora_ray.config import TASK_FACTS
+from bilora_ray.config import EXACT_MATCH, SHARPNESS, TASK_FACTS
+from bilora_ray.facts import METHOD_NAMES
 from bilora_ray.search.space import Range
 from bilora_ray.search.space_file import load_space
 
@@ -54,9 +55,16 @@ def test_the_tables_of_settings_and_metrics_are_those_of_the_code() -> None:
         assert page_with(text, found) == text, "python tests/reference_tables.py writes them anew"
         assert all(table in text for table in found.values())
     assert set(reference_tables.MEANINGS) == {
-        reference_tables.WRITTEN,
+        EXACT_MATCH,
+        SHARPNESS,
         *(name for facts in TASK_FACTS.values() for name in facts.metrics),
     }
+
+
+def test_the_page_of_methods_has_each() -> None:
+    text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[^|]+) \|", text, re.M)
+    assert {name for row in rows for name in re.findall(r"`([\w-]+)`", row)} == set(METHOD_NAMES)
 
 
 @EACH
