@@ -13,6 +13,7 @@ from bilora_ray.method.adapters import fuse
 from bilora_ray.method.base import Closure, Place, adapter_places, evaluated
 from bilora_ray.method.flat import with_gradients
 from bilora_ray.method.lora import LoraAdamW
+from bilora_ray.method.radius import own_part
 
 # What keeps the gradient of a loss that is flat from being divided by nothing.
 TINY = 1e-12
@@ -66,13 +67,13 @@ class LoraSamAdamW(LoraAdamW):
         """In it the factors are rho up their gradient; after it they are what they were, to the bit."""
         group = self.param_groups[0]
         moved, gradients = with_gradients(group["params"][place] for place in group["factors"])
-        before = [parameter.detach().clone() for parameter in moved]
+        before = [own_part(parameter.detach()).clone() for parameter in moved]
         scale = group["rho"] / (torch.nn.utils.get_total_norm(gradients) + TINY)
         torch._foreach_add_(moved, torch._foreach_mul(gradients, scale))
         try:
             yield
         finally:
-            torch._foreach_copy_(moved, before)
+            torch._foreach_copy_(list(map(own_part, moved)), before)  # torch copies no parts of many at once
 
 
 def build(
