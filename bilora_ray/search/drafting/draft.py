@@ -157,7 +157,7 @@ def _study(config: TrialConfig, base: Base, trial: Mapping[str, Any], gpu: bool)
     yield Line("study", "num_trials", TRIALS[gpu], "`bilora-ray tune --extend 10` runs more afterwards")
     searched = {"rank": 8, "auxiliary_rank": 8, "rho": 0.05, "learning_rate": base.rates[2]}
     if point := {key: value for key, value in searched.items() if key not in trial and applies(key, config.method)}:
-        comment = "No trial is stopped before a third of its rows (grace_period says otherwise). This one runs first:"
+        comment = "No trial is stopped before a quarter of its rows (grace_period says otherwise). This one runs first:"
         yield Line("study", "points_to_evaluate", [point], comment)
 
 

@@ -63,4 +63,6 @@ def _reading_only(database: str) -> str:
         url = make_url(database)
     except ArgumentError:
         return database  # which `read_storage` refuses
-    return url.update_query_dict({"options": READ_ONLY}).render_as_string(hide_password=False)
+    own = url.query.get("options", "")  # such as a schema
+    options = " ".join([*([own] if isinstance(own, str) else own), READ_ONLY]).strip()
+    return url.update_query_dict({"options": options}).render_as_string(hide_password=False)
