@@ -14,6 +14,7 @@ from bilora_ray.method.adapters import fuse
 from bilora_ray.method.base import Closure, Place, RowClosure
 from bilora_ray.method.flat import with_gradients
 from bilora_ray.method.lora_sam import TINY, LoraSamAdamW
+from bilora_ray.method.radius import own_part
 
 
 class EsamAdamW(LoraSamAdamW):
@@ -99,7 +100,7 @@ class EsamAdamW(LoraSamAdamW):
             yield
         finally:
             if moved:
-                torch._foreach_copy_(moved, before)
+                torch._foreach_copy_(list(map(own_part, moved)), list(map(own_part, before)))
 
 
 def perturbed(seed: int, step: int, count: int, share: float) -> list[bool]:
