@@ -77,13 +77,14 @@ WAYS: dict[str, tuple[str, ...]] = {
     "cmaes": ("study.sampler=cmaes", "study.scheduler=none"),
     "random + asha": ("study.sampler=random",),
 }
-# A way of Ray Tune -> what its ASHA has beside its defaults. That of the file runs its point first, too.
-RIVALS: dict[str, dict[str, int]] = {
-    "Ray Tune: OptunaSearch + ASHA": {"grace_period": 60},
-    "Ray Tune: in halves, from a quarter on": {"reduction_factor": 2, "grace_period": 45},
-    "Ray Tune: in thirds": {"reduction_factor": 3, "grace_period": 60},
-    "Ray Tune: in thirds, from a ninth on": {"reduction_factor": 3, "grace_period": 20},
-    "Ray Tune: as the quickstart's file": {"reduction_factor": 2, "grace_period": 45},
+# A way of Ray Tune -> of how many trials one goes on (4 is its default), and the first rung, as a share of a trial. That
+# of the file runs its point first, too.
+RIVALS: dict[str, tuple[int, float]] = {
+    "Ray Tune: OptunaSearch + ASHA": (4, 1 / 3),
+    "Ray Tune: in halves, from a quarter on": (2, 1 / 4),
+    "Ray Tune: in thirds": (3, 1 / 3),
+    "Ray Tune: in thirds, from a ninth on": (3, 1 / 9),
+    "Ray Tune: as the quickstart's file": (2, 1 / 4),
 }
 DEFAULT, RANDOM, RIVAL = "tpe + asha (the default)", "random", "Ray Tune: OptunaSearch + ASHA"
 # What a sampler does not search: it has the last of these choices, and so an easier space than the others.
@@ -239,7 +240,10 @@ def rivals(table: Table, judge: str, way: str, seed: int, num_trials: int) -> It
     searcher = OptunaSearch(seed=seed, points_to_evaluate=[POINT] if way.endswith("file") else None)
     searcher.set_search_properties(aim["metric"], aim["mode"], space)
     last = table.steps[-1]
-    scheduler = ASHAScheduler(time_attr="step", max_t=last, **aim, **RIVALS[way])
+    factor, first = RIVALS[way]
+    scheduler = ASHAScheduler(
+        time_attr="step", max_t=last, grace_period=max(1, round(last * first)), reduction_factor=factor, **aim
+    )
     known: dict[int, list[dict[str, float]]] = {}
     due: list[tuple[float, int, int]] = []
     numbers = iter(range(num_trials))

@@ -167,10 +167,11 @@ def _print(title: str, found: Flatness, radii: Sequence[float]) -> None:
 
 
 def _as_json(found: Mapping[str, Flatness]) -> dict[str, object]:
-    return {
-        space: {**asdict(measured), "top_eigenvalue": measured.top_eigenvalue._asdict()}
-        for space, measured in found.items()
-    }
+    def told(measured: Flatness) -> dict[str, object]:
+        value, error, products = measured.top_eigenvalue
+        return {**asdict(measured), "top_eigenvalue": {"value": value, "error": error, "products": products}}
+
+    return {space: told(measured) for space, measured in found.items()}
 
 
 def _draw(output: Path, found: Mapping[str, Flatness], radii: Sequence[float], title: str) -> None:

@@ -25,6 +25,13 @@ OTHERS: dict[str, Any] = {
     "lora_dropout": 0.5,
     "lr_scheduler_type": "linear",
     "warmup_ratio": 0.5,
+    "clip": "none",
+    "looksam_every": 2,
+    "looksam_alpha": 0.3,
+    "esam_beta": 0.7,
+    "esam_gamma": 0.7,
+    "bar_alpha": 0.5,
+    "rwp_space": "lora",
 }
 
 
@@ -76,10 +83,11 @@ def test_it_counts_no_evaluation_of_its_parent_and_begins_with_its_seconds(tiny:
 
 def test_every_setting_that_may_change_does(tiny: Tiny, tmp_path: Path) -> None:
     assert OTHERS.keys() == AMID
-    config = parent(tiny, "bilora")
-    checkpoint = until_step_2(config, tmp_path / "parent")
+    methods = {key: "bilora" if applies(key, "bilora") else FACTS[key].of[0] for key in OTHERS}
+    parents = {method: parent(tiny, method) for method in set(methods.values())}
+    checkpoints = {method: until_step_2(config, tmp_path / method) for method, config in parents.items()}
     for key, value in OTHERS.items():
-        assert applies(key, "bilora")
+        config, checkpoint = parents[methods[key]], checkpoints[methods[key]]
         changed = config.model_copy(update={key: value})
         run = Run(changed, child(checkpoint, tmp_path / key, {key: value}))
         run.resume()
