@@ -77,8 +77,8 @@ WAYS: dict[str, tuple[str, ...]] = {
     "cmaes": ("study.sampler=cmaes", "study.scheduler=none"),
     "random + asha": ("study.sampler=random",),
 }
-# A way of Ray Tune -> of how many trials one goes on, 4 by default, and the first rung as a share of a trial. That of the
-# file runs its point first, too.
+# A way of Ray Tune -> of how many trials one goes on (4 by default), and its first rung as a share of a trial. As the
+# quickstart's file it runs that one's point first, too.
 RIVALS: dict[str, tuple[int, float]] = {
     "Ray Tune: OptunaSearch + ASHA": (4, 1 / 3),
     "Ray Tune: in halves, from a quarter on": (2, 1 / 4),
