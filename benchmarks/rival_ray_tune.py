@@ -26,7 +26,7 @@ QUICKSTART = Path(__file__).resolve().parents[1] / "bilora_ray" / "builtin" / "q
 ANSWER = re.compile(r"#### (-?\d+)")
 MAX_LENGTH, EPOCHS, BATCH, MAX_NEW_TOKENS = 96, 12, 16, 16
 # Of each trial's 180 steps: evaluations after every 23rd, rungs of ASHA at 45 and 135.
-STEPS, GRACE, REDUCTION = 180, 45, 3
+STEPS, GRACE, REDUCTION = 180, 45, 2
 
 
 def rows(name: str) -> list[dict[str, str]]:
