@@ -63,11 +63,14 @@ class StudyConfig(Settings):
     grace_period: Int | Float | None = Field(
         None,
         gt=0,
-        description="how much of rung_unit comes before the first stop. If absent, a quarter of a trial; with a "
-        "reduction_factor of 3 or more that part of it for asha with one objective, else the part squared",
+        description="how much of rung_unit comes before the first stop. If absent, a quarter of a trial, with several "
+        "objectives a ninth; with a reduction_factor of 3 or more that part of it for asha with one objective, else the "
+        "part squared",
     )
     reduction_factor: Int | None = Field(
-        None, ge=2, description="at each rung one of so many trials goes on; if absent, of two"
+        None,
+        ge=2,
+        description="at each rung one of so many trials goes on; if absent, of two, with several objectives of three",
     )
     min_trials: Int = Field(5, ge=1, description="median: complete trials to compare with, at the least")
     population: Int = Field(

@@ -41,7 +41,7 @@ from bilora_ray.search.space.order import without_effect
 from bilora_ray.search.study.control.budget import end_of
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.looks import Looks
-from bilora_ray.search.study.schedulers.base import FACTOR
+from bilora_ray.search.study.schedulers.base import factor_unsaid
 from bilora_ray.search.study.storage import making, naming_the_database, open_storage, read_storage, study_names
 from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.search.study.view import DIGESTS, ID, StudyView, objective_of, search_of, status_of
@@ -304,7 +304,7 @@ def _check_begun(study: optuna.Study, space: Space, layout: Layout, digests: Map
     _check_place(study, layout)
     began, given = _comparable(stored), _comparable(_described(space))
     if FACTORED in began:
-        began[FACTORED] = began[FACTORED] or FACTOR
+        began[FACTORED] = began[FACTORED] or factor_unsaid(space)
         given[FACTORED] = given.get(FACTORED) or began[FACTORED]
     _check_same(name, "space", began, given)
     begun = study.user_attrs[DIGESTS]

@@ -15,11 +15,16 @@ from bilora_ray.search.space import Space, Value
 from bilora_ray.search.study.looks import attributes_of
 from bilora_ray.search.study.warm_start import SPACE
 
-# Of two trials the better one goes on. With three, ASHA finds a little less in as much training
-# (benchmarks/results/search_efficiency.md); it was what version 0.1.0 had.
-FACTOR = 2
+# At each rung one of so many trials goes on, if nobody says otherwise: of one objective, and of several. In as much training
+# both find more than with the other (benchmarks/results/search_efficiency.md and objectives.md).
+FACTOR, FACTOR_OF_SEVERAL = 2, 3
 # Of a trial, the step of the last evaluation after which it was let go on.
 JUDGED = "judged"
+
+
+def factor_unsaid(space: Space) -> int:
+    """Of how many trials one goes on at each rung of a study that does not say it."""
+    return FACTOR if len(space.objectives) == 1 else FACTOR_OF_SEVERAL
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Asked:
     def factor(self) -> int:
         """At each rung one of so many trials goes on: as the study began, whatever a file leaves unsaid since."""
         begun = self.known.get(SPACE, {}).get("study", {}).get("reduction_factor")
-        return int(begun or self.space.study.reduction_factor or FACTOR)
+        return int(begun or self.space.study.reduction_factor or factor_unsaid(self.space))
 
     @cached_property
     def known(self) -> Mapping[str, Any]:
