@@ -15,8 +15,8 @@ from bilora_ray.search.space import Space, Value
 from bilora_ray.search.study.looks import attributes_of
 from bilora_ray.search.study.warm_start import SPACE
 
-# At each rung one of so many trials goes on, if nobody says otherwise: of one objective, and of several. In as much training
-# both find more than with the other (benchmarks/results/search_efficiency.md and objectives.md).
+# At each rung one of so many trials goes on, if nobody says otherwise: of one objective, and of several. In as much
+# training both find more than with the other (benchmarks/results/search_efficiency.md and objectives.md).
 FACTOR, FACTOR_OF_SEVERAL = 2, 3
 # Of a trial, the step of the last evaluation after which it was let go on.
 JUDGED = "judged"
