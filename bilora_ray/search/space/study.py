@@ -64,8 +64,8 @@ class StudyConfig(Settings):
         None,
         gt=0,
         description="how much of rung_unit comes before the first stop. If absent, a quarter of a trial, with several "
-        "objectives a ninth; with a reduction_factor of 3 or more that part of it for asha with one objective, else that "
-        "part squared",
+        "objectives a ninth; with a reduction_factor of 3 or more that part of it for asha with one objective, else "
+        "that part squared",
     )
     reduction_factor: Int | None = Field(
         None,
