@@ -31,10 +31,16 @@ def left_as_found() -> Iterator[None]:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """What is imported in the block says nothing: in a notebook tqdm asks for widgets, which nothing here shows."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """What is imported in the block says nothing: in a notebook tqdm and Ray ask for widgets, which nothing shows."""
+    rays = logging.getLogger("ray.widgets.util")
+    level = rays.level
+    rays.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        rays.setLevel(level)
 
 
 @contextmanager
