@@ -233,6 +233,18 @@ def test_a_search_may_run_in_another_thread_which_has_no_signals() -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_who_interrupts_a_search_is_told_how_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bilora_ray.library import verbs
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verbs, "check_search", interrupted)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        bilora_ray.tune({"study": {"name": "s"}, "trial": TRIAL})
+    assert raised.value.__notes__ == ["What is done is kept. Go on: the same call, with resume=True"]
+
+
 # A training
 
 
