@@ -70,7 +70,7 @@ def options_of(command: list[str]) -> dict[str, Any]:
     program: Any = main
     if command[0] == "ray":
         from ray.scripts.scripts import cli as program
-    context = click.Context(program, info_name=command[0])
+    context = click.Context(program, info_name=command[0], **program.context_settings)
     arguments = command[1:]
     while isinstance(program, click.Group):
         name, program, arguments = program.resolve_command(context, arguments)
