@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
 
 TRIAL, ADAPTER = "bilora_ray.trial", "bilora_ray.adapter"
+# So long one may be on its way into MLflow: another process, a search at its end, may be making it.
+UPLOAD_S = 600.0
 # What must be installed where a model is loaded, in the versions that are here.
 REQUIRED = (PACKAGE, "torch", "transformers", "peft")
 # MLflow allows none of these in the name of a model.
@@ -79,7 +81,8 @@ def log_model(
         if all(found.tags.get(key) == value for key, value in which.items()):
             if found.status == "READY":
                 return found
-            client.delete_logged_model(found.model_id)  # whoever made it was killed amid that
+            if time.time() - found.creation_timestamp / 1000 > UPLOAD_S:  # whoever made it was killed amid that
+                client.delete_logged_model(found.model_id)
     params = {key: as_param(value) for key, value in wanted.sampled.items()}
     name, base = wanted.name.translate(NOT_IN_A_NAME), wanted.served.facts.get("base_model")
     trial = link(f"trial {wanted.number}", experiment_id, trial_run)
@@ -88,9 +91,13 @@ def log_model(
     made = client.create_logged_model(
         experiment_id, name, study_run, {**which, NOTE: note, **wanted.served.facts}, params, "adapter"
     )
-    with tempfile.TemporaryDirectory(prefix="bilora-ray-") as folder, patience():
-        _write(Path(folder) / "model", wanted, made.model_id, study_run)
-        client.log_model_artifacts(made.model_id, str(Path(folder) / "model"))
+    try:
+        with tempfile.TemporaryDirectory(prefix="bilora-ray-") as folder, patience():
+            _write(Path(folder) / "model", wanted, made.model_id, study_run)
+            client.log_model_artifacts(made.model_id, str(Path(folder) / "model"))
+    except BaseException:
+        client.delete_logged_model(made.model_id)
+        raise
     for run_id in dict.fromkeys((study_run, trial_run)):
         client.log_outputs(run_id, [LoggedModelOutput(made.model_id, 0)])
     now_ms = int(time.time() * 1000)
