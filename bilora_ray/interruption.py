@@ -156,7 +156,7 @@ def leaving(line: str = "Interrupted") -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         _leave(line, ear.number or (error.number if isinstance(error, Interrupted) else signal.SIGINT))
-    except Exception:
+    except Exception:  # of whatever the signal has ended amid its work
         if ear.number is None:
             raise
         _leave(line, ear.number)

@@ -226,7 +226,7 @@ def write_page(study: StudyView, say: Callable[[str], None], ended: Collection[i
         from bilora_ray.report.page import write_report
 
         write_report([study], study.layout.report(name), ended)
-    except Exception as error:
+    except Exception as error:  # of a chart library or a disk: no search is lost for a page
         logger.debug("the page of a study was not written", exc_info=True)
         say(f"Note: there is no page of the study ({first_line(error)}); `bilora-ray report {name}` tries again")
 

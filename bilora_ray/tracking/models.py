@@ -95,7 +95,7 @@ def log_model(
         with tempfile.TemporaryDirectory(prefix="bilora-ray-") as folder, patience():
             _write(Path(folder) / "model", wanted, made.model_id, study_run)
             client.log_model_artifacts(made.model_id, str(Path(folder) / "model"))
-    except BaseException:
+    except BaseException:  # Ctrl-C too: nothing half-made stays, and all is raised again
         client.delete_logged_model(made.model_id)
         raise
     for run_id in dict.fromkeys((study_run, trial_run)):
