@@ -91,7 +91,7 @@ class TrialRecord:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Untrained:
     """What an adapter is compared with.
 
     Attributes:

@@ -16,8 +16,8 @@ from bilora_ray.config import TEST_SETTINGS
 from bilora_ray.errors import MachineError, TrialFailure, UserError, first_line
 from bilora_ray.interruption import Interrupted, heard, noted
 from bilora_ray.runners import runner_for
-from bilora_ray.runners.comparing import Comparing
 from bilora_ray.runners.scoring import score
+from bilora_ray.runners.untrained import BesideBase
 from bilora_ray.search.cluster.cluster import (
     capacity,
     check_address,
@@ -42,8 +42,8 @@ from bilora_ray.search.session import (
     write_page,
 )
 from bilora_ray.search.space import Space
-from bilora_ray.search.study.control.comparison import keep, to_compare
 from bilora_ray.search.study.control.finalists import Finals, begin, check_finalists, finals_of, keep_test
+from bilora_ray.search.study.control.untrained import keep, to_compare
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import naming_the_database, running_study
 from bilora_ray.search.study.studies import check_study
@@ -104,19 +104,19 @@ def search(
             stack.enter_context(environment_inherited())
         stack.enter_context(head_watched(lambda: _end(running, ray_address)))
         study = running.study
-        comparing = Comparing(space.resources.model_dump(), space.study.num_trials)
+        beside = BesideBase(space.resources.model_dump(), space.study.num_trials)
         # Of a search that trains finalists their study compares the winner.
-        observers = Observers([running.observers(), *([] if space.study.finalists else [comparing])])
+        observers = Observers([running.observers(), *([] if space.study.finalists else [beside])])
         concurrent = _at_once(space, watcher.say)
         stack.enter_context(watching_moves(study, watcher))
         run_trials(study, observers, concurrent)
         while study.await_others(Observers([watcher]), watcher.say):
             run_trials(study, observers, concurrent)
-        _compare(study, comparing, watcher.say)
+        _beside_base(study, beside, watcher.say)
     return study
 
 
-def _compare(study: SearchStudy, comparing: Comparing, say: Callable[[str], None]) -> None:
+def _beside_base(study: SearchStudy, beside: BesideBase, say: Callable[[str], None]) -> None:
     """Have a study that has ended know what its winner gains, unless it does. A search is not lost for that."""
     try:
         asked = to_compare(study)
@@ -130,7 +130,7 @@ def _compare(study: SearchStudy, comparing: Comparing, say: Callable[[str], None
         late = threading.Timer(LATE_S, say, ["the winner is compared with its base model"])
         late.start()
         try:
-            found = comparing.compare(settings, runs.folder(number).path, asked.adapter, digests, asked.measured)
+            found = beside.compare(settings, runs.folder(number).path, asked.adapter, digests, asked.measured)
         finally:
             late.cancel()
         keep(asked, found.baseline, found.examples)

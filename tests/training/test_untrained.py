@@ -9,13 +9,13 @@ from tiny_trials import Tiny, evaluate_adapter, run_fit
 
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.errors import MachineError
-from bilora_ray.records import Comparison
+from bilora_ray.records import Untrained
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.probe.untrained import compare
 from bilora_ray.training.rows import about, read_sources, rows_of
 
 
-def compared(config: TrialConfig, path: Path, measured: bool = True) -> Comparison:
+def compared(config: TrialConfig, path: Path, measured: bool = True) -> Untrained:
     run_fit(config, path)
     folder = TrialFolder(path)
     adapter = folder.best_adapter()

@@ -34,7 +34,7 @@ FINALISTS = "finalists"
 REMOVED = "removed"
 # Where Optuna keeps what a trial that waits was asked to have.
 ASKED_FOR = "fixed_params"
-# What the metric is without training, and whose adapter is compared with that: see `control.comparison`.
+# What the metric is without training, and whose adapter is compared with that: see `control.untrained`.
 BASELINE, COMPARED = "baseline", "compared"
 # With which versions, and on what, the study was last searched.
 MADE_WITH = "made_with"
@@ -190,7 +190,7 @@ class StudyView:
         return list(self.study.user_attrs.get(WARM_START, ()))
 
     def baseline(self) -> dict[str, Any] | None:
-        """What the metrics are without training, and its `kind`: see `untrained.Comparison`. None: not known."""
+        """What the metrics are without training, and its `kind`: see `records.Untrained`. None: not known."""
         return self.study.user_attrs.get(BASELINE)
 
     def origin(self, record: TrialRecord) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.digests import BASE, CHAT_TEMPLATE, check_unchanged, of_base, of_template
-from bilora_ray.records import Comparison
+from bilora_ray.records import Untrained
 from bilora_ray.training import model as models
 from bilora_ray.training.compute.memory import Room, in_room
 from bilora_ray.training.compute.precision import use_tensor_cores
@@ -27,7 +27,7 @@ KIND, OF_BASE = "kind", "base-model"
 
 def compare(
     config: TrialConfig, folder: TrialFolder, adapter: Path, digests: Mapping[str, str], measured: bool
-) -> Comparison:
+) -> Untrained:
     """Compare the adapter of a trial with its base model, on its validation rows and in its passes.
 
     Args:
@@ -55,7 +55,7 @@ def compare(
         shown: dict[str, Any] = {"prompt": told.input, "expected": told.reference, "adapter": told.prediction}
         shown["base_model"] = before[row].prediction if before else None
         examples.append(shown if told.probability is None else {**shown, "probability": told.probability})
-    return Comparison(baseline, examples)
+    return Untrained(baseline, examples)
 
 
 def _baseline(model: Model, data: Loaded, config: TrialConfig) -> dict[str, Any]:

@@ -12,14 +12,14 @@ from safetensors import SafetensorError
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError, first_line, not_again
-from bilora_ray.records import Comparison, TrialRecord
+from bilora_ray.records import TrialRecord, Untrained
 from bilora_ray.runners.task import EXPECTED, import_training
 
 # So long it waits for room, where others use the cluster too.
 ROOM_S = 120.0
 
 
-class Comparing:
+class BesideBase:
     """An observer of a search that compares its winner once it has ended.
 
     To import what that takes is seconds. On CPUs it is done beside the last trials; a GPU is asked for behind them, for
@@ -48,7 +48,7 @@ class Comparing:
 
     def compare(
         self, settings: Mapping[str, Any], folder: Path, adapter: Path, digests: Mapping[str, str], measured: bool
-    ) -> Comparison:
+    ) -> Untrained:
         """See `untrained.compare`; the `settings` are those of a TrialConfig.
 
         Raises:
@@ -66,7 +66,7 @@ class Comparing:
             raise MachineError(first_line(told))
         if isinstance(told, Exception):
             raise told
-        return cast(Comparison, told)
+        return cast(Untrained, told)
 
     def _begin(self) -> None:
         if self._process is None:

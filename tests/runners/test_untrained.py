@@ -9,8 +9,8 @@ from tiny_trials import Tiny, evaluate_adapter, run_fit
 
 from bilora_ray.errors import MachineError
 from bilora_ray.records import Status, TrialRecord
-from bilora_ray.runners import comparing
-from bilora_ray.runners.comparing import Comparing
+from bilora_ray.runners import untrained
+from bilora_ray.runners.untrained import BesideBase
 from bilora_ray.search.cluster.cluster import cluster
 from bilora_ray.search.space import ResourceConfig
 from bilora_ray.training.folder import TrialFolder
@@ -27,7 +27,7 @@ def test_the_winner_is_compared_in_a_process_of_the_cluster_which_begins_beside_
     adapter = folder.best_adapter()
     assert adapter is not None
     with cluster(None):
-        process = Comparing(ResourceConfig().model_dump(), num_trials=2)
+        process = BesideBase(ResourceConfig().model_dump(), num_trials=2)
         for number in (0, 1):
             assert process._process is None
             process.trial_started(TrialRecord(number, Status.RUNNING, {}, {}))
@@ -38,8 +38,8 @@ def test_the_winner_is_compared_in_a_process_of_the_cluster_which_begins_beside_
         # What is wrong comes back in one line.
         with pytest.raises(MachineError, match="validation_data"):
             process.compare(config.model_dump(), tmp_path, adapter, {"validation_data": "sha256:other"}, measured=True)
-        monkeypatch.setattr(comparing, "ROOM_S", 1.0)
-        without_room = Comparing({**ResourceConfig().model_dump(), "gpus_per_worker": 0.5}, num_trials=1)
+        monkeypatch.setattr(untrained, "ROOM_S", 1.0)
+        without_room = BesideBase({**ResourceConfig().model_dump(), "gpus_per_worker": 0.5}, num_trials=1)
         without_room.trial_started(TrialRecord(0, Status.RUNNING, {}, {}))
         assert without_room._process is None  # a trial might need the GPU
         with pytest.raises(MachineError, match="no room"):

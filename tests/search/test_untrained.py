@@ -12,14 +12,14 @@ from click.testing import CliRunner
 from bilora_ray.cli.main import main
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError
-from bilora_ray.records import Comparison
-from bilora_ray.runners.comparing import Comparing
+from bilora_ray.records import Untrained
+from bilora_ray.runners.untrained import BesideBase
 from bilora_ray.search import run
 from bilora_ray.search.simulated import Metrics, simulate
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
-from bilora_ray.search.study.control.comparison import Asked, keep, to_compare
 from bilora_ray.search.study.control.finalists import begin, finals_of
+from bilora_ray.search.study.control.untrained import Asked, keep, to_compare
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.studies import load_study, open_study
 from bilora_ray.search.study.study import SearchStudy
@@ -146,13 +146,13 @@ def test_where_no_trial_is_complete_or_its_adapter_is_gone_nothing_is_asked(layo
 
 
 class Failing:
-    def compare(self, *_: object) -> Comparison:
+    def compare(self, *_: object) -> Untrained:
         raise MachineError("no room")
 
 
 def test_a_comparison_that_fails_costs_a_note_and_the_next_resume_tries_again(layout: Layout) -> None:
     study, said = searched(layout, space()), list[str]()
-    run._compare(study, cast(Comparing, Failing()), said.append)
+    run._beside_base(study, cast(BesideBase, Failing()), said.append)
     assert said == ["Note: the winner is not compared with its base model (no room); --resume tries again"]
     assert to_compare(study) is not None
 
