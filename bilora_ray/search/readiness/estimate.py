@@ -178,10 +178,10 @@ def estimate(
         memory=(min(cost.memory for cost in costs), largest.memory),
         room=room,
         adapter=max(cost.adapter for cost in costs),
-        trial_seconds=Interval.of([seconds for one in told for seconds in one["full"]]),
+        trial_seconds=Interval.of([seconds for one in told for seconds in one["to_end"]]),
         wall_seconds=Interval.of([starts + one["wall"] + one["finals_wall"] for one in told]),
         device_hours=hours,
-        trained=Interval.of([one["trained"] / sum(one["full"]) for one in told]),
+        trained=Interval.of([one["trained"] / sum(one["to_end"]) for one in told]),
         cost=None if price is None else Interval(*(price * hour for hour in asdict(hours).values())),
         notes=_notes(space, costs),
     )
@@ -244,7 +244,7 @@ def _search(space: Space, measured: Sequence[Measured], at_once: int, seed: int)
     return {
         "wall": moments[-1].clock,
         "trained": sum(moment.seconds for moment in moments),
-        "full": full,
+        "to_end": full,
         "finals": sum(finals),
         "finals_wall": _clock(finals, at_once),
     }
