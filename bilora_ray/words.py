@@ -19,11 +19,11 @@ STATUS_WORDS = {
     Status.INTERRUPTED: "interrupted",
     Status.QUEUED: "queued",
 }
-# The kinds of baseline.
+# What a study's winner is compared with, by the kind of the baseline: who gets the values that are told of it.
 WITHOUT_TRAINING = {
     "base-model": "the base model alone",
-    "majority": "without learning, by how often each label is,",
-    "mean": "without learning, always the mean,",
+    "majority": "the frequency of each label alone",
+    "mean": "the mean alone",
 }
 
 
@@ -37,6 +37,11 @@ def counted(records: Sequence[TrialRecord]) -> str:
     stand = list(map(status_of, records))
     counts = {words: stand.count(words) for words in (*STATUS_WORDS.values(), *stand)}
     return ", ".join(f"{count} {words}" for words, count in counts.items() if count) or "no trials"
+
+
+def without_training(baseline: Mapping[str, Any]) -> str:
+    """Who has the values of a `baseline`, in words that a later version's kind does not break."""
+    return WITHOUT_TRAINING.get(str(baseline.get("kind")), "no training")
 
 
 def in_short(value: float | None) -> str:

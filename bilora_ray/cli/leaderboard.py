@@ -13,7 +13,7 @@ from bilora_ray.cli.tables import TrialTable
 from bilora_ray.config import SHARPNESS
 from bilora_ray.library.rows import leaders
 from bilora_ray.records import Objective, Status, TrialRecord
-from bilora_ray.words import WITHOUT_TRAINING, as_yaml, in_short, status_of, step_of, stops, telling, values_of
+from bilora_ray.words import as_yaml, in_short, status_of, step_of, stops, telling, values_of, without_training
 
 if TYPE_CHECKING:
     from bilora_ray.search.study.view import StudyView
@@ -103,7 +103,7 @@ def _beside(study: StudyView) -> str:
     """What the metric is without training, if that is known."""
     found = study.baseline() or {}
     value = found.get(study.objective.metric)
-    return "" if value is None else f"; {WITHOUT_TRAINING[found['kind']]} {value:.6g}"
+    return "" if value is None else f"; {without_training(found)} {value:.6g}"
 
 
 def print_end(console: Console, study: StudyView) -> None:

@@ -16,11 +16,11 @@ from bilora_ray.release.licence import licence_of
 from bilora_ray.release.names import name_outside
 from bilora_ray.release.servers import refusals, serving, serving_merged
 from bilora_ray.training.tasks import TASKS
+from bilora_ray.words import without_training
 
 CARD = "README.md"
 # What is known of a study's baseline, by the name that a trial's origin has it under.
-BASELINE, KIND = "baseline", "kind"
-BASELINES = {"base-model": "the base model", "majority": "the commonest label, always", "mean": "the mean, always"}
+BASELINE = "baseline"
 # What the Hub calls what models of transformers' classes are for.
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -92,13 +92,12 @@ def _scores(config: TrialConfig, origin: Mapping[str, Any]) -> str:
     metrics = [key for key in dict.fromkeys(metrics) if isinstance(baseline.get(key), int | float)]
     if not metrics:
         return ""
-    label = BASELINES.get(str(baseline.get(KIND)), str(baseline.get(KIND)))
     return "\n".join(
         [
             f"| on the validation rows | {' | '.join(metrics)} |",
             f"| --- |{' --- |' * len(metrics)}",
             f"| this adapter | {' | '.join(f'{origin[key]:.6g}' for key in metrics)} |",
-            f"| {label} | {' | '.join(f'{baseline[key]:.6g}' for key in metrics)} |\n",
+            f"| {without_training(baseline)} | {' | '.join(f'{baseline[key]:.6g}' for key in metrics)} |\n",
         ]
     )
 

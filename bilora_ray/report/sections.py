@@ -18,7 +18,6 @@ from bilora_ray.search.study.control.causes import cause_of
 from bilora_ray.search.study.control.verdict import METHOD as JUDGED
 from bilora_ray.search.study.importances import INTERVALS, SHARES
 from bilora_ray.words import (
-    WITHOUT_TRAINING,
     as_yaml,
     counted,
     duration,
@@ -29,6 +28,7 @@ from bilora_ray.words import (
     step_of,
     stops,
     telling,
+    without_training,
 )
 
 GB, MB = 1e9, 1e6
@@ -167,8 +167,7 @@ def _gain(found: Found, value: float) -> Iterator[str]:
         return
     gain = found.objective.as_loss(float(base)) - found.objective.as_loss(value)
     how = f"{abs(gain):.4g} {'better' if gain > 0 else 'worse'}" if gain else "the same"
-    words = WITHOUT_TRAINING.get(found.baseline.get("kind", ""), "without training").rstrip(",")
-    yield f"Without training it is {in_short(float(base))} ({words}): that is {how}."
+    yield f"Without training it is {in_short(float(base))} ({without_training(found.baseline)}): that is {how}."
 
 
 def _facts(found: Found) -> Iterator[tuple[str, str]]:

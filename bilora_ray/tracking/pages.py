@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bilora_ray.records import Objective, Status, TrialRecord
+from bilora_ray.records import Objective, TrialRecord
+from bilora_ray.words import counted, status_of, without_training
 
 # MLflow's tags: of a run or an experiment, what its page describes it by; of an experiment, a view of its runs, which
 # the page offers by name.
@@ -31,7 +31,6 @@ LONGEST_NAME = 120
 # Begins the paragraph of a description that tells of finalists; it takes the place of an older one.
 WINNER = "**Winner"
 BEST = "**The best of its study.**"
-STATUS_WORDS = {Status.PRUNED: "stopped early"}
 
 
 def run_name(trial: TrialRecord) -> str:
@@ -99,7 +98,7 @@ def trial_note(trial: TrialRecord, study: str, parent: str, storage_path: Path) 
         parent: the link to the study's run.
         storage_path: of the study.
     """
-    lines = [f"Trial {trial.number} of {parent}: {STATUS_WORDS.get(trial.status, trial.status.value)}{_values(trial)}"]
+    lines = [f"Trial {trial.number} of {parent}: {status_of(trial)}{_values(trial)}"]
     if trial.error is not None or trial.broken is not None:
         lines += [_code(trial.error or trial.broken or "")]
     if trial.adapter is not None:
@@ -135,9 +134,7 @@ def study_note(
         storage_path: of the study.
         told: what else there is to say, a line each, in Markdown.
     """
-    counts = Counter(STATUS_WORDS.get(trial.status, trial.status.value) for trial in trials)
-    words = ", ".join(f"{count} {word}" for word, count in counts.items())
-    tried = f"{len(trials)} {'trial' if len(trials) == 1 else 'trials'}{f': {words}' if words else ''}."
+    tried = f"{len(trials)} {'trial' if len(trials) == 1 else 'trials'}{f': {counted(trials)}' if trials else ''}."
     if best is None:
         return "\n\n".join(["No trial is complete yet.", tried, *_bullets(told)])
     lines = [f"**Best: {best_link}{_values(best)}**"]
@@ -190,6 +187,4 @@ def baseline_line(baseline: Mapping[str, Any], metric: str) -> str | None:
     value = baseline.get(metric)
     if not isinstance(value, int | float):
         return None
-    kinds = {"base-model": "the base model alone", "majority": "the most frequent label", "mean": "the mean"}
-    kind = str(baseline.get("kind", "baseline"))
-    return f"To compare with: {kinds.get(kind, kind)} has {metric} {value:.6g}"
+    return f"To compare with: {without_training(baseline)} has {metric} {value:.6g}"

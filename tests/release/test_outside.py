@@ -228,7 +228,7 @@ def test_the_card_has_scores_beside_their_baseline_and_what_it_was_made_from(
     trial = trained["causal-lm"]
     export_adapter(trial.adapter, tmp_path / "out", ORIGIN)
     text = (tmp_path / "out" / "README.md").read_text()
-    assert "| this adapter | 1.5 |\n| the base model | 4.25 |\n" in text
+    assert "| this adapter | 1.5 |\n| the base model alone | 4.25 |\n" in text
     digests = json.loads((trial.adapter / "bilora_ray.json").read_text())["digests"]
     assert f"| train_data | `./texts-train.jsonl` | `{digests['train_data']}` |\n" in text
     assert f"| model_name_or_path | `./llama` | `{digests['model_name_or_path']}` |\n" in text
