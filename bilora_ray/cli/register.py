@@ -6,7 +6,7 @@ import re
 import shlex
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -66,6 +66,7 @@ def command(
     if alias is not None:
         _check("--alias", alias, ALIAS, "letters, digits, '_' and '-', and neither 'latest' nor 'v1'")
     have_home()
+    from bilora_ray.library.exporting import meant
     from bilora_ray.search.session import artifacts_of, candidate_of, study_info
     from bilora_ray.search.study.layout import Layout
     from bilora_ray.search.study.storage import naming_the_database
@@ -74,7 +75,8 @@ def command(
 
     layout = Layout(absolute(storage_path), study_database)
     with naming_the_database(layout, then=""):
-        found, record = _chosen(layout, study, number)
+        one = meant(layout, study, number)
+        found, record = one.study, one.record
         candidate, info = candidate_of(found, record), study_info(found, {})
     uri = mlflow_uri or default_uri(layout.storage_path)
     made = register(
@@ -89,27 +91,16 @@ def command(
     )
     address = f"models:/{name}@{alias}" if alias else f"models:/{name}/{made.version}"
     if as_json:
-        print_json({**asdict(made), "uri": address, "alias": alias, **candidate.served.facts})
+        notes = {"notes": one.notes} if one.notes else {}
+        print_json({**asdict(made), "uri": address, "alias": alias, **candidate.served.facts, **notes})
         return
+    for note in one.notes:
+        click.secho(f"Note: {note}", fg="yellow", err=True)
     told = "is" if made.is_new else "was already"
     click.echo(f"Trial {record.number} of '{found.space.study.name}' {told} version {made.version} of {name}")
     click.echo(f"Load it  mlflow.pyfunc.load_model({address!r})")
     where, what = shlex.quote(masked(uri)), shlex.quote(address)
     click.echo(f"Serve it MLFLOW_TRACKING_URI={where} mlflow models serve -m {what} --env-manager local")
-
-
-def _chosen(layout: Any, study: str, number: int | None) -> tuple[StudyView, TrialRecord]:
-    """The trial that is meant, and the study whose it is: of one with finalists the winner's run is."""
-    from bilora_ray.search.study.control.finalists import finals_of
-    from bilora_ray.search.study.studies import load_study, refuse_finalists
-
-    found = load_study(layout, study)
-    if number is None:
-        refuse_finalists(found)
-        finals = finals_of(found)
-        if finals is not None and finals.winner is not None:
-            return finals.study, finals.winner
-    return found, found.chosen(number)
 
 
 def _described(study: StudyView, record: TrialRecord) -> str:

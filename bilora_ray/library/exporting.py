@@ -17,6 +17,23 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Meant:
+    """The trial that a name and a number mean.
+
+    Attributes:
+        searched: the study of the name.
+        study: that of the trial: of a search with finalists it may be theirs.
+        record: the trial.
+        notes: what there is to say of the choice.
+    """
+
+    searched: StudyView
+    study: StudyView
+    record: TrialRecord
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
 class Chosen:
     """An adapter that is there.
 
@@ -56,8 +73,8 @@ class Exported:
     serve: Mapping[str, str]
 
 
-def choose(layout: Layout, study: str, number: int | None, prefer: str | None = None) -> Chosen:
-    """The adapter of trial `number` of a study, or of its best.
+def meant(layout: Layout, study: str, number: int | None, prefer: str | None = None) -> Meant:
+    """Trial `number` of a study, or its best.
 
     Args:
         layout: where the study is.
@@ -66,35 +83,44 @@ def choose(layout: Layout, study: str, number: int | None, prefer: str | None = 
         prefer: of several objectives the one by which the trial is the best of the front.
 
     Raises:
-        UserError: there is no such study, trial or adapter.
+        UserError: there is no such study or trial.
     """
     from bilora_ray.search.study.control.finalists import finals_of
     from bilora_ray.search.study.storage import naming_the_database
     from bilora_ray.search.study.studies import load_study, refuse_finalists
 
-    have_home()
     if number is not None and prefer is not None:
         raise UserError("--prefer: --trial names the trial already; leave one out")
     with naming_the_database(layout, then=""):
-        found = searched = load_study(layout, study)
+        found = load_study(layout, study)
         if number is None:
             refuse_finalists(found)
-        record = found.chosen(number, prefer)
         finals = finals_of(found) if number is None and prefer is None else None
-    notes = []
-    if finals is not None and finals.winner is None:
-        notes = ["the best single run is taken, for its finalists are not all trained"]
-    elif finals is not None and finals.winner is not None:
-        found, record = finals.study, finals.winner
+        if finals is not None and finals.winner is not None:
+            return Meant(found, finals.study, finals.winner)
+        notes = [] if finals is None else ["the best single run is taken, for its finalists are not all trained"]
+        return Meant(found, found, found.chosen(number, prefer), notes)
+
+
+def choose(layout: Layout, study: str, number: int | None, prefer: str | None = None) -> Chosen:
+    """The adapter of the trial that is `meant`.
+
+    Raises:
+        UserError: as there; or there is no adapter.
+    """
+    from bilora_ray.search.study.storage import naming_the_database
+
+    have_home()
+    one = meant(layout, study, number, prefer)
     with naming_the_database(layout, then=""):
-        baseline = searched.baseline_of(found.config(record.number))
+        baseline = one.searched.baseline_of(one.study.config(one.record.number))
     return Chosen(
-        found.space.study.name,
-        record,
-        _adapter_of(found, record),
-        [objective.metric for objective in found.objectives],
-        found.origin(record) | ({"baseline": baseline} if baseline else {}),
-        notes,
+        one.study.space.study.name,
+        one.record,
+        _adapter_of(one.study, one.record),
+        [objective.metric for objective in one.study.objectives],
+        one.study.origin(one.record) | ({"baseline": baseline} if baseline else {}),
+        one.notes,
     )
 
 

@@ -98,6 +98,12 @@ def test_the_line_that_serves_it_is_one_of_a_shell_and_shows_no_password(
 def test_of_finalists_the_winners_run_is_registered_and_marked_and_not_the_luckiest(study: SearchStudy) -> None:
     space, _ = begin(study, {}) or (None, False)
     assert space is not None
+    best = study.best()
+    assert best is not None
+    track(study, best.number)
+    early = called("register", "s", "--name", "early")
+    assert early.stdout.startswith(f"Trial {best.number} of 's' is version 1 of early\n")
+    assert early.stderr == "Note: the best single run is taken, for its finalists are not all trained\n"
     run(open_study(space, study.layout, {}))
     finals = finals_of(study)
     assert finals is not None
