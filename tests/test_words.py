@@ -25,9 +25,9 @@ LOSS = Objective("eval_loss", greater_is_better=False)
 def told(baseline: dict[str, Any]) -> dict[str, str]:
     """What each place that names a baseline makes of it."""
     config = TrialConfig(model_name_or_path="m", task="causal-lm", train_data="d")
-    of_study = SimpleNamespace(baseline=lambda: baseline, objective=LOSS)
+    of_study = SimpleNamespace(baseline_of=lambda _: baseline, config=lambda _: None, objective=LOSS)
     return {
-        "show": _beside(cast(Any, of_study)),
+        "show": _beside(cast(Any, of_study), TrialRecord(0, Status.COMPLETE, {}, {})),
         "MLflow": str(baseline_line(baseline, "eval_loss")),
         "the page": " ".join(_gain(Found(cast(Any, None), cast(Any, None), [LOSS], [], baseline=baseline), 0.5)),
         "the card": _scores(config, {"eval_loss": 0.5, "baseline": baseline}),

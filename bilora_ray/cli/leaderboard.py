@@ -91,7 +91,7 @@ def print_best(console: Console, study: StudyView, records: Sequence[TrialRecord
         which = f"trial {equal[0].number}" if len(equal) == 1 else f"{len(equal)} others"
         lower = any(record.loss != best.loss for record in equal)
         line += f" (the same as {which}{', with a lower eval_loss' if lower else ''})"
-    line += _beside(study)
+    line += _beside(study, best)
     if front:
         line = line.replace("Best:", f"Best by {study.objective.metric}:")
     console.print(line, style="bold green", markup=False)
@@ -99,9 +99,9 @@ def print_best(console: Console, study: StudyView, records: Sequence[TrialRecord
     return best
 
 
-def _beside(study: StudyView) -> str:
-    """What the metric is without training, if that is known."""
-    found = study.baseline() or {}
+def _beside(study: StudyView, best: TrialRecord) -> str:
+    """What the metric of the best trial is without training, if that is known."""
+    found = study.baseline_of(study.config(best.number)) or {}
     value = found.get(study.objective.metric)
     return "" if value is None else f"; {without_training(found)} {value:.6g}"
 
@@ -131,7 +131,7 @@ def study_as_json(study: StudyView) -> dict[str, Any]:
         "ended_by": None if end is None else {"budget": end.by, "line": end.line},
         "warm_start": study.warm_start,
         "best": None if best is None or search is not None else as_json(best, metric),
-        "baseline": study.baseline(),
+        "baseline": study.baseline_of_best(),
         **_several_as_json(study),
         "importances": {key: share.share for key, share in importances.shares.items()},
         "importances_detail": {

@@ -119,7 +119,7 @@ def read(study: StudyView, ended: Collection[int] = ()) -> Found:
         replace(one, status=Status.INTERRUPTED) if one.status is Status.RUNNING and one.number in ended else one
         for one in records
     ]
-    return Found(
+    found = Found(
         space=study.space,
         layout=study.layout,
         objectives=study.objectives,
@@ -132,7 +132,8 @@ def read(study: StudyView, ended: Collection[int] = ()) -> Found:
         space_file=written(study.space),
         disk=used_by(study),
         seconds=study.seconds,
-        baseline=study.baseline() or {},
         examples=study.examples(),
         made_with=study.made_with,
     )
+    baseline = None if found.chosen is None else study.baseline_of(study.config(found.chosen.number))
+    return replace(found, baseline=baseline or {})

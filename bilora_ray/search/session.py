@@ -173,7 +173,7 @@ def told_of(study: StudyView) -> list[str]:
     search, told = search_of(study.study), []
     if search is not None:
         told.append(f"These are the finalists of study '{search}', trained anew on fresh seeds")
-    line = baseline_line(study.baseline() or {}, study.objective.metric)
+    line = baseline_line(study.baseline_of_best() or {}, study.objective.metric)
     if line is not None:
         told.append(line)
     if study.space.study.finalists:

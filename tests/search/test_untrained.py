@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 from click.testing import CliRunner
 
+from bilora_ray.checking import before
 from bilora_ray.cli.main import main
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError
 from bilora_ray.records import Untrained
+from bilora_ray.report.found import read
 from bilora_ray.runners.untrained import BesideBase
 from bilora_ray.search import run
+from bilora_ray.search.session import told_of
 from bilora_ray.search.simulated import Metrics, simulate
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
@@ -26,6 +30,7 @@ from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.search.study.view import COMPARED, StudyView
 
 BASELINE = {"kind": "base-model", "eval_loss": 2.5}
+OPTIONS: tuple[tuple[str, ...], ...] = ((), ("--json",))
 EXAMPLES = [{"prompt": "1 + 1 =", "expected": " 2", "adapter": " 2", "base_model": " größer"}]
 
 
@@ -35,7 +40,10 @@ def space(*more: str) -> Space:
     trial["rho"] = "{low: 0.1, high: 0.9}"
     given = {**{f"study.{key}": value for key, value in study.items()}, **{f"trial.{k}": v for k, v in trial.items()}}
     given |= dict(text.split("=", maxsplit=1) for text in more)
-    return load_space(None, [f"{key}={value}" for key, value in given.items()])
+    found = load_space(None, [f"{key}={value}" for key, value in given.items()])
+    # As a start has it, which says what earlier versions had not.
+    newer = {key: TrialConfig.model_fields[key].default for key in before(TrialConfig)}
+    return replace(found, fixed={**newer, **found.fixed})
 
 
 def curve(config: TrialConfig) -> list[Metrics]:
@@ -108,13 +116,41 @@ def test_a_winner_with_another_base_model_is_measured_beside_its_own(layout: Lay
     bases = "trial.model_name_or_path={choice: [org/one, org/two, org/three, org/four, org/five]}"
     study = searched(layout, space(bases))
     keep(asked_of(study), BASELINE, EXAMPLES)
+    assert told(layout) == {"show": True, "JSON": BASELINE, "MLflow": True, "page": BASELINE}
     longer = searched(layout, space(), open_study(space(bases, "study.num_trials=12"), layout, {}))
     asked = asked_of(longer)
-    before, after = (longer.config(number).model_name_or_path for number in (_best_of(study, 4), asked.winner.number))
-    assert asked.measured is (before != after)
-    assert before != after, "the case is not met: take another seed"
-    told = {number: longer.origin(longer.record(number)) for number in (_best_of(study, 4), asked.winner.number)}
-    assert ["baseline" in origin for origin in told.values()] == [True, False]
+    old, new = (longer.config(number).model_name_or_path for number in (_best_of(study, 4), asked.winner.number))
+    assert asked.measured is (old != new)
+    assert old != new, "the case is not met: take another seed"
+    origins = {number: longer.origin(longer.record(number)) for number in (_best_of(study, 4), asked.winner.number)}
+    assert ["baseline" in origin for origin in origins.values()] == [True, False]
+    # Beside the best of now nothing is told of another base model.
+    assert told(layout) == {"show": False, "JSON": None, "MLflow": False, "page": {}}
+
+
+def told(layout: Layout) -> dict[str, Any]:
+    """Whether the study tells a baseline, by who tells it."""
+    shown = {option: CliRunner().invoke(main, ["show", "s", *storage(layout), *option]).stdout for option in OPTIONS}
+    found = load_study(layout, "s")
+    return {
+        "show": "the base model alone 2.5" in shown[()],
+        "JSON": json.loads(shown[("--json",)])["baseline"],
+        "MLflow": any("To compare with" in line for line in told_of(found)),
+        "page": read(found).baseline,
+    }
+
+
+def storage(layout: Layout) -> list[str]:
+    return ["--storage-path", str(layout.storage_path)]
+
+
+def test_a_setting_that_is_new_since_the_comparison_leaves_the_baseline_what_it_was(layout: Layout) -> None:
+    study = searched(layout, space())
+    keep(asked_of(study), BASELINE, EXAMPLES)
+    compared = study.study.user_attrs[COMPARED]
+    older = {key: value for key, value in compared["settings"].items() if key != "system_prompt"}
+    study.study.set_user_attr(COMPARED, {**compared, "settings": older})
+    assert load_study(layout, "s").baseline_of_best() == BASELINE
 
 
 def _best_of(study: SearchStudy, first: int) -> int:
@@ -134,6 +170,7 @@ def test_with_finalists_the_winner_of_those_is_compared(layout: Layout) -> None:
     keep(asked, BASELINE, EXAMPLES)
     assert load_study(layout, "s").examples() == EXAMPLES
     assert to_compare(trained) is None
+    assert told(layout) == {"show": True, "JSON": BASELINE, "MLflow": True, "page": BASELINE}
     # The finalists' own study says nothing beside it.
     assert trained.baseline() is None
 

@@ -12,6 +12,7 @@ import optuna
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
+from bilora_ray.checking import completed
 from bilora_ray.config import SHARPNESS, TrialConfig, applies, deciding
 from bilora_ray.digests import by_setting
 from bilora_ray.errors import UserError, nearest
@@ -202,7 +203,15 @@ class StudyView:
     def baseline_of(self, config: TrialConfig) -> dict[str, Any] | None:
         """The baseline of a trial with these settings, whose base model or rows may be others than the winner's."""
         measured = self.study.user_attrs.get(COMPARED, {}).get("settings")
-        return self.baseline() if measured == decisive(config) else None
+        if measured is None:
+            return None
+        then, now = completed(TrialConfig, measured), decisive(config)
+        return self.baseline() if {key: then[key] for key in now} == now else None
+
+    def baseline_of_best(self) -> dict[str, Any] | None:
+        """As `baseline_of`, of the best trial: of one with another base nothing is said beside it."""
+        best = self.best()
+        return None if best is None else self.baseline_of(self.config(best.number))
 
     def examples(self) -> list[dict[str, Any]]:
         """Some validation rows with the answers of the winner's adapter and of its base model; none: not known.
@@ -338,6 +347,6 @@ def _failed(trial: FrozenTrial) -> bool:
 
 
 def decisive(config: TrialConfig) -> dict[str, Any]:
-    """The settings that a base model alone is measured by."""
-    without = deciding("training", "training rows", "memory")
-    return {**config.model_dump(mode="json", exclude=set(without)), "split_seed": config.resolved_split_seed}
+    """The settings that a base model alone is measured by: of the seed only what it draws rows by."""
+    without = {*deciding("training", "training rows", "memory"), "seed"}
+    return {**config.model_dump(mode="json", exclude=without), "split_seed": config.resolved_split_seed}
