@@ -52,6 +52,8 @@ class MethodAdamW(torch.optim.AdamW):
 
     # How many forward and backward passes over the rows a step takes, on average.
     passes_per_step: float = 1.0
+    # After how many steps they are as many again: steps may differ.
+    steps_per_cycle: int = 1
     # How many forward passes it takes beside those.
     forward_passes_per_step: float = 0.0
     # How many steps the training has; None if nobody has said so. It is told anew at each start.

@@ -58,6 +58,11 @@ class LookSamAdamW(LoraSamAdamW):
         """One, and one more in each `looksam_every`-th step."""
         return 1 + 1 / float(self.param_groups[0]["looksam_every"])
 
+    @property
+    def steps_per_cycle(self) -> int:  # type: ignore[override]
+        """`looksam_every`: one of SAM, and those that reuse it."""
+        return int(self.param_groups[0]["looksam_every"])
+
     def _gradients(self, closure: Closure | None) -> Tensor | None:
         if closure is None:
             raise TypeError("sharpness-aware minimization asks for the loss twice in some steps: step(closure)")

@@ -57,6 +57,16 @@ def test_what_is_counted_is_what_the_steps_read(method: str, tiny: Tiny) -> None
     assert found.shares["generation"] == 0
 
 
+def test_of_a_method_whose_steps_differ_whole_cycles_are_looked_at(tiny: Tiny) -> None:
+    one = {"per_device_train_batch_size": 4, "max_steps": 8}
+    plain = looked_at(tiny.config("causal-lm", method="lora", **one))
+    for every in (1, 4):
+        found = looked_at(tiny.config("causal-lm", method="looksam", looksam_every=every, **one))
+        assert (found.steps, found.passes) == (max(STEPS, every), 1 + 1 / every)
+        # Its rows are not all of one length.
+        assert found.operations == pytest.approx((1 + 1 / every) * plain.operations, rel=0.2)
+
+
 def test_workers_share_a_step_and_an_evaluation(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(10**6))
     monkeypatch.setattr(roofline.time, "perf_counter", lambda: float(next(ticks)))

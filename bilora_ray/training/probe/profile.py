@@ -58,7 +58,7 @@ class Profile:
         device: its name.
         precision: of the base weights and of what is computed with them.
         workers: who train the trial together. Where nothing else is said, the numbers are those of one of them.
-        steps: that were timed.
+        steps: that were timed: as many as were asked for, and as make whole cycles of a method whose steps differ.
         step_rows: training rows of a step of all workers.
         passes: forward passes of a step, on average.
         step_seconds: of a step, less what workers wait for each other.
@@ -250,7 +250,7 @@ def _looked_at(run: Run, watch: Watch, steps: int, began: float, sharded: bool) 
     device, config, workers = watch.marks.device, run.config, run.workers.planned
     for _ in range(WARM_UP):
         watch.step(run)
-    before = run.window.tokens
+    before, steps = run.window.tokens, _in_cycles(run, steps)
     of_steps = _timed(run, watch, steps)
     tokens, positions, passes = run.window.tokens - before, watch.positions, watch.passes / steps
     of_evaluation = watch.evaluation(run)
@@ -319,6 +319,12 @@ def _notes(config: TrialConfig, workers: int, sharded: bool) -> Iterator[str]:
         yield f"the time of evaluations is an upper bound: one was measured, after few steps, and {early}"
 
 
+def _in_cycles(run: Run, steps: int) -> int:
+    """So many steps, or as many more as make whole cycles of the method: it may have costly steps among cheap ones."""
+    cycle = run.optimizer.steps_per_cycle
+    return -(-steps // cycle) * cycle
+
+
 def _timed(run: Run, watch: Watch, steps: int) -> dict[str, float]:
     """Seconds of so many steps, by part. What they read is counted from here on."""
     watch.forget()
@@ -328,15 +334,17 @@ def _timed(run: Run, watch: Watch, steps: int) -> dict[str, float]:
 
 
 def _operations(run: Run, watch: Watch) -> int:
-    """Floating-point operations of a step, less those that are done twice to save memory."""
+    """Floating-point operations of a step on average, less those that are done twice to save memory."""
     watch.forget()
+    steps = _in_cycles(run, 1)
     # Of compiled blocks none would be seen.
     with torch.compiler.set_stance("force_eager"), counting() as counter:
         watch.counter = counter
-        watch.step(run)
+        for _ in range(steps):
+            watch.step(run)
         watch.counter = None
     done = int(counter.get_total_flops())
-    return done - watch.forward_operations if run.config.gradient_checkpointing else done
+    return (done - watch.forward_operations if run.config.gradient_checkpointing else done) // steps
 
 
 def _memory(run: Run, watch: Watch) -> dict[str, int]:
@@ -344,7 +352,8 @@ def _memory(run: Run, watch: Watch) -> dict[str, int]:
     watch.own = {parameter.untyped_storage().data_ptr() for parameter in run.model.parameters()}
     watch.weighs = True
     watch.forget()
-    watch.step(run)
+    for _ in range(_in_cycles(run, 1)):
+        watch.step(run)
     watch.weighs = False
     parts = _bytes(run)
     found = {**parts, "kept_for_backward": watch.kept}
@@ -402,7 +411,7 @@ def _with_doubled_passes(run: Run, watch: Watch, memory: dict[str, int], in_step
         cut_by(run, cut)
         run.progress.step = step
         watch.step(run)
-        return sum(_timed(run, watch, DOUBLED_STEPS).values()), watch.passes
+        return sum(_timed(run, watch, _in_cycles(run, DOUBLED_STEPS)).values()), watch.passes
 
     try:
         seconds, passes = timed(config)
