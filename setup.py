@@ -2,7 +2,12 @@
 
 from setuptools import find_namespace_packages, setup
 
+FOLDERS = {
+    "bilora_ray.search_spaces": "search_spaces",
+    "bilora_ray.search_spaces.comparisons": "search_spaces/comparisons",
+}
+
 setup(
-    packages=[*find_namespace_packages(include=["bilora_ray*"]), "bilora_ray.search_spaces"],
-    package_dir={"bilora_ray.search_spaces": "search_spaces"},
+    packages=[*find_namespace_packages(include=["bilora_ray*"]), *FOLDERS],
+    package_dir=FOLDERS,
 )

@@ -328,6 +328,12 @@ class TrialConfig(Settings):
     )
 
     # Method
+    variant: str | None = setting(
+        None,
+        "what a comparison calls the settings: a name, which decides nothing",
+        min_length=1,
+        decides="training",
+    )
     method: MethodName = setting("bilora", "how the adapter is trained", decides="training", shown=("best",))
     rank: Int = setting(8, "r of the primary adapter", ge=1, decides="training", shown=("card", "best"))
     lora_alpha: Float | None = setting(None, "2 x rank when absent", gt=0, decides="training", shown=("card",))

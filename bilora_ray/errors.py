@@ -65,6 +65,10 @@ class MachineError(UserError):
     """What stopped a search is the machine's or the network's, as a full disk is: it can go on once that is mended."""
 
 
+class CommonCause(MachineError):
+    """So many trials in a row have failed for one cause that a search was halted: who goes on with it has looked."""
+
+
 class TrialFailure(Exception):
     """A trial that cannot go on although its input is right: the search records it and goes on.
 

@@ -66,7 +66,7 @@ TRACKING_KNOWS = {"addresses", "config", "errors", "records", "tracking", "words
 TRACKING_IS_KNOWN_TO = {"cli", "search", "search.cluster", "tracking"}
 # Library -> the rooms and files that may import it.
 LIBRARIES = {
-    "ray": ("search.cluster", "search.run", "search.tuning", "runners"),
+    "ray": ("search.cluster", "search.comparing.run", "search.run", "search.tuning", "runners"),
     "optuna": ("search.study",),
     "mlflow": ("tracking",),
 }
@@ -80,6 +80,7 @@ LIGHT = (
     "bilora_ray.digests",
     "bilora_ray.errors",
     "bilora_ray.paths",
+    "bilora_ray.search.comparing.file",
     "bilora_ray.search.space",
     "bilora_ray.search.space_file",
     "bilora_ray.search.study.layout",

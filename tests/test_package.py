@@ -43,8 +43,9 @@ def test_every_file_of_the_package_is_in_a_wheel(wheel: set[str]) -> None:
 
 
 def test_every_shipped_space_is_in_a_wheel_with_its_schema(wheel: set[str]) -> None:
-    spaces = {f"bilora_ray/search_spaces/{file.name}" for file in (ROOT / "search_spaces").iterdir() if file.is_file()}
-    assert "bilora_ray/search_spaces/schema.json" in spaces
+    there = (file for file in (ROOT / "search_spaces").rglob("*") if file.is_file())
+    spaces = {f"bilora_ray/{file.relative_to(ROOT).as_posix()}" for file in there}
+    assert {f"bilora_ray/search_spaces/{name}" for name in ("schema.json", "comparisons/quickstart.yaml")} <= spaces
     assert {name for name in wheel if "/search_spaces/" in name} == spaces
 
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "init": "Look at a data file, and write a space file for it.",
     "validate": "Check a space file in a moment, before anything is computed.",
     "tune": "Search a space file for the best adapter.",
+    "compare": "Compare methods, each tuned alike, on fresh seeds and a test set.",
     "submit": "Run a search as a job of a Ray cluster.",
     "train": "Train one adapter, without a search.",
     "profile": "Say where the time and the memory of a trial go, by some of its steps.",

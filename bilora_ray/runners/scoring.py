@@ -1,4 +1,4 @@
-"""What an adapter is worth on the test rows, measured in a process of the cluster, as a trial's."""
+"""What adapters are worth on the test rows, measured in a process of the cluster, as a trial's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import not_again
-from bilora_ray.runners.task import import_training
+from bilora_ray.runners.task import EXPECTED, import_training
 
 
 def score(adapter: str, settings: Mapping[str, Any]) -> dict[str, float]:
@@ -28,3 +28,45 @@ def score(adapter: str, settings: Mapping[str, Any]) -> dict[str, float]:
         model, data, _ = load_adapted(Path(adapter), config)
         config = config.model_copy(update={"label_names": data.label_names, "format": data.format})
         return evaluate(model, data.validation, config, data.tokenizer)
+
+
+class Scorer:
+    """A process of the cluster that scores adapters, one after the other. Errors come back as they are.
+
+    Args:
+        cpus: that it may use.
+        gpus: the same; a part of one is shared.
+    """
+
+    def __init__(self, cpus: float, gpus: float) -> None:
+        import_training()
+        import torch
+
+        from bilora_ray.training.compute.memory import keep_to_share
+
+        torch.set_num_threads(max(1, int(cpus)))  # as Ray says it to a trial, or the last digits were others
+        keep_to_share(gpus)
+
+    def score(self, adapter: str, settings: Mapping[str, Any], radius: float | None) -> Any:
+        """As `score`; with a `radius`, `sharpness` too, on the validation rows of its training."""
+        try:
+            found = score(adapter, settings)
+            return found if radius is None else {**found, "sharpness": _sharpness(adapter, radius)}
+        except EXPECTED as error:
+            return error
+
+
+def _sharpness(adapter: str, radius: float) -> float:
+    import torch
+
+    from bilora_ray.recipe import evaluation_config
+    from bilora_ray.training.evaluate import load_adapted
+    from bilora_ray.training.probe.sharpness import sharpness
+
+    with not_again():
+        config = evaluation_config(Path(adapter), {"sharpness_radius": radius, "predict_with_generate": False})
+        model, data, _ = load_adapted(Path(adapter), config)
+        config = config.model_copy(update={"label_names": data.label_names, "format": data.format})
+        model.eval()
+        with torch.no_grad():
+            return sharpness(model, data.validation, config, data.tokenizer)["sharpness"]

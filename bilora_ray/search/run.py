@@ -6,8 +6,8 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import NoReturn
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, NoReturn
 
 import ray
 from ray.exceptions import RayError
@@ -64,6 +64,7 @@ def search(
     mlflow_uri: str | None,
     digests: Mapping[str, str],
     watcher: Watcher,
+    part: Mapping[str, Any] | None = None,
 ) -> SearchStudy:
     """Begin the study of `space`, or go on with it, until every trial has ended.
 
@@ -75,6 +76,8 @@ def search(
         mlflow_uri: MLflow server or database; None: a SQLite file beside the studies.
         digests: source -> digest of its content.
         watcher: who shows the search to a person.
+        part: attributes of a study that is a part of something larger: then Ray is connected already, by `joined`, and
+            its winner is nothing by itself.
 
     Raises:
         UserError: the study, the cluster or MLflow are not there as said, and nothing was begun; or a trial met bad
@@ -85,35 +88,52 @@ def search(
         check_study(space, layout, resume, digests)
         check_finalists(space, layout)
     check_address(ray_address)
-    nested = runner_for(space.resources.model_dump()).starts_workers
     with naming_the_database(layout), running_study(layout, space.study.name), ExitStack() as stack:
+        joining = joined(space, layout, ray_address) if part is None else nullcontext()
         # A cluster that is there is joined in a moment, and looked at before the study begins. One of our own is not
         # there for seconds, and starts beside MLflow.
         if not is_own(ray_address):
-            stack.enter_context(cluster(ray_address, nested))
-            check_shared(layout.storage_path)
-            if nested:
-                check_dashboard(ray_address)
+            stack.enter_context(joining)
         if space.fixed.get("precision") == "auto":
             space = decided(space, is_own(ray_address))
             if space.resources.gpus_per_worker:
                 watcher.say(f"precision: auto is {space.fixed['precision']} on these GPUs, for all trials")
-        running = stack.enter_context(session(space, layout, mlflow_uri, digests, watcher))
+        running = stack.enter_context(session(space, layout, mlflow_uri, digests, watcher, part))
         if is_own(ray_address):
-            stack.enter_context(cluster(ray_address, nested))
-            stack.enter_context(environment_inherited())
+            stack.enter_context(joining)
         stack.enter_context(head_watched(lambda: _end(running, ray_address)))
         study = running.study
         beside = BesideBase(space.resources.model_dump(), space.study.num_trials)
         # Of a search that trains finalists their study compares the winner.
-        observers = Observers([running.observers(), *([] if space.study.finalists else [beside])])
-        concurrent = _at_once(space, watcher.say)
+        alone = not space.study.finalists and part is None
+        observers = Observers([running.observers(), *([beside] if alone else [])])
+        concurrent = at_once(space, watcher.say)
         stack.enter_context(watching_moves(study, watcher))
         run_trials(study, observers, concurrent)
         while study.await_others(Observers([watcher]), watcher.say):
             run_trials(study, observers, concurrent)
-        _beside_base(study, beside, watcher.say)
+        if part is None:
+            _beside_base(study, beside, watcher.say)
     return study
+
+
+@contextmanager
+def joined(space: Space, layout: Layout, ray_address: str | None) -> Iterator[None]:
+    """Connect to the cluster at `ray_address`, or start one, for trials of `space` that the block runs.
+
+    Raises:
+        UserError: it does not answer, or its nodes do not share the storage path.
+    """
+    nested = runner_for(space.resources.model_dump()).starts_workers
+    with cluster(ray_address, nested):
+        if is_own(ray_address):
+            with environment_inherited():
+                yield
+            return
+        check_shared(layout.storage_path)
+        if nested:
+            check_dashboard(ray_address)
+        yield
 
 
 def _beside_base(study: SearchStudy, beside: BesideBase, say: Callable[[str], None]) -> None:
@@ -138,7 +158,7 @@ def _beside_base(study: SearchStudy, beside: BesideBase, say: Callable[[str], No
         say(f"Note: the winner is not compared with its base model ({first_line(error)}); --resume tries again")
 
 
-def _at_once(space: Space, say: Callable[[str], None]) -> int:
+def at_once(space: Space, say: Callable[[str], None]) -> int:
     """How many trials are run at one time. A person who says it may know of nodes that are still to come."""
     asked = space.study.max_concurrent
     try:

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread, Timer
-from typing import Protocol
+from typing import Any, Protocol
 
 from bilora_ray.addresses import masked
 from bilora_ray.digests import of_data
@@ -184,7 +184,12 @@ def told_of(study: StudyView) -> list[str]:
 
 @contextmanager
 def session(
-    space: Space, layout: Layout, mlflow_uri: str | None, digests: Mapping[str, str], watcher: Watcher
+    space: Space,
+    layout: Layout,
+    mlflow_uri: str | None,
+    digests: Mapping[str, str],
+    watcher: Watcher,
+    kept: Mapping[str, Any] | None = None,
 ) -> Iterator[Session]:
     """The study of `space`, tracked and watched, for the block that runs its trials.
 
@@ -195,7 +200,7 @@ def session(
         raise UserError(f"--mlflow-uri {masked(mlflow_uri)}: holds the studies; MLflow needs a database of its own")
     begins = space.study.name not in study_names(layout)
     with naming_the_database(layout, then="" if begins else GO_ON):
-        study = open_study(space, layout, digests)
+        study = open_study(space, layout, digests, kept)
         study.keep_made_with({**versions(), **machine()})
     with ThreadPoolExecutor(max_workers=1) as executor:
         running = Session(study, watcher, executor.submit(_tracker, study, mlflow_uri, digests, watcher))

@@ -85,7 +85,7 @@ def load_space(path: Path | None, overrides: Sequence[str] = (), locate: Locate 
     Raises:
         UserError: one line that names the file, the key and what is allowed.
     """
-    sections = {} if path is None else _read_sections(path)
+    sections = {} if path is None else sections_of(read_yaml(path), path)
     return checked_space(sections, path or Path("--set"), overrides, locate)
 
 
@@ -133,9 +133,10 @@ def checked_space(
     return replace(space, points_to_evaluate=points, notes=(*space.notes, *without_effect(space)))
 
 
-def _read_sections(path: Path) -> dict[str, dict[str, Any]]:
+def read_yaml(path: Path) -> object:
+    """What a YAML file holds. UserError if it cannot be read, or gives a key twice."""
     try:
-        content = _Loader(path.read_text(encoding="utf-8")).get_single_data()
+        content: object = _Loader(path.read_text(encoding="utf-8")).get_single_data()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -145,7 +146,7 @@ def _read_sections(path: Path) -> dict[str, dict[str, Any]]:
         line = f", line {mark.line + 1}" if mark else ""
         problem = " ".join(str(getattr(error, "problem", None) or error).split())
         raise UserError(f"{path}{line}: not valid YAML ({problem})") from None
-    return sections_of(content, path)
+    return content
 
 
 def sections_of(content: object, path: Path) -> dict[str, dict[str, Any]]:
@@ -215,9 +216,7 @@ def _absolute_part(key: str, part: Mapping[str, Any], base: Path, where: str, lo
 
 def parse_override(text: str) -> tuple[str, str, Any]:
     """Section, key and value of a `--set` text. UserError if it is none."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise UserError(f"--set {text}: must be key=value")
+    key, value = override_value(text)
     section, dot, name = key.partition(".")
     if not dot:
         section, name = "trial", key
@@ -226,6 +225,14 @@ def parse_override(text: str) -> tuple[str, str, Any]:
                 raise UserError(f"--set {text}: write {other}.{key}")
     if section not in SECTIONS:
         raise UserError(f"--set {text}: unknown section '{section}'; {nearest(section, SECTIONS)}")
+    return section, name, value
+
+
+def override_value(text: str) -> tuple[str, Any]:
+    """What stands before the equals sign of a `--set` text, and the value behind it. UserError if it is none."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {text}: must be key=value")
     try:
         node = yaml.compose(value, _Loader)
         parsed = _Loader(value).get_single_data()
@@ -234,7 +241,7 @@ def parse_override(text: str) -> tuple[str, str, Any]:
     if value.strip() and (node is None or node.end_mark.index < len(value.rstrip())):
         # YAML takes the rest for a comment, which nobody writes in an argument.
         raise UserError(f"--set {text}: a text with # needs quotes: {key}={json.dumps(value)}")
-    return section, name, parsed
+    return key, parsed
 
 
 def _parts(section: str, key: str, value: Any) -> Any:

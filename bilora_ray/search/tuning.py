@@ -18,7 +18,7 @@ from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
 from bilora_ray.config import SOURCES
-from bilora_ray.errors import GO_ON, MachineError, UserError
+from bilora_ray.errors import GO_ON, CommonCause, MachineError, UserError
 from bilora_ray.interruption import Interrupted, heard
 from bilora_ray.paths import kind_of
 from bilora_ray.records import Status
@@ -222,7 +222,7 @@ class StudyScheduler(FIFOScheduler):
         self.study.fail(number, error, by_settings)
         self.observers.trial_ended(self.study.record(number))
         if (cause := self.study.common_cause()) is not None:
-            self._halt(tune_controller, MachineError(f"{cause}{GO_ON}"))
+            self._halt(tune_controller, CommonCause(f"{cause}{GO_ON}"))
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: the study database is the truth."""

@@ -76,9 +76,9 @@ def test_who_says_how_many_run_at_one_time_hears_that_nodes_are_waited_for(monke
     trial = ("model_name_or_path=org/model", "task=causal-lm", "train_data=org/data", "rank={choice: [4, 8]}")
     space = load_space(None, [*trial, "study.name=s", "resources.cpus_per_worker=8"])
     with pytest.raises(UserError, match="a trial wants 8 CPUs"):
-        run._at_once(space, told.append)
+        run.at_once(space, told.append)
     space = replace(space, study=space.study.model_copy(update={"max_concurrent": 3}))
-    assert run._at_once(space, told.append) == 3
+    assert run.at_once(space, told.append) == 3
     assert len(told) == 1
     assert told[0].endswith("there are 4 CPUs and 0 GPUs; waiting for nodes that have them")
 

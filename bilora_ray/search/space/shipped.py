@@ -22,6 +22,11 @@ def shipped() -> Mapping[str, Path]:
     return {file.stem: file for file in sorted(folder().glob("*.yaml"))}
 
 
+def comparisons() -> Mapping[str, Path]:
+    """Each comparison file that ships by its name, as `shipped`."""
+    return {file.stem: file for file in sorted((folder() / "comparisons").glob("*.yaml"))}
+
+
 def space_file(name: str) -> Path:
     """The space file that a person calls `name`: a path, or one bare word, which is that of a shipped space.
 
@@ -30,14 +35,22 @@ def space_file(name: str) -> Path:
     Raises:
         UserError: a word that no shipped space has for a name.
     """
+    return _named(name, shipped(), "space")
+
+
+def comparison_file(name: str) -> Path:
+    """As `space_file`, of comparison files."""
+    return _named(name, comparisons(), "comparison")
+
+
+def _named(name: str, found: Mapping[str, Path], what: str) -> Path:
     path = Path(name)
     if path.suffix or path.name != name:
         return path
-    found = shipped()
     if name in found:
         return found[name]
     hint = nearest(name, found)
-    raise UserError(f"no space '{name}' ships with bilora-ray; a file is written with its suffix or folder; {hint}")
+    raise UserError(f"no {what} '{name}' ships with bilora-ray; a file is written with its suffix or folder; {hint}")
 
 
 def shipped_name(path: Path) -> str | None:

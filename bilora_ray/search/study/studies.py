@@ -110,20 +110,28 @@ def check_study(space: Space, layout: Layout, resume: bool, digests: Mapping[str
         _taken(space, layout)
 
 
-def open_study(space: Space, layout: Layout, digests: Mapping[str, str]) -> SearchStudy:
+def open_study(
+    space: Space, layout: Layout, digests: Mapping[str, str], kept: Mapping[str, Any] | None = None
+) -> SearchStudy:
     """The study of `space`, created if `check_study` found none. One that was made but never begun is made anew.
+
+    Args:
+        space: the study's.
+        layout: where studies are.
+        digests: source -> digest of its content.
+        kept: attributes of the study that are kept with it from its beginning.
 
     Raises:
         UserError: as `check_study`, if another process has begun it since.
     """
     layout.make(space.study.name)
     with layout.choosing(space.study.name), making(layout, f"study {space.study.name}"):
-        opened = SearchStudy(_made(space, layout, digests), space, layout)
+        opened = SearchStudy(_made(space, layout, digests, kept or {}), space, layout)
     opened.adopt()
     return opened
 
 
-def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.Study:
+def _made(space: Space, layout: Layout, digests: Mapping[str, str], kept: Mapping[str, Any]) -> optuna.Study:
     name, storage = space.study.name, Looks(open_storage(layout))
     begun = name in study_names(layout) and has_begun(name, layout)
     if begun:
@@ -138,6 +146,8 @@ def _made(space: Space, layout: Layout, digests: Mapping[str, str]) -> optuna.St
     if not begun:
         study.set_user_attr(ID, uuid.uuid4().hex)
         study.set_user_attr(DIGESTS, dict(digests))
+        for key, value in kept.items():
+            study.set_user_attr(key, value)
         (layout.study(name) / ID).write_text(study.user_attrs[ID])
         if warm:
             study.set_user_attr(WARM_START, warm)

@@ -28,17 +28,22 @@ def sampler(study: optuna.Study, space: Space, number: int) -> BaseSampler:
     return Planned(point(space, index), rest)
 
 
-def point(space: Space, index: int) -> dict[str, Value]:
-    """The values of all settings at point `index` of the study's sequence."""
+def point(space: Space, index: int, dimensions: int | None = None) -> dict[str, Value]:
+    """The values of all settings at point `index` of the study's sequence.
+
+    Args:
+        space: of the study.
+        index: of the point.
+        dimensions: of the sequence, whose first coordinates are those of the space; None: as many as it has.
+    """
     from scipy.stats.qmc import Sobol  # takes half a second to import
 
-    sequence = Sobol(len(space.distributions), scramble=True, seed=space.study.seed)
+    sequence = Sobol(dimensions or len(space.distributions), scramble=True, seed=space.study.seed)
     if index:
         sequence.fast_forward(index)
-    return {
-        key: _value(key, distribution, float(place))
-        for (key, distribution), place in zip(space.distributions.items(), sequence.random(1)[0], strict=True)
-    }
+    places = map(float, sequence.random(1)[0])
+    parts = space.distributions.items()
+    return {key: _value(key, part, place) for (key, part), place in zip(parts, places, strict=dimensions is None)}
 
 
 def _value(key: str, distribution: Distribution, place: float) -> Value:

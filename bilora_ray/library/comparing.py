@@ -1,0 +1,157 @@
+"""A comparison of methods, checked and then run: `bilora-ray compare` and `bilora_ray.compare` are this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bilora_ray.errors import UserError
+from bilora_ray.library.searching import Watch
+from bilora_ray.paths import have_home
+from bilora_ray.search.cluster.protection import check_mlflow, check_ray
+from bilora_ray.search.comparing.file import Comparison, checked_comparison, load_comparison, sections_of
+from bilora_ray.search.space.shipped import comparison_file
+from bilora_ray.search.study.layout import Layout
+
+if TYPE_CHECKING:
+    from bilora_ray.search.preflight import Checked
+    from bilora_ray.training.rehearsal import Rehearsal
+
+# A comparison file, the name of one that ships, or what one holds.
+ComparisonLike = str | Path | Mapping[str, Any]
+# What is said to be wrong with a dict, which has no file's name.
+IN_PYTHON = Path("comparison")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a comparison is to be run, beside its file.
+
+    Attributes:
+        layout: where the study database and the trials' folders are.
+        resume: go on with a comparison that exists.
+        extend: go on with it, with so many seeds more than it has.
+        ray_address: Ray cluster; None: one on this machine, for the time of the comparison.
+        mlflow_uri: MLflow server or database; None: a SQLite file beside the studies.
+        insecure: whether another machine's Ray or MLflow may be used without a token or password.
+        dry_run: whether nothing is to start.
+    """
+
+    layout: Layout
+    resume: bool = False
+    extend: int | None = None
+    ray_address: str | None = None
+    mlflow_uri: str | None = None
+    insecure: bool = False
+    dry_run: bool = False
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the comparison is to be there already."""
+        return self.resume or self.extend is not None
+
+
+@dataclass(frozen=True)
+class Checks:
+    """A comparison that is checked, and has not begun.
+
+    Attributes:
+        comparison: with all that its file leaves open.
+        asked: how it is to be run.
+        checked: what its data say.
+    """
+
+    comparison: Comparison
+    asked: Asked
+    checked: Checked
+
+
+def comparison_of(given: ComparisonLike, overrides: Sequence[str], asked: Asked) -> Comparison:
+    """The comparison of a file, checked in a moment.
+
+    Args:
+        given: the file.
+        overrides: `key=value` texts on top of it.
+        asked: how to run it.
+
+    Raises:
+        UserError: it is wrong, or another machine would be used without a secret.
+    """
+    if asked.extend is not None and asked.extend < 1:
+        raise UserError(f"--extend {asked.extend}: must be at least 1; it says how many seeds more")
+    if not asked.insecure:
+        check_ray(asked.ray_address, "--ray-address")
+        check_mlflow(asked.mlflow_uri)
+    if isinstance(given, Mapping):
+        found = checked_comparison(sections_of(given, IN_PYTHON), IN_PYTHON, overrides)
+    else:
+        found = load_comparison(comparison_file(given) if isinstance(given, str) else given, overrides)
+    have_home()
+    return found
+
+
+def check_comparison(comparison: Comparison, asked: Asked) -> Checks:
+    """Check the data and the models of a comparison, before anything starts.
+
+    Raises:
+        UserError: one line that says what is wrong, where, and what is allowed.
+    """
+    from bilora_ray.search.preflight import check_kernels, pinned, preflight
+
+    resumed_in = asked.layout if asked.goes_on else None
+    spaces = {entry: pinned(space, resumed_in) for entry, space in comparison.spaces.items()}
+    comparison = comparison.mapped(spaces)
+    # The data is the same for all.
+    checked = preflight(spaces[comparison.baseline], asked.dry_run)
+    # Ray is imported once the data is right.
+    from bilora_ray.search.cluster.cluster import is_own
+    from bilora_ray.search.comparing.run import check_begun
+
+    for space in spaces.values():
+        if is_own(asked.ray_address):
+            check_kernels(space, apart=True)
+    check_begun(comparison, asked.layout, checked.digests, asked.goes_on, asked.extend)
+    return Checks(comparison, asked, checked)
+
+
+def run_comparison(checks: Checks, watch: Watch, say: Callable[[str], None]) -> dict[str, Any]:
+    """Run a comparison that is checked, and say what came of it.
+
+    Raises:
+        UserError: see `search.comparing.run.compare`.
+        KeyboardInterrupt: of Ctrl-C, or of `bilora-ray stop`, once the trials are stopped and MLflow knows it.
+    """
+    from bilora_ray.search.cluster.inputs import keep_inputs
+    from bilora_ray.search.comparing.gathered import gathered
+    from bilora_ray.search.comparing.run import Comparing, compare
+
+    asked, comparison, digests = checks.asked, checks.comparison, dict(checks.checked.digests)
+    spaces = {}
+    for entry, space in comparison.spaces.items():
+        spaces[entry], kept = keep_inputs(space, checks.checked.digests, asked.layout.storage_path)
+        digests |= kept
+    comparison = comparison.mapped(spaces)
+    for line in (*comparison.notes, *checks.checked.notes):
+        say(f"Note: {line}")
+    comparing = Comparing(comparison, asked.layout, asked.ray_address, asked.mlflow_uri, digests, watch, say)
+    compare(comparing, asked.extend)
+    return gathered(comparison, asked.layout)
+
+
+def rehearse(checks: Checks) -> Rehearsal:
+    """Whatever can be tried of a comparison before it begins, but for a cluster that is elsewhere."""
+    from bilora_ray.quiet import quiet
+    from bilora_ray.search.cluster.cluster import capacity, check_address, is_own, this_machine
+
+    asked, spaces = checks.asked, checks.comparison.spaces
+    check_address(asked.ray_address)
+    here = is_own(asked.ray_address)
+    if here:
+        capacity(spaces[checks.comparison.baseline].resources, [this_machine()])
+    quiet()
+    from bilora_ray.training.rehearsal import rehearse
+
+    first, *_ = [rehearse(space.first_config(), here) for space in spaces.values()]
+    return first

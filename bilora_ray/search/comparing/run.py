@@ -1,0 +1,283 @@
+"""One comparison, from a checked file to its last score: entries tuned, all run on fresh seeds, each run scored once.
+
+Each stage is a study, or is kept in one, so that a resume goes on wherever the last process was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import ray
+from ray.exceptions import RayError
+
+from bilora_ray.config import TEST_SETTINGS
+from bilora_ray.errors import CommonCause, MachineError, UserError, first_line
+from bilora_ray.records import Objective, Status, TrialRecord
+from bilora_ray.runners.scoring import Scorer
+from bilora_ray.search.comparing.file import RATE, Comparison, tuned_without_test
+from bilora_ray.search.run import at_once, joined, search
+from bilora_ray.search.session import Watcher
+from bilora_ray.search.space import Space, setting_of
+from bilora_ray.search.study.control.comparisons import (
+    COMPARISON,
+    add_runs,
+    begun_parts,
+    best_settings,
+    check_asked,
+    entries_of,
+    failed_by_settings,
+    keep_score,
+    note_look,
+    run_seeds,
+    runs_space,
+    scores_of,
+    tuning_points,
+)
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.storage import naming_the_database, running_study
+from bilora_ray.search.study.studies import check_study, load_study
+from bilora_ray.search.study.view import StudyView
+
+
+class Watch(Protocol):
+    """Makes who shows a study to a person."""
+
+    def __call__(
+        self, num_trials: int, objective: Objective, notes: Sequence[str] = (), labels: Sequence[str] = ()
+    ) -> Watcher:
+        """Of how many trials, what they are judged by, and lines to show as the first one starts."""
+
+
+@dataclass(frozen=True)
+class Comparing:
+    """A comparison that is run.
+
+    Attributes:
+        comparison: the checked file, with all that it leaves open.
+        layout: where studies are.
+        ray_address: Ray cluster; None: one on this machine, for the time of the comparison.
+        mlflow_uri: MLflow server or database; None: a SQLite file beside the studies.
+        digests: source -> digest of its content.
+        watch: makes who shows a study.
+        say: shows one line to a person.
+    """
+
+    comparison: Comparison
+    layout: Layout
+    ray_address: str | None
+    mlflow_uri: str | None
+    digests: Mapping[str, str]
+    watch: Watch
+    say: Callable[[str], None]
+
+    def search(self, space: Space, resume: bool, label: str) -> StudyView:
+        """Run a study of the comparison to its end."""
+        objective = space.objectives[0]
+        return search(
+            space,
+            self.layout,
+            resume=resume,
+            ray_address=self.ray_address,
+            mlflow_uri=self.mlflow_uri,
+            digests=self.digests,
+            watcher=self.watch(space.study.num_trials, objective, labels=(label,)),
+            part={COMPARISON: {"name": self.comparison.name, "asked": asked_of(self.comparison)}},
+        )
+
+
+def asked_of(comparison: Comparison) -> dict[str, Any]:
+    """What a resume must ask for too; what each entry searches, its own study knows."""
+    config = comparison.config.model_dump(include={"tune", "seeds", "budget", "sharpness_radius"})
+    return {**config, "baseline": comparison.baseline, "methods": sorted(comparison.spaces)}
+
+
+def check_begun(
+    comparison: Comparison, layout: Layout, digests: Mapping[str, str], resume: bool, more: int | None
+) -> None:
+    """Refuse to begin a comparison that exists, or to resume one that does not or was another.
+
+    Args:
+        comparison: the checked file.
+        layout: where studies are.
+        digests: source -> digest of its content, now.
+        resume: whether it shall go on.
+        more: with so many seeds more; None: with those that it has.
+
+    Raises:
+        UserError: that; or a study of another origin has the name of one of its studies.
+    """
+    names = [*(space.study.name for space in comparison.spaces.values()), comparison.runs]
+    with naming_the_database(layout, then=""):
+        begun = begun_parts(layout, names, comparison.name)
+        if begun and not resume:
+            line = f"comparison '{comparison.name}' exists in {layout.database}"
+            raise UserError(f"{line}: go on with --resume, or give this one another name")
+        if resume and not begun:
+            raise UserError(f"comparison '{comparison.name}': nothing to resume in {layout.database}")
+        for study in begun.values():
+            check_asked(study, asked_of(comparison))
+        for space in filter(lambda one: one.study.name in begun, comparison.spaces.values()):
+            check_study(tuned_without_test(space), layout, resume=True, digests=digests)
+        if more is not None and comparison.runs not in begun:
+            raise UserError(f"--extend {more}: comparison '{comparison.name}' has no run yet; go on with --resume")
+
+
+def compare(comparing: Comparing, more: int | None = None) -> list[str]:
+    """Run a comparison to its end, or go on with it.
+
+    Args:
+        comparing: what, and where.
+        more: so many seeds more than it has.
+
+    Returns:
+        Entries of which no trial of the tuning is complete: they have no runs.
+
+    Raises:
+        UserError: as `search`; or none of the baseline's trials is complete, or of all but one entry none is.
+        KeyboardInterrupt: as `search`.
+    """
+    with ExitStack() as stack:
+        began = False
+
+        def begin(space: Space) -> None:
+            nonlocal began
+            if not began:
+                stack.enter_context(joined(space, comparing.layout, comparing.ray_address))
+                began = True
+
+        tuned = {entry: _tuned(comparing, entry, space, begin) for entry, space in comparing.comparison.spaces.items()}
+        runs = _run(comparing, tuned, begin, more)
+        _score(comparing, runs, begin)
+    return [entry for entry in tuned if entry not in entries_of(runs)]
+
+
+def _tuned(comparing: Comparing, entry: str, space: Space, begin: Callable[[Space], None]) -> StudyView:
+    """The study that tunes an entry, which has ended."""
+    comparison, layout = comparing.comparison, comparing.layout
+    space, name = tuned_without_test(space), space.study.name
+    most = max(len(one.distributions) for one in comparison.spaces.values())
+    points = tuning_points(space, comparison.config.tune, most, RATE)
+    space = replace(space, points_to_evaluate=points)
+    place = f"{[*comparison.spaces].index(entry) + 1} of {len(comparison.spaces)}"
+    searched = ", ".join(dict.fromkeys(map(setting_of, space.distributions)))
+    label = f"{entry} ({place}): {comparison.config.tune} trials over {searched}"
+    while (found := _begun(comparing, name)) is None or not found.finished():
+        begin(space)
+        try:
+            comparing.search(space, found is not None, label)
+        except CommonCause:
+            # What its settings do to all of its trials is what there is to know of it.
+            if not failed_by_settings(load_study(layout, name)):
+                raise
+        except MachineError:
+            raise
+        except UserError as error:
+            raise UserError(f"methods.{entry}: {error}") from None
+    return found
+
+
+def _begun(comparing: Comparing, name: str) -> StudyView | None:
+    """The study `name` of the comparison, if it has begun."""
+    return begun_parts(comparing.layout, [name], comparing.comparison.name).get(name)
+
+
+def _run(
+    comparing: Comparing, tuned: Mapping[str, StudyView], begin: Callable[[Space], None], more: int | None
+) -> StudyView:
+    """The study of the runs, which has ended."""
+    comparison, layout = comparing.comparison, comparing.layout
+    begun = _begun(comparing, comparison.runs)
+    settings = {entry: best_settings(study) for entry, study in tuned.items()}
+    known = {entry: found for entry, found in settings.items() if found is not None}
+    _check_known(comparing, tuned, known)
+    before = 0 if begun is None else begun.space.study.num_trials // len(entries_of(begun))
+    if more is not None and begun is not None and begun.finished():
+        note_look(layout, comparison.runs, before)
+    count = before + more if more is not None else max(before, comparison.config.seeds)
+    space = comparison.spaces[comparison.baseline]
+    used = {study.config(record.number).seed for study in tuned.values() for record in study.records()}
+    seeds = run_seeds(comparison.config.seed, count, used)
+    runs = runs_space(next(iter(tuned.values())).space, comparison.runs, known, seeds)
+    if begun is not None and before == count and begun.finished():
+        return begun
+    begin(space)
+    if begun is not None:
+        add_runs(layout, runs)
+    label = f"runs: {', '.join(known)}, each with its best settings on {count} fresh seeds"
+    comparing.search(runs, begun is not None, label)
+    return load_study(layout, comparison.runs)
+
+
+def _check_known(comparing: Comparing, tuned: Mapping[str, StudyView], known: Mapping[str, Any]) -> None:
+    """Tell of entries that have no settings to run. UserError if without them there is nothing to compare."""
+    baseline = comparing.comparison.baseline
+    for entry in tuned.keys() - known.keys():
+        line = f"{entry}: none of its {len(tuned[entry].records())} trials is complete"
+        line += f"; `bilora-ray show {tuned[entry].space.study.name}` says how each ended"
+        if entry == baseline:
+            raise UserError(f"{line}; the others are compared with it")
+        comparing.say(f"Note: {line}; it has no runs")
+    if len(known) < 2:
+        raise UserError(f"comparison '{comparing.comparison.name}': {baseline} alone has a trial that is complete")
+
+
+def _score(comparing: Comparing, runs: StudyView, begin: Callable[[Space], None]) -> None:
+    """Score each run that is complete on the test rows, if it was not, and keep that."""
+    layout, name = comparing.layout, comparing.comparison.runs
+    known = scores_of(runs)
+    left = [
+        record
+        for record in runs.records()
+        if record.status is Status.COMPLETE and record.adapter is not None and record.number not in known
+    ]
+    if not left:
+        return
+    begin(runs.space)
+    with running_study(layout, name):
+        count = min(len(left), at_once(runs.space, comparing.say))
+        comparing.say(f"scoring {len(left)} adapters on the test rows, each once")
+        failed = _scored(comparing, runs, left, count)
+    if failed:
+        number, why = next(iter(failed.items()))
+        comparing.say(f"Note: {len(failed)} runs could not be scored, such as {number} ({why}); --resume tries again")
+
+
+def _scored(comparing: Comparing, runs: StudyView, left: Sequence[TrialRecord], count: int) -> dict[int, str]:
+    """Have `count` processes score the runs that are `left`; those that could not be, with why."""
+    resources, layout = runs.space.resources, comparing.layout
+    room: dict[str, Any] = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker}
+    scorer: Any = ray.remote(max_restarts=0, **room)(Scorer)
+    free: list[Any] = [scorer.remote(resources.cpus_per_worker, resources.gpus_per_worker) for _ in range(count)]
+    test = _test(comparing.comparison)
+    waiting, failed, running = list(left), dict[int, str](), dict[ray.ObjectRef, tuple[Any, int]]()
+    while waiting or running:
+        while waiting and free:
+            record, process = waiting.pop(0), free.pop()
+            settings = {**runs.config(record.number).model_dump(), **test}
+            asked = process.score.remote(str(record.adapter), settings, comparing.comparison.config.sharpness_radius)
+            running[asked] = process, record.number
+        if not running:
+            return {**failed, **{record.number: "the processes that score have died" for record in waiting}}
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        process, number = running.pop(done)
+        try:
+            told = ray.get(done)
+        except RayError as error:
+            failed[number] = first_line(getattr(error, "cause", None) or error)
+            continue
+        free.append(process)
+        if isinstance(told, Exception):
+            failed[number] = first_line(told)
+        else:
+            with naming_the_database(layout):
+                keep_score(layout, runs.space.study.name, number, told)
+    return failed
+
+
+def _test(comparison: Comparison) -> dict[str, Any]:
+    """The settings that name the test rows."""
+    config = comparison.spaces[comparison.baseline].first_config()
+    return config.model_dump(include=set(TEST_SETTINGS))
