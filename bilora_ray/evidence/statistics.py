@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -206,12 +207,23 @@ def _drawn(found: Array, seed: int) -> Array:
         found: differences, (pairs,), not all alike.
         seed: of the draws.
     """
-    draw, pairs = np.random.default_rng(seed), len(found)
-    noise = (found - found.mean()) / found.std(ddof=1)
-    drawn, kernel = noise[draw.integers(0, pairs, (DRAWS // 2, pairs))], draw.standard_normal((DRAWS // 2, pairs))
-    drawn = np.concatenate([drawn + KERNEL * kernel, drawn - KERNEL * kernel])
-    studentized: Array = np.sort(drawn.mean(axis=1) / (drawn.std(axis=1, ddof=1) / math.sqrt(pairs)))
+    pairs = len(found)
+    indices, kernel = _draws(pairs, seed)
+    noise = ((found - found.mean()) / found.std(ddof=1))[indices]
+    sums, kernels = noise.sum(axis=1), kernel.sum(axis=1)
+    squares, both = np.square(noise).sum(axis=1) + np.square(kernel).sum(axis=1), 2 * (noise * kernel).sum(axis=1)
+    # Of noise + kernel and noise - kernel: what is drawn itself need not be kept.
+    total, square = np.concatenate([sums + kernels, sums - kernels]), np.concatenate([squares + both, squares - both])
+    deviation = np.sqrt((square - total**2 / pairs) / (pairs - 1))
+    studentized: Array = np.sort(total / (deviation * math.sqrt(pairs)))
     return studentized
+
+
+@lru_cache(maxsize=8)
+def _draws(pairs: int, seed: int) -> tuple[NDArray[np.int64], Array]:
+    """Which differences a draw is of, and what the kernel adds: both (draws / 2, pairs)."""
+    draw, size = np.random.default_rng(seed), (DRAWS // 2, pairs)
+    return draw.integers(0, pairs, size), KERNEL * draw.standard_normal(size)
 
 
 def _step(pairs: Array, tolerance: float) -> float:
