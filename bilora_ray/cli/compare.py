@@ -2,42 +2,90 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from bilora_ray.cli.options import (
     absolute,
+    finite,
     insecure_option,
-    json_option,
     leaving_to_go_on,
     mlflow_option,
     print_json,
-    set_option,
+    program,
     storage_option,
     study_database_option,
 )
 from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.cli.waiting import waiting
-from bilora_ray.library.comparing import Asked, check_comparison, comparison_of, rehearse, run_comparison
+from bilora_ray.errors import UserError
+from bilora_ray.library.comparing import Asked, Checks, check_comparison, comparison_of, rehearse, run_comparison
+from bilora_ray.search.comparing.file import Comparison
+from bilora_ray.search.space import setting_of
+from bilora_ray.search.space.shipped import comparison_file, comparisons
 from bilora_ray.search.study.layout import Layout
 
+if TYPE_CHECKING:
+    from bilora_ray.evidence.outcome import Outcome
+    from bilora_ray.training.rehearsal import Rehearsal
 
-@click.command()
-@click.argument("file", metavar="FILE|NAME")
-@set_option
+EPILOG = """\b
+Examples:
+  bilora-ray compare quickstart
+  bilora-ray compare quickstart --resume
+  bilora-ray compare quickstart --extend 10
+  bilora-ray compare my_comparison.yaml --set comparison.budget=seconds --json outcome.json
+  bilora-ray compare my_comparison.yaml --set 'methods.bilora.rho={low: 0.01, high: 0.5, log: true}' --dry-run
+"""
+STDOUT = "-"
+
+
+class ComparisonFile(click.ParamType):
+    """A comparison file: a path, or the name of one that ships."""
+
+    name = "comparison"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The file. UserError if no shipped comparison has that name."""
+        return value if isinstance(value, Path) else comparison_file(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Names that begin with `incomplete`, and the shell's own files."""
+        names = [CompletionItem(name) for name in comparisons() if name.startswith(incomplete)]
+        return [*names, CompletionItem(incomplete, type="file")]
+
+
+@click.command(epilog=EPILOG)
+@click.argument("file", type=ComparisonFile(), metavar="FILE|NAME")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a key of the file: max_steps=100 for all, methods.bilora.rho=0.1, comparison.seeds=5. Repeatable.",
+)
 @click.option("--resume", is_flag=True, help="Go on with the comparison after an interruption, or tell of it again.")
-@click.option("--extend", type=click.IntRange(min=1), metavar="N", help="Go on with it, on N seeds more than it has.")
+@click.option(
+    "--extend", type=click.IntRange(min=1), metavar="N", help="Go on with the comparison, on N seeds more than it has."
+)
 @storage_option
 @study_database_option
 @mlflow_option
 @insecure_option
-@click.option("--dry-run", is_flag=True, help="Check the file, data and models, say what would run, and stop.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Check the file, the data, the models' shapes and the studies, say what would run, and stop.",
+)
 @click.option("--ray-address", envvar="RAY_ADDRESS", metavar="ADDRESS", help="Ray cluster.  [default: this machine]")
-@json_option
+@click.option("--json", "output", metavar="FILE|-", help="Write the outcome as JSON; -: on stdout, in place of tables.")
 def command(
-    file: str,
+    file: Path,
     overrides: tuple[str, ...],
     resume: bool,
     extend: int | None,
@@ -47,9 +95,16 @@ def command(
     insecure: bool,
     dry_run: bool,
     ray_address: str | None,
-    as_json: bool,
+    output: str | None,
 ) -> None:
-    """Compare methods as FILE says: each tuned with as many trials, then run on fresh seeds and scored once."""
+    """Compare methods at equal budgets, as FILE says, or the comparison of a NAME that ships.
+
+    Each entry is tuned with as many trials over its own space, chosen on the validation rows, trained anew on fresh
+    seeds and scored once on test rows that chose nothing. What it gains over the baseline is told with its interval,
+    and that nothing is known where that is so. It may be interrupted at any moment: --resume finishes it.
+    """
+    if output not in (None, STDOUT) and not Path(output).absolute().parent.is_dir():
+        raise UserError(f"--json {output}: must be a file in a folder that exists, or -")
     layout = Layout(absolute(storage_path), study_database)
     asked = Asked(layout, resume, extend, ray_address, mlflow_uri, insecure, dry_run)
     comparison = comparison_of(file, overrides, asked)
@@ -57,11 +112,84 @@ def command(
         checks = check_comparison(comparison, asked)
     if dry_run:
         with waiting("trying what can be tried without weights"):
-            rehearse(checks)
-        click.echo("Nothing was started.")
+            rehearsal = rehearse(checks)
+        _print_plan(checks, rehearsal)
         return
+    with waiting("loading what a comparison needs"):
+        import bilora_ray.search.comparing.run  # noqa: F401 - what it takes is seconds
     with leaving_to_go_on():
-        found = run_comparison(
-            checks, partial(SearchProgress, starting="opening MLflow"), partial(click.secho, fg="yellow", err=True)
-        )
-    print_json(found)
+        say = partial(click.secho, fg="yellow", err=True)
+        outcome = run_comparison(checks, partial(SearchProgress, starting="opening MLflow"), say)
+    _tell(outcome, comparison, storage_path, output)
+
+
+def _print_plan(checks: Checks, rehearsal: Rehearsal) -> None:
+    comparison, config = checks.comparison, checks.comparison.config
+    click.echo(f"Comparison '{comparison.name}' would tune, with {config.tune} trials each,")
+    for entry, space in comparison.spaces.items():
+        baseline = ", the baseline" if entry == comparison.baseline else ""
+        click.echo(f"  {entry} ({space.fixed['method']}{baseline}) over")
+        for name, part in space.parts.items():
+            click.echo(f"    {setting_of(name):<26} {part}")
+    trainings = config.tune * len(comparison.spaces), config.seeds * len(comparison.spaces)
+    click.echo(f"then train each on {config.seeds} fresh seeds and score it once, at equal {config.budget}:")
+    click.echo(f"{trainings[0]} + {trainings[1]} trainings.")
+    for split, rows in rehearsal.rows.items():
+        click.echo(f"{split} rows: {rows.rows}")
+    for line in dict.fromkeys((*comparison.notes, *checks.checked.notes, *rehearsal.notes)):
+        click.secho(f"Note: {line}", fg="yellow")
+    click.echo("Nothing was started.")
+
+
+def _tell(outcome: Outcome, comparison: Comparison, storage_path: Path, output: str | None) -> None:
+    from bilora_ray.evidence.outcome import as_json
+
+    if output == STDOUT:
+        print_json(as_json(outcome))
+        return
+    if output is not None:
+        import json
+
+        Path(output).write_text(json.dumps(finite(as_json(outcome)), indent=2) + "\n", encoding="utf-8")
+    print_outcome(outcome)
+    _print_next(comparison, storage_path)
+
+
+def print_outcome(outcome: Outcome) -> None:
+    """Print the table of a comparison, what it says in words, and what there is to know before it is believed."""
+    from rich.console import Console
+
+    from bilora_ray.cli.tables import TrialTable
+    from bilora_ray.evidence.outcome import COLUMNS, as_table, notes, sentences
+    from bilora_ray.evidence.statistics import METHOD
+
+    console = Console(highlight=False)
+    count = len(outcome.seeds)
+    title = f"\nComparison '{outcome.name}': {outcome.metric} on {count} fresh seeds each, equal {outcome.budget}"
+    console.print(title, style="bold", markup=False)
+    columns, rows = as_table(outcome)
+    # What is compared, and what else there is to know: a terminal has no room for both.
+    measured = [place for place, column in enumerate(columns) if column in COLUMNS]
+    compared = [place for place in range(len(columns)) if place not in measured]
+    for places, with_settings in ((compared, False), ([0, *measured], True)):
+        table = TrialTable(*(columns[place] for place in places))
+        for cells, settings in rows:
+            table.add(*(cells[place] for place in places), sampled=settings if with_settings else {})
+        console.print(table)
+    for line in sentences(outcome):
+        console.print(line, style="bold", markup=False, soft_wrap=True)
+    for line in notes(outcome):
+        console.print(f"Note: {line}", style="yellow", markup=False, soft_wrap=True)
+    console.print(f"{METHOD[0].upper()}{METHOD[1:]}.", style="dim", markup=False, soft_wrap=True)
+
+
+def _print_next(comparison: Comparison, storage_path: Path) -> None:
+    from bilora_ray.search.comparing.told import FOLDER
+
+    command = shlex.join(program())
+    runs = "" if storage_path == Path("runs") else f" --storage-path {shlex.quote(str(storage_path))}"
+    folder = Layout(absolute(storage_path)).study(comparison.runs) / FOLDER
+    folder = folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    click.echo(f"{'Kept':<8} {folder}")
+    click.echo(f"{'Runs':<8} {command} show {comparison.runs}{runs}")
+    click.echo(f"{'Browse':<8} {command} ui{runs}")

@@ -367,3 +367,5 @@ MEASURED: dict[str, Callable[[Outcome, str], float | None]] = {
 }
 # The same -> what a column is called, where that is too long.
 SHORT = {"step_time_ratio": "step_time", "memory_gib": "GiB", "adapter_mb": "MB", "device_hours": "hours"}
+# The columns of what is measured beside the metric.
+COLUMNS = frozenset(SHORT.get(key, key) for key in MEASURED)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.errors import UserError
+from bilora_ray.evidence.outcome import Outcome
 from bilora_ray.library.searching import Watch
 from bilora_ray.paths import have_home
 from bilora_ray.search.cluster.protection import check_mlflow, check_ray
@@ -116,7 +117,7 @@ def check_comparison(comparison: Comparison, asked: Asked) -> Checks:
     return Checks(comparison, asked, checked)
 
 
-def run_comparison(checks: Checks, watch: Watch, say: Callable[[str], None]) -> dict[str, Any]:
+def run_comparison(checks: Checks, watch: Watch, say: Callable[[str], None]) -> Outcome:
     """Run a comparison that is checked, and say what came of it.
 
     Raises:
@@ -126,6 +127,7 @@ def run_comparison(checks: Checks, watch: Watch, say: Callable[[str], None]) -> 
     from bilora_ray.search.cluster.inputs import keep_inputs
     from bilora_ray.search.comparing.gathered import gathered
     from bilora_ray.search.comparing.run import Comparing, compare
+    from bilora_ray.search.comparing.told import tell_outcome
 
     asked, comparison, digests = checks.asked, checks.comparison, dict(checks.checked.digests)
     spaces = {}
@@ -136,8 +138,10 @@ def run_comparison(checks: Checks, watch: Watch, say: Callable[[str], None]) -> 
     for line in (*comparison.notes, *checks.checked.notes):
         say(f"Note: {line}")
     comparing = Comparing(comparison, asked.layout, asked.ray_address, asked.mlflow_uri, digests, watch, say)
-    compare(comparing, asked.extend)
-    return gathered(comparison, asked.layout)
+    runs = compare(comparing, asked.extend)
+    outcome = gathered(comparison, asked.layout)
+    tell_outcome(outcome, runs, asked.mlflow_uri, say)
+    return outcome
 
 
 def rehearse(checks: Checks) -> Rehearsal:

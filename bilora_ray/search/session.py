@@ -268,6 +268,7 @@ def tell_result(
     metrics: Mapping[str, float],
     say: Callable[[str], None],
     winner: str | None = None,
+    files: Sequence[Path] = (),
 ) -> None:
     """Add to the run of a study that has ended what came of it: metrics, what its finalists say, its report.
 
@@ -277,10 +278,11 @@ def tell_result(
         metrics: by name; those with a `step` among them are of that step.
         winner: what its finalists say, one line; None: nothing new.
         say: shows one line to a person: that MLflow does not answer.
+        files: that are kept beside its report.
     """
     layout, project = study.layout, study.space.study.project
     uri = mlflow_uri or default_uri(layout.storage_path)
-    add_to_study(uri, project, artifacts_of(layout), study_info(study, {}), metrics, winner, say)
+    add_to_study(uri, project, artifacts_of(layout), study_info(study, {}), metrics, winner, say, files)
 
 
 def winner_in_words(verdict: Verdict, metric: str, adapter: Path | None) -> str:

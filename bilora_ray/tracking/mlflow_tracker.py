@@ -214,6 +214,7 @@ def add_to_study(
     metrics: Mapping[str, float],
     winner: str | None,
     say: Callable[[str], None],
+    files: Sequence[Path] = (),
 ) -> None:
     """Add to the run of a study that has ended what came of it later. What is there is not added again.
 
@@ -225,10 +226,11 @@ def add_to_study(
         metrics: by name; those with a `step` among them are of that step.
         winner: what its finalists say, one line; None: nothing new.
         say: shows one line to a person: that MLflow does not answer.
+        files: that are kept beside its report.
     """
     with Guard(say).attempt(AT_RESUME):
         client, experiment_id = connect(uri, project, artifact_root)
-        add_result(client, experiment_id, study, metrics, winner)
+        add_result(client, experiment_id, study, metrics, winner, files)
 
 
 def ui_command(uri: str, port: int) -> tuple[list[str], dict[str, str]]:

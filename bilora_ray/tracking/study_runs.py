@@ -255,7 +255,12 @@ class StudyRuns:
 
 
 def add_result(
-    client: MlflowClient, experiment_id: str, study: StudyInfo, metrics: Mapping[str, float], winner: str | None
+    client: MlflowClient,
+    experiment_id: str,
+    study: StudyInfo,
+    metrics: Mapping[str, float],
+    winner: str | None,
+    files: Sequence[Path] = (),
 ) -> None:
     """Add what came of a study to its run; nothing if it has none. Raises as `StudyRuns`.
 
@@ -265,6 +270,7 @@ def add_result(
         study: which.
         metrics: by name; of the `step` that is among them.
         winner: what its finalists say, one line; None: nothing new.
+        files: that are kept beside its report.
     """
     found = client.search_runs([experiment_id], f"tags.`{STUDY}` = '{study.name}'", order_by=["start_time ASC"])
     for run in found:
@@ -273,8 +279,9 @@ def add_result(
             ours.log((key, step, value) for key, value in metrics.items() if key != "step")
             if winner is not None:
                 ours.tag({NOTE: with_winner(run.data.tags.get(NOTE, ""), winner)})
-            if study.report.is_file():
-                ours.keep_file(study.report)
+            for file in (study.report, *files):
+                if file.is_file():
+                    ours.keep_file(file)
             return
 
 

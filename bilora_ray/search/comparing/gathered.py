@@ -2,53 +2,105 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any
 
-from bilora_ray.records import TrialRecord
+from bilora_ray.config import SHARPNESS
+from bilora_ray.evidence.outcome import HOUR_S, Outcome, Run, Tuned
+from bilora_ray.records import Status, TrialRecord
 from bilora_ray.search.comparing.file import Comparison
-from bilora_ray.search.study.control.comparisons import (
-    begun_parts,
-    looks_at,
-    runs_by_seed,
-    scores_of,
-)
+from bilora_ray.search.space import Range, setting_of
+from bilora_ray.search.study.control.comparisons import begun_parts, looks_at, runs_by_seed, scores_of
 from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.view import StudyView
+
+# The outermost part of a range, in which a best value that is the outermost one tried says little of what is beyond.
+EDGE = 1 / 8
 
 
-def gathered(comparison: Comparison, layout: Layout) -> dict[str, Any]:
-    """All that there is to tell of a comparison."""
-    names = {entry: space.study.name for entry, space in comparison.spaces.items()}
-    parts = begun_parts(layout, [*names.values(), comparison.runs], comparison.name)
-    runs, tuned = parts[comparison.runs], {entry: parts[name] for entry, name in names.items()}
-    scores, metric = scores_of(runs), runs.objective.metric
+def gathered(comparison: Comparison, layout: Layout) -> Outcome:
+    """What there is to tell of a comparison whose runs have begun."""
+    names = [*(space.study.name for space in comparison.spaces.values()), comparison.runs]
+    parts = begun_parts(layout, names, comparison.name)
+    runs, resources = parts[comparison.runs], parts[comparison.runs].space.resources
+    devices = resources.workers * (resources.gpus_per_worker or 1)
+    scores = scores_of(runs)
+    return Outcome(
+        name=comparison.name,
+        metric=f"test_{runs.objective.metric.removeprefix('eval_')}",
+        greater_is_better=runs.objective.greater_is_better,
+        baseline=comparison.baseline,
+        budget=comparison.config.budget,
+        runs=tuple(
+            _run(entry, seed, record, scores.get(record.number, {}), runs.objective.metric)
+            for (entry, seed), record in runs_by_seed(runs).items()
+            if record.status not in (Status.RUNNING, Status.QUEUED)
+        ),
+        tuned=tuple(_tuned(entry, parts[name], devices) for entry, name in zip(comparison.spaces, names, strict=False)),
+        extended=bool(looks_at(runs)),
+        price_per_hour=comparison.config.price_per_gpu_hour,
+        devices=devices,
+        seed=comparison.config.seed,
+    )
+
+
+def _run(entry: str, seed: int, record: TrialRecord, score: Mapping[str, float], metric: str) -> Run:
+    return Run(
+        entry=entry,
+        seed=seed,
+        quality=score.get(metric),
+        sharpness=score.get(SHARPNESS),
+        step_seconds=step_seconds(record.history),
+        memory_gib=max((told["gpu_memory_gib"] for told in record.history if "gpu_memory_gib" in told), default=None),
+        train_seconds=_seconds(record),
+        adapter_mb=record.history[-1]["adapter_mb"] if record.history else None,
+    )
+
+
+def _tuned(entry: str, study: StudyView, devices: float) -> Tuned:
+    records, best = study.records(), study.best()
+    return Tuned(
+        entry=entry,
+        settings={} if best is None else dict(best.sampled),
+        value=None if best is None else best.value,
+        trials=sum(record.status is Status.COMPLETE for record in records),
+        device_hours=devices * sum(_seconds(record) or 0.0 for record in records) / HOUR_S,
+        edges=() if best is None else tuple(edges(study, best, records)),
+    )
+
+
+def edges(study: StudyView, best: TrialRecord, records: Sequence[TrialRecord]) -> list[str]:
+    """The searched numbers of which the best value is the outermost that was tried, near the end of its range."""
     found = []
-    for (entry, seed), record in runs_by_seed(runs).items():
-        score: Mapping[str, float] = scores.get(record.number, {})
-        found.append({
-            "entry": entry, "seed": seed, "quality": score.get(metric), "sharpness": score.get("sharpness"),
-            "step_seconds": step_seconds(record.history), "memory_gib": memory_of(record),
-            "train_seconds": record.history[-1]["train_runtime"] if record.history else None, "test": dict(score),
-        })  # fmt: skip
-    return {
-        "name": comparison.name, "metric": metric, "baseline": comparison.baseline, "budget": comparison.config.budget,
-        "looked_at": looks_at(runs), "runs": found,
-        "tuned": {entry: study.best() for entry, study in tuned.items()},
-    }  # fmt: skip
+    for name in study.space.parameters(best.sampled):
+        part, key = study.space.distributions[name], setting_of(name)
+        if not isinstance(part, Range):
+            continue
+        place = _place(part, float(best.sampled[key]))
+        tried = [_place(part, float(record.sampled[key])) for record in records if key in record.sampled]
+        if (place <= EDGE and place <= min(tried)) or (place >= 1 - EDGE and place >= max(tried)):
+            found.append(key)
+    return found
 
 
 def step_seconds(history: Sequence[Mapping[str, float]]) -> float | None:
-    """The seconds of a training step of a run, without evaluations: the median of what is between two evaluations."""
+    """The seconds of a training step without evaluations: the median of the means between two evaluations."""
     found, step, tokens = [], 0.0, 0.0
-    for metrics in history:
-        steps, read = metrics["step"] - step, metrics["num_input_tokens_seen"] - tokens
-        step, tokens = metrics["step"], metrics["num_input_tokens_seen"]
-        if steps > 0 and metrics["tokens_per_second"] > 0:
-            found.append(read / metrics["tokens_per_second"] / steps)
+    for told in history:
+        steps, read = told["step"] - step, told["num_input_tokens_seen"] - tokens
+        step, tokens = told["step"], told["num_input_tokens_seen"]
+        if steps > 0 and told["tokens_per_second"] > 0:
+            found.append(read / told["tokens_per_second"] / steps)
     return median(found) if found else None
 
 
-def memory_of(record: TrialRecord) -> float | None:
-    """The most GPU memory of a run, in GiB; None where there is no GPU."""
-    return max((metrics["gpu_memory_gib"] for metrics in record.history if "gpu_memory_gib" in metrics), default=None)
+def _seconds(record: TrialRecord) -> float | None:
+    return record.history[-1]["train_runtime"] if record.history else None
+
+
+def _place(part: Range, value: float) -> float:
+    """Where a value is in its range: 0 is the low end, 1 the high one, on its scale."""
+    scale = math.log if part.log else float
+    low, high = scale(part.low), scale(part.high)
+    return (scale(value) - low) / (high - low)

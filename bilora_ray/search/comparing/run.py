@@ -125,7 +125,7 @@ def check_begun(
             raise UserError(f"--extend {more}: comparison '{comparison.name}' has no run yet; go on with --resume")
 
 
-def compare(comparing: Comparing, more: int | None = None) -> list[str]:
+def compare(comparing: Comparing, more: int | None = None) -> StudyView:
     """Run a comparison to its end, or go on with it.
 
     Args:
@@ -133,7 +133,7 @@ def compare(comparing: Comparing, more: int | None = None) -> list[str]:
         more: so many seeds more than it has.
 
     Returns:
-        Entries of which no trial of the tuning is complete: they have no runs.
+        The study of its runs. Entries of which no trial of the tuning is complete have none.
 
     Raises:
         UserError: as `search`; or none of the baseline's trials is complete, or of all but one entry none is.
@@ -151,7 +151,7 @@ def compare(comparing: Comparing, more: int | None = None) -> list[str]:
         tuned = {entry: _tuned(comparing, entry, space, begin) for entry, space in comparing.comparison.spaces.items()}
         runs = _run(comparing, tuned, begin, more)
         _score(comparing, runs, begin)
-    return [entry for entry in tuned if entry not in entries_of(runs)]
+    return load_study(comparing.layout, comparing.comparison.runs)
 
 
 def _tuned(comparing: Comparing, entry: str, space: Space, begin: Callable[[Space], None]) -> StudyView:
