@@ -47,6 +47,7 @@ SETTINGS = {
     "auxiliary_learning_rate": 5e-4,
     "clip": "global",
     "norm": "effective",
+    "ascent": "adamw",
     "looksam_every": 5,
     "looksam_alpha": 0.7,
     "bar_alpha": 0.25,

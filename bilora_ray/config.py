@@ -386,6 +386,15 @@ class TrialConfig(Settings):
         of=("bilora",),
         shown=("card",),
     )
+    ascent: Literal["adamw", "tangent", "half-step"] = setting(
+        "adamw",
+        "how the auxiliary goes up the loss: by AdamW, as in the paper; or anew in each step, of norm rho, as the "
+        "gradient's projection on the tangent space of the adapters (tangent) or on a span of its own (half-step)",
+        decides="training",
+        of=("bilora",),
+        amid=True,
+        shown=("card", "best"),
+    )
     looksam_every: Int = setting(
         5, "each so many-th step is one of SAM", ge=1, decides="training", of=("looksam",), amid=True, shown=("card",)
     )
@@ -631,6 +640,8 @@ class TrialConfig(Settings):
         if self.class_weights is not None and not TASK_FACTS[self.task].has_classes:
             allowed = ", ".join(task for task, facts in TASK_FACTS.items() if facts.has_classes)
             raise ValueError(f"class_weights: {self.task} has no classes to weigh; allowed with {allowed}")
+        if self.method == "bilora" and self.ascent != "adamw":
+            self._check_ascent()
         if self.quantization is not None and self.method in NOISY and self.rwp_space == "weight":
             raise ValueError(f"quantization: {self.method} has noise on the full weight, which must not be quantised")
         if self.label_names is not None and len(set(self.label_names)) < max(2, len(self.label_names)):
@@ -646,6 +657,12 @@ class TrialConfig(Settings):
             raise ValueError(f"positive_label: '{self.positive_label}' is not among the labels; {hint}")
         if self.f1_average == "binary" and self.positive_label is None and len(label_names) > 2:
             raise ValueError(f"f1_average: binary is of one of {len(label_names)} labels; positive_label says of which")
+
+    def _check_ascent(self) -> None:
+        if self.clip != "global":
+            raise ValueError(f"clip: ascent {self.ascent} has norm rho over all layers; allowed: global")
+        if self.auxiliary_learning_rate is not None:
+            raise ValueError(f"auxiliary_learning_rate: ascent {self.ascent} has none; allowed with ascent: adamw")
 
     def _check_format(self, generates: bool) -> None:
         if not generates:

@@ -474,6 +474,7 @@ def test_what_a_method_does_not_read_does_not_apply_to_it() -> None:
         "auxiliary_learning_rate",
         "clip",
         "norm",
+        "ascent",
         "looksam_every",
         "looksam_alpha",
         "esam_beta",

@@ -151,6 +151,17 @@ def primary_factors(model: PeftModel) -> list[Factors]:
     return found
 
 
+def of_one_gradient(model: PeftModel) -> list[bool]:
+    """Of every adapted layer whether both adapters' gradients are G A^T and B^T G of one G, in the model's order.
+
+    Dropout gives the primary other inputs than the auxiliary; a variant such as DoRA scales what it makes of them.
+    """
+    return [
+        isinstance(layer.lora_dropout[PRIMARY], nn.Identity) and PRIMARY not in layer.lora_variant
+        for _, layer in _adapted(model)
+    ]
+
+
 def export_primary(model: PeftModel, folder: str | PathLike[str], weights: Mapping[str, Tensor] | None = None) -> None:
     """Write the primary as the ordinary PEFT adapter that plain LoRA would write; training may go on undisturbed.
 

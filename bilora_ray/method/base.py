@@ -107,6 +107,8 @@ class MethodAdamW(torch.optim.AdamW):
         updates = []
         for number, group in enumerate(self.param_groups):
             moving, gradients = with_gradients(group["params"])
+            if not moving:
+                continue
             plan = self._plan(number, moving, gradients)
             if plan is None:
                 self._update_each()

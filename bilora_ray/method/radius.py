@@ -92,7 +92,7 @@ def project_each_(factors: Sequence[Factors], rho: float) -> None:
         raise ValueError(f"rho must be > 0, got {rho}")
     for group in _alike(factors):
         gram_A, gram_B = _gram(group.A), _gram(group.B, tall=True)
-        _add_up([gram_A, gram_B])
+        add_up([gram_A, gram_B])
         norms = (gram_A.sums * gram_B.sums).sum((1, 2)).clamp(min=0.0).sqrt() * group.scaling
         shrinks = list((rho / norms).sqrt().clamp(max=1.0).unbind())
         for parts in (group.A, group.B):
@@ -123,7 +123,7 @@ def _alike(factors: Sequence[Factors]) -> list[_Alike]:
 @torch.no_grad()
 def _norm(alike: Sequence[_Alike]) -> Tensor:
     grams = [(_gram(group.A), _gram(group.B, tall=True)) for group in alike]
-    _add_up([gram for pair in grams for gram in pair])
+    add_up([gram for pair in grams for gram in pair])
     device = alike[0].A[0].device
     squares = [
         # A sum of squares, which rounding can push below zero.
@@ -133,7 +133,7 @@ def _norm(alike: Sequence[_Alike]) -> Tensor:
     return torch.stack(squares).sum().sqrt()
 
 
-class _Gram(NamedTuple):
+class Gram(NamedTuple):
     """Gram matrices of the rows of L factors.
 
     Attributes:
@@ -145,13 +145,13 @@ class _Gram(NamedTuple):
     group: ProcessGroup | None
 
 
-def _gram(factors: Sequence[Tensor], tall: bool = False) -> _Gram:
+def _gram(factors: Sequence[Tensor], tall: bool = False) -> Gram:
     """Inner products of the rows of each factor, or of the columns of each that is tall.
 
     A caller's autocast would round them: c could overshoot rho.
     """
     if isinstance(factors[0], DTensor):
-        parts = [_columns(factor.mT if tall else factor) for factor in factors]
+        parts = [columns(factor.mT if tall else factor) for factor in factors]
         rows, group = torch.stack([part for part, _ in parts]), parts[0][1]
     else:
         rows, group = torch.stack(list(factors)), None
@@ -159,10 +159,10 @@ def _gram(factors: Sequence[Tensor], tall: bool = False) -> _Gram:
     # As TF32 would, which a GPU may have been told to use for products of float32: float64 knows no such thing.
     wide = rows.double() if rows.is_cuda else rows
     with torch.autocast(rows.device.type, enabled=False):
-        return _Gram((wide @ wide.mT).to(rows.dtype), group)
+        return Gram((wide @ wide.mT).to(rows.dtype), group)
 
 
-def _columns(factor: Tensor) -> tuple[Tensor, ProcessGroup | None]:
+def columns(factor: Tensor) -> tuple[Tensor, ProcessGroup | None]:
     """The columns of an r x k factor that this process has, and the group whose columns are all k of them."""
     assert isinstance(factor, DTensor)
     sharded = [dim for dim, placement in enumerate(factor.placements) if not placement.is_replicate()]
@@ -171,7 +171,7 @@ def _columns(factor: Tensor) -> tuple[Tensor, ProcessGroup | None]:
     return factor.full_tensor(), None
 
 
-def _add_up(grams: Sequence[_Gram]) -> None:
+def add_up(grams: Sequence[Gram]) -> None:
     """Complete those that are in parts, in place: one reduction for each group of processes, as a rule one in all."""
     apart: dict[ProcessGroup, list[Tensor]] = defaultdict(list)
     for gram in grams:

@@ -25,6 +25,7 @@ SETTINGS = {
     "auxiliary_learning_rate": 2e-3,
     "clip": "global",
     "norm": "effective",
+    "ascent": "adamw",
     "looksam_every": 3,
     "looksam_alpha": 0.7,
     "bar_alpha": 0.25,

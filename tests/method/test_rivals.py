@@ -13,6 +13,7 @@ from bilora_ray.method import METHODS, build_method, settings_of
 from bilora_ray.method.esam import perturbed
 from bilora_ray.method.layers import AUXILIARY, PRIMARY
 from bilora_ray.method.noise import Draws
+from bilora_ray.method.reference_ascent import ReferenceHalfStep, ReferenceTangent
 from bilora_ray.method.reference_rivals import (
     ReferenceAblatedBiLora,
     ReferenceBar,
@@ -32,6 +33,7 @@ SETTINGS = {
     "auxiliary_learning_rate": 7e-4,
     "clip": "global",
     "norm": "effective",
+    "ascent": "adamw",
     "looksam_every": 4,
     "looksam_alpha": 0.7,
     "bar_alpha": 0.25,
@@ -55,6 +57,8 @@ TWINS = [
     ("bilora", {"clip": "per-layer", "rho": 0.01}, ReferenceAblatedBiLora, {"clip": "per-layer"}),
     ("bilora", {"clip": "none"}, ReferenceAblatedBiLora, {"clip": "none"}),
     ("bilora", {"norm": "unscaled"}, ReferenceAblatedBiLora, {"unscaled": True}),
+    ("bilora", {"ascent": "tangent", "auxiliary_learning_rate": None}, ReferenceTangent, {}),
+    ("bilora", {"ascent": "half-step", "auxiliary_learning_rate": None}, ReferenceHalfStep, {}),
 ]
 
 
@@ -105,7 +109,9 @@ def test_each_equals_its_twin(family, max_grad_norm, name, own, twin, told, nois
     optimizer.total_steps = STEPS
     given = {key: {**SETTINGS, **own}[key] for key in ("learning_rate", "weight_decay")}
     if "auxiliary_rank" in settings_of(name):
-        given |= {key: {**SETTINGS, **own}[key] for key in ("rho", "auxiliary_learning_rate")}
+        given |= {"rho": {**SETTINGS, **own}["rho"]}
+        if "ascent" not in own:
+            given |= {"auxiliary_learning_rate": SETTINGS["auxiliary_learning_rate"]}
     plain = twin(reference_layers(model), max_grad_norm=max_grad_norm, **given)
     for key, value in told.items():
         setattr(plain, key, value)
@@ -129,7 +135,10 @@ def test_each_equals_its_twin(family, max_grad_norm, name, own, twin, told, nois
         assert (A1 - plain.layers[key].A1).abs().max() <= 1e-10
         assert (B1 - plain.layers[key].B1).abs().max() <= 1e-10
         assert (B1 - start[key][1]).abs().max() > 1e-3
-        if AUXILIARY in layer.lora_A:
+        if "ascent" in own:  # the sign of a singular vector is anybody's choice
+            A2, B2, s2 = factors(layer, AUXILIARY)
+            assert s2 * (B2 @ A2 - plain.layers[key].B2 @ plain.layers[key].A2).abs().max() <= 1e-10
+        elif AUXILIARY in layer.lora_A:
             A2, B2, _ = factors(layer, AUXILIARY)
             assert (A2 - plain.layers[key].A2).abs().max() <= 1e-10
             assert (B2 - plain.layers[key].B2).abs().max() <= 1e-10

@@ -46,6 +46,7 @@ def train_a_part(rank, folder, cases):
 def test_parts_of_a_model_move_as_the_whole_one(tmp_path):
     cases: list = [*((name, {"looksam_every": 2}) for name in METHODS if name not in OF_WHOLE_WEIGHTS)]
     cases += [("bilora", {"clip": "per-layer", "rho": 0.005})]
+    cases += [("bilora", {"ascent": rule, "auxiliary_learning_rate": None}) for rule in ("tangent", "half-step")]
     multiprocessing.spawn(train_a_part, (str(tmp_path), cases), nprocs=2)
     for rank in range(2):
         for (name, own), found in zip(cases, json.loads((tmp_path / str(rank)).read_text()), strict=True):

@@ -88,7 +88,7 @@ def test_each_setting_of_the_training_costs_or_is_known_not_to() -> None:
         *("lora_alpha", "rho", "learning_rate", "auxiliary_learning_rate", "weight_decay"),
         *("max_grad_norm", "lr_scheduler_type", "warmup_ratio", "seed", "class_weights"),
         *("early_stopping_patience", "early_stopping_threshold"),
-        *("clip", "norm", "looksam_alpha", "bar_alpha", "esam_beta"),
+        *("clip", "norm", "ascent", "looksam_alpha", "bar_alpha", "esam_beta"),
     }
     assert free <= FACTS.keys()
     of_training = {key for key, facts in FACTS.items() if facts.decides == "training" and facts.searched}

@@ -26,6 +26,7 @@ OTHERS: dict[str, Any] = {
     "lr_scheduler_type": "linear",
     "warmup_ratio": 0.5,
     "clip": "none",
+    "ascent": "half-step",
     "looksam_every": 2,
     "looksam_alpha": 0.3,
     "esam_beta": 0.7,

@@ -19,6 +19,7 @@ OTHERS: dict[str, Any] = {
     "method": "lora",
     "clip": "none",
     "norm": "unscaled",
+    "ascent": "tangent",
     "rwp_space": "lora",
     "precision": "bf16",
     "quantization": "nf4",
