@@ -57,7 +57,7 @@ def command(space_path: Path, overrides: tuple[str, ...], steps: int, as_json: b
         from bilora_ray.training.probe.profile import WARM_UP, profile
 
     where = ", on the CPU: resources.gpus_per_worker is 0" if space.resources.gpus_per_worker == 0 else ""
-    click.echo(f"Running {WARM_UP} steps to warm up, {steps} that are timed, and one evaluation{where}", err=True)
+    click.echo(f"Running {WARM_UP} steps to warm up, at least {steps} timed ones, and one evaluation{where}", err=True)
     try:
         with _seeing(space.resources.gpus_per_worker), waiting("loading the base model, then running steps"):
             found = profile(

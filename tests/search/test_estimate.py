@@ -12,7 +12,15 @@ import pytest
 
 from bilora_ray.config import FACTS, TrialConfig
 from bilora_ray.errors import OutOfMemory, UserError
-from bilora_ray.search.readiness.corners import BESIDE_A_STEP, COUNTED_IN_TRAINING, counts, kind_of, kinds, position
+from bilora_ray.search.readiness.corners import (
+    BESIDE_A_STEP,
+    COUNTED_IN_TRAINING,
+    SHARED_BY,
+    counts,
+    kind_of,
+    kinds,
+    position,
+)
 from bilora_ray.search.readiness.estimate import Interval, Measured, ends, estimate
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
@@ -64,6 +72,16 @@ def test_the_extreme_trials_have_the_ends_of_what_costs_and_the_middle_of_the_re
     assert kind.high == {"rank": 16, "rho": pytest.approx(0.1), "per_device_train_batch_size": 3}
 
 
+@pytest.mark.parametrize("drawn", ["{low: 2, high: 10}", "{choice: [2, 5, 10]}"])
+def test_the_rarer_a_second_pass_is_the_cheaper_a_trial_is(drawn: str) -> None:
+    found = space("method=looksam", f"looksam_every={drawn}")
+    (kind,) = kinds(found)
+    assert (kind.low, kind.high) == ({"looksam_every": 10}, {"looksam_every": 2})
+    places = [position(found, found.trial_config({"looksam_every": every})) for every in (10, 5, 2)]
+    # A step costs 1 + 1 / k passes.
+    assert places == pytest.approx([0, (1 / 5 - 1 / 10) / (1 / 2 - 1 / 10), 1])
+
+
 def test_every_choice_that_is_no_number_is_measured_with_both_ends() -> None:
     found = space("method={choice: [lora, bilora]}", "rank={choice: [4, 8]}", "rho={low: 0.01, high: 1.0}")
     assert [kind.chosen for kind in kinds(found)] == [{"method": "lora"}, {"method": "bilora"}]
@@ -93,7 +111,7 @@ def test_each_setting_of_the_training_costs_or_is_known_not_to() -> None:
     assert free <= FACTS.keys()
     of_training = {key for key, facts in FACTS.items() if facts.decides == "training" and facts.searched}
     assert of_training - COUNTED_IN_TRAINING <= free
-    assert of_training >= COUNTED_IN_TRAINING
+    assert of_training >= COUNTED_IN_TRAINING >= SHARED_BY
     assert FACTS.keys() >= BESIDE_A_STEP
     assert counts("rank")
     assert not counts("rho")

@@ -21,6 +21,8 @@ COUNTED_IN_TRAINING = frozenset(
 )
 # What decides how many steps there are, or which, and nothing of what one takes.
 BESIDE_A_STEP = frozenset({"num_train_epochs", "max_steps", "max_train_samples", "seed", "split_seed"})
+# Of which more costs less: so many steps share one second pass.
+SHARED_BY = frozenset({"looksam_every"})
 # More kinds of trials than these are not all tried with each other: each choice is tried with the first of the others.
 MOST_KINDS = 8
 
@@ -31,8 +33,8 @@ class Kind:
 
     Attributes:
         chosen: what they have.
-        low: the settings of the one with the low ends, as they are sampled.
-        high: of the one with the high ends.
+        low: the settings of the cheapest, as they are sampled.
+        high: of the dearest.
     """
 
     chosen: Mapping[str, Value]
@@ -59,7 +61,7 @@ def kinds(space: Space) -> list[Kind]:
 def position(space: Space, config: TrialConfig) -> float:
     """Where a trial's step is between the cheapest of its kind, 0, and the dearest, 1: the mean over its settings."""
     places = [
-        _place(distribution, getattr(config, setting_of(key)))
+        _place(key, distribution, getattr(config, setting_of(key)))
         for key, distribution in space.distributions.items()
         if counts(key) and setting_of(key) not in BESIDE_A_STEP and not _is_kind(key, distribution)
         if space.asked(key, config.model_dump())
@@ -99,10 +101,9 @@ def _end(space: Space, chosen: Mapping[str, Value], low: bool) -> dict[str, Valu
 def _value(key: str, distribution: Distribution, low: bool) -> Value:
     if not counts(key):
         return _middle(key, distribution)
-    if isinstance(distribution, Range):
-        return _whole(key, distribution.low if low else distribution.high)
-    ends: list[Any] = sorted(distribution.choice, key=float)
-    return ends[0] if low else ends[-1]
+    ends: list[Any] = sorted(_ends(distribution), key=lambda value: _weight(key, value))
+    end = ends[0] if low else ends[-1]
+    return _whole(key, end) if isinstance(distribution, Range) else end
 
 
 def _middle(key: str, distribution: Distribution) -> Value:
@@ -118,10 +119,19 @@ def _whole(key: str, value: float) -> Value:
     return round(value) if is_integer(setting_of(key)) else value
 
 
-def _place(distribution: Distribution, value: Any) -> float:
-    ends = list(distribution.choice) if isinstance(distribution, Choice) else [distribution.low, distribution.high]
-    low, high = min(map(float, ends)), max(map(float, ends))  # type: ignore[arg-type]
-    return 0.0 if high == low else (float(value) - low) / (high - low)
+def _ends(distribution: Distribution) -> list[Any]:
+    return list(distribution.choice) if isinstance(distribution, Choice) else [distribution.low, distribution.high]
+
+
+def _weight(key: str, value: Any) -> float:
+    """What the cost of a trial goes by."""
+    return 1 / float(value) if setting_of(key) in SHARED_BY else float(value)
+
+
+def _place(key: str, distribution: Distribution, value: Any) -> float:
+    weights = [_weight(key, end) for end in _ends(distribution)]
+    low, high = min(weights), max(weights)
+    return 0.0 if high == low else (_weight(key, value) - low) / (high - low)
 
 
 def in_words(settings: Mapping[str, Value]) -> str:
