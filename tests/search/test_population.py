@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import multiprocessing
-import os
-import random
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
-from optuna.trial import TrialState
+from optuna.storages import BaseStorage, InMemoryStorage
 from rich.console import Console
 
 from bilora_ray.cli.leaderboard import as_json, print_leaderboard
@@ -180,52 +174,6 @@ def test_a_search_pays_for_no_training_twice(search: tuple[SearchStudy, list[Mom
     assert children(study)
     for one in (study, again):
         assert one.budget.device_hours() * 3600 == pytest.approx(sum(moment.seconds for moment in moments))
-
-
-def search_and_die(path: Path, writes: int | None) -> None:
-    """A search whose process is killed right after so many writes to the study database; None: it ends."""
-    left = itertools.count(writes or 0, -1)
-
-    def dying(write: Callable[..., Any]) -> Callable[..., Any]:
-        def written(*arguments: Any, **more: Any) -> Any:
-            result = write(*arguments, **more)
-            if next(left) == 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        return written
-
-    for name in ("create_new_trial", "set_trial_param", "set_trial_user_attr", "set_trial_state_values"):
-        setattr(RDBStorage, name, dying(getattr(RDBStorage, name)))
-    path.mkdir(exist_ok=True)
-    storage = RDBStorage(f"sqlite:///{path}/studies.db")
-    simulate(opened(path, "study.num_trials=14", storage=storage), curve, workers=1)
-
-
-def ended(path: Path) -> list[tuple[Any, ...]]:
-    """How each trial of the study stands, and what is known of it."""
-    trials = optuna.load_study(study_name="s", storage=f"sqlite:///{path}/studies.db").trials
-    return [(trial.number, trial.state, trial.params, trial.values, trial.user_attrs) for trial in trials]
-
-
-def in_process(path: Path, writes: int | None) -> None:
-    child = multiprocessing.get_context("fork").Process(target=search_and_die, args=(path, writes))
-    child.start()
-    child.join()
-    assert child.exitcode == (0 if writes is None else -signal.SIGKILL)
-
-
-@pytest.mark.slow
-def test_five_kills_leave_the_study_that_none_would_have(tmp_path: Path) -> None:
-    moments = random.Random(5)
-    for writes in [*(moments.randrange(20, 45) for _ in range(5)), None]:
-        in_process(tmp_path / "killed", writes)
-    in_process(tmp_path / "whole", None)
-    found = ended(tmp_path / "killed")
-    assert [number for number, *_ in found] == list(range(14))
-    assert {state for _, state, *_ in found} == {TrialState.COMPLETE, TrialState.PRUNED}
-    assert found == ended(tmp_path / "whole")
-    assert any("parent" in attributes for *_, attributes in found)
 
 
 class Killed(BaseException):
