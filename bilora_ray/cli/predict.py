@@ -2,49 +2,36 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import sys
-import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from datetime import date
-from datetime import time as clock_time
-from decimal import Decimal
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from bilora_ray.cli.answers import ADDED, answer_all, answer_prompt, print_notes
+from bilora_ray.cli.choices import Choices
 from bilora_ray.cli.options import (
     absolute,
-    finite,
     json_option,
-    print_json,
     set_option,
     storage_option,
     study_database_option,
     telling_of_gpu_memory,
     trial_option,
 )
-from bilora_ray.cli.tables import in_quotes
+from bilora_ray.cli.whose import ask_server
 from bilora_ray.config import TASK_FACTS, TRAINING_SETTINGS, TrialConfig
 from bilora_ray.digests import check_template
-from bilora_ray.errors import MachineError, UserError, first_line, nearest
-from bilora_ray.files import atomic_file
+from bilora_ray.errors import UserError, nearest
 from bilora_ray.paths import have_home, kind_of, locate_here
 from bilora_ray.search.space_file import absolute_sources, parse_override
 from bilora_ray.threads import use_fitting_threads
-from bilora_ray.words import duration
 
 if TYPE_CHECKING:
-    from bilora_ray.release.server import Server, Verdict
     from bilora_ray.training.data.sources import Record
-    from bilora_ray.training.prediction.answers import Asked
-    from bilora_ray.training.prediction.sampling import Sampling
-    from bilora_ray.training.tasks.base import Answer
 
 EPILOG = """\b
 Examples:
@@ -55,15 +42,6 @@ Examples:
   bilora-ray predict quickstart --trial 3 --temperature 0.7 --seed 1 "What is 12 less 5?"
   bilora-ray predict my-adapter --server http://127.0.0.1:8000 --data questions.jsonl
 """
-SUFFIX = ".jsonl"
-# Rows that are tokenized and answered at one time: enough for passes of rows of like length.
-AT_ONCE = 4096
-LOG_EVERY_S = 60.0
-# So many labels of a prompt are shown, the likeliest first; JSON has all.
-MOST_LABELS = 10
-# What a row gets, after its own columns.
-PREDICTION, PROBABILITIES, OF_BASE = "prediction", "probabilities", "base_model_"
-ADDED = (PREDICTION, PROBABILITIES, OF_BASE + PREDICTION, OF_BASE + PROBABILITIES)
 
 
 @click.command(epilog=EPILOG)
@@ -130,7 +108,7 @@ def command(
     --server sends up to 8 of the prompts, those that adapter and base model answer differently, and says whose the
     server's answers are. The exit code is 1 where they are not the adapter's. OPENAI_API_KEY is sent if it is set.
     """
-    chosen = _Choices(data, output, base_model, max_new_tokens, temperature, top_p, seed, server, model)
+    chosen = Choices(data, output, base_model, max_new_tokens, temperature, top_p, seed, server, model)
     chosen.check(prompt)
     from bilora_ray.recipe import evaluation_config, is_merged, known_of
 
@@ -172,7 +150,7 @@ def command(
 
         endpoint = Server.at(server, os.environ.get("OPENAI_API_KEY"))
         if endpoint.sends_in_the_clear:
-            _print_notes(["--server: OPENAI_API_KEY goes there unencrypted; https would hide it"])
+            print_notes(["--server: OPENAI_API_KEY goes there unencrypted; https would hide it"])
         model = endpoint.chosen(model)
 
     from bilora_ray.training.prediction.answers import Asked
@@ -182,68 +160,11 @@ def command(
         notes = [*check_template(config, known_of(folder)["digests"]), *asked.notes]
         if server is not None:
             assert model is not None
-            _ask_server(endpoint, model, asked, records, notes, as_json)
+            ask_server(endpoint, model, asked, records, notes, as_json)
         elif data is None:
-            _answer(asked, records, chosen.sampling(asked.config), notes, base_model, adapter, as_json)
+            answer_prompt(asked, records, chosen.sampling(asked.config), notes, base_model, adapter, as_json)
         else:
-            _answer_all(asked, records, chosen, notes, as_json)
-
-
-@dataclass(frozen=True)
-class _Choices:
-    """The options that say what is done."""
-
-    data: str | None
-    output: Path | None
-    base_model: bool
-    max_new_tokens: int | None
-    temperature: float | None
-    top_p: float | None
-    seed: int | None
-    server: str | None
-    model: str | None
-
-    @property
-    def is_drawn(self) -> bool:
-        return self.temperature is not None or self.top_p is not None
-
-    def check(self, prompt: str | None) -> None:
-        """UserError unless the options go together."""
-        if prompt is not None and self.data is not None:
-            raise UserError("--data: is asked instead of a prompt; leave one out")
-        if self.output is not None:
-            self._check_output()
-        for name, number in (("--temperature", self.temperature), ("--top-p", self.top_p)):
-            if number is not None and not math.isfinite(number):
-                raise UserError(f"{name} {number}: must be a finite number")
-        if self.seed is not None and not self.is_drawn:
-            raise UserError("--seed: decides nothing of greedy texts; give --temperature or --top-p")
-        if self.model is not None and self.server is None:
-            raise UserError("--model: is what a server calls the adapter; give --server")
-        if self.server is not None:
-            given = {"--output": self.output, "--temperature": self.temperature, "--top-p": self.top_p}
-            for option, value in {**given, "--base-model": self.base_model or None}.items():
-                if value is not None:
-                    raise UserError(f"{option}: says nothing beside --server, whose greedy answers are compared")
-
-    def _check_output(self) -> None:
-        assert self.output is not None
-        if self.data is None:
-            raise UserError("--output: is for the rows of --data; a prompt's answer is printed")
-        if self.output.suffix != SUFFIX:
-            raise UserError(f"--output {self.output}: is written as JSON lines; its name must end with {SUFFIX}")
-        if self.output.exists():
-            raise UserError(f"--output {self.output}: exists already")
-        if not absolute(self.output).parent.is_dir():
-            raise UserError(f"--output {self.output}: no such folder: {absolute(self.output).parent}")
-
-    def sampling(self, config: TrialConfig) -> Sampling | None:
-        """How a text is drawn; None: greedily."""
-        if not self.is_drawn:
-            return None
-        from bilora_ray.training.prediction.sampling import Sampling
-
-        return Sampling(self.temperature or 1.0, self.top_p or 1.0, self.seed or 0, config.max_new_tokens)
+            answer_all(asked, records, chosen, notes, as_json)
 
 
 def _folder(adapter: str, number: int | None, storage_path: Path, study_database: str | None) -> Path:
@@ -311,7 +232,7 @@ def _typed(prompt: str | None) -> str:
         raise UserError(f"stdin: is no UTF-8 text ({error.reason})") from None
 
 
-def _check_writes(config: TrialConfig, chosen: _Choices) -> None:
+def _check_writes(config: TrialConfig, chosen: Choices) -> None:
     if TASK_FACTS[config.task].generates:
         return
     for option, value in (
@@ -334,181 +255,3 @@ def _check_base(folder: Path, config: TrialConfig) -> None:
     if kind_of(name, is_data=False) == "local" and not Path(name).is_dir():
         cure = "--set model_name_or_path=FOLDER says where it is now"
         raise UserError(f"{folder}: its base model is gone: no such folder: {name}; {cure}")
-
-
-def _answer(
-    asked: Asked,
-    records: Collection[Record],
-    sampling: Sampling | None,
-    notes: Sequence[str],
-    base_model: bool,
-    adapter: str,
-    as_json: bool,
-) -> None:
-    """Print the answer to one prompt."""
-    from bilora_ray.training.prediction.questions import question
-
-    examples, cut = asked.examples([question(record, asked.config) for record in records])
-    notes = [*notes, *_told_of_cut(cut, 1, asked.config)]
-    found = {adapter: asked.answers(examples, sampling)[0]}
-    if base_model:
-        found["base model"] = asked.answers(examples, sampling, base_model=True)[0]
-    if as_json:
-        print_json({**_added(list(found.values())), **({"notes": notes} if notes else {})})
-        return
-    _print_notes(notes)
-    for place, (whose, answer) in enumerate(found.items()):
-        if base_model:
-            click.secho(f"{'' if place == 0 else chr(10)}{whose}:", bold=True)
-        for line in _lines(answer, examples[0].reference.split(" ")):
-            click.echo(line)
-
-
-def _lines(answer: Answer, words: Sequence[str]) -> Iterator[str]:
-    if isinstance(answer.probabilities, list):
-        read = [word for word in words if word.strip()]
-        for word, tag, likely in zip(read, answer.prediction, answer.probabilities, strict=False):
-            yield f"{word:<20} {tag:<12} {likely[tag]:.4f}"
-        return
-    if isinstance(answer.prediction, list):
-        yield ", ".join(answer.prediction) or "(none of the labels)"
-    else:
-        yield f"{answer.prediction:.6g}" if isinstance(answer.prediction, float) else str(answer.prediction)
-    if answer.probabilities is not None:
-        likeliest = sorted(answer.probabilities.items(), key=lambda pair: -pair[1])
-        width = max(len(name) for name, _ in likeliest[:MOST_LABELS])
-        for name, share in likeliest[:MOST_LABELS]:
-            yield f"  {name:<{width}}  {share:.4f}"
-        if len(likeliest) > MOST_LABELS:
-            yield f"  ... {len(likeliest)} labels in all"
-
-
-def _added(answers: Sequence[Answer]) -> dict[str, Any]:
-    """What a row gets of the adapter's answer and, if it is there, of the base model's."""
-    found: dict[str, Any] = {}
-    for prefix, answer in zip(("", OF_BASE), answers, strict=False):
-        found[prefix + PREDICTION] = answer.prediction
-        if answer.probabilities is not None:
-            found[prefix + PROBABILITIES] = answer.probabilities
-    return found
-
-
-def _answer_all(
-    asked: Asked, records: Collection[Record], chosen: _Choices, notes: Sequence[str], as_json: bool
-) -> None:
-    """Write the answer to each row."""
-    _print_notes(notes)
-    started, count, output = time.monotonic(), len(records), chosen.output
-    try:
-        with nullcontext(sys.stdout) if output is None else atomic_file(absolute(output)) as file:
-            cut = _write(asked, records, chosen, file)
-    except OSError as error:
-        if output is None:
-            raise
-        raise MachineError(f"--output {output}: cannot be written ({error.strerror or first_line(error)})") from None
-    told = list(_told_of_cut(cut, count, asked.config))
-    _print_notes(told)
-    if output is None:
-        return
-    if as_json:
-        said = [*notes, *told]
-        print_json({"output": str(absolute(output)), "rows": count, **({"notes": said} if said else {})})
-    else:
-        rows = f"{count} row{'s' if count > 1 else ''}"
-        click.echo(f"{rows} answered in {duration(time.monotonic() - started)}; they are in {output}")
-
-
-def _write(asked: Asked, records: Collection[Record], chosen: _Choices, file: IO[str]) -> int:
-    """Write each row with its answer; how many of them lost a part to `max_length`."""
-    from bilora_ray.training.prediction.questions import chunks
-
-    sampling, first, cut = chosen.sampling(asked.config), 0, 0
-    models = (False, True) if chosen.base_model else (False,)
-    with _progress(len(records) * len(models), "answers") as told:
-        for some, rows in chunks(records, asked.config, AT_ONCE):
-            examples, lost = asked.examples(rows)
-            found = [asked.answers(examples, sampling, first, told, base_model) for base_model in models]
-            for record, answers in zip(some, zip(*found, strict=True), strict=True):
-                file.write(_line({**record.columns, **_added(answers)}))
-            first, cut = first + len(some), cut + lost
-    return cut
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    text = json.dumps(finite(row), ensure_ascii=False, default=_as_json)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # half a character, in a column that is not read
-        text = json.dumps(finite(row), default=_as_json)
-    return f"{text}\n"
-
-
-def _as_json(value: Any) -> Any:
-    """What tables hold and JSON has not."""
-    if isinstance(value, bytes):  # an image's, which JSON cannot hold
-        return None
-    if isinstance(value, Decimal):
-        return float(value)
-    return value.isoformat() if isinstance(value, date | clock_time) else str(value)
-
-
-@contextmanager
-def _progress(total: int, what: str) -> Iterator[Any]:
-    """Takes how many more are done, for a person to see on stderr; a log gets a line a minute."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True, highlight=False)
-    if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True) as shown:
-            task = shown.add_task(what, total=total)
-            yield lambda more: shown.advance(task, more)
-        return
-    done, begun, last = 0, time.monotonic(), time.monotonic()
-
-    def tell(more: int) -> None:
-        nonlocal done, last
-        done, now = done + more, time.monotonic()
-        if now - last >= LOG_EVERY_S and done < total:
-            left, last = (now - begun) / done * (total - done), now
-            console.print(f"{done} of {total} {what}, about {duration(left)} left", soft_wrap=True)
-
-    yield tell
-
-
-def _told_of_cut(cut: int, rows: int, config: TrialConfig) -> Iterator[str]:
-    if cut:
-        yield f"max_length: {cut} of {rows} rows lost tokens, as in an evaluation ({config.max_length} with the text)"
-
-
-def _print_notes(notes: Sequence[str]) -> None:
-    for note in notes:
-        click.secho(f"Note: {note}", fg="yellow", err=True)
-
-
-def _ask_server(
-    server: Server, model: str, asked: Asked, records: Collection[Record], notes: Sequence[str], as_json: bool
-) -> None:
-    """Say whose the server's answers are; exit code 1 where they are not the adapter's."""
-    from bilora_ray.release.server import compare
-
-    if not as_json:
-        _print_notes(notes)
-    verdict = compare(server, model, asked, records)
-    if as_json:
-        print_json({**verdict.as_dict(), **({"notes": notes} if notes else {})})
-    else:
-        _print_verdict(verdict)
-    if verdict.whose != "adapter":
-        sys.exit(1)
-
-
-def _print_verdict(verdict: Verdict) -> None:
-    first, *others = verdict.lines()
-    click.secho(f"Model '{verdict.model}': {first}", fg="green" if verdict.whose == "adapter" else "red")
-    for line in others:
-        click.echo(f"{line[0].upper()}{line[1:]}.")
-    for row in [row for row in verdict.rows if row.whose != "adapter"][:1]:
-        for whose in ("prompt", "server", "adapter", "base_model"):
-            click.echo(f"  {whose.replace('_', ' '):<11} {in_quotes(getattr(row, whose))}")

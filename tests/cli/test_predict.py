@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 from tiny_trials import TASKS, Tiny, run_fit, write_rows
 
-from bilora_ray.cli import predict as verb
+from bilora_ray.cli import answers as answering
 from bilora_ray.cli.main import main
 from bilora_ray.config import TASK_FACTS, Task
 from bilora_ray.release.export import export_merged
@@ -289,7 +289,7 @@ def test_a_file_is_whole_or_not_there(
 ) -> None:
     adapter, data = trained("causal-lm"), validation(tiny, "causal-lm")
     expected = lines(ran(adapter, "--data", data))
-    monkeypatch.setattr(verb, "AT_ONCE", 5)
+    monkeypatch.setattr(answering, "AT_ONCE", 5)
     assert lines(ran(adapter, "--data", data)) == expected
     calls: list[int] = []
     answers = Asked.answers
@@ -306,7 +306,7 @@ def test_a_file_is_whole_or_not_there(
 
 
 def test_a_log_hears_how_far_it_is(trained: Callable[[str], Path], tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verb, "LOG_EVERY_S", 0)
+    monkeypatch.setattr(answering, "LOG_EVERY_S", 0)
     few = ("--set", "per_device_generation_batch_size=4", "--set", "per_device_eval_batch_size=4", "--base-model")
     said = run(trained("causal-lm"), "--data", validation(tiny, "causal-lm"), *few).stderr.splitlines()
     told = [line.partition(", about ")[0] for line in said]
