@@ -357,7 +357,8 @@ def test_a_study_gives_its_best_adapter(
     (tmp_path / "one").mkdir()  # a folder that is no adapter is not meant
     data = validation(tiny, "causal-lm")
     before = sorted(tmp_path.rglob("*"))
-    expected = ran("exported", "--data", data)
+    there = f"model_name_or_path={tiny.model('causal-lm')}"  # of which an export names no path
+    expected = ran("exported", "--data", data, "--set", there)
     assert ran("one", "--data", data) == ran("one", "--trial", "0", "--data", data) == expected
     assert sorted(tmp_path.rglob("*")) == before, "to ask writes nothing"
     assert error("one", "hello", "--trial", "3") == "study 'one': no trial 3; it has 0 to 0"
@@ -365,7 +366,7 @@ def test_a_study_gives_its_best_adapter(
     assert error("oen", "hello") == f"oen: no such folder, and no study of {runs}; did you mean 'one'?"
     adapter = next(runs.glob("studies/one/trials/0000/adapters/*"))
     shutil.rmtree(adapter)
-    assert error("one", "hello") == "study 'one': trial 0 has no adapter; `bilora-ray show one` says why"
+    assert error("one", "hello") == f"study 'one': the adapter of trial 0 is gone; it was in {adapter}"
 
 
 def test_what_is_neither_an_adapter_nor_a_study_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
