@@ -21,9 +21,9 @@ Norm = Literal["effective", "unscaled"]
 Ascent = Literal["adamw", "tangent", "half-step"]
 # Where a layer's A1 and B1 are among the parameters, and what their gradients are divided by.
 Partner = Sequence[Any]
-# What `clip` says -> what is done with the auxiliary's factors and rho after each update.
 # What a checkpoint that is older than a choice had.
 FIRST: dict[str, Any] = {"clip": "global", "ascent": "adamw", "turn": 0}
+# What `clip` says -> what is done with the auxiliary's factors and rho after each update.
 CLIPS: dict[Clip, Callable[[Sequence[Factors], float], object]] = {
     "global": project_,
     "per-layer": project_each_,
