@@ -24,6 +24,7 @@ EPILOG = """\b
 Examples:
   bilora-ray sharpness my-adapter
   bilora-ray sharpness my-adapter --data test.jsonl --radii 0.05,0.1,0.2 --output sharpness.png
+  bilora-ray sharpness my-adapter --data train.jsonl --m 16
   bilora-ray sharpness my-adapter --base-model --json
   bilora-ray sharpness my-adapter --set max_eval_samples=200
 """
@@ -41,6 +42,12 @@ SPACES = {"full_space": "Full space: all adapted weights W", "lora_space": "LoRA
     metavar="LIST",
     help="Norms of a step along the gradient; of one along a random direction, shares of the weights.",
 )
+@click.option(
+    "--m",
+    type=click.IntRange(min=1),
+    metavar="ROWS",
+    help="Rows of each batch of m-sharpness.  [default: those of a step of its training]",
+)
 @click.option("--base-model", is_flag=True, help="Measure the base model alone, to compare with.")
 @click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="A .png file for a picture.")
 @set_option
@@ -49,6 +56,7 @@ def command(
     adapter: Path,
     data: str | None,
     radii: str,
+    m: int | None,
     base_model: bool,
     output: Path | None,
     overrides: tuple[str, ...],
@@ -66,15 +74,16 @@ def command(
     if output is not None and (output.suffix != SUFFIX or not output.absolute().parent.is_dir()):
         raise UserError(f"--output {output}: must be a {SUFFIX} file in a folder that exists")
     config, notes = asked(adapter, data, overrides, base_model)
+    m = m or config.step_rows(1)
     with telling_of_gpu_memory():
-        found, loss, rows, told = _measured(adapter, config, steps, base_model)
+        found, loss, rows, told = _measured(adapter, config, steps, m, base_model)
     notes += told
     what = on_rows(adapter, config, rows, base_model)
     if output is not None:
         _draw(output, found, steps, what)
     if as_json:
         said = {"notes": notes} if notes else {}
-        print_json({"eval_loss": loss, "rows": rows, "radii": steps, **_as_json(found), **said})
+        print_json({"eval_loss": loss, "rows": rows, "radii": steps, "m": m, **_as_json(found), **said})
         return
     for note in notes:
         click.secho(f"Note: {note}", fg="yellow", err=True)
@@ -101,7 +110,7 @@ def _radii(text: str) -> list[float]:
 
 
 def _measured(
-    adapter: Path, config: TrialConfig, radii: Sequence[float], base_model: bool
+    adapter: Path, config: TrialConfig, radii: Sequence[float], m: int, base_model: bool
 ) -> tuple[dict[str, Flatness], float, int, list[str]]:
     """By space what was found; the loss at rest, of how many rows; and lines about them."""
     from bilora_ray.method import fuse
@@ -123,7 +132,7 @@ def _measured(
     rows = Rows(model, loaded.validation, config, loaded.tokenizer)
     spaces = {name: kind for name, kind in SPACES.items() if not (alone and name == "lora_space")}
     with _progress(len(spaces)) as telling:
-        found = {name: survey(rows, radii, kind, telling) for name, kind in spaces.items()}
+        found = {name: survey(rows, radii, kind, m, telling) for name, kind in spaces.items()}
     if str(model.dtype) == "torch.bfloat16":
         told = [*told, "bf16 rounds: --set precision=fp32 is finer where rises are below a thousandth of the loss"]
     return found, rows.loss(), len(loaded.validation), told

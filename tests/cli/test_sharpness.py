@@ -59,6 +59,15 @@ def test_it_agrees_with_what_the_training_told(trained: Path) -> None:
         assert found[space]["top_eigenvalue"]["error"] <= 0.01 * found[space]["top_eigenvalue"]["value"]
 
 
+def test_a_batch_of_all_rows_has_the_rise_of_all_and_smaller_ones_a_greater(trained: Path) -> None:
+    found = {m: measured(trained, "--radii", "0.1", "--m", str(m), "--set", "max_eval_samples=6") for m in (2, 6)}
+    assert {m: of["m"] for m, of in found.items()} == {2: 2, 6: 6}
+    small, whole = (found[m]["full_space"] for m in (2, 6))
+    assert whole["m_sharpness"] == pytest.approx(whole["adversarial"], rel=1e-6)
+    assert small["m_sharpness"][0] > 1.05 * whole["m_sharpness"][0]
+    assert small["adversarial"] == pytest.approx(whole["adversarial"], rel=1e-6)
+
+
 def test_the_base_model_has_no_factors(trained: Path) -> None:
     alone = measured(trained, "--base-model", "--radii", "0.1", "--set", "max_eval_samples=4")
     assert "lora_space" not in alone

@@ -82,7 +82,7 @@ def test_a_survey_measures_both_spaces(tiny: Tiny, tmp_path: Path) -> None:
     model, data, _ = load_adapted(adapter, config)
     rows, told = probe.Rows(model, data.validation, config, data.tokenizer), list[str]()
     for kind in (FullSpace, LoraSpace):
-        found = probe.survey(rows, [0.05, 0.1], kind, told.append)
+        found = probe.survey(rows, [0.05, 0.1], kind, 4, told.append)
         assert len(found.adversarial) == len(found.m_sharpness) == len(found.random.mean) == 2
         # Each batch's own worst direction is worse for it than that of all.
         assert found.m_sharpness[1] > found.adversarial[1] > found.random.mean[1]
@@ -92,6 +92,7 @@ def test_a_survey_measures_both_spaces(tiny: Tiny, tmp_path: Path) -> None:
         )
         assert found.top_eigenvalue.error <= 0.01 * found.top_eigenvalue.value
     assert len(told) == 8
+    assert "the same of each 4 rows" in told
 
 
 def test_a_band_is_students() -> None:

@@ -147,25 +147,25 @@ def sharpness(model: Model, examples: Sequence[Example], config: TrialConfig, pr
     return {"sharpness": rise}
 
 
-def survey(rows: Rows, radii: Sequence[float], kind: type[Space], telling: Callable[[str], None]) -> Flatness:
+def survey(rows: Rows, radii: Sequence[float], kind: type[Space], m: int, telling: Callable[[str], None]) -> Flatness:
     """All that there is to measure in a space.
 
     Args:
         rows: to measure on.
         radii: of the rises.
         kind: the space.
+        m: rows of each batch of m-sharpness; the last may have fewer.
         telling: is told what is measured next.
 
     Raises:
         UserError: the adapter has no such space.
     """
-    batch = rows.config.step_rows(1)
     try:
         space = kind(rows.model)
         telling("rise along the gradient")
         adversarial = rows.measured(lambda batches: adversarial_rises(space, batches[0], radii))
-        telling(f"the same of each {batch} rows")
-        of_batches = rows.measured(lambda batches: m_sharpness(space, batches, radii), batch)
+        telling(f"the same of each {m} rows")
+        of_batches = rows.measured(lambda batches: m_sharpness(space, batches, radii), m)
         telling(f"mean rise along {DIRECTIONS} random directions")
         drawn = rows.measured(lambda batches: random_rises(space, batches[0], radii, DIRECTIONS))
     except ValueError as error:
