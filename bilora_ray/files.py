@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import time
@@ -17,6 +18,9 @@ from safetensors import SafetensorError
 
 # How Rust tells which error of the system's it met.
 SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+
+# What was begun, and not touched for so long, is nobody's any more.
+LEFT_S = 24 * 3600.0
 
 
 @contextlib.contextmanager
@@ -62,8 +66,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         FileNotFoundError: the folder that `path` is to be in does not exist.
         OSError: it cannot be written; the error names a file.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished = unfinished_beside(path)
     unfinished.mkdir()
     try:
         with _naming(path):
@@ -86,10 +89,10 @@ def atomic_file(path: Path) -> Iterator[TextIO]:
         FileNotFoundError: the folder that `path` is to be in does not exist.
         OSError: it cannot be written; the error names a file.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = unfinished_beside(path)
     try:
         with _naming(path):
-            with unfinished.open("w", encoding="utf-8") as file:
+            with unfinished.open("x", encoding="utf-8") as file:
                 yield file
             _sync(unfinished)
             unfinished.rename(path)
@@ -97,6 +100,26 @@ def atomic_file(path: Path) -> Iterator[TextIO]:
     except BaseException:  # as for a folder
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def unfinished_beside(path: Path) -> Path:
+    """A new name for what becomes `path`, which no other thread, process or machine takes.
+
+    What was killed before its end left one behind: those that nobody has touched for a day are removed.
+    """
+    names = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{12}}")
+    with contextlib.suppress(OSError):  # who is to write says what is wrong
+        for entry in path.parent.iterdir():
+            if names.fullmatch(entry.name) and time.time() - entry.stat().st_mtime > LEFT_S:
+                _remove(entry)
+    return path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def link_files(source: Path, target: Path) -> None:

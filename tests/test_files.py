@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from bilora_ray.files import atomic_folder, temporary_folder
+from bilora_ray.files import LEFT_S, atomic_file, atomic_folder, temporary_folder
 
 FULL = "Error while serializing: I/O error: No space left on device (os error 28)"
 
@@ -56,3 +58,26 @@ def test_a_full_temporary_folder_is_named_and_removed() -> None:
         written_to_a_full_device()
     assert caught.value.filename == str(folder)
     assert not folder.exists()
+
+
+def test_two_threads_that_write_the_same_file_leave_one_that_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    with atomic_file(path) as first, atomic_file(path) as second:
+        first.write("a" * 9000)
+        second.write("b" * 90)
+    assert path.read_text() == "a" * 9000  # which ended last
+    assert os.listdir(tmp_path) == ["found.json"]
+
+
+def test_what_was_killed_long_ago_is_removed_and_what_others_have_begun_is_not(tmp_path: Path) -> None:
+    old, new = f".page.{'0a' * 6}", f".page.{'1b' * 6}"
+    for name in (old, new, ".page.swp", ".page.20260101"):
+        (tmp_path / name).write_text("begun")
+        os.utime(tmp_path / name, times=(0, time.time() - (1 if name == new else LEFT_S + 9)))
+    (folder := tmp_path / f".all.{'2c' * 6}").mkdir()
+    os.utime(folder, times=(0, 0))
+    with atomic_file(tmp_path / "page") as file:
+        file.write("whole")
+    with atomic_folder(tmp_path / "all"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == sorted([new, ".page.swp", ".page.20260101", "page", "all"])

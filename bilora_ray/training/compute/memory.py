@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import re
 import resource
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -24,6 +22,7 @@ import torch
 
 from bilora_ray.config import CUDA_GIB, TASK_FACTS, TrialConfig
 from bilora_ray.errors import OutOfMemory
+from bilora_ray.files import unfinished_beside
 from bilora_ray.training.compute.cutting import Kind, Proven
 from bilora_ray.training.distributed.workers import Workers
 
@@ -168,8 +167,7 @@ class Room:
         if self.file is None:
             return
         known = {**_read(self.file), self._key: {k: size for k, size in vars(self.proven).items() if size is not None}}
-        # Of one of several machines that a study's folder is on.
-        unfinished = self.file.with_name(f".{self.file.name}.{socket.gethostname()}.{os.getpid()}")
+        unfinished = unfinished_beside(self.file)
         with suppress(OSError):  # it spares others a try, and no more
             unfinished.write_text(json.dumps(known), encoding="utf-8")
             unfinished.replace(self.file)
