@@ -75,6 +75,22 @@ COSTS = {
     "gpu_memory_gib": "GiB of GPU memory that a worker's torch took",
 }
 
+# What is told now and then of a method's perturbation -> what it is. `adversary_steps` says how often.
+ADVERSITY = {
+    "auxiliary_norm": "norm of the perturbation: of s2 B2 A2 over all layers, which every evaluation of Bi-LoRA tells; "
+    "of LoRA-SAM, of what its moves of A1 and B1 change of the weights",
+    "auxiliary_cosine": "cosine of the perturbation and the gradient of the next batch at W, over all layers",
+    "captured_sharpness": "how much the perturbation raises the loss of the next batch, as a share of what a move by "
+    "that batch's whole gradient does, of norm `rho`; of `auxiliary_norm` where `rho` is of something else",
+    "captured_sharpness_held_out": "the same on a batch of validation rows, the same ones each time",
+    "stale_cosine": "cosine of the gradients of the last batch and the next one at W",
+    "stale_captured_sharpness": "what such a move along the last batch's whole gradient captures of the next batch's "
+    "sharpness: as much as a rule that knows the last batch alone can hope for",
+    "stale_captured_sharpness_held_out": "the same on the batch of validation rows",
+    "subspace_overlap": "mean squared cosine of the principal angles between the rows of A1 and A2, and the columns of "
+    "B1 and B2, over all layers: 1 where they span the same; of LoRA-SAM, between A1 and B1 and their moves",
+}
+
 PROMPT_TEMPLATE, COMPLETION_TEMPLATE = "{prompt}", "{completion}"
 # Of the formats that hold chats, the column.
 CHAT_COLUMNS = {"openai": "messages", "sharegpt": "conversations"}
@@ -540,6 +556,15 @@ class TrialConfig(Settings):
         "measure sharpness, the rise of eval_loss when all adapted weights move along its gradient by this norm. Where "
         "no text is generated, an evaluation takes six times as long; those weights in fp32 are in main memory then",
         gt=0,
+        decides="evaluation",
+    )
+
+    adversary_steps: Int | None = setting(
+        None,
+        "steps between looks at how adversarial the perturbation of bilora, dual-lora, lora-sam, looksam or esam is, "
+        "told by the next evaluation; 0: never. A look takes as long as some ten steps, and twice the adapted weights "
+        "in fp32 are in main memory then. Absent: 500, of 268 million adapted weights at the most",
+        ge=0,
         decides="evaluation",
     )
 

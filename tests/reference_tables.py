@@ -12,7 +12,7 @@ from data_table import page_with
 
 from bilora_ray.cli.settings import SECTIONS
 from bilora_ray.cli.settings import rows as settings
-from bilora_ray.config import COSTS, EXACT_MATCH, FACTS, SHARPNESS, TASK_FACTS, objective, range_of
+from bilora_ray.config import ADVERSITY, COSTS, EXACT_MATCH, FACTS, SHARPNESS, TASK_FACTS, objective, range_of
 from bilora_ray.facts import METHOD_NAMES
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -40,7 +40,7 @@ def pages() -> dict[Path, dict[str, str]]:
     """The tables of each page, by name."""
     return {
         DOCS / "space-file.md": {section: _keys(section) for section in SECTIONS},
-        DOCS / "metrics.md": {"metrics": _metrics(), "tasks": _tasks(), "costs": _costs()},
+        DOCS / "metrics.md": {"metrics": _metrics(), "tasks": _tasks(), "costs": _costs(), "adversity": _adversity()},
     }
 
 
@@ -78,6 +78,10 @@ def _tasks() -> str:
 
 def _costs() -> str:
     return _table(("metric", "what it is"), [(f"`{name}`", meaning) for name, meaning in COSTS.items()])
+
+
+def _adversity() -> str:
+    return _table(("metric", "what it is"), [(f"`{name}`", meaning) for name, meaning in ADVERSITY.items()])
 
 
 def _better(metric: str) -> str:

@@ -188,6 +188,7 @@ def test_integers_are_known_and_so_are_numbers() -> None:
         "seed",
         "early_stopping_patience",
         "max_new_tokens",
+        "adversary_steps",
     ]
     assert [key for key in NUMBERS if key not in INTEGERS] == [
         "validation_fraction",

@@ -85,16 +85,22 @@ class EsamAdamW(LoraSamAdamW):
         group["begun"] += 1
         return before.sum()
 
+    def next_perturbed(self) -> tuple[float, list[bool]]:
+        """rho / beta, and those of the factors that the draw of this step has chosen."""
+        group = self.param_groups[0]
+        chosen = perturbed(self._seed, group["begun"], len(group["factors"]), group["esam_beta"])
+        return group["rho"] / group["esam_beta"], chosen
+
     @contextmanager
     def _uphill(self) -> Iterator[None]:
         """In it the chosen factors are rho / beta up their gradient; after it they are what they were, to the bit."""
         group = self.param_groups[0]
-        chosen = perturbed(self._seed, group["begun"], len(group["factors"]), group["esam_beta"])
+        radius, chosen = self.next_perturbed()
         places = [place for place, is_chosen in zip(group["factors"], chosen, strict=True) if is_chosen]
         moved, gradients = with_gradients(group["params"][place] for place in places)
         before = [parameter.detach().clone() for parameter in moved]
         if moved:
-            scale = group["rho"] / group["esam_beta"] / (torch.nn.utils.get_total_norm(gradients) + TINY)
+            scale = radius / (torch.nn.utils.get_total_norm(gradients) + TINY)
             torch._foreach_add_(moved, torch._foreach_mul(gradients, scale))
         try:
             yield

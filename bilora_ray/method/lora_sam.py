@@ -62,6 +62,11 @@ class LoraSamAdamW(LoraAdamW):
             evaluated(closure)
         return loss
 
+    def next_perturbed(self) -> tuple[float, list[bool]]:
+        """The radius of the next perturbation, and which of the factors it is of: each layer's A1, then its B1."""
+        group = self.param_groups[0]
+        return group["rho"], [True] * len(group["factors"])
+
     @contextmanager
     def _uphill(self) -> Iterator[None]:
         """In it the factors are rho up their gradient; after it they are what they were, to the bit."""

@@ -33,7 +33,7 @@ from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilora_ray.method.adapters import UNSUPPORTED
-from bilora_ray.method.layers import PRIMARY, add_low_rank, is_plain
+from bilora_ray.method.layers import LOW_PRECISION, PRIMARY, add_low_rank, is_plain
 from bilora_ray.method.radius import Factors
 
 # One tensor a part of a space, in host memory; fp32, or fp64 on an fp64 base.
@@ -110,9 +110,12 @@ class Space(ABC):
 
     def loss(self, passes: Sequence[Pass], direction: Vector | None = None, scale: float = 0.0) -> float:
         """The mean loss of `passes` at W + `scale` * `direction`; at W without one."""
+        change = None if direction is None else partial(self._moved, direction=direction, scale=scale)
+        return self._loss(passes, change)
+
+    def _loss(self, passes: Sequence[Pass], change: Change | None) -> float:
         with torch.no_grad(), evaluating(self.model), ExitStack() as moved:
-            if direction is not None:
-                change = partial(self._moved, direction=direction, scale=scale)
+            if change is not None:
                 moved.enter_context(_changing(self.layers, change))
             return math.fsum(share * one.loss().item() for one, share in _shares(passes))
 
@@ -144,6 +147,25 @@ class FullSpace(Space):
                 if slope.requires_grad:
                     torch.autograd.grad(slope, step, allow_unused=True)
         return product
+
+    def loss_beside(self, passes: Sequence[Pass], factors: Sequence[Factors]) -> float:
+        """The mean loss of `passes` at W + s B A, given for every layer; B A is not formed."""
+
+        def change(number: int, x: Tensor, output: Tensor) -> Tensor:
+            A, B, scaling = factors[number]
+            term = F.linear(F.linear(x, A.detach().to(x.dtype)) * scaling, B.detach().to(x.dtype))
+            return _sum(self.layers[number], x, output, term)
+
+        return self._loss(passes, change)
+
+    def factors(self, adapter_name: str) -> list[Factors]:
+        """A, B and scaling of one adapter in every layer; A and B are the parameters themselves."""
+        return [_factors(layer, adapter_name) for layer in self.layers]
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether some of the model is in less than fp32."""
+        return any(parameter.dtype in LOW_PRECISION for parameter in self.model.parameters())
 
     def shapes(self) -> Iterator[tuple[int, int]]:
         """m x n of every layer."""
@@ -488,9 +510,9 @@ def _adapted_layers(model: nn.Module) -> list[LoraLayer]:
     return layers
 
 
-def _factors(layer: LoraLayer) -> Factors:
-    A, B = layer.lora_A[PRIMARY].weight, layer.lora_B[PRIMARY].weight
-    return Factors(cast(Tensor, A), cast(Tensor, B), layer.scaling[PRIMARY])
+def _factors(layer: LoraLayer, adapter_name: str = PRIMARY) -> Factors:
+    A, B = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    return Factors(cast(Tensor, A), cast(Tensor, B), layer.scaling[adapter_name])
 
 
 def _check_plain(layer: LoraLayer) -> None:

@@ -44,7 +44,9 @@ from bilora_ray.training.distributed.workers import ALONE, Workers, seed_worker
 from bilora_ray.training.evaluate import evaluate
 from bilora_ray.training.folder import CHANGED, TrialFolder
 from bilora_ray.training.loading import Loaded, load_data
+from bilora_ray.training.probe import adversary
 from bilora_ray.training.probe.passes import check_passes, check_tokens
+from bilora_ray.training.probe.sharpness import Rows
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Example, Task, weighted
 
@@ -325,12 +327,28 @@ class Run:
             metrics |= evaluate(
                 self.network.evaluated, self.data.validation, self._with_labels(), self.data.tokenizer, self.workers
             )
+            metrics |= self._adversity()
         self.gradients.agree()
         metrics |= self.room.proven.metrics()
         for loss in (metrics["train_loss"], metrics["eval_loss"]):
             if not math.isfinite(loss):
                 raise NonFiniteLoss(step, loss)
         return metrics
+
+    def _adversity(self) -> dict[str, float]:
+        """What the perturbation is worth, if it is time to look. The first worker does, and all know it."""
+        step = self.progress.step
+        if self.workers.sharded or not adversary.is_due(
+            self.config, step, (step - 1) // self.eval_every * self.eval_every
+        ):
+            return {}
+        found: dict[str, float] = {}
+        if self.workers.is_first:
+            model, validation = self.network.evaluated, self.data.validation
+            rows = Rows(model, validation, self.config, self.data.tokenizer, self.gradients.task)
+            batches = self._rows_of(step - 1), self._rows_of(step)
+            found = adversary.look(rows, self.optimizer, *batches, self.step_rows)
+        return self.workers.gather(found)[0]
 
     def _export(self, path: Path) -> None:
         parts = {name: parameter.detach() for name, parameter in primary_parameters(self.model).items()}

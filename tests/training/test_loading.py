@@ -31,6 +31,7 @@ OTHERS: dict[str, Any] = {
     "per_device_generation_batch_size": 64,
     "tokens_per_pass": 64,
     "early_stopping_patience": 3,
+    "adversary_steps": 3,
     "test_data": "org/test",
     "test_revision": "main",
     "test_split": "test",

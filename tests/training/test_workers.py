@@ -19,7 +19,7 @@ from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 from toy_methods import pass_twice, remember
 
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import ADVERSITY, Task, TrialConfig
 from bilora_ray.training.compute.compiled import why_not
 from bilora_ray.training.distributed.parallel import Network
 from bilora_ray.training.distributed.workers import Workers
@@ -111,6 +111,22 @@ def test_two_workers_train_a_rival_as_one_does(method: str, own: dict[str, Any],
     two = together(2, fit_together, settings, str(tmp_path / "two"), 2, False)
     assert reproducible(two[0]) == reproducible(two[1])
     check_alike(one, two[0], tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sharded", "method"), [(False, "bilora"), (False, "esam"), (True, "bilora")])
+def test_two_workers_tell_of_the_perturbation_what_one_does_and_parts_of_a_model_nothing(
+    sharded: bool, method: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    own: dict[str, Any] = {"method": method, "rho": 0.2, "learning_rate": 2e-3, "max_steps": 4, "eval_steps": 2}
+    own |= {"model_name_or_path": without_dropout(tiny, "causal-lm", tmp_path), "adversary_steps": 2}
+    one, _ = run_fit(tiny.config("causal-lm", per_device_train_batch_size=6, **own), tmp_path / "one")
+    two = together(2, fit_together, settings_of(tiny, "causal-lm", rows=3, **own), str(tmp_path / "two"), 2, sharded)
+    assert reproducible(two[0]) == reproducible(two[1])
+    looked = {key: one[-1][key] for key in ADVERSITY}
+    told = {key: two[0][-1][key] for key in ADVERSITY if key in two[0][-1]}
+    # Rises are small numbers, of which the weights' roundings are a part.
+    assert told == ({"auxiliary_norm": pytest.approx(0.2)} if sharded else pytest.approx(looked, rel=2e-2, abs=2e-3))
 
 
 @pytest.mark.slow

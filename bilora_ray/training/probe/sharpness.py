@@ -29,7 +29,7 @@ from bilora_ray.training.compute.memory import ONE_ROW, Shortage, current_room, 
 from bilora_ray.training.compute.varlen import batch_of, is_flat, placed
 from bilora_ray.training.distributed.workers import ALONE
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Example, Model, Processor
+from bilora_ray.training.tasks.base import Example, Model, Processor, Task
 
 T = TypeVar("T")
 # How many random directions, and what an interval of their mean covers.
@@ -72,13 +72,21 @@ class Rows:
         examples: the rows.
         config: the task, and how many rows a pass has.
         processor: makes batches.
+        task: what their loss is; None: that of an evaluation.
     """
 
-    def __init__(self, model: Model, examples: Sequence[Example], config: TrialConfig, processor: Processor) -> None:
+    def __init__(
+        self,
+        model: Model,
+        examples: Sequence[Example],
+        config: TrialConfig,
+        processor: Processor,
+        task: Task | None = None,
+    ) -> None:
         self.model = model
         self.config = config
         self.processor = processor
-        self.task = TASKS[config.task]
+        self.task = task or TASKS[config.task]
         # Of what holds nothing to predict there is no mean loss.
         self.examples = [example for example in examples if self.task.target_count([example])]
         self.padded = not is_flat(self.task, model)
@@ -94,6 +102,10 @@ class Rows:
         """
         size = batch or len(self.examples)
         batches = [self.examples[start : start + size] for start in range(0, len(self.examples), size)]
+        return self.measured_of(batches, measure)
+
+    def measured_of(self, batches: Sequence[Sequence[Example]], measure: Callable[[Sequence[Sequence[Pass]]], T]) -> T:
+        """As `measured`, of `batches` that are given."""
         while True:
             cuts = [self._cut(examples) for examples in batches]
             try:
