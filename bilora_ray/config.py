@@ -19,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError, field_validator, model_valida
 
 from bilora_ray.checking import Float, Int, Pairs, Settings, first_problem, in_words
 from bilora_ray.errors import UserError, nearest
-from bilora_ray.facts import Decides, MethodName, facts_of, setting
+from bilora_ray.facts import ADAPTING, WHOLE, Decides, MethodName, facts_of, setting
 from bilora_ray.records import Objective
 
 # Kernels of attention. Of those of the Hub, which are code, the ones that transformers' authors keep.
@@ -50,6 +50,7 @@ METHOD_TITLES: dict[MethodName, str] = {
     "obar": "oBAR ([arXiv 2410.14802](https://arxiv.org/abs/2410.14802))",
     "flat-lora": "Flat-LoRA ([arXiv 2409.14396](https://arxiv.org/abs/2409.14396))",
     "rwp": "random weight perturbation ([arXiv 2211.11489](https://arxiv.org/abs/2211.11489))",
+    "full": "full fine-tuning",
 }
 
 # Those with random noise, on whole tensors.
@@ -159,7 +160,8 @@ class TrialConfig(Settings):
     task: Task = setting(..., "what is learned", decides="model", searched=False)
     precision: Literal["auto", "fp32", "bf16"] = setting(
         "auto",
-        "base weights and activations; adapters stay fp32. auto: bf16 on GPUs that have it, decided once a study",
+        "base weights and activations; adapters stay fp32, and the masters of full. auto: bf16 on GPUs that have it, "
+        "decided once a study",
         decides="memory",
         shown=("card",),
         before="fp32",
@@ -350,14 +352,26 @@ class TrialConfig(Settings):
         min_length=1,
         decides="training",
     )
-    method: MethodName = setting("bilora", "how the adapter is trained", decides="training", shown=("best",))
-    rank: Int = setting(8, "r of the primary adapter", ge=1, decides="training", shown=("card", "best"))
-    lora_alpha: Float | None = setting(None, "2 x rank when absent", gt=0, decides="training", shown=("card",))
+    method: MethodName = setting(
+        "bilora",
+        "how the adapter is trained; full: all of the base model is, and there is no adapter",
+        decides="training",
+        shown=("best",),
+    )
+    rank: Int = setting(8, "r of the primary adapter", ge=1, decides="training", of=ADAPTING, shown=("card", "best"))
+    lora_alpha: Float | None = setting(
+        None, "2 x rank when absent", gt=0, decides="training", of=ADAPTING, shown=("card",)
+    )
     lora_dropout: Float = setting(
-        0.0, "dropout on the primary adapter's input", ge=0, lt=1, decides="training", amid=True
+        0.0, "dropout on the primary adapter's input", ge=0, lt=1, decides="training", of=ADAPTING, amid=True
     )
     target_modules: str | tuple[str, ...] = setting(
-        "all-linear", "modules that get an adapter", decides="training", rehearsed=True, shown=("card",)
+        "all-linear",
+        "modules that get an adapter",
+        decides="training",
+        of=ADAPTING,
+        rehearsed=True,
+        shown=("card",),
     )
     rho: Float = setting(
         0.05,
@@ -463,9 +477,16 @@ class TrialConfig(Settings):
 
     # Optimisation
     learning_rate: Float = setting(
-        5e-4, "peak learning rate of the primary adapter", gt=0, decides="training", amid=True, shown=("card", "best")
+        5e-4,
+        "peak learning rate of the primary adapter; of full, all weights': a tenth of an adapter's or less as a rule",
+        gt=0,
+        decides="training",
+        amid=True,
+        shown=("card", "best"),
     )
-    weight_decay: Float = setting(0.0, "AdamW weight decay of the primary adapter", ge=0, decides="training", amid=True)
+    weight_decay: Float = setting(
+        0.0, "AdamW weight decay of the primary adapter; of full, of all weights", ge=0, decides="training", amid=True
+    )
     max_grad_norm: Float | None = setting(
         1.0, "gradient norm limit, per branch; null: none", gt=0, decides="training", amid=True
     )
@@ -669,6 +690,8 @@ class TrialConfig(Settings):
             self._check_ascent()
         if self.quantization is not None and self.method in NOISY and self.rwp_space == "weight":
             raise ValueError(f"quantization: {self.method} has noise on the full weight, which must not be quantised")
+        if self.quantization is not None and self.leaves_model:
+            raise ValueError(f"quantization: method {self.method} trains the weights, which must not be quantised")
         if self.label_names is not None and len(set(self.label_names)) < max(2, len(self.label_names)):
             raise ValueError("label_names: needs two or more different names")
         if self.label_names is not None:
@@ -748,6 +771,11 @@ class TrialConfig(Settings):
         return workers * self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
+    def leaves_model(self) -> bool:
+        """Whether the trial trains the base model itself, and leaves a model and no adapter."""
+        return self.method in WHOLE
+
+    @property
     def whole_only(self) -> str | None:
         """Why each worker must have all of the model, and no part of it; None if it need not."""
         if self.quantization is not None:
@@ -758,6 +786,8 @@ class TrialConfig(Settings):
             return "sharpness_radius: sharpness is not measured of a model in parts; use parallelism: ddp"
         if self.method in NOISY:
             return f"method: {self.method} has noise on whole weights, not on parts of them; use parallelism: ddp"
+        if self.leaves_model:
+            return f"method: {self.method} is not trained in parts; use parallelism: ddp"
         return None
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -9,10 +10,15 @@ from pydantic import Field
 
 from bilora_ray.checking import Settings
 
-MethodName = Literal["lora", "bilora", "dual-lora", "lora-sam", "looksam", "esam", "nbar", "obar", "flat-lora", "rwp"]
+MethodName = Literal[
+    "lora", "bilora", "dual-lora", "lora-sam", "looksam", "esam", "nbar", "obar", "flat-lora", "rwp", "full"
+]
 # What a setting decides: see `Facts`.
 Decides = Literal["rows", "training rows", "model", "training", "evaluation", "memory"]
 METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
+# Those that train the base model itself. All others leave it as it is, and put an adapter on it.
+WHOLE: tuple[MethodName, ...] = ("full",)
+ADAPTING: tuple[MethodName, ...] = tuple(name for name in METHOD_NAMES if name not in WHOLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,14 @@ class Facts:
     def __post_init__(self) -> None:
         if self.decides not in get_args(Decides) or not set(self.of) <= set(METHOD_NAMES):
             raise TypeError(f"no such facts: {self}")
+
+
+def methods_in_words(of: Sequence[MethodName], mark: str = "") -> str:
+    """The methods that something is `of`, each between two marks: `lora, bilora`, or `all but full`; empty if all."""
+    others = [name for name in METHOD_NAMES if name not in of]
+    few = len(others) < len(of) / 2
+    said = ", ".join(f"{mark}{name}{mark}" for name in (others if few else of))
+    return f"all but {said}" if others and few else said if others else ""
 
 
 def setting(

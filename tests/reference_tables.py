@@ -13,7 +13,7 @@ from data_table import page_with
 from bilora_ray.cli.settings import SECTIONS
 from bilora_ray.cli.settings import rows as settings
 from bilora_ray.config import ADVERSITY, COSTS, EXACT_MATCH, FACTS, SHARPNESS, TASK_FACTS, objective, range_of
-from bilora_ray.facts import METHOD_NAMES
+from bilora_ray.facts import methods_in_words
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 # What each metric is, in a word more than its name. `labels` of a causal-lm are those of `label_names`.
@@ -57,8 +57,8 @@ def _keys(section: str) -> str:
 
 def _of(section: str, key: str) -> str:
     """The methods that read a setting, if not all do."""
-    of = FACTS[key].of if section == "trial" else METHOD_NAMES
-    return "" if of == METHOD_NAMES else f"; of {', '.join(f'`{name}`' for name in of)}"
+    of = methods_in_words(FACTS[key].of, "`") if section == "trial" else ""
+    return of and f"; of {of}"
 
 
 def _metrics() -> str:

@@ -464,8 +464,16 @@ def test_the_auxiliarys_settings_apply_to_bilora_alone(setting: str) -> None:
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_the_primarys_settings_apply_to_every_method(method: str) -> None:
-    primary = {"rank", "lora_alpha", "lora_dropout", "target_modules", "learning_rate", "weight_decay", "max_grad_norm"}
-    assert all(applies(key, method) for key in primary)
+    adapter = {"rank", "lora_alpha", "lora_dropout", "target_modules"}
+    assert all(applies(key, method) for key in ("learning_rate", "weight_decay", "max_grad_norm"))
+    assert {key for key in adapter if applies(key, method)} == (set() if method == "full" else adapter)
+
+
+def test_full_fine_tuning_wants_weights_as_they_are_and_all_of_them() -> None:
+    line = "W: quantization: method full trains the weights, which must not be quantised"
+    assert refused(quantization="nf4", method="full") == line
+    assert config(method="full").leaves_model
+    assert not config(method="lora").leaves_model
 
 
 def test_what_a_method_does_not_read_does_not_apply_to_it() -> None:
@@ -494,7 +502,8 @@ def test_noise_on_the_full_weight_wants_all_of_it_as_it_is() -> None:
     for method in METHOD_NAMES:
         whole = config(method=method).whole_only
         noise = f"method: {method} has noise on whole weights, not on parts of them; use parallelism: ddp"
-        assert whole == (noise if method in ("flat-lora", "rwp") else None)
+        parts = "method: full is not trained in parts; use parallelism: ddp"
+        assert whole == {"flat-lora": noise, "rwp": noise, "full": parts}.get(method)
 
 
 # Facts

@@ -141,12 +141,12 @@ def _compared(
 
 def _measured(adapter: Path | None, config: TrialConfig, examples: int) -> _Measured:
     """Measure the adapter, or the base model or merged model that `config` names alone."""
-    from bilora_ray.recipe import is_merged
+    from bilora_ray.recipe import is_whole
     from bilora_ray.training.evaluate import evaluate, load_adapted, predict
 
     memory = telling_of_gpu_memory("; take a smaller one: --set per_device_eval_batch_size=N")
     with memory, waiting(f"reading the data and loading the base model {config.model_name_or_path}") as told_of:
-        model, loaded, told = load_adapted(None if adapter is None or is_merged(adapter) else adapter, config)
+        model, loaded, told = load_adapted(None if adapter is None or is_whole(adapter) else adapter, config)
         config = config.model_copy(update={"label_names": loaded.label_names, "format": loaded.format})
         told_of.now(f"measuring {len(loaded.validation)} rows")
         metrics = evaluate(model, loaded.validation, config, loaded.tokenizer)

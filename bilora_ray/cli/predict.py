@@ -110,14 +110,14 @@ def command(
     """
     chosen = Choices(data, output, base_model, max_new_tokens, temperature, top_p, seed, server, model)
     chosen.check(prompt)
-    from bilora_ray.recipe import evaluation_config, is_merged, known_of
+    from bilora_ray.recipe import evaluation_config, is_whole, known_of
 
     folder = _folder(adapter, number, storage_path, study_database)
     settings = _settings(overrides)
     if data is not None:
         settings["train_data"] = locate_here(data, Path.cwd(), "--data", True)
     # Of a merged model a name is that of its base.
-    named = {"model_name_or_path"} if base_model and is_merged(folder) else set()
+    named = {"model_name_or_path"} if base_model and is_whole(folder) else set()
     of_adapter = {key: value for key, value in settings.items() if key not in named}
     config = evaluation_config(folder, of_adapter)
     have_home()

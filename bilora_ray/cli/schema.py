@@ -7,7 +7,7 @@ from typing import Any
 from bilora_ray.checking import Settings
 from bilora_ray.config import FACTS, TrialConfig, is_number
 from bilora_ray.expressions import ALLOWED
-from bilora_ray.facts import Facts
+from bilora_ray.facts import Facts, methods_in_words
 from bilora_ray.search.space import Choice, Given, Range, ResourceConfig, StudyConfig
 from bilora_ray.search.space.order import NOT_SEARCHED
 
@@ -107,9 +107,9 @@ def _setting(key: str, value: Schema, definitions: Schema) -> Schema:
         drawn.append(_part(Given, definitions, value=given))
         definitions[f"drawn.{key}"] = {"anyOf": drawn}
         ways.append(_or_several(_ref(f"drawn.{key}")))
-    of = FACTS[key].of
-    if "description" in told and len(of) < len(FACTS["method"].of):
-        told["description"] += f" (of {', '.join(of)})"
+    of = methods_in_words(FACTS[key].of)
+    if "description" in told and of:
+        told["description"] += f" (of {of})"
     return told | {"anyOf": ways}
 
 

@@ -115,7 +115,7 @@ def _measured(
     """By space what was found; the loss at rest, of how many rows; and lines about them."""
     from bilora_ray.method import fuse
     from bilora_ray.quiet import quiet
-    from bilora_ray.recipe import is_merged
+    from bilora_ray.recipe import is_whole
     from bilora_ray.training.compute.varlen import needs_no_padding
     from bilora_ray.training.evaluate import load_adapted
     from bilora_ray.training.model import add_primary
@@ -124,7 +124,7 @@ def _measured(
     quiet()
     if needs_no_padding(config.attn_implementation or ""):  # such a kernel can be derived once only
         config = config.model_copy(update={"attn_implementation": None})
-    alone = base_model or is_merged(adapter)
+    alone = base_model or is_whole(adapter)
     model, loaded, told = load_adapted(None if alone else adapter, config)
     if alone:  # an adapter that does nothing says which weights are looked at
         model = fuse(add_primary(model, config, fresh=()))

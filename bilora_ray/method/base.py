@@ -18,7 +18,7 @@ from bilora_ray.method.adapters import primary_factors, primary_parameters
 from bilora_ray.method.flat import UNUSUAL, Plan, alike, with_gradients
 
 Closure = Callable[[], Tensor]
-Place = Callable[[PeftModel], None]
+Place = Callable[[Any], None]
 
 
 @runtime_checkable

@@ -12,15 +12,42 @@ import torch
 from torch import Tensor
 
 from bilora_ray.method.reference import (
+    AdamW,
     BiLoraLayer,
     Gradients,
     Loss,
     ReferenceBiLora,
     ReferenceLora,
+    Weights,
     limited,
     norm,
     value_and_gradient,
 )
+
+
+class ReferenceFull:
+    """Full fine-tuning: minimise L(W) over all weights, by AdamW.
+
+    Args:
+        weights: by name, biases and norms too; replaced at each step.
+        learning_rate: lr.
+        weight_decay: AdamW's, decoupled.
+        max_grad_norm: limit on the gradient's norm over all weights; None for no limit.
+    """
+
+    def __init__(
+        self, weights: Weights, *, learning_rate: float, weight_decay: float = 0.0, max_grad_norm: float | None = None
+    ) -> None:
+        self.W = weights
+        self.max_grad_norm = max_grad_norm
+        self.adam = {name: AdamW(learning_rate, weight_decay) for name in weights}
+
+    def step(self, loss: Loss) -> float:
+        """One step, with one backward pass. Returns the loss before it."""
+        value, G = value_and_gradient(loss, self.W)
+        gradient = limited({(name, "W"): part for name, part in G.items()}, self.max_grad_norm)
+        self.W = {name: self.adam[name].moved(weight, gradient[name, "W"]) for name, weight in self.W.items()}
+        return value
 
 
 class ReferenceDualLora(ReferenceBiLora):

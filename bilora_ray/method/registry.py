@@ -6,15 +6,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from peft import PeftModel
+from torch import nn
 
 from bilora_ray.errors import nearest
-from bilora_ray.method import bar, bilora, dual_lora, esam, flat_lora, looksam, lora, lora_sam, rwp
+from bilora_ray.method import bar, bilora, dual_lora, esam, flat_lora, full, looksam, lora, lora_sam, rwp
 from bilora_ray.method.base import MethodAdamW, Place
 
 # A method's name -> what makes its optimizer for a PEFT LoRA model with the primary adapter, to which it attaches what
-# the method needs. The arguments are the model, a `Place` to call once all parameters are there, and by keyword each
-# setting that the method reads, under its name in `TrialConfig`.
+# the method needs; `full` takes a model without one. The arguments are the model, a `Place` to call once all parameters
+# are there, and by keyword each setting that the method reads, under its name in `TrialConfig`.
 METHODS: dict[str, Callable[..., MethodAdamW]] = {
     "lora": lora.build,
     "bilora": bilora.build,
@@ -26,6 +26,7 @@ METHODS: dict[str, Callable[..., MethodAdamW]] = {
     "obar": bar.build_obar,
     "flat-lora": flat_lora.build,
     "rwp": rwp.build,
+    "full": full.build,
 }
 
 
@@ -35,16 +36,16 @@ def settings_of(name: str) -> tuple[str, ...]:
     return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
 
 
-def stay(model: PeftModel) -> None:
+def stay(model: nn.Module) -> None:
     """Leave the parameters where they are."""
 
 
-def build_method(name: str, model: PeftModel, place: Place = stay, **settings: Any) -> MethodAdamW:
+def build_method(name: str, model: nn.Module, place: Place = stay, **settings: Any) -> MethodAdamW:
     """The optimizer of method `name` for `model`, to which it attaches what the method needs.
 
     Args:
         name: one of `METHODS`.
-        model: a PEFT LoRA model with its primary adapter.
+        model: a PEFT LoRA model with its primary adapter; of `full` one without.
         place: moves or shards the parameters (FSDP makes new ones), once all of them are there and before the
             optimizer takes them.
         settings: those that the method reads, every one of them: `settings_of(name)`.

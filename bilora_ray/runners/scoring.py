@@ -19,11 +19,14 @@ def score(adapter: str, settings: Mapping[str, Any]) -> dict[str, float]:
     """
     with not_again():
         import_training()
-        from bilora_ray.recipe import evaluation_config
+        from bilora_ray.recipe import evaluation_config, is_whole
         from bilora_ray.training.evaluate import evaluate, load_adapted
 
         # The adapter knows the labels of its training. What it was allowed it still is: it is our own.
-        tested = TrialConfig(**settings).on_test().model_dump(exclude={"label_names", "format", "metric"})
+        known = {"label_names", "format", "metric"}
+        if is_whole(Path(adapter)):  # which is its own base model
+            known |= {"model_name_or_path", "model_revision"}
+        tested = TrialConfig(**settings).on_test().model_dump(exclude=known)
         config = evaluation_config(Path(adapter), tested)
         model, data, _ = load_adapted(Path(adapter), config)
         config = config.model_copy(update={"label_names": data.label_names, "format": data.format})

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.digests import check_base
-from bilora_ray.recipe import known_of
+from bilora_ray.recipe import is_whole, known_of
 from bilora_ray.training import model as models
 from bilora_ray.training.compute.cutting import Budget, cut, positions
 from bilora_ray.training.compute.generation import Read, Reader
@@ -26,6 +26,7 @@ from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.probe.passes import Probe, check_passes, check_tokens
 from bilora_ray.training.probe.sharpness import sharpness
+from bilora_ray.training.result import result_of
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Example, Model, Prediction, Processor, on_device
 
@@ -60,7 +61,9 @@ def evaluate(
             metrics, read = _losses(model, examples, config, tokenizer, workers)
             if config.predict_with_generate:
                 metrics |= TASKS[config.task].generated(model, examples, config, tokenizer, workers, read)
-            metrics |= sharpness(model, examples, config, tokenizer)
+            if config.sharpness_radius is not None:
+                with result_of(config).around(model, config) as seen:
+                    metrics |= sharpness(seen, examples, config, tokenizer)
     finally:
         model.train(was_training)
     return metrics
@@ -87,7 +90,7 @@ def load_model(
     """The base model of `config` with an exported adapter, or alone, once it is known that it can be measured.
 
     Args:
-        adapter: the folder; None: the base model alone.
+        adapter: the folder; None: the base model alone. Of a whole model `config` names the same folder.
         config: the settings.
         processor: the base's own.
         label_names: names by label index; None where the task has no labels.
@@ -100,14 +103,17 @@ def load_model(
         UserError: the base model is not as `config` says, or the adapter is not the base model's.
     """
     use_tensor_cores()
-    other = None if adapter is None else check_base(config, known_of(adapter))
+    alone = adapter is None or is_whole(adapter)
+    other = None if alone or adapter is None else check_base(config, known_of(adapter))
     model: Model
     model, fresh = models.load_base(config, processor, label_names)
     check_tokens(model, config, processor, examples)
     check_passes(model, config, processor, training=False)
     missing = f"its files hold no weights of {', '.join(fresh)}"
     random = [f"the head of base model {config.model_name_or_path} is random: {missing}"] if fresh else []
-    return model if adapter is None else models.load_adapter(model, adapter), [other] if other else [], random
+    if not alone and adapter is not None:
+        model = models.load_adapter(model, adapter)
+    return model, [other] if other else [], random
 
 
 def predict(model: Model, data: Loaded, config: TrialConfig, count: int) -> list[Prediction]:

@@ -8,7 +8,6 @@ its last checkpoint with the same losses as one that was not.
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,15 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import get_scheduler
 
 from bilora_ray.checking import completed
 from bilora_ray.config import AMID, TrialConfig
 from bilora_ray.digests import BASE, CHAT_TEMPLATE, check_unchanged, of_base, of_template
 from bilora_ray.errors import NonFiniteLoss, OutOfMemory, UserError
-from bilora_ray.files import atomic_folder, temporary_folder
-from bilora_ray.method import export_primary, primary_parameters
+from bilora_ray.files import atomic_folder
+from bilora_ray.method import primary_parameters
 from bilora_ray.paths import cached_commit
 from bilora_ray.recipe import PAD, TEMPLATE, write_recipe
 from bilora_ray.records import PATIENCE_LEFT, Moving, is_last
@@ -47,8 +45,9 @@ from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.probe import adversary
 from bilora_ray.training.probe.passes import check_passes, check_tokens
 from bilora_ray.training.probe.sharpness import Rows
+from bilora_ray.training.result import result_of
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Example, Task, weighted
+from bilora_ray.training.tasks.base import Example, Model, Task, weighted
 
 # Takes an evaluation, and says whether the trial shall go on. To say nothing, as 0.1.0 had it, is yes.
 Report = Callable[[dict[str, float]], bool]
@@ -127,7 +126,8 @@ class Run:
         tell(Moving("loading the base model"))
         self.base = models.take_base(config, self.data.tokenizer, self.data.label_names, workers, keep_base)
         self._check_base()
-        self.model = models.add_primary(self.base.begin(), config, self.base.fresh)
+        self.left = result_of(config)
+        self.model = self.left.begin(self.base.begin(), config, self.base.fresh)
         self.optimizer = models.build_optimizer(self.model, config, self._place)
         if config.gradient_checkpointing:
             models.enable_gradient_checkpointing(self.model)
@@ -151,7 +151,7 @@ class Run:
         # Methods draw differently many numbers while they are built; dropout must not depend on that.
         seed_worker(config.seed, workers.rank)
         self.learning_rate = 0.0
-        self.adapter_mb = models.adapter_mb(self.model)
+        self.adapter_mb = self.left.megabytes(self.model)
         self.losses = LateLosses()
         self.progress = Progress()
         self.window = Window()
@@ -303,7 +303,7 @@ class Run:
             return self.task
         return weighted(self.task, self.data.train, len(self.data.label_names or ()))
 
-    def _place(self, model: PeftModel) -> None:
+    def _place(self, model: Model) -> None:
         if self.workers.sharded:
             shard(model, self.workers)
 
@@ -355,24 +355,20 @@ class Run:
         weights = collected(parts, self.workers) if self.workers.sharded else None
         if not self.workers.is_first:
             return
-        # PEFT would make its folder, and all above it, where a storage that was there has just gone away.
-        with temporary_folder() as written:
-            export_primary(self.model, written, weights)
-            # With the labels in the recipe, an evaluation elsewhere does not need the training data.
-            settings = self._with_labels()
-            commit = cached_commit(settings.model_name_or_path, settings.model_revision)
-            known = {key: digest for key, digest in self.digests.items() if digest is not None}
-            origin: dict[str, Any] = {"step": self.progress.step, "model_commit": commit, "digests": known}
-            if stops := self.task.stops(self.model, self.data.tokenizer, settings):
-                origin["stop_token_ids"] = stops
-            if self.task.heads and getattr(self.data.tokenizer, "pad_token_id", None) is not None:
-                origin[PAD] = self.model.config.get_text_config().pad_token_id
-            write_recipe(written, settings, origin)
+        # With the labels in the recipe, an evaluation elsewhere does not need the training data.
+        settings, processor = self._with_labels(), self.data.tokenizer
+        commit = cached_commit(settings.model_name_or_path, settings.model_revision)
+        known = {key: digest for key, digest in self.digests.items() if digest is not None}
+        origin: dict[str, Any] = {"step": self.progress.step, "model_commit": commit, "digests": known}
+        if stops := self.task.stops(self.model, processor, settings):
+            origin["stop_token_ids"] = stops
+        if self.task.heads and getattr(processor, "pad_token_id", None) is not None:
+            origin[PAD] = self.model.config.get_text_config().pad_token_id
+        with atomic_folder(path) as unfinished:
+            self.left.write(self.model, unfinished, weights, processor, stops)
+            write_recipe(unfinished, settings, origin)
             if settings.chat_template is not None:
-                (written / TEMPLATE).write_text(str(self.data.tokenizer.chat_template), encoding="utf-8")
-            with atomic_folder(path) as unfinished:
-                for file in written.iterdir():
-                    shutil.copyfile(file, unfinished / file.name)
+                (unfinished / TEMPLATE).write_text(str(processor.chat_template), encoding="utf-8")
 
 
 def fit(

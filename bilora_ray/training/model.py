@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -32,6 +32,7 @@ from bilora_ray.method import MethodAdamW, build_method, fuse, primary_parameter
 from bilora_ray.method.base import Place
 from bilora_ray.method.registry import stay
 from bilora_ray.paths import is_cached, kind_of, loadable
+from bilora_ray.recipe import is_whole
 from bilora_ray.training.compute import varlen
 from bilora_ray.training.compute.bases import Base, key_of, take
 from bilora_ray.training.compute.precision import dtype_of
@@ -39,7 +40,7 @@ from bilora_ray.training.data.chat import use_template
 from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.probe.passes import reads_tokens
 from bilora_ray.training.tasks import TASKS
-from bilora_ray.training.tasks.base import Processor, check_positions
+from bilora_ray.training.tasks.base import Model, Processor, check_positions
 
 T = TypeVar("T")
 
@@ -100,6 +101,8 @@ def take_base(
     kept = keep and not workers.sharded
     key = key_of(config, label_names, getattr(tokenizer, "pad_token_id", None), device()) if kept else None
     base = take(key, config.seed, partial(load_base, config, tokenizer, label_names, workers))
+    if config.leaves_model:  # then it is what is trained, and no base for the next one
+        base.key = None
     _check_positions(base.model, config)
     return base
 
@@ -141,6 +144,7 @@ def load_base(
         _keep_fp32(model.get_submodule(name), amid=True)
     for name in _heads(model, config):
         _keep_fp32(model.get_submodule(name), amid=False)
+    _reread(model, config, [*fresh, *_heads(model, config)])
     if TASK_FACTS[config.task].reads_images:
         _round_images(model, dtype_of(config), but=_heads(model, config))
     return model, fresh
@@ -344,11 +348,11 @@ def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
         raise refusal(f"{adapter}: is no adapter of this base model ({first_line(error)})", error) from error
 
 
-def build_optimizer(model: PeftModel, config: TrialConfig, place: Place = stay) -> MethodAdamW:
+def build_optimizer(model: Model, config: TrialConfig, place: Place = stay) -> MethodAdamW:
     """The optimizer of the settings' method, with all that it adds to `model`. UserError if it cannot train that.
 
     Args:
-        model: with its primary adapter.
+        model: with its primary adapter; of `full` fine-tuning without one.
         config: the settings.
         place: see `build_method`.
     """
@@ -373,10 +377,11 @@ def _naming_others(problem: str, model: nn.Module, config: TrialConfig) -> str:
     return f"{line}; what can have one: target_modules: [{', '.join(sorted(others))}]" if others else line
 
 
-def enable_gradient_checkpointing(model: PeftModel) -> None:
+def enable_gradient_checkpointing(model: Model) -> None:
     """Recompute activations in the backward pass. The frozen embeddings must pass a gradient on for that."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.enable_input_require_grads()
+    if isinstance(model, PeftModel):
+        model.enable_input_require_grads()
 
 
 def source(config: TrialConfig) -> str:
@@ -465,6 +470,22 @@ def _missing(error: ImportError, config: TrialConfig) -> str:
     if config.trust_remote_code:
         return f"trust_remote_code: the code of '{name}' cannot be imported ({reason})"
     return f"model_name_or_path: '{name}' needs a package that is not here ({reason})"
+
+
+def _reread(model: PreTrainedModel, config: TrialConfig, modules: Sequence[str]) -> None:
+    """Give the `modules`, which compute in fp32, the weights of a model that was trained here as its files have them.
+
+    transformers has rounded those of all modules to one dtype.
+    """
+    folder = Path(source(config))
+    if dtype_of(config) == torch.float32 or not folder.is_dir() or not is_whole(folder):
+        return
+    prefixes = tuple(f"{name}." for name in modules)
+    parameters = {name: one for name, one in model.named_parameters() if name.startswith(prefixes)}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors, torch.no_grad():
+            for name in parameters.keys() & set(tensors.keys()):
+                parameters[name].copy_(tensors.get_tensor(name))
 
 
 def _has_linear(model: nn.Module, but: Sequence[str]) -> bool:

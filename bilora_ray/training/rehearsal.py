@@ -16,6 +16,7 @@ from bilora_ray.training.compute.varlen import may_flatten, needs_no_padding
 from bilora_ray.training.data.truncation import Truncation
 from bilora_ray.training.loading import Loaded, load_data, prepare
 from bilora_ray.training.probe.passes import check_passes, check_tokens, reading
+from bilora_ray.training.result import result_of
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Dataset, on_device
 
@@ -45,7 +46,7 @@ class Rehearsal:
 
 
 def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
-    """Tokenize the data, of large ones the beginning, and put the method's adapters on the base model's shape.
+    """Tokenize the data, of large ones the beginning, and put what the method adds on the base model's shape.
 
     A base model that is small and would be trained here reads the longest of the first rows too, with random weights:
     some mistakes show in no shape. Those of a larger one show when a trial has loaded it.
@@ -62,7 +63,7 @@ def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
     shape = models.load_shape(config, data.label_names, here)
     check_tokens(shape, config, data.tokenizer, chain(data.train, data.validation))
     is_small = sum(parameter.numel() for parameter in shape.parameters()) <= SMALL
-    models.build_optimizer(models.add_primary(shape, config, fresh=()), config)
+    models.build_optimizer(result_of(config).begin(shape, config, ()), config)
     if here and is_small:
         _read(config, data)
     task, first = TASKS[config.task], data.train[0]
@@ -77,8 +78,9 @@ def rehearse(config: TrialConfig, here: bool = True) -> Rehearsal:
 
 
 def least_adapter_mb(config: TrialConfig, label_names: Sequence[str] | None) -> float:
-    """What a trial's adapter takes, in MB, by the base model's shape; what its files hold no weights of is more."""
-    return models.adapter_mb(models.add_primary(models.load_shape(config, label_names, here=False), config, fresh=()))
+    """What a trial leaves takes, in MB, by the base model's shape; what its files hold no weights of is more."""
+    left = result_of(config)
+    return left.megabytes(left.begin(models.load_shape(config, label_names, here=False), config, ()))
 
 
 def _of_kernel(shape: Any, config: TrialConfig) -> Iterator[str]:

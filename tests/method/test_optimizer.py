@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import bilora_model, closure_of, primary_model
+from tiny import bilora_model, closure_of, model_of, primary_model
 from transformers import get_scheduler
 
 from bilora_ray.method import (
@@ -51,7 +51,7 @@ def parameters_of(model):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_through_the_same_seam(name):
-    model, batch = primary_model("llama")
+    model, batch = model_of(name, "llama")
     optimizer = build_method(name, model, **of(name))
     optimizer.total_steps = 15
     assert has_auxiliary(model) == ("auxiliary_rank" in settings_of(name))

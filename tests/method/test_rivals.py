@@ -6,7 +6,7 @@ from types import MethodType
 import pytest
 import torch
 from test_reference import PATTERN, adapted, factors, fresh_batch, loss_in_float64, loss_of_weights, reference_layers
-from tiny import closure_of, primary_model, rows_of
+from tiny import closure_of, model_of, primary_model, rows_of
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from bilora_ray.method import METHODS, build_method, settings_of
@@ -146,7 +146,7 @@ def test_each_equals_its_twin(family, max_grad_norm, name, own, twin, told, nois
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_costs_what_is_declared(name):
-    model, batch = primary_model("mlp")
+    model, batch = model_of(name, "mlp")
     optimizer = build_method(name, model, **settings(name, max_grad_norm=1.0))
     optimizer.total_steps = STEPS
     batch = {key: tensor[:8] for key, tensor in batch.items()}

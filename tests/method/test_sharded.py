@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from test_rivals import settings
-from tiny import closure_of, primary_model
+from tiny import closure_of, model_of
 from torch import distributed as dist
 from torch import multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,16 +22,20 @@ OF_WHOLE_WEIGHTS = {"flat-lora", "rwp"}
 
 
 def losses(name, place, own):
-    model, batch = primary_model("llama", torch.float64)
+    model, batch = model_of(name, "llama", torch.float64)
     optimizer = build_method(name, model.train(), place, **settings(name, max_grad_norm=0.5, **own))
     optimizer.total_steps = STEPS
-    # PEFT calls the base model's forward past its hooks, in which FSDP gathers the weights.
-    closure = closure_of(model.get_base_model(), optimizer, batch)
+    closure = closure_of(base_of(model), optimizer, batch)
     return [float(optimizer.step(closure).detach()) for _ in range(STEPS)]
 
 
+def base_of(model):
+    # PEFT calls the base model's forward past its hooks, in which FSDP gathers the weights.
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def shard(model):
-    fully_shard(model.get_base_model(), mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(base_of(model), mesh=init_device_mesh("cpu", (2,)))
 
 
 def train_a_part(rank, folder, cases):

@@ -121,6 +121,20 @@ def primary_model(family: str, dtype: torch.dtype = torch.float32, **config: Any
     return get_peft_model(base.to(dtype), LoraConfig(**settings)), batch
 
 
+def whole_model(family: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Batch]:
+    """The same base without an adapter, which full fine-tuning trains, and the same batch."""
+    torch.manual_seed(0)
+    base, batch = FAMILIES[family]()
+    return base.to(dtype), {
+        key: value.to(dtype) if value.is_floating_point() else value for key, value in batch.items()
+    }
+
+
+def model_of(method: str, family: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Batch]:
+    """What `method` trains, and a batch."""
+    return whole_model(family, dtype) if method == "full" else primary_model(family, dtype)
+
+
 def bilora_model(
     family: str, rank: int = 3, dtype: torch.dtype = torch.float32, **config: Any
 ) -> tuple[PeftModel, Batch]:

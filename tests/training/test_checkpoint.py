@@ -100,6 +100,8 @@ def test_a_resumed_trial_ends_as_an_uninterrupted_one(task: Task, method: str, t
         ("rwp", {"rwp_space": "lora"}),
         ("looksam", {"looksam_every": 2}),
         ("nbar", {}),
+        ("full", {}),
+        ("full", {"precision": "bf16"}),
     ],
 )
 def test_a_resumed_rival_ends_as_an_uninterrupted_one(

@@ -201,7 +201,8 @@ def _may_be(key: str, part: Distribution | Given, value: Value, where: str) -> b
 
 def _needs(key: str, parts: Parts) -> Iterator[str]:
     """The settings that must be known before `key` is."""
-    if FACTS[key].of != METHOD_NAMES:
+    methods = {value for part in parts.get("method", ()) for value in part.ends()}
+    if FACTS[key].of != METHOD_NAMES and not (methods and methods <= set(FACTS[key].of)):
         yield "method"
     for part in parts[key]:
         yield from part.when

@@ -262,6 +262,10 @@ class Given(Part):
         """The value."""
         return str(self.value)
 
+    def ends(self) -> Sequence[Value]:
+        """The value."""
+        return (self.value,)
+
 
 Distribution = Choice | Range
 PartT = TypeVar("PartT", Choice, Range, Given, Distribution)

@@ -13,7 +13,6 @@ from bilora_ray.checking import build
 from bilora_ray.config import AMID, FACTS, TrialConfig, applies, is_integer, objective
 from bilora_ray.errors import UserError
 from bilora_ray.expressions import Expression, parsed
-from bilora_ray.facts import METHOD_NAMES
 from bilora_ray.records import Objective
 from bilora_ray.search.space.parts import (
     Choice,
@@ -79,8 +78,17 @@ class Space:
     def deciding(self) -> frozenset[str]:
         """The settings that decide which others a trial is asked for: those in conditions, and the method."""
         keys = {key for part in self.parts.values() for key in part.when}
-        by_method = any(FACTS[key].of != METHOD_NAMES for key in self.varied)
+        by_method = any(not self.methods <= set(FACTS[key].of) for key in self.varied)
         return frozenset(keys | {"method"}) if by_method else frozenset(keys)
+
+    @cached_property
+    def methods(self) -> frozenset[str]:
+        """The methods that trials may have."""
+        parts = [part for name, part in self.parts.items() if setting_of(name) == "method"]
+        found = {str(value) for part in parts for value in part.ends()}
+        if all(part.when for part in parts):  # or there is none
+            found.add(str(self.fixed.get("method", TrialConfig.model_fields["method"].default)))
+        return frozenset(found)
 
     def mapped(self, of: Callable[[str, Any], Any]) -> Space:
         """The space with each value of each setting as `of` has it, as of files that were moved."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,6 +105,16 @@ def take(key: Key | None, seed: int, read: Callable[[], tuple[PreTrainedModel, S
     # An adapter that transformers found beside the weights is not of these files alone.
     alone = not getattr(model, "_hf_peft_config_loaded", False)
     return Base(model, fresh, key if alone else None, seed if drawn else None)
+
+
+@contextmanager
+def put_back(model: nn.Module) -> Iterator[None]:
+    """What is added to `model` in the block comes off behind it. Its tensors must not be written to meanwhile."""
+    before = _Contents(model)
+    try:
+        yield
+    finally:
+        assert before.put_back(), "a tensor of the model was written to"
 
 
 class _Contents:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,9 +27,9 @@ class Network:
         divides_by: by how much the sum over the workers of each one's gradients is divided where they are shared.
     """
 
-    def __init__(self, model: PeftModel, workers: Workers) -> None:
+    def __init__(self, model: nn.Module, workers: Workers) -> None:
         # PEFT calls the base model's forward past its hooks, in which FSDP gathers the weights.
-        self.evaluated: Any = model.get_base_model() if workers.sharded else model
+        self.evaluated: Any = base_of(model) if workers.sharded else model
         self.divides_by = workers.world_size if workers.sharded else 1
         self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._copies = workers.world_size > 1 and not workers.sharded
@@ -45,7 +44,7 @@ class Network:
 
     def get_base_model(self) -> Any:
         """transformers' model in it, as PEFT has it."""
-        return getattr(self.evaluated, "get_base_model", lambda: self.evaluated)()
+        return base_of(self.evaluated)
 
     def accumulating(self, last: bool) -> None:
         """Parts of a model share the gradients of the pass that follows, with those before it, if it is the `last`."""
@@ -81,13 +80,18 @@ class Network:
             self.evaluated.reshard()
 
 
-def shard(model: PeftModel, workers: Workers) -> None:
+def base_of(model: Any) -> Any:
+    """transformers' own model in a `model` that may be around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def shard(model: nn.Module, workers: Workers) -> None:
     """Leave on each worker a part of every parameter, in place, as the first worker has them.
 
     A factor of an adapter is cut along its long side, so that Gram matrices are sums over the workers. On the other
     workers `model` may be on the meta device: they never hold all of it.
     """
-    base: Any = model.get_base_model()
+    base = base_of(model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mesh = init_device_mesh(device.type, (workers.world_size,))
     wide = {

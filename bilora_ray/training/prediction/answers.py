@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from bilora_ray.config import TASK_FACTS, TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.recipe import is_merged
+from bilora_ray.recipe import is_whole
 from bilora_ray.training.compute.varlen import batch_of
 from bilora_ray.training.data.batches import in_row_order
 from bilora_ray.training.distributed.workers import ALONE
@@ -58,7 +58,7 @@ class Asked:
         Raises:
             UserError: base model and adapter are not as `config` says.
         """
-        processor, whole = load_processor(config), is_merged(exported)
+        processor, whole = load_processor(config), is_whole(exported)
         model, told, random = load_model(None if whole else exported, config, processor, config.label_names)
         base = None
         if whole and of_base is not None:

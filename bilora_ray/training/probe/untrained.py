@@ -16,6 +16,7 @@ from bilora_ray.training.distributed.workers import ALONE
 from bilora_ray.training.evaluate import evaluate, predict
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loading import Loaded, load_data
+from bilora_ray.training.result import result_of
 from bilora_ray.training.rows import read_sources, rows_of
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Model
@@ -49,7 +50,7 @@ def compare(
     with in_room(Room(config, ALONE, folder.passes)):
         baseline = _baseline(model, data, config) if measured else None
         before = [] if fresh else predict(model, data, config, SHOWN)
-        after = predict(models.load_adapter(model, adapter), data, config, SHOWN)
+        after = predict(result_of(config).load(model, adapter, config, data.tokenizer), data, config, SHOWN)
     examples = []
     for row, told in enumerate(after):
         shown: dict[str, Any] = {"prompt": told.input, "expected": told.reference, "adapter": told.prediction}
