@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 # The metric of an evaluation that says how many more without a gain the trial waits for, if it does not for all.
 PATIENCE_LEFT = "patience_left"
@@ -181,6 +181,7 @@ class Served:
         facts: what there is to know of it: base model, its revision, task, licence.
         example: a question, by column; None: none is known.
         write: writes the adapter, as it is exported, to a new folder.
+        kind: of what it is: a whole model stands for itself.
     """
 
     loader: str
@@ -190,6 +191,7 @@ class Served:
     facts: Mapping[str, str]
     example: Mapping[str, Any] | None
     write: Callable[[Path], object]
+    kind: Literal["adapter", "model"] = "adapter"
 
 
 @dataclass(frozen=True)

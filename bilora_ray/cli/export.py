@@ -19,6 +19,7 @@ from bilora_ray.cli.options import (
 from bilora_ray.cli.waiting import waiting
 from bilora_ray.errors import UserError
 from bilora_ray.library.exporting import check_new, choose, write
+from bilora_ray.recipe import was_trained_whole
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.threads import use_fitting_threads
 
@@ -69,6 +70,8 @@ def command(
 ) -> None:
     """Copy out the adapter of the best trial, or of any: an ordinary PEFT LoRA adapter.
 
+    Of a trial by method full it is the model, as transformers takes it.
+
     Of a study with finalists it is the winner's: of its runs the one with the middle score, which the reported one is
     of.
 
@@ -112,7 +115,8 @@ def command(
     which = f"trial {chosen.record.number}"
     if chosen.study != study:
         which += f" of '{chosen.study}'"
-    click.echo(f"{'Merged model' if merge else 'Adapter'} of {which} is in {output}")
+    what = "Merged model" if merge else "Model" if was_trained_whole(exported.output) else "Adapter"
+    click.echo(f"{what} of {which} is in {output}")
     by = prefer or chosen.objectives[0]
     if number is None and (others := [metric for metric in chosen.objectives if metric != by]):
         click.echo(f"It is the best by {by}; --prefer {others[0]} or --trial N takes another of the front")

@@ -108,7 +108,8 @@ def _described(study: StudyView, record: TrialRecord) -> str:
     values = "".join(f", {metric} {value:.6g}" for metric, value in record.values.items())
     config = study.config(record.number)
     base = f"`{config.model_name_or_path}`" + (f" at `{config.model_revision}`" if config.model_revision else "")
-    return f"LoRA adapter of {base}: trial {record.number} of study `{study.space.study.name}`{values}"
+    what = f"{base}, fully fine-tuned" if config.leaves_model else f"LoRA adapter of {base}"
+    return f"{what}: trial {record.number} of study `{study.space.study.name}`{values}"
 
 
 def _check(option: str, text: str, allowed: re.Pattern[str], in_words: str) -> None:

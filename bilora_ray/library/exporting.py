@@ -138,14 +138,16 @@ def write(chosen: Chosen, output: Path, merge: bool, check: bool = True) -> Expo
         MachineError: the folder cannot be written.
         RuntimeError: torch's, of a GPU without enough memory.
     """
+    from bilora_ray.release.export import check_merges, export_adapter, export_merged
+    from bilora_ray.release.servers import advice_on
+
     check_new(output)
+    if merge:
+        check_merges(chosen.adapter)
     if merge or check:
         from bilora_ray.quiet import quiet
 
         quiet()
-    from bilora_ray.release.export import export_adapter, export_merged
-    from bilora_ray.release.servers import advice_on
-
     folder = absolute(output)
     try:
         if merge:

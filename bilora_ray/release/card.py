@@ -14,7 +14,7 @@ from bilora_ray.paths import BUILTIN, kind_by_name
 from bilora_ray.recipe import CONFIG, PAD
 from bilora_ray.release.licence import licence_of
 from bilora_ray.release.names import name_outside
-from bilora_ray.release.servers import refusals, serving, serving_merged
+from bilora_ray.release.servers import refusals, serving, serving_whole
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.words import without_training
 
@@ -30,48 +30,50 @@ PIPELINES = {
 }
 
 
-def write_card(folder: Path, config: TrialConfig, origin: Mapping[str, Any], merged: bool = False) -> None:
+def write_card(folder: Path, config: TrialConfig, origin: Mapping[str, Any], whole: bool = False) -> None:
     """Put a card in the place of PEFT's, which has only headings.
 
     Args:
-        folder: the adapter, or the merged model.
+        folder: the adapter, or the whole model.
         config: the settings of the trial, with its sources as they are called here.
         origin: the study, the trial's number and the values of its metrics; the study's baseline, the digests, the
             tokens that end a text and the padding token's id, where they are known.
-        merged: whether it is a whole model.
+        whole: whether it is a whole model, with the adapter merged in or trained whole.
     """
     base = name_outside(config.model_name_or_path, is_data=False)
-    kind = f"`{base}` with a LoRA adapter merged into its weights" if merged else f"LoRA adapter of `{base}`"
+    kind = f"`{base}` with a LoRA adapter merged into its weights" if whole else f"LoRA adapter of `{base}`"
+    if config.leaves_model:
+        kind = f"`{base}`, fully fine-tuned"
     parts = [
-        f"---\n{_metadata(folder, config, merged).to_yaml()}\n---\n",
+        f"---\n{_metadata(folder, config, whole).to_yaml()}\n---\n",
         f"# {kind}\n",
         f"Trained with {METHOD_TITLES[config.method]} by bilora-ray{_result(config, origin)}.\n"
         "`bilora_ray.json` has all of its settings.\n",
         _scores(config, origin),
         _settings(config),
         _data(config, origin.get("digests", {})),
-        _loading_merged(config) if merged else _loading(config, origin),
-        _serving(folder, config, origin.get("stop_token_ids"), merged),
+        _loading_whole(config) if whole else _loading(config, origin),
+        _serving(folder, config, origin.get("stop_token_ids"), whole),
     ]
     (folder / CARD).write_text("\n".join(part for part in parts if part), encoding="utf-8")
 
 
-def _metadata(folder: Path, config: TrialConfig, merged: bool) -> ModelCardData:
+def _metadata(folder: Path, config: TrialConfig, whole: bool) -> ModelCardData:
     """What the Hub reads. It would stop at a name that is none there."""
     base, names = config.model_name_or_path, [config.train_data, config.validation_data]
     of_hub = kind_by_name(base, is_data=False) == "hub"
     datasets = [name for name in names if name is not None and kind_by_name(name, is_data=True) == "hub"]
-    relation = "finetune" if merged else "adapter"
+    relation = "finetune" if whole else "adapter"
     licence: dict[str, Any] = dict(licence_of(config))
     tags = ["bilora-ray", config.method, "transformers"]
-    if not merged:
+    if not whole:
         tags.append(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["peft_type"].lower())
     if of_hub:
         tags.append(f"base_model:{relation}:{base}")
     return ModelCardData(
         base_model=base if of_hub else None,
         base_model_relation=relation if of_hub else None,
-        library_name="transformers" if merged else "peft",
+        library_name="transformers" if whole else "peft",
         pipeline_tag=PIPELINES.get(TASK_FACTS[config.task].model_class),
         tags=sorted(set(tags)),
         datasets=sorted(set(datasets)) or None,
@@ -92,11 +94,12 @@ def _scores(config: TrialConfig, origin: Mapping[str, Any]) -> str:
     metrics = [key for key in dict.fromkeys(metrics) if isinstance(baseline.get(key), int | float)]
     if not metrics:
         return ""
+    what = "model" if config.leaves_model else "adapter"
     return "\n".join(
         [
             f"| on the validation rows | {' | '.join(metrics)} |",
             f"| --- |{' --- |' * len(metrics)}",
-            f"| this adapter | {' | '.join(f'{origin[key]:.6g}' for key in metrics)} |",
+            f"| this {what} | {' | '.join(f'{origin[key]:.6g}' for key in metrics)} |",
             f"| {without_training(baseline)} | {' | '.join(f'{baseline[key]:.6g}' for key in metrics)} |\n",
         ]
     )
@@ -164,7 +167,7 @@ def _loading(config: TrialConfig, origin: Mapping[str, Any]) -> str:
     )
 
 
-def _loading_merged(config: TrialConfig) -> str:
+def _loading_whole(config: TrialConfig) -> str:
     model_class = TASK_FACTS[config.task].model_class
     code = ", trust_remote_code=True" if config.trust_remote_code else ""
     return (
@@ -185,16 +188,16 @@ def _needed(config: TrialConfig) -> list[str]:
     return []
 
 
-def _serving(folder: Path, config: TrialConfig, stops: Sequence[int] | None, merged: bool) -> str:
+def _serving(folder: Path, config: TrialConfig, stops: Sequence[int] | None, whole: bool) -> str:
     """How servers serve it from its folder, and which would refuse it."""
-    if merged:
-        lines, refused = serving_merged(config, "."), []
+    if whole:
+        lines, refused = serving_whole(config, "."), []
     else:
         refused = refusals(folder, config)
         lines = serving(config, _base_for_shell(config), ".", "adapter", stops, refused)
     parts = [f"With {server}, in this folder:\n\n```bash\n{line}\n```\n" for server, line in lines.items()]
     parts += [f"{refusal}.\n" for refusal in refused]
-    if lines and stops and not merged:
+    if lines and stops and not whole:
         ends = f"`stop_token_ids: {list(stops)}`"
         parts.append(f"Without `--generation-config`, a request needs {ends}, or a text has no end.\n")
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""Exported adapters: an ordinary PEFT folder with recipe and card, or a whole model with the adapter merged in."""
+"""What trials leave, exported: a PEFT folder or a model with recipe and card, or a model with the adapter merged in."""
 
 from __future__ import annotations
 
@@ -15,24 +15,35 @@ from bilora_ray.digests import check_base
 from bilora_ray.errors import UserError
 from bilora_ray.files import atomic_folder, readable
 from bilora_ray.paths import is_cached, loadable
-from bilora_ray.recipe import GENERATION, MERGED, RECIPE, TEMPLATE, read_recipe, write_recipe
+from bilora_ray.recipe import (
+    GENERATION,
+    MERGED,
+    MODEL_WEIGHTS,
+    RECIPE,
+    TEMPLATE,
+    read_recipe,
+    was_trained_whole,
+    write_recipe,
+)
 from bilora_ray.release.base import base_bytes
 from bilora_ray.release.names import outside, rename_base
 
 # How much smaller weights are than published ones, which have 16 bits as a rule.
 SMALLER = {"int8": 2, "nf4": 4}
+UNREAD = "what was written was not loaded and compared"
+OTHER = "its copy computes something else, and was not kept; is the disk sound?"
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def export_adapter(adapter: Path, output: Path, origin: Mapping[str, Any], check: bool = False) -> list[str]:
-    """Copy `adapter` to the new folder `output`, and note in its recipe and its card where it came from.
+    """Copy what a trial has left to the new folder `output`, and note in its recipe and its card where it came from.
 
     Nothing there names a path of this machine: see `names`.
 
     Args:
-        adapter: the folder.
+        adapter: the folder, with an adapter or a model that was trained whole.
         output: the new one.
         origin: the study, the trial's number, the values of its metrics.
         check: whether to load what was written, and compare what it computes with what `adapter` does.
@@ -54,11 +65,13 @@ def export_adapter(adapter: Path, output: Path, origin: Mapping[str, Any], check
         settings = outside(config, template=(adapter / TEMPLATE).is_file()).model_dump(mode="json")
         told = {**origin, **recipe, "settings": settings}
         (unfinished / RECIPE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
-        rename_base(unfinished, config)
-        if stops := recipe.get("stop_token_ids"):
+        if not config.leaves_model:
+            rename_base(unfinished, config)
+        if (stops := recipe.get("stop_token_ids")) and not config.leaves_model:  # a model has its own
             (unfinished / GENERATION).write_text(json.dumps({"eos_token_id": stops}) + "\n", encoding="utf-8")
-        write_card(unfinished, config, {**recipe, **origin})
-        return _checked(adapter, unfinished, config) if check else []
+        write_card(unfinished, config, {**recipe, **origin}, whole=config.leaves_model)
+        look = _checked_whole if config.leaves_model else _checked
+        return look(adapter, unfinished, config) if check else []
 
 
 def _checked(adapter: Path, written: Path, config: TrialConfig) -> list[str]:
@@ -71,31 +84,46 @@ def _checked(adapter: Path, written: Path, config: TrialConfig) -> list[str]:
         UserError: it computes something else.
     """
     name, revision = config.model_name_or_path, config.model_revision
-    unread = "what was written was not loaded and compared"
     is_here = Path(loadable(name)).is_dir() or is_cached(
         name, revision, reads_images=TASK_FACTS[config.task].reads_images
     )
     if not is_here:
-        return [f"{unread}: the base model {name} is not on this machine"]
+        return [f"{UNREAD}: the base model {name} is not on this machine"]
     from bilora_ray.training import model as models
     from bilora_ray.training.compute.memory import free_bytes
     from bilora_ray.training.probe.passes import logits_of
 
     size, free = base_bytes(config) // SMALLER.get(config.quantization or "", 1), free_bytes()
     if free is not None and size > free:
-        return [f"{unread}: the base model takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"]
+        return [f"{UNREAD}: the base model takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"]
     try:
         check_base(config, read_recipe(adapter))
         tokenizer = models.load_processor(config)
         base, _ = models.load_base(config, tokenizer, config.label_names)
     except UserError as error:
-        return [f"{unread} ({error})"]
+        return [f"{UNREAD} ({error})"]
     # The copy is on a base that is untouched: what it does not hold, such as a head, it has of nobody.
     loaded = models.load_adapter(base, written)
     now = logits_of(loaded, config, tokenizer)
     before = logits_of(models.load_adapter(loaded.unload(), adapter), config, tokenizer)
     if not now.equal(before):
-        raise UserError(f"{adapter}: its copy computes something else, and was not kept; is the disk sound?")
+        raise UserError(f"{adapter}: {OTHER}")
+    return []
+
+
+def _checked_whole(model: Path, written: Path, config: TrialConfig) -> list[str]:
+    """As `_checked`, of a model, which needs no other one."""
+    from bilora_ray.training.compute.memory import free_bytes
+
+    size, free = sum(file.stat().st_size for file in model.glob(MODEL_WEIGHTS)), free_bytes()
+    if free is not None and size > free:
+        return [f"{UNREAD}: the model takes {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"]
+    before, now = (
+        _logits(None, config.model_copy(update={"model_name_or_path": str(folder), "model_revision": None}))
+        for folder in (model, written)
+    )
+    if not now.equal(before):
+        raise UserError(f"{model}: {OTHER}")
     return []
 
 
@@ -117,6 +145,7 @@ def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> lis
     from bilora_ray.training.probe.passes import difference, tolerance
 
     recipe = read_recipe(adapter)
+    check_merges(adapter)
     trained = build(TrialConfig, recipe["settings"], f"{adapter / RECIPE}: settings")
     config = trained.model_copy(update={"quantization": None})
     check_base(config, recipe)
@@ -125,7 +154,7 @@ def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> lis
         wanted, tied = _write_merged(adapter, config, recipe.get("stop_token_ids"), unfinished)
         known = {"digests": recipe.get("digests", {}), MERGED: True}
         write_recipe(unfinished, outside(config, (unfinished / TEMPLATE).is_file()), {**origin, **known})
-        write_card(unfinished, config, {**recipe, **origin}, merged=True)
+        write_card(unfinished, config, {**recipe, **origin}, whole=True)
         readable(unfinished)
         gc.collect()  # a base model may be half of the memory
         written = config.model_copy(update={"model_name_or_path": str(unfinished), "model_revision": None})
@@ -142,6 +171,12 @@ def export_merged(adapter: Path, output: Path, origin: Mapping[str, Any]) -> lis
         if trained.quantization is not None:
             notes.append(_told_of_quantization(adapter, trained, wanted, _measured_again(written, origin)))
     return notes
+
+
+def check_merges(adapter: Path) -> None:
+    """UserError if there is no adapter in the folder `adapter`, but a model that was trained whole."""
+    if was_trained_whole(adapter):
+        raise UserError("--merge: what the trial has left is a whole model, with nothing to merge; leave --merge out")
 
 
 def _write_merged(

@@ -1,9 +1,10 @@
-"""An adapter as MLflow loads and serves it: `mlflow.pyfunc.load_model` finds `_load_pyfunc` here by its name.
+"""An adapter, or a model, as MLflow loads and serves it: `mlflow.pyfunc.load_model` finds `_load_pyfunc` by its name.
 
 So nothing is pickled, and no code is kept with a model: what loads it is the installed bilora-ray, with which old
-adapters open. What is kept is the adapter as it is exported. The base model's weights are not copied: one of the Hub is
-fetched by its name and commit, a built-in one comes with bilora-ray, and a local one is read where it was in training,
-or elsewhere: `load_model(uri, model_config={"model_name_or_path": "/models/llama"})`.
+adapters open. What is kept is the adapter as it is exported, or the model that was trained whole. The base model's
+weights are not copied: one of the Hub is fetched by its name and commit, a built-in one comes with bilora-ray, and a
+local one is read where it was in training, or elsewhere:
+`load_model(uri, model_config={"model_name_or_path": "/models/llama"})`.
 
 No Ray is imported, and torch only once a model is loaded.
 """
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from bilora_ray.training.prediction.answers import Asked
 
 # What a model's user may decide anew, by MLflow's `model_config`.
-DECIDED_ANEW = ("model_name_or_path", "model_revision", "trust_remote_code", "max_new_tokens")
+OF_A_BASE = ("model_name_or_path", "model_revision")
+DECIDED_ANEW = (*OF_A_BASE, "trust_remote_code", "max_new_tokens")
 
 
 def served(adapter: Path, origin: Mapping[str, Any]) -> Served:
@@ -53,6 +55,7 @@ def served(adapter: Path, origin: Mapping[str, Any]) -> Served:
         "method": config.method,
         **licence_of(config),
     }
+    anew = {key: getattr(config, key) for key in DECIDED_ANEW if not (config.leaves_model and key in OF_A_BASE)}
     chat = config.chat_column
     inputs = columns_of(config) if chat is None else (chat,)
     return Served(
@@ -60,7 +63,8 @@ def served(adapter: Path, origin: Mapping[str, Any]) -> Served:
         inputs=inputs,
         texts=chat is None and TASK_FACTS[config.task].generates,
         # A stranger's model may not say by itself that its code is to be run.
-        config={**{key: getattr(config, key) for key in DECIDED_ANEW}, "trust_remote_code": False},
+        config={**anew, "trust_remote_code": False},
+        kind="model" if config.leaves_model else "adapter",
         facts={key: str(value) for key, value in facts.items() if value is not None},
         example=_question(config, inputs),
         write=lambda folder: export_adapter(adapter, folder, origin),
@@ -83,10 +87,10 @@ def _question(config: TrialConfig, inputs: tuple[str, ...]) -> dict[str, Any] | 
 
 
 class ServedAdapter:
-    """What `mlflow.pyfunc.load_model` gives: an adapter on its base model.
+    """What `mlflow.pyfunc.load_model` gives: an adapter on its base model, or a model.
 
     Args:
-        asked: both.
+        asked: it.
     """
 
     def __init__(self, asked: Asked) -> None:
@@ -117,7 +121,7 @@ class ServedAdapter:
         return pandas.DataFrame(table)
 
     def get_raw_model(self) -> Any:
-        """The PEFT model, as `get_raw_model` of MLflow's model gives it."""
+        """The PEFT model, or transformers' own, as `get_raw_model` of MLflow's model gives it."""
         return self.asked.model
 
 

@@ -177,8 +177,8 @@ def serving(
     return {server: line for server, line in lines.items() if server not in {one.server for one in refused}}
 
 
-def serving_merged(config: TrialConfig, folder: str) -> dict[str, str]:
-    """Server -> the command that serves the merged model in `folder`; none where no server has such models."""
+def serving_whole(config: TrialConfig, folder: str) -> dict[str, str]:
+    """Server -> the command that serves the whole model in `folder`; none where no server has such models."""
     facts, where = TASK_FACTS[config.task], shlex.quote(folder)
     code = " --trust-remote-code" if config.trust_remote_code else ""
     if TASKS[config.task].continues:
@@ -216,8 +216,8 @@ def advice_on(adapter: Path, output: Path, merged: bool) -> Advice:
     """
     recipe = read_recipe(adapter)
     config = build(TrialConfig, recipe["settings"], f"{adapter / RECIPE}: settings")
-    if merged:
-        return Advice(serving_merged(config, str(output)), [])
+    if merged or config.leaves_model:
+        return Advice(serving_whole(config, str(output)), [])
     refused, name = refusals(adapter, config), config.model_name_or_path
     base = shlex.quote(loadable(name))
     commands = serving(config, base, str(output), output.resolve().name, recipe.get("stop_token_ids"), refused)

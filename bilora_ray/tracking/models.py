@@ -88,8 +88,10 @@ def log_model(
     trial = link(f"trial {wanted.number}", experiment_id, trial_run)
     study = link("its study", experiment_id, study_run)
     note = f"LoRA adapter of `{base}`, whose weights are not copied: {trial} of {study}"
+    if wanted.served.kind == "model":
+        note = f"`{base}`, fully fine-tuned: {trial} of {study}"
     made = client.create_logged_model(
-        experiment_id, name, study_run, {**which, NOTE: note, **wanted.served.facts}, params, "adapter"
+        experiment_id, name, study_run, {**which, NOTE: note, **wanted.served.facts}, params, wanted.served.kind
     )
     try:
         with tempfile.TemporaryDirectory(prefix="bilora-ray-") as folder, patience():

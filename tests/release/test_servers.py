@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from bilora_ray.config import TASK_FACTS, Task, TrialConfig
-from bilora_ray.release.servers import refusals, serving, serving_merged
+from bilora_ray.release.servers import refusals, serving, serving_whole
 
 LAYER = "base_model.model.model.layers.0.self_attn."
 CLASSIFIERS: tuple[Task, ...] = (
@@ -89,14 +89,14 @@ def test_a_head_wants_a_merged_model(task: Task, tmp_path: Path) -> None:
     (one,) = refusals(adapter(tmp_path, whole=("base_model.model.classifier.weight",)), config_of(task))
     assert (one.server, one.mend) == ("vLLM, SGLang and llama.cpp", "export it with --merge, which any vLLM serves")
     assert serving(config_of(task), "org/model", "x", "x") == {}
-    assert serving_merged(config_of(task), "a b") == {"vLLM": "vllm serve 'a b' --runner pooling"}
+    assert serving_whole(config_of(task), "a b") == {"vLLM": "vllm serve 'a b' --runner pooling"}
 
 
 @pytest.mark.parametrize("task", ["seq2seq-lm", "image-classification"])
 def test_what_no_server_has_is_told_and_no_command_is_made_up(task: Task, tmp_path: Path) -> None:
     (one,) = refusals(adapter(tmp_path), config_of(task))
     assert "load it with PEFT" in one.mend
-    assert (serving(config_of(task), "org/model", "x", "x"), serving_merged(config_of(task), "x")) == ({}, {})
+    assert (serving(config_of(task), "org/model", "x", "x"), serving_whole(config_of(task), "x")) == ({}, {})
 
 
 def test_every_task_is_known(tmp_path: Path) -> None:
