@@ -126,7 +126,7 @@ def run_comparison(checks: Checks, watch: Watch, say: Callable[[str], None]) -> 
     """
     from bilora_ray.search.cluster.inputs import keep_inputs
     from bilora_ray.search.comparing.gathered import gathered
-    from bilora_ray.search.comparing.run import Comparing, compare
+    from bilora_ray.search.comparing.run import Comparing, asked_of, compare
     from bilora_ray.search.comparing.told import tell_outcome
 
     asked, comparison, digests = checks.asked, checks.comparison, dict(checks.checked.digests)
@@ -137,7 +137,9 @@ def run_comparison(checks: Checks, watch: Watch, say: Callable[[str], None]) -> 
     comparison = comparison.mapped(spaces)
     for line in (*comparison.notes, *checks.checked.notes):
         say(f"Note: {line}")
-    comparing = Comparing(comparison, asked.layout, asked.ray_address, asked.mlflow_uri, digests, watch, say)
+    comparing = Comparing(
+        comparison, asked.layout, asked.ray_address, asked.mlflow_uri, digests, watch, say, asked_of(comparison)
+    )
     runs = compare(comparing, asked.extend)
     outcome = gathered(comparison, asked.layout)
     tell_outcome(outcome, runs, asked.mlflow_uri, say)

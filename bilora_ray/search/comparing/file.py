@@ -172,7 +172,7 @@ def checked_comparison(
         entry: _space(_Entry(path, entry, config, entries[entry], sections, given), locate)
         for entry in (first, *(other for other in entries if other != first))
     }
-    _check_read(path, sections["trial"], spaces)
+    _check_read(path, sections["trial"], given, spaces, entries)
     notes = [f"{entry}: {note}" for entry, space in spaces.items() for note in space.notes]
     if config.seeds < FEW_SEEDS:
         notes.append(f"seeds: of {config.seeds} little can be told; {FEW_SEEDS} or more tell apart what differs much")
@@ -287,9 +287,10 @@ def _method(entry: _Entry) -> MethodName:
     if not isinstance(method, str):
         raise UserError(f"{entry.where}.method: must be one method; of several make an entry each")
     if method not in METHOD_NAMES:
-        what = f"{entry.where}.method: '{method}'" if "method" in entry.settings else f"{entry.where}: '{method}'"
-        more = "" if "method" in entry.settings else ", or give it a method"
-        raise UserError(f"{what} is no method; {nearest(method, METHOD_NAMES)}{more}")
+        hint = nearest(method, METHOD_NAMES)
+        if "method" in entry.settings:
+            raise UserError(f"{entry.where}.method: '{method}' is no method; {hint}")
+        raise UserError(f"{entry.where}: '{method}' is no method, and the entry says no other; {hint}")
     return method
 
 
@@ -310,11 +311,24 @@ def _reads(key: str, method: str) -> bool:
     return key not in FACTS or applies(key, method)
 
 
-def _check_read(path: Path, trial: Mapping[str, Any], spaces: Mapping[str, Space]) -> None:
-    methods = {str(space.fixed["method"]) for space in spaces.values()}
-    for key in trial:
-        if key in FACTS and not any(applies(key, method) for method in methods):
-            raise UserError(f"{path}: trial.{key}: no method that is compared reads it")
+def _check_read(
+    path: Path,
+    trial: Mapping[str, Any],
+    given: Mapping[str, Mapping[str, str]],
+    spaces: Mapping[str, Space],
+    entries: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Refuse what is for all and that none reads."""
+    methods = {entry: str(space.fixed["method"]) for entry, space in spaces.items()}
+    told = given.get("trial", {})
+    for key in {**trial, **told}:
+        readers = [entry for entry, method in methods.items() if _reads(key, method)]
+        where = "--set trial" if key in told else f"{path}: trial"
+        if not readers:
+            raise UserError(f"{where}.{key}: no method that is compared reads it")
+        own = [entry for entry in readers if key in {**entries[entry], **given.get(f"methods.{entry}", {})}]
+        if key in told and own == readers:
+            raise UserError(f"{where}.{key}: {', '.join(own)} have their own; write methods.{own[0]}.{key}")
 
 
 def _is_drawn(key: str, value: Any) -> bool:

@@ -54,7 +54,7 @@ def _run(entry: str, seed: int, record: TrialRecord, score: Mapping[str, float],
         step_seconds=step_seconds(record.history),
         memory_gib=max((told["gpu_memory_gib"] for told in record.history if "gpu_memory_gib" in told), default=None),
         train_seconds=_seconds(record),
-        adapter_mb=record.history[-1]["adapter_mb"] if record.history else None,
+        adapter_mb=record.history[-1].get("adapter_mb") if record.history else None,
     )
 
 
@@ -87,7 +87,7 @@ def edges(study: StudyView, best: TrialRecord, records: Sequence[TrialRecord]) -
 def step_seconds(history: Sequence[Mapping[str, float]]) -> float | None:
     """The seconds of a training step without evaluations: the median of the means between two evaluations."""
     found, step, tokens = [], 0.0, 0.0
-    for told in history:
+    for told in (told for told in history if "num_input_tokens_seen" in told):
         steps, read = told["step"] - step, told["num_input_tokens_seen"] - tokens
         step, tokens = told["step"], told["num_input_tokens_seen"]
         if steps > 0 and told["tokens_per_second"] > 0:

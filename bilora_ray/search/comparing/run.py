@@ -17,7 +17,10 @@ from bilora_ray.config import TEST_SETTINGS
 from bilora_ray.errors import CommonCause, MachineError, UserError, first_line
 from bilora_ray.records import Objective, Status, TrialRecord
 from bilora_ray.runners.scoring import Scorer
-from bilora_ray.search.comparing.file import RATE, Comparison, tuned_without_test
+from bilora_ray.search.cluster.cluster import is_own
+from bilora_ray.search.cluster.gpus import decided
+from bilora_ray.search.comparing.file import RATE, STEPS, Comparison, tuned_without_test
+from bilora_ray.search.comparing.steps import measured_steps, with_steps
 from bilora_ray.search.run import at_once, joined, search
 from bilora_ray.search.session import Watcher
 from bilora_ray.search.space import Space, setting_of
@@ -34,6 +37,7 @@ from bilora_ray.search.study.control.comparisons import (
     run_seeds,
     runs_space,
     scores_of,
+    steps_of,
     tuning_points,
 )
 from bilora_ray.search.study.layout import Layout
@@ -63,6 +67,8 @@ class Comparing:
         digests: source -> digest of its content.
         watch: makes who shows a study.
         say: shows one line to a person.
+        asked: what its studies keep of what was asked for: see `asked_of`.
+        steps: of each entry, where that was measured.
     """
 
     comparison: Comparison
@@ -72,6 +78,8 @@ class Comparing:
     digests: Mapping[str, str]
     watch: Watch
     say: Callable[[str], None]
+    asked: Mapping[str, Any]
+    steps: Mapping[str, int] | None = None
 
     def search(self, space: Space, resume: bool, label: str) -> StudyView:
         """Run a study of the comparison to its end."""
@@ -84,14 +92,15 @@ class Comparing:
             mlflow_uri=self.mlflow_uri,
             digests=self.digests,
             watcher=self.watch(space.study.num_trials, objective, labels=(label,)),
-            part={COMPARISON: {"name": self.comparison.name, "asked": asked_of(self.comparison)}},
+            part={COMPARISON: {"name": self.comparison.name, "asked": self.asked, "steps": self.steps}},
         )
 
 
 def asked_of(comparison: Comparison) -> dict[str, Any]:
     """What a resume must ask for too; what each entry searches, its own study knows."""
     config = comparison.config.model_dump(include={"tune", "seeds", "budget", "sharpness_radius"})
-    return {**config, "baseline": comparison.baseline, "methods": sorted(comparison.spaces)}
+    long = comparison.spaces[comparison.baseline].first_config().model_dump(include=set(STEPS))
+    return {**config, **long, "baseline": comparison.baseline, "methods": sorted(comparison.spaces)}
 
 
 def check_begun(
@@ -119,6 +128,8 @@ def check_begun(
             raise UserError(f"comparison '{comparison.name}': nothing to resume in {layout.database}")
         for study in begun.values():
             check_asked(study, asked_of(comparison))
+        steps = steps_of(begun.values())
+        comparison = comparison if steps is None else with_steps(comparison, steps)
         for space in filter(lambda one: one.study.name in begun, comparison.spaces.values()):
             check_study(tuned_without_test(space), layout, resume=True, digests=digests)
         if more is not None and comparison.runs not in begun:
@@ -148,10 +159,33 @@ def compare(comparing: Comparing, more: int | None = None) -> StudyView:
                 stack.enter_context(joined(space, comparing.layout, comparing.ray_address))
                 began = True
 
+        if comparing.comparison.config.budget == "seconds":
+            comparing = _of_equal_seconds(comparing, begin)
         tuned = {entry: _tuned(comparing, entry, space, begin) for entry, space in comparing.comparison.spaces.items()}
         runs = _run(comparing, tuned, begin, more)
         _score(comparing, runs, begin)
     return load_study(comparing.layout, comparing.comparison.runs)
+
+
+def _of_equal_seconds(comparing: Comparing, begin: Callable[[Space], None]) -> Comparing:
+    """The same with as many steps of each entry as take equal seconds, as measured when the comparison began."""
+    comparison = comparing.comparison
+    names = [space.study.name for space in comparison.spaces.values()]
+    steps = steps_of(begun_parts(comparing.layout, names, comparison.name).values())
+    if steps is None:
+        space = comparison.spaces[comparison.baseline]
+        begin(space)
+        count = at_once(space, comparing.say) * space.resources.workers
+        steps = measured_steps(_decided(comparison, is_own(comparing.ray_address)), count, comparing.say)
+    return replace(comparing, comparison=with_steps(comparison, steps), steps=steps)
+
+
+def _decided(comparison: Comparison, own: bool) -> Comparison:
+    """The comparison with the precision that its trials will compute in."""
+    auto = {entry: space.fixed.get("precision") == "auto" for entry, space in comparison.spaces.items()}
+    return comparison.mapped(
+        {entry: decided(space, own) if auto[entry] else space for entry, space in comparison.spaces.items()}
+    )
 
 
 def _tuned(comparing: Comparing, entry: str, space: Space, begin: Callable[[Space], None]) -> StudyView:

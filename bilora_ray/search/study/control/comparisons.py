@@ -58,6 +58,12 @@ def begun_parts(layout: Layout, names: Iterable[str], comparison: str) -> dict[s
     return found
 
 
+def steps_of(parts: Iterable[StudyView]) -> dict[str, int] | None:
+    """How many steps each entry of a comparison has, of which `parts` have begun; None where that was not measured."""
+    known = (part.study.user_attrs[COMPARISON].get("steps") for part in parts)
+    return next((dict(steps) for steps in known if steps is not None), None)
+
+
 def check_asked(study: StudyView, asked: Mapping[str, Any]) -> None:
     """Refuse to go on with a comparison that began with something else. UserError says what has changed."""
     told = study.study.user_attrs[COMPARISON]
