@@ -56,6 +56,14 @@ SETTINGS = {
     "rwp_space": "weight",
     "seed": 0,
 }
+# Contenders that are a method with settings of their own.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "peft": ("lora", {}),
+    **{
+        f"bilora-{ascent}": ("bilora", {"ascent": ascent, "auxiliary_learning_rate": None})
+        for ascent in ("tangent", "half-step")
+    },
+}
 VOCABULARY = 1024
 # More than are measured: what changes over a training does so.
 TOTAL_STEPS = 1000
@@ -63,11 +71,11 @@ Step = Callable[[], Any]
 
 
 def contender(name: str, base: PreTrainedModel, batch: dict[str, Tensor]) -> Step:
-    """One training step of method `name`, or of `peft`, on its own copy of `base`."""
+    """One training step of method `name`, or of one of `VARIANTS`, on its own copy of `base`."""
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
     model: PeftModel = get_peft_model(copy.deepcopy(base), config)
-    method = "lora" if name == "peft" else name
-    settings = {key: SETTINGS[key] for key in settings_of(method)}
+    method, own = VARIANTS.get(name, (name, {}))
+    settings = {key: {**SETTINGS, **own}[key] for key in settings_of(method)}
     optimizer = LoraAdamW(model, **settings) if name == "peft" else build_method(method, model, **settings)
     optimizer.total_steps = TOTAL_STEPS
     model.train()
@@ -242,7 +250,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("llama", "t5"), nargs="+", default=["llama", "t5"])
     parser.add_argument(
-        "--methods", nargs="+", choices=["peft", *METHODS], default=["peft", "lora", "bilora"], help="contenders"
+        "--methods", nargs="+", choices=[*VARIANTS, *METHODS], default=["peft", "lora", "bilora"], help="contenders"
     )
     parser.add_argument("--hidden", type=int, default=1024, help="hidden size, a multiple of 64")
     parser.add_argument("--layers", type=int, default=4)
