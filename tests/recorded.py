@@ -149,7 +149,8 @@ class Recorder:
         adapter, merged = self.folder / f"{study}-adapter", self.folder / f"{study}-merged"
         self._command("export", study, f"--output={adapter}")
         self._command("export", study, f"--output={merged}", "--merge")
-        measured = json.loads(_run("evaluate", str(adapter), "--json"))
+        # From here an export names a base that is a folder.
+        measured = json.loads(_run("evaluate", str(adapter), "--json", cwd=self.folder))
         return {"adapter": self._contents(adapter), "merged": self._contents(merged), "evaluate": measured}
 
     def _json(self, *arguments: str) -> Any:
@@ -274,8 +275,8 @@ def _fit_as_worker(settings: dict[str, Any], path: str, sharded: bool, stop_afte
     return reproducible(reports)
 
 
-def _run(*arguments: str) -> str:
-    return subprocess.run([COMMAND, *arguments], check=True, stdout=subprocess.PIPE, text=True).stdout
+def _run(*arguments: str, cwd: Path | None = None) -> str:
+    return subprocess.run([COMMAND, *arguments], check=True, stdout=subprocess.PIPE, text=True, cwd=cwd).stdout
 
 
 def _without_clock(value: Any) -> Any:
