@@ -38,6 +38,9 @@ Task = Literal[
     "image-classification",
 ]
 
+# What the primary adapter is, beside plain LoRA.
+Primary = Literal["lora", "dora", "rslora"]
+
 # What a model card calls a method, with its source.
 METHOD_TITLES: dict[MethodName, str] = {
     "lora": "LoRA",
@@ -357,6 +360,15 @@ class TrialConfig(Settings):
         "how the adapter is trained; full: all of the base model is, and there is no adapter",
         decides="training",
         shown=("best",),
+    )
+    primary: Primary = setting(
+        "lora",
+        "what the primary adapter is: plain LoRA; dora: LoRA of the weight's direction, beside a magnitude of each of "
+        "its rows; rslora: LoRA with s = lora_alpha / sqrt(rank)",
+        decides="training",
+        of=ADAPTING,
+        rehearsed=True,
+        shown=("card",),
     )
     rank: Int = setting(8, "r of the primary adapter", ge=1, decides="training", of=ADAPTING, shown=("card", "best"))
     lora_alpha: Float | None = setting(
@@ -692,11 +704,21 @@ class TrialConfig(Settings):
             raise ValueError(f"quantization: {self.method} has noise on the full weight, which must not be quantised")
         if self.quantization is not None and self.leaves_model:
             raise ValueError(f"quantization: method {self.method} trains the weights, which must not be quantised")
+        self._check_primary()
         if self.label_names is not None and len(set(self.label_names)) < max(2, len(self.label_names)):
             raise ValueError("label_names: needs two or more different names")
         if self.label_names is not None:
             self.check_f1(self.label_names)
         return self
+
+    def _check_primary(self) -> None:
+        """ValueError unless the method is one of this primary."""
+        if self.primary == "dora" and self.method in NOISY and self.rwp_space == "weight":
+            allowed = ", ".join(name for name in get_args(Primary) if name != "dora")
+            why = f"{self.method} has noise on the sum of W0 and LoRA, and dora is another function of them"
+            raise ValueError(f"primary: {why}; allowed: {allowed}")
+        if self.primary == "dora" and self.quantization == "int8":
+            raise ValueError("quantization: the norms of a dora are of weights that int8 does not let be read; use nf4")
 
     def check_f1(self, label_names: Sequence[str]) -> None:
         """ValueError unless there is an `eval_f1` of these labels."""

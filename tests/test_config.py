@@ -1,7 +1,7 @@
 """Settings: the paper's defaults, strict types, and one line for whatever is wrong."""
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import Field
@@ -12,6 +12,7 @@ from bilora_ray.config import (
     SOURCES,
     TASK_FACTS,
     TRAINING_SETTINGS,
+    Primary,
     TrialConfig,
     applies,
     coerce,
@@ -504,6 +505,20 @@ def test_noise_on_the_full_weight_wants_all_of_it_as_it_is() -> None:
         noise = f"method: {method} has noise on whole weights, not on parts of them; use parallelism: ddp"
         parts = "method: full is not trained in parts; use parallelism: ddp"
         assert whole == {"flat-lora": noise, "rwp": noise, "full": parts}.get(method)
+
+
+def test_a_primary_is_refused_where_a_method_cannot_be_right_with_it() -> None:
+    line = "W: primary: {} has noise on the sum of W0 and LoRA, and dora is another function of them; allowed: "
+    line += ", ".join(name for name in get_args(Primary) if name != "dora")
+    assert refused(primary="dora", method="flat-lora") == line.format("flat-lora")
+    assert refused(primary="dora", method="rwp") == line.format("rwp")
+    assert config(primary="dora", method="rwp", rwp_space="lora").primary == "dora"
+    for method in METHOD_NAMES:
+        assert config(primary="rslora", method=method).primary == "rslora"
+    assert config().primary == "lora"
+    line = "W: quantization: the norms of a dora are of weights that int8 does not let be read; use nf4"
+    assert refused(primary="dora", quantization="int8") == line
+    assert config(primary="dora", quantization="nf4").primary == "dora"
 
 
 # Facts

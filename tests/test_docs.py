@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 import pytest
@@ -25,7 +25,7 @@ from documents import ROOT, blocks, commands_in, documents, options_of
 import bilora_ray
 from bilora_ray.cli.main import COMMANDS, main
 from bilora_ray.cli.settings import rows as settings
-from bilora_ray.config import EXACT_MATCH, SHARPNESS, TASK_FACTS
+from bilora_ray.config import EXACT_MATCH, SHARPNESS, TASK_FACTS, Primary
 from bilora_ray.facts import METHOD_NAMES
 from bilora_ray.search.space import Range
 from bilora_ray.search.space_file import load_space
@@ -63,8 +63,10 @@ def test_the_tables_of_settings_and_metrics_are_those_of_the_code() -> None:
 
 def test_the_page_of_methods_has_each() -> None:
     text = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (`[^|]+) \|", text, re.M)
-    assert {name for row in rows for name in re.findall(r"`([\w-]+)`", row)} == set(METHOD_NAMES)
+    _, primaries, methods = re.split(r"^## What the primary is|^## What it is compared with", text, flags=re.M)
+    for part, names in ((primaries, get_args(Primary)), (methods, METHOD_NAMES)):
+        rows = re.findall(r"^\| (`[^|]+) \|", part, re.M)
+        assert {name for row in rows for name in re.findall(r"`([\w-]+)`", row)} == set(names)
 
 
 @EACH

@@ -130,12 +130,22 @@ def _measured(
         model = fuse(add_primary(model, config, fresh=()))
     config = config.model_copy(update={"label_names": loaded.label_names, "format": loaded.format})
     rows = Rows(model, loaded.validation, config, loaded.tokenizer)
-    spaces = {name: kind for name, kind in SPACES.items() if not (alone and name == "lora_space")}
+    unknown = None if alone else _of_no_lora_space(config.primary)
+    spaces = {name: kind for name, kind in SPACES.items() if not ((alone or unknown) and name == "lora_space")}
     with _progress(len(spaces)) as telling:
         found = {name: survey(rows, radii, kind, m, telling) for name, kind in spaces.items()}
+    if unknown is not None:
+        told = [*told, unknown]
     if str(model.dtype) == "torch.bfloat16":
         told = [*told, "bf16 rounds: --set precision=fp32 is finer where rises are below a thousandth of the loss"]
     return found, rows.loss(), len(loaded.validation), told
+
+
+def _of_no_lora_space(primary: str) -> str | None:
+    """Why the space of the factors is not looked at; None: it is."""
+    if primary == "dora":
+        return "primary: the weight of a dora is no sum of W0 and its factors, so that the LoRA space is left out"
+    return None
 
 
 @contextmanager

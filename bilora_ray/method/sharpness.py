@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.autograd import Function
@@ -172,8 +173,12 @@ class FullSpace(Space):
         return ((cast(int, layer.out_features), cast(int, layer.in_features)) for layer in self.layers)
 
     def filter_norms(self) -> Iterator[Tensor]:
-        """Of the rows of W, of each layer. ValueError where W is not W0 + s1 B1 A1, as of DoRA."""
+        """Of the rows of W, of each layer: of a DoRA its magnitudes. ValueError where W is of another variant."""
         for layer in self.layers:
+            if isinstance(layer.lora_variant.get(PRIMARY), DoraLinearVariant):
+                magnitude = cast(Tensor, layer.lora_magnitude_vector[PRIMARY].weight)
+                yield magnitude.detach().to(self.dtype).abs().unsqueeze(1).cpu()
+                continue
             _check_plain(layer)
             A, B, scaling = _factors(layer)
             base = dequantize_module_weight(layer.get_base_layer()).detach()

@@ -30,6 +30,7 @@ from bilora_ray.config import TASK_FACTS, TrialConfig
 from bilora_ray.errors import SAME_AGAIN, UserError, comes_again, first_line, is_of_device, refusal
 from bilora_ray.method import MethodAdamW, build_method, fuse, primary_parameters, settings_of
 from bilora_ray.method.base import Place
+from bilora_ray.method.primaries import with_exact_magnitudes
 from bilora_ray.method.registry import stay
 from bilora_ray.paths import is_cached, kind_of, loadable
 from bilora_ray.recipe import is_whole
@@ -295,7 +296,7 @@ def _quantization(config: TrialConfig) -> BitsAndBytesConfig:
 
 
 def add_primary(model: PreTrainedModel, config: TrialConfig, fresh: Sequence[str]) -> PeftModel:
-    """`model` with the primary LoRA adapter, B = 0, decided by `config.seed`. UserError if no module is a target.
+    """`model` with the primary adapter, B = 0, decided by `config.seed`. UserError if no module is a target.
 
     Args:
         model: as `load_base` gives it.
@@ -320,10 +321,12 @@ def add_primary(model: PreTrainedModel, config: TrialConfig, fresh: Sequence[str
         target_modules=targets if isinstance(targets, str) else list(targets),
         exclude_modules=[*hidden, *known] or None,
         modules_to_save=whole or None,
+        use_dora=config.primary == "dora",
+        use_rslora=config.primary == "rslora",
         revision=config.model_revision,
     )
     try:
-        return get_peft_model(model, lora)
+        return with_exact_magnitudes(get_peft_model(model, lora))
     except SAME_AGAIN as error:
         raise UserError(_naming_others(first_line(error), model, config)) from None
 

@@ -299,11 +299,21 @@ def test_what_cannot_be_measured_is_told(kind: type[Space]) -> None:
         kind(model)
 
 
-def test_filters_and_factors_of_a_variant_are_not_guessed() -> None:
+def test_the_factors_of_a_dora_are_not_guessed_and_its_filters_are_its_magnitudes() -> None:
     model, batch = adapted(use_dora=True)
     with pytest.raises(ValueError, match="DoRA"):
         LoraSpace(model)
-    with pytest.raises(ValueError, match="DoRA"):
-        random_rises(FullSpace(model), passes(model, batch), RADII, 1)
-    (rise,) = adversarial_rises(FullSpace(model), passes(model, batch), RADII[:1])
+    space = FullSpace(model)
+    for layer in space.layers:
+        with torch.no_grad():
+            layer.lora_magnitude_vector["default"].weight.mul_(1.5)
+    norms = list(space.filter_norms())
+    model.merge_adapter()
+    for layer, found in zip(space.layers, norms, strict=True):
+        weight = layer.get_base_layer().weight
+        weight = weight.T if layer.fan_in_fan_out else weight
+        torch.testing.assert_close(found, weight.norm(dim=1, keepdim=True), rtol=1e-6, atol=0)
+    model.unmerge_adapter()
+    assert len(random_rises(space, passes(model, batch), RADII, 1)[0]) == len(RADII)
+    (rise,) = adversarial_rises(space, passes(model, batch), RADII[:1])
     assert 0 < rise < math.inf

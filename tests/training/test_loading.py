@@ -17,6 +17,7 @@ OTHERS: dict[str, Any] = {
     "class_weights": "balanced",
     "attn_implementation": "eager",
     "method": "lora",
+    "primary": "rslora",
     "clip": "none",
     "norm": "unscaled",
     "ascent": "tangent",

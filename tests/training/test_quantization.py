@@ -54,6 +54,19 @@ def test_a_quantised_base_is_trained_on_and_its_adapter_measures_the_same_elsewh
     assert again["eval_loss"] == progress.best_value
 
 
+@pytest.mark.parametrize(("quantization", "primary"), [("nf4", "dora"), ("int8", "rslora")])
+def test_other_primaries_are_trained_on_a_quantised_base_and_measure_the_same_elsewhere(
+    quantization: str, primary: str, tiny: Tiny, model: Path, tmp_path: Path
+) -> None:
+    config = settings(tiny, model, quantization, primary=primary, max_steps=12, eval_steps=4)
+    reports, progress = run_fit(config, tmp_path / "trial")
+    assert reports[-1]["eval_loss"] < reports[0]["eval_loss"]
+    adapter = TrialFolder(tmp_path / "trial").best_adapter()
+    assert adapter is not None
+    again = evaluate_adapter(adapter, evaluation_config(adapter, {}))
+    assert again["eval_loss"] == pytest.approx(progress.best_value, rel=1e-6)
+
+
 def test_a_quantised_trial_goes_on_exactly(tiny: Tiny, model: Path, tmp_path: Path) -> None:
     config = settings(tiny, model, "nf4", max_steps=8, eval_steps=2)
     whole, _ = run_fit(config, tmp_path / "whole")

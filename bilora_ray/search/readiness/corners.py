@@ -14,7 +14,7 @@ from bilora_ray.search.space import Choice, Distribution, Range, Space, Value, s
 # Of the settings that decide the training, those that decide what a step of it takes too.
 COUNTED_IN_TRAINING = frozenset(
     {
-        *("method", "rank", "auxiliary_rank", "looksam_every", "esam_gamma", "rwp_space"),
+        *("method", "primary", "rank", "auxiliary_rank", "looksam_every", "esam_gamma", "rwp_space"),
         *("target_modules", "lora_dropout", "gradient_checkpointing"),
         *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps"),
     }
