@@ -33,7 +33,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
-from bilora_ray.method import METHODS, build_method, settings_of
+from bilora_ray.facts import ADAPTING
+from bilora_ray.method import build_method, settings_of
 from bilora_ray.training import model as models
 from bilora_ray.training.compute.compiled import Compiled, why_not
 from bilora_ray.training.distributed.parallel import Network
@@ -394,7 +395,7 @@ def main(arguments: Any, device: torch.device, settings: dict[str, Any], machine
     tell(f"{machine}; a large bf16 product: {rate / 1e12:,.1f} TFLOP/s. What is what: `benchmarks/gpu_steps.py`.", "")
     tell(f"| {' | '.join(HEAD)} |", "| --- " * len(HEAD) + "|")
     for shape in arguments.shapes.split(","):
-        names = [name for name in arguments.contenders.split(",") if name.split("+")[0] in (*METHODS, STOCK)]
+        names = [name for name in arguments.contenders.split(",") if name.split("+")[0] in (*ADAPTING, STOCK)]
         if shape in arguments.compile.split(","):
             if (problem := why_not(device.type)) is None:
                 names.append("bilora+compile")

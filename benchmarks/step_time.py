@@ -35,6 +35,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
+from bilora_ray.facts import ADAPTING
 from bilora_ray.method import METHODS, LoraAdamW, MethodAdamW, build_method, settings_of
 
 RANK = 8
@@ -72,9 +73,10 @@ Step = Callable[[], Any]
 
 def contender(name: str, base: PreTrainedModel, batch: dict[str, Tensor]) -> Step:
     """One training step of method `name`, or of one of `VARIANTS`, on its own copy of `base`."""
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear")
-    model: PeftModel = get_peft_model(copy.deepcopy(base), config)
     method, own = VARIANTS.get(name, (name, {}))
+    model: PreTrainedModel | PeftModel = copy.deepcopy(base)
+    if method in ADAPTING:
+        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear"))
     settings = {key: {**SETTINGS, **own}[key] for key in settings_of(method)}
     optimizer = LoraAdamW(model, **settings) if name == "peft" else build_method(method, model, **settings)
     optimizer.total_steps = TOTAL_STEPS
@@ -87,7 +89,7 @@ def contender(name: str, base: PreTrainedModel, batch: dict[str, Tensor]) -> Ste
 class Passes:
     """The loss of `batch` and its gradient, as the product's training loop gives them: see `RowClosure`."""
 
-    def __init__(self, model: PeftModel, optimizer: MethodAdamW, batch: dict[str, Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, optimizer: MethodAdamW, batch: dict[str, Tensor]) -> None:
         self.model, self.optimizer, self.batch = model, optimizer, batch
 
     def __call__(self) -> Tensor:
