@@ -21,6 +21,7 @@ from toy_methods import pass_twice, remember
 
 from bilora_ray.config import ADVERSITY, Task, TrialConfig
 from bilora_ray.training.compute.compiled import why_not
+from bilora_ray.training.distributed import parallel
 from bilora_ray.training.distributed.parallel import Network
 from bilora_ray.training.distributed.workers import Workers
 from bilora_ray.training.folder import TENSORS, TrialFolder
@@ -192,6 +193,22 @@ def test_workers_that_lack_different_gradients_add_up_each_by_itself(monkeypatch
         shared(values)
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor.copy_(torch.stack(sent).sum(0)))
     assert [shared(values) for values in given] == [[[1.0] * 2, [6.0] * 3, None]] * 3
+
+
+@pytest.mark.parametrize("most", [1, 4, 5, 100])
+def test_gradients_that_are_many_are_added_up_in_parts_and_in_fp32(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Tensor] = []
+    monkeypatch.setattr(parallel, "MOST_AT_ONCE", most)
+    monkeypatch.setattr(dist, "broadcast", lambda *_: None)
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: sent.append(tensor.mul_(3)))
+    model = nn.ParameterList([nn.Parameter(torch.zeros(size, dtype=torch.bfloat16)) for size in (2, 3, 1, 4)])
+    network = Network(cast(Any, model), Workers(planned=3, world_size=3))
+    for number, part in enumerate(model):
+        part.grad = torch.full_like(part, number + 1.0)
+    network.share_gradients()
+    assert [cast(Tensor, part.grad).tolist() for part in model] == [[3.0] * 2, [6.0] * 3, [9.0], [12.0] * 4]
+    assert {tensor.dtype for tensor in sent} == {torch.float32}
+    assert [tensor.numel() for tensor in sent] == {1: [2, 3, 1, 4, 4], 4: [2, 4, 4, 4], 5: [5, 5, 4], 100: [14]}[most]
 
 
 def remember_together(settings: dict[str, Any], folder: str, kinds: list[str], sharded: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from bilora_ray.training.distributed.workers import Workers
+
+# Numbers that workers add up at one time: their copy is not to need as much memory as all gradients of a model.
+MOST_AT_ONCE = 2**26
 
 
 class Network:
@@ -52,7 +55,7 @@ class Network:
             self.evaluated.set_requires_gradient_sync(last)
 
     def share_gradients(self) -> None:
-        """Give each copy of the model the sum of the gradients of all, at once: an adapter's are few.
+        """Give each copy of the model the sum of the gradients of all, an adapter's at once, for they are few.
 
         torch's DDP would do that amid the last pass, in which a worker that is out of memory would keep all waiting.
         A copy may have none of a layer that was left out, or of an expert without tokens, and another one have it: all
@@ -65,11 +68,12 @@ class Network:
         for index in lacking:
             have[index] = 0
         gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in self._trained]
-        together = torch.cat([*(gradient.flatten() for gradient in gradients), have])
-        dist.all_reduce(together)
-        *parts, have = together.split([*(one.numel() for one in gradients), len(gradients)])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
+        for some in _at_once([*gradients, have]):
+            # In fp32, where the gradients are in bf16.
+            together = torch.cat([one.flatten().to(torch.promote_types(one.dtype, torch.float32)) for one in some])
+            dist.all_reduce(together)
+            for one, part in zip(some, together.split([one.numel() for one in some]), strict=True):
+                one.copy_(part.view_as(one))
         counts = have.tolist() if lacking else []
         for index in lacking:
             self._trained[index].grad = gradients[index] if counts[index] else None
@@ -78,6 +82,17 @@ class Network:
         """Give each worker its part of the parameters again, where an evaluation has left some of them whole."""
         if isinstance(self.evaluated, FSDPModule):
             self.evaluated.reshard()
+
+
+def _at_once(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """`tensors` in parts that have no more than MOST_AT_ONCE numbers each, or are of one."""
+    some: list[Tensor] = []
+    for tensor in tensors:
+        if some and sum(one.numel() for one in some) + tensor.numel() > MOST_AT_ONCE:
+            yield some
+            some = []
+        some.append(tensor)
+    yield some
 
 
 def base_of(model: Any) -> Any:
