@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -215,14 +216,14 @@ def _check_size(space: Space, label_names: Sequence[str] | None) -> None:
     quiet()
     from bilora_ray.training.rehearsal import least_adapter_mb
 
-    least = space.with_end(min, lambda config: config.rank).rank
+    least = space.with_end(min, lambda config: inf if config.leaves_model else config.rank)
     ends = product(_choices(space, "target_modules"), _choices(space, BASE))
-    configs = [other.model_copy(update={"rank": least, "target_modules": one.target_modules}) for one, other in ends]
+    of_least = {"method": least.method, "rank": least.rank}
+    configs = [other.model_copy(update={**of_least, "target_modules": one.target_modules}) for one, other in ends]
     size = min(least_adapter_mb(config, label_names) for config in configs)
     if size > limit:
-        raise UserError(
-            f"study.max_adapter_mb: {limit:g} MB, and the smallest adapter, of rank {least}, has {size:.4g}"
-        )
+        what = "model" if least.leaves_model else f"adapter, of rank {least.rank},"
+        raise UserError(f"study.max_adapter_mb: {limit:g} MB, and the smallest {what} has {size:.4g}")
 
 
 def chat_notes(checked: Checked) -> tuple[str, ...]:

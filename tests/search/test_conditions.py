@@ -219,6 +219,7 @@ def test_what_no_trial_reads_is_not_searched(tmp_path: Path, refused: Callable[.
     assert (nothing.distributions, nothing.points_to_evaluate, len(nothing.notes)) == ({}, (), 2)
     for changed, override, problem in (
         ({"method": "lora"}, (), "trial.rho: method lora does not read it"),
+        ({"method": "full", "rho": 0.1, "rank": {"choice": [4, 8]}}, (), "trial.rank: method full does not read it"),
         ({}, ("method=lora", "rho={low: 0.1, high: 1}"), "--set trial.rho: method lora does not read it"),
         ({"max_steps": {"choice": [8, 9]}}, (), "trial.num_train_epochs: every trial has max_steps instead"),
         ({"rank": {"choice": [8, 8.0]}}, (), "trial.rank: 8 is there twice"),
@@ -312,6 +313,8 @@ def test_what_is_derived_may_have_a_condition_and_a_chain() -> None:
         ({"rank": {"low": 2, "high": 16}, "seed": {"low": 0, "high": 8, "step": 4}, "split_seed": 0}, 45),
         ({"method": METHODS, "rank": {"choice": [4, 8]}, "auxiliary_rank": {"choice": [2, 4, 8]}}, 2 + 6),
         ({"method": METHODS, "rank": {"choice": [4, 8], **LORA}}, 2 + 1),
+        ({"method": {"choice": ["full", "lora"]}, "rank": {"choice": [4, 8]}}, 1 + 2),
+        ({"method": {"choice": ["nbar", "lora"]}, "rank": {"choice": [4, 8]}}, 2 * 2),
         ({"rank": {"low": 1, "high": 9}, "auxiliary_rank": {"low": 1, "high": 4, "when": {"rank": [2, 3]}}}, 8 + 7),
         ({"rank": {"choice": [4, 8]}, "rho": {"low": 0.1, "high": 1}}, None),
         ({}, 1),

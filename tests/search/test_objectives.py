@@ -318,3 +318,17 @@ def test_a_limit_that_no_adapter_keeps_to_is_refused_before_anything_starts(tiny
     preflight(space(*given, f"study.max_adapter_mb={least * 1.01}"))
     with pytest.raises(UserError, match=f"the smallest adapter, of rank 4, has {least:.4g}"):
         preflight(space(*given, f"study.max_adapter_mb={least * 0.99}"))
+
+
+def test_a_limit_on_what_is_left_counts_a_model_that_is_trained_whole(tiny: Tiny) -> None:
+    from bilora_ray.search.preflight import preflight
+    from bilora_ray.training.rehearsal import least_adapter_mb
+
+    data = tiny.folder / "texts-train.jsonl"
+    given = [f"model_name_or_path={tiny.model('causal-lm')}", f"train_data={data}", "max_length=64"]
+    given += ["rho=0.05", "auxiliary_rank=8"]
+    least = least_adapter_mb(tiny.config("causal-lm", method="full"), None)
+    limit = f"study.max_adapter_mb={least * 0.99}"
+    with pytest.raises(UserError, match=f"the smallest model has {least:.4g}"):
+        preflight(space(*given, "method=full", "rank=8", limit))
+    preflight(space(*given, "method={choice: [full, lora]}", limit))  # an adapter keeps to it
