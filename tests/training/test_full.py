@@ -20,6 +20,8 @@ from bilora_ray.training.compute import bases
 from bilora_ray.training.evaluate import evaluate, load_adapted
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run, fit
+from bilora_ray.training.probe.cost import cost
+from bilora_ray.training.rehearsal import least_adapter_mb, rehearse
 
 
 @pytest.fixture(autouse=True)
@@ -182,3 +184,14 @@ def test_its_recipe_names_what_is_missing_of_a_model(tiny: Tiny, tmp_path: Path)
     (left / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"model\*.safetensors is missing of the model that was trained"):
         read_recipe(left)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_dry_run_and_an_estimate_know_it(precision: str, tiny: Tiny, tmp_path: Path) -> None:
+    config = whole(tiny, precision=precision)
+    rehearse(config)
+    told, _ = run_fit(config, tmp_path)
+    assert least_adapter_mb(config, None) == told[0]["adapter_mb"]
+    taken = cost(config)
+    assert taken.adapter == (left_in(tmp_path) / "model.safetensors").stat().st_size
+    assert taken.step > 0
