@@ -16,12 +16,14 @@ from bilora_ray.report.found import Found
 from bilora_ray.report.rows import (
     BEST,
     SCALED,
+    SHARES,
     WATCHED,
     Axis,
     Row,
     axes,
     best_so_far,
     evaluation_rows,
+    share_rows,
     statuses,
     trial_rows,
     window,
@@ -196,6 +198,26 @@ def watched(found: Found) -> Iterator[Chart]:
     for key, title in WATCHED.items():
         if (chart := _curves(found, key, title)) is not None:
             yield chart
+    if (chart := adversity(found)) is not None:
+        yield chart
+
+
+def adversity(found: Found) -> Chart | None:
+    """What the best trial's perturbation captured as it trained, beside what one that is a batch old could have."""
+    if not (rows := share_rows(found)):
+        return None
+    unit, words = x_of(found), list(SHARES.values())
+    colours = alt.Scale(domain=words, range=["var(--best)", "var(--faint)", "var(--accent)"])
+    lines = alt.Chart(alt.Data(values=rows)).mark_line(point=alt.OverlayMarkDef(size=28), strokeWidth=2)
+    return _wide(
+        lines.encode(
+            alt.X(f"{unit}:Q", title=unit, scale=_snug()),
+            alt.Y("share:Q", title="share of the best trial's sharpness", scale=alt.Scale(zero=True)),
+            alt.Color("what:N", title=None, scale=colours),
+            tooltip=[alt.Tooltip("what:N"), alt.Tooltip(f"{unit}:Q"), alt.Tooltip("share:Q", format=".3f")],
+        ),
+        LOW,
+    )
 
 
 def front(found: Found) -> Iterator[Chart]:

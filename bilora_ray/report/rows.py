@@ -17,6 +17,12 @@ Row = dict[str, Any]
 BEST = "the best"
 # What an evaluation tells of how a method sees the loss around it -> what a chart of it is called.
 WATCHED = {"auxiliary_norm": "Norm of the auxiliary's perturbation", "sharpness": "Sharpness"}
+# The same of the best trial alone, as shares: 1 is all there is -> what a legend calls it.
+SHARES = {
+    "captured_sharpness": "sharpness that it captures",
+    "stale_captured_sharpness": "that the last batch's gradient would",
+    "auxiliary_cosine": "cosine with the gradient",
+}
 # So many evaluations are drawn at the most, or the page would be slow and large.
 MOST_EVALUATIONS = 12_000
 # Beyond so many interquartile ranges from the quartiles, which is Tukey's outer fence, values lie at the edge.
@@ -70,6 +76,18 @@ def evaluation_rows(found: Found) -> list[Row]:
             at = {"trial": record.number, "status": group, unit: _plain(told[unit]), "last": told is thinned[-1]}
             rows.append({**at, "value": value, **watched})
     return rows
+
+
+def share_rows(found: Found) -> list[Row]:
+    """A row for each of the `SHARES` that evaluations of the best trial tell; none where only one does."""
+    unit, history = x_of(found), [] if found.chosen is None else found.chosen.history
+    told = [metrics for metrics in history if SHARES.keys() & metrics.keys()]
+    return [
+        {unit: _plain(metrics[unit]), "what": title, "share": _plain(metrics[key])}
+        for metrics in (told if len(told) > 1 else [])
+        for key, title in SHARES.items()
+        if key in metrics
+    ]
 
 
 def x_of(found: Found) -> str:

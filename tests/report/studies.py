@@ -55,6 +55,7 @@ def curve(config: TrialConfig) -> list[Metrics]:
                 "eval_loss": loss,
                 "eval_accuracy": max(0.0, min(1.0, 1.2 - loss / 1.5)),
                 "auxiliary_norm": float(config.rho) * (1 - 0.3**step),
+                **(adversity(step, noise) if step % 3 == 0 else {}),
                 "train_runtime": seconds,
                 "tokens_per_second": 9000.0 - 100 * config.rank,
                 "gpu_memory_gib": 4.0 + config.rank / 10,
@@ -62,6 +63,12 @@ def curve(config: TrialConfig) -> list[Metrics]:
             }
         )
     return told
+
+
+def adversity(step: int, noise: Random) -> Metrics:
+    """What every third evaluation tells."""
+    captured, stale = 0.2 / step + 0.02 * noise.gauss(0, 1), 0.1 + 0.02 * noise.gauss(0, 1)
+    return {"captured_sharpness": captured, "stale_captured_sharpness": stale, "auxiliary_cosine": 0.8 * captured}
 
 
 def simulated(storage_path: Path, *settings: str, name: str = "simulated", trials: int = 12) -> StudyView:

@@ -21,7 +21,7 @@ from bilora_ray.records import Status
 from bilora_ray.report import charts
 from bilora_ray.report.found import Found, read
 from bilora_ray.report.page import page
-from bilora_ray.report.rows import BEST, axes, evaluation_rows, trial_rows, window
+from bilora_ray.report.rows import BEST, SHARES, axes, evaluation_rows, share_rows, trial_rows, window
 from bilora_ray.report.sections import SECTIONS, headline
 from bilora_ray.search.simulated import simulate
 from bilora_ray.search.space_file import load_space
@@ -100,6 +100,22 @@ def test_every_chart_has_the_rows_that_it_names(searched: Found) -> None:
         assert names or spec.get("datasets") or spec["data"].get("values")
         for name in names:
             assert drawn["rows"][0].get(name) or spec["datasets"][name]
+
+
+def test_what_the_best_trial_s_perturbation_captured_is_drawn(searched: Found) -> None:
+    assert searched.best is not None
+    rows, drawn = share_rows(searched), charts.adversity(searched)
+    assert [row["share"] for row in rows if row["what"] == SHARES["captured_sharpness"]] == [
+        pytest.approx(told["captured_sharpness"], rel=1e-5)
+        for told in searched.best.history
+        if "captured_sharpness" in told
+    ]
+    assert drawn is not None
+    assert drawn.to_dict()["encoding"]["color"]["scale"]["domain"] == list(SHARES.values())
+    assert drawn.to_dict() in [chart.to_dict() for chart in charts.watched(searched)]
+    history = [{key: value for key, value in told.items() if key not in SHARES} for told in searched.best.history]
+    untold = replace(searched, records=[replace(record, history=history) for record in searched.records])
+    assert charts.adversity(untold) is None
 
 
 def test_the_best_is_drawn_last_and_stopped_trials_are_told_apart(searched: Found) -> None:
