@@ -216,5 +216,6 @@ def _print_studies(console: Console, summaries: Sequence[StudySummary], layout: 
     table = Table(name, "trials ended", "metric", "best", box=box.SIMPLE_HEAD, pad_edge=False)
     for summary in summaries:
         ended = f"{summary.ended} of {summary.num_trials}"
-        table.add_row(summary.study, ended, summary.metric, in_short(summary.best))
+        name_told = f"{summary.study} (its folder is gone)" if summary.is_gone else summary.study
+        table.add_row(name_told, ended, summary.metric, in_short(summary.best))
     console.print(table)

@@ -95,6 +95,18 @@ def test_a_folder_that_is_gone_is_said_to_be(words: list[str], left: str, layout
     assert not layout.trials("s").exists()
 
 
+def test_a_list_of_studies_marks_one_whose_folder_is_gone(layout: Layout) -> None:
+    open_study(load_space(None, [*TRIAL, "study.name=whole", "study.scheduler=none"]), layout, {}).release()
+    shutil.rmtree(layout.study("s"))
+    told = {words[0]: " ".join(words) for words in map(str.split, typed("show").stdout.splitlines()) if words}
+    assert told["s"].startswith("s (its folder is gone) 1 of 2 eval_loss")
+    assert told["whole"].startswith("whole 0 of ")
+    assert {one["study"]: one["is_gone"] for one in json.loads(typed("show", "--json").stdout)} == {
+        "s": True,
+        "whole": False,
+    }
+
+
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_search_begins_none_anew_in_the_place_of_a_folder_that_is_gone(resume: bool, layout: Layout) -> None:
     shutil.rmtree(layout.study("s"))

@@ -41,6 +41,20 @@ def test_what_can_never_be_right_is_refused(settings: list[str], line: str) -> N
     assert done.stderr == f"Error: {space_file('quickstart')}: {line}\n"
 
 
+def test_rows_are_the_same_under_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = '{"prompt": "a", "completion": "b"}\n'
+    for name in ("train.jsonl", "other.jsonl"):
+        (tmp_path / name).write_text(row * 9)
+    (tmp_path / "link.jsonl").symlink_to("train.jsonl")
+    (tmp_path / "linked").symlink_to(".")
+    given = ["train_data=train.jsonl", "validation_data=null", "study.finalists=2", "answer_pattern=null"]
+    for name in ("link.jsonl", "linked/train.jsonl", f"../{tmp_path.name}/./train.jsonl"):
+        done = validated(*given, f"test_data={name}")
+        assert "trial.test_data: is train_data, and a test is of rows that no trial saw" in done.stderr
+    assert validated(*given, "test_data=linked/other.jsonl").exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "line"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from math import ceil
 
@@ -33,9 +34,11 @@ def check_sense(space: Space) -> None:
 
 
 def _source(config: TrialConfig) -> tuple[str | None, ...]:
-    """What identifies the rows; only the Hub has splits and revisions."""
-    of_hub = kind_of(config.train_data, is_data=True) == "hub"
-    return (config.train_data, config.train_split, config.train_revision) if of_hub else (config.train_data,)
+    """What identifies the rows: only the Hub has splits and revisions, and a local file may have many names."""
+    kind = kind_of(config.train_data, is_data=True)
+    if kind == "hub":
+        return (config.train_data, config.train_split, config.train_revision)
+    return (os.path.realpath(config.train_data) if kind == "local" else config.train_data,)
 
 
 def _on_validation(config: TrialConfig) -> TrialConfig:

@@ -70,6 +70,7 @@ class StudySummary:
         ended: how many have ended.
         metric: what they are judged by.
         best: the best value of a complete trial; None before there is one, and of finalists, which their search judges.
+        is_gone: whether its folder is not where it was: other verbs say where that is.
     """
 
     study: str
@@ -77,6 +78,7 @@ class StudySummary:
     ended: int
     metric: str
     best: float | None
+    is_gone: bool = False
 
 
 def check_study(space: Space, layout: Layout, resume: bool, digests: Mapping[str, str]) -> None:
@@ -232,10 +234,10 @@ def summarise(layout: Layout) -> list[StudySummary]:
     if (storage := read_storage(layout)) is None:
         return []
     loaded = (optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage))
-    return [_summary(study) for study in loaded if SPACE in study.user_attrs]
+    return [_summary(study, layout) for study in loaded if SPACE in study.user_attrs]
 
 
-def _summary(study: optuna.Study) -> StudySummary:
+def _summary(study: optuna.Study, layout: Layout) -> StudySummary:
     described = study.user_attrs[SPACE]
     trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
     values = [trial.values[0] for trial in trials if status_of(trial) is Status.COMPLETE]
@@ -247,6 +249,7 @@ def _summary(study: optuna.Study) -> StudySummary:
         metric=objective.metric,
         # Of finalists it is the luckiest run, and not what is judged.
         best=None if search_of(study) is not None else objective.best_value(values),
+        is_gone=_is_gone(study, layout),
     )
 
 
@@ -345,7 +348,7 @@ def _check_place(study: optuna.Study, layout: Layout) -> None:
 
     And one from which its folder was removed: another one in its place would hide that.
     """
-    if layout.study_database is None and not layout.trials(study.study_name).is_dir():
+    if _is_gone(study, layout):
         name, folder = study.study_name, layout.study(study.study_name)
         raise UserError(
             f"study '{name}': its folder is gone; it was {folder}: put it back, or remove the rest with "
@@ -355,6 +358,11 @@ def _check_place(study: optuna.Study, layout: Layout) -> None:
     if layout.study_database is not None and not (file.is_file() and file.read_text() == study.user_attrs[ID]):
         where = f"--storage-path {layout.storage_path}"
         raise UserError(f"{where}: study '{study.study_name}' of {layout.database} keeps its trials in another folder")
+
+
+def _is_gone(study: optuna.Study, layout: Layout) -> bool:
+    """Whether the folder of a study was removed; of a shared database's it may be in another storage path."""
+    return layout.study_database is None and not layout.trials(study.study_name).is_dir()
 
 
 def _described(space: Space) -> dict[str, Any]:
