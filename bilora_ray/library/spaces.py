@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bilora_ray.errors import UserError
+from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import Locate, locate_here
 from bilora_ray.search.space import Space
 from bilora_ray.search.space.shipped import space_file
@@ -50,8 +50,15 @@ def of_settings(given: SpaceLike | None) -> SpaceLike | None:
 
 
 def as_overrides(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """`settings` as texts of --set."""
-    return tuple(f"{key}={json.dumps(value, default=_plain)}" for key, value in settings.items())
+    """`settings` as texts of --set. UserError if one is no value of a setting."""
+    return tuple(f"{key}={_as_json(key, value)}" for key, value in settings.items())
+
+
+def _as_json(key: str, value: Any) -> str:
+    try:
+        return json.dumps(value, default=_plain)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{key}: cannot be written as JSON ({first_line(error)})") from None
 
 
 def _plain(value: Any) -> Any:

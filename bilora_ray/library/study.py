@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bilora_ray.errors import MachineError, first_line
+from bilora_ray.library.arguments import checked
 from bilora_ray.library.exporting import choose, write
 from bilora_ray.library.rows import evaluation_rows, trial_rows
 from bilora_ray.library.surroundings import importing, left_as_found
@@ -61,6 +62,7 @@ class Study:
                 return view.record(finals.verdict.winner.trial)
             return view.best()
 
+    @checked
     def trial(self, number: int) -> TrialRecord:
         """One trial. UserError if there is none of that number."""
         with self._read() as view:
@@ -85,6 +87,7 @@ class Study:
         with self._read() as view:
             return pd.DataFrame(evaluation_rows(view))
 
+    @checked
     def export(
         self, output: str | Path, trial: int | None = None, *, prefer: str | None = None, merge: bool = False
     ) -> Path:

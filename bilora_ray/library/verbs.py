@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.errors import UserError
+from bilora_ray.library.arguments import checked
 from bilora_ray.library.exporting import check_new
 from bilora_ray.library.searching import Asked, Watch, check_search, is_counted, run_search, space_of
 from bilora_ray.library.spaces import SpaceLike, as_overrides, of_settings
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from bilora_ray.records import Moving, Objective, TrialRecord
 
 
+@checked
 def tune(
     space: SpaceLike,
     *,
@@ -86,6 +88,7 @@ def tune(
     return Study(search.space.study.name, asked.layout)
 
 
+@checked
 def train(
     space: SpaceLike | None = None,
     output: str | Path | None = None,
@@ -150,6 +153,7 @@ def train(
     return trained
 
 
+@checked
 def load_study(name: str, *, storage_path: str | Path | None = None, study_database: str | None = None) -> Study:
     """A study that was begun before, or that runs elsewhere, to read.
 

@@ -118,6 +118,8 @@ def test_a_study_without_a_trial_has_empty_tables_and_no_best() -> None:
     opened().release()
     found = bilora_ray.load_study("s", storage_path="runs")
     assert (found.best, len(found.trials()), len(found.history())) == (None, 0, 0)
+    with pytest.raises(bilora_ray.UserError, match=r"^number: must be a whole number, got '0'$"):
+        found.trial("0")  # type: ignore[arg-type]
 
 
 def test_a_study_that_runs_is_read_anew_each_time() -> None:
@@ -148,6 +150,18 @@ def test_a_study_that_runs_is_read_anew_each_time() -> None:
         (lambda: bilora_ray.train({"rank": {"choice": [4, 8]}}), "space: "),
         (lambda: bilora_ray.train(trial=3), "--trial: needs --study"),
         (lambda: bilora_ray.train({"rank": 4}, os.getcwd() + "/full"), "full: exists already"),
+        (lambda: bilora_ray.tune(3), "space: must be a text or a Path or a dict, got 3"),  # type: ignore[arg-type]
+        (lambda: bilora_ray.tune("quickstart", num_trials="3"), "num_trials: must be a whole number or None, got '3'"),
+        (lambda: bilora_ray.tune("quickstart", num_trials=True), "num_trials: must be a whole number or None, got"),
+        (lambda: bilora_ray.tune("quickstart", warm_start=["s", 3]), "warm_start: must be a list of texts, got ['s', "),
+        (lambda: bilora_ray.tune("quickstart", resume="no"), "resume: must be True or False, got 'no'"),
+        (lambda: bilora_ray.tune("quickstart", settings=["rank=3"]), "settings: must be a dict or None, got ['rank=3"),
+        (lambda: bilora_ray.tune("quickstart", settings={"rank": {(1, 2): 3}}), "rank: cannot be written as JSON ("),
+        (lambda: bilora_ray.tune("quickstart", num_trial=3), "tune: takes no 'num_trial'; did you mean 'num_trials'?"),
+        (lambda: bilora_ray.train([[0.5] * 99]), "space: must be a text or a Path or a dict or None, got list"),
+        (lambda: bilora_ray.train(study="s", trial="0"), "trial: must be a whole number or None, got '0'"),
+        (lambda: bilora_ray.load_study(None), "name: must be a text, got None"),  # type: ignore[arg-type]
+        (lambda: bilora_ray.load_study("s", storage_path=3), "storage_path: must be a text or a Path or None, got 3"),
     ],
 )
 def test_a_mistake_is_one_line_of_a_user_error(call: Any, line: str) -> None:
