@@ -199,6 +199,34 @@ def test_a_plain_text_is_learned_whole(folder: Path) -> None:
     assert done.exit_code == 0, done.output
     fixed = load_space(Path("my_space.yaml")).fixed
     assert (fixed["prompt_template"], fixed["completion_template"]) == ("", "{text}")
+    line = "Note: data: plain text is learned line by line; for answers or labels, give a table with a column of each "
+    assert line in done.output
+    assert f"# {line}" in in_one_line(Path("my_space.yaml"))
+
+
+def in_one_line(file: Path) -> str:
+    """The comments of a file as they were before they were wrapped."""
+    return file.read_text(encoding="utf-8").replace("\n#   ", " ")
+
+
+def test_a_label_that_all_rows_have_is_noted() -> None:
+    rows = texts(30, lambda _, text: {"text": text, "label": "spam"})
+    space, told = made(rows)
+    assert space["trial"]["task"] == "causal-lm"
+    line = "Note: label: is 'spam' in every row, of which no label can be learned"
+    assert line in told.splitlines()
+    assert f"# {line}\n" in in_one_line(Path("my_space.yaml"))
+
+
+def test_of_numbers_that_are_no_label_by_name_it_is_told_how_they_are_learned() -> None:
+    rows = texts(30, lambda random, text: {"description": text, "price": round(random.uniform(1, 99), 2)})
+    space, told = made(rows)
+    assert space["trial"]["task"] == "causal-lm"
+    way = "--task regression --set label_column=price"
+    line = f"Or: nothing is learned of 'price'; to learn numbers: {way}"
+    assert line in told.splitlines()
+    assert f"# {line}\n" in in_one_line(Path("my_space.yaml"))
+    assert made(rows, *way.split(), "--output", "numbers.yaml")[1].count("task: regression") == 1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise
 from pathlib import PurePath
@@ -47,6 +47,9 @@ DATE = re.compile(r"\d{4}-\d{1,2}-\d{1,2}|\d{1,2}[./]\d{1,2}[./]\d{2,4}")
 WORDS = re.compile(r"[A-Za-z][a-z]*|[0-9]+")
 # What is longer than this in characters, or has more different values than a third of the rows, is no label.
 LONGEST_LABEL = 60
+PLAIN = (
+    "data: plain text is learned line by line; for answers or labels, give a table with a column of each (docs/data.md)"
+)
 # Of so many rows a label has to be; below that every text is different.
 FEW = 3
 
@@ -58,10 +61,12 @@ class Column:
     Attributes:
         name: as the data have it.
         kind: of its values.
+        same: the value that all rows have, if they have one.
     """
 
     name: str
     kind: Kind
+    same: str | None = field(default=None, compare=False)
 
     @property
     def words(self) -> set[str]:
@@ -78,19 +83,30 @@ class Roles:
         why: that, in words.
         settings: those that name the columns.
         doubts: lines on what could have been meant instead, each with the option of `init` that says it.
+        notes: lines on what is seldom meant.
     """
 
     task: Task
     why: str
     settings: dict[str, Any]
     doubts: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())
 
 
 def look_at(records: Sequence[Record]) -> list[Column]:
     """The columns of `records`, in their order, by the first of these."""
     first = list(islice(records, BEGINNING))
     names = dict.fromkeys(name for record in first for name in record.columns)
-    return [Column(name, _kind(name, [record.columns.get(name) for record in first])) for name in names]
+    values = {name: [record.columns.get(name) for record in first] for name in names}
+    return [Column(name, _kind(name, found), _same(found)) for name, found in values.items()]
+
+
+def _same(values: Sequence[Any]) -> str | None:
+    """The value of a text or a number that all of several rows have."""
+    first = values[0]
+    if len(values) < FEW or not isinstance(first, str | int | float) or first == "":
+        return None
+    return str(first) if all(type(value) is type(first) and value == first for value in values) else None
 
 
 def _kind(name: str, values: Sequence[Any]) -> Kind:
@@ -216,7 +232,8 @@ def _written(columns: Sequence[Column], task: Task, said: Mapping[str, Any]) -> 
         name = usable[0].name
         settings = {"prompt_template": "", "completion_template": _in_braces(name)}
         _check_fit([name], said)
-        return Roles(task, f"'{name}' is learned as plain text, which answers nothing", settings)
+        why = f"'{name}' is learned as plain text, which answers nothing"
+        return Roles(task, why, settings, tuple(_of_numbers(columns, usable)), (PLAIN, *_of_one_value(columns)))
     called = [column for column in usable if _named(column, ANSWERS)]
     in_order = texts[1:] or [column for column in usable if column not in texts[:1]]
     completion = _first(called, ANSWERS) or in_order[-1]
@@ -246,7 +263,25 @@ def _written(columns: Sequence[Column], task: Task, said: Mapping[str, Any]) -> 
     if completion.kind == "label":
         way = f"--task sequence-classification {_set('label_column', completion.name)}"
         doubts.append(f"'{completion.name}' has few different values; to learn them as labels: {way}")
-    return Roles(task, f"'{completion.name}' is written to '{prompt.name}'", settings, tuple(doubts))
+    doubts += _of_numbers(columns, usable)
+    why = f"'{completion.name}' is written to '{prompt.name}'"
+    return Roles(task, why, settings, tuple(doubts), tuple(_of_one_value(columns)))
+
+
+def _of_numbers(columns: Sequence[Column], usable: Sequence[Column]) -> Iterator[str]:
+    """What could be learned of numbers, where there is a text to read."""
+    numbers = [column for column in columns if column.kind == "number"]
+    if numbers and any(column.kind == "text" for column in usable):
+        number = _first(numbers, LABELS) or numbers[0]
+        way = f"--task regression {_set('label_column', number.name)}"
+        yield f"nothing is learned of {_listed([column.name for column in numbers])}; to learn numbers: {way}"
+
+
+def _of_one_value(columns: Sequence[Column]) -> Iterator[str]:
+    """That what is called like a label is none."""
+    for column in columns:
+        if column.same is not None and _named(column, LABELS):
+            yield f"{column.name}: is '{column.same}' in every row, of which no label can be learned"
 
 
 def _labelled(columns: Sequence[Column], task: Task, said: Mapping[str, Any]) -> Roles:

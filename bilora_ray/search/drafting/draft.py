@@ -118,7 +118,9 @@ def draft(data: str, model: str | None, asked: Task | None, given: Given, output
     said = {**given, "trial": {**given["trial"], **relative}}
     config = config.model_copy(update={line.key: line.value for line in judged})
     told = list(_told(config, base, roles, rows, lengths))
-    return Draft(_with(lines, said), told, roles.doubts, [*_of_size(base, gpus > 0), *notes(rows, config, 1)])
+    return Draft(
+        _with(lines, said), told, roles.doubts, [*roles.notes, *_of_size(base, gpus > 0), *notes(rows, config, 1)]
+    )
 
 
 def _located(key: str, name: str) -> str:

@@ -24,6 +24,8 @@ def written(draft: Draft, schema: str) -> str:
     lines = [f"# yaml-language-server: $schema={schema}"]
     for told in draft.told:
         lines += _comment(told)
+    for note in draft.notes:
+        lines += _comment(f"Note: {note}")
     for doubt in draft.doubts:
         lines += _comment(f"Or: {doubt}")
     for section, heading in HEADINGS.items():
