@@ -230,6 +230,13 @@ class TrialConfig(Settings):
         decides="evaluation",
     )
     test_revision: str | None = setting(None, "Hub revision of test_data", decides="evaluation")
+    retention_data: str | None = setting(
+        None,
+        "local file of plain texts in text_column: where an adapter is scored on test rows, forgetting is by how much "
+        "its loss on each next token of them is above the base model's",
+        decides="evaluation",
+        source="data",
+    )
     column_names: tuple[str, ...] | None = setting(
         None, "columns of a CSV or TSV file without a header", decides="rows", holds_out=True
     )
@@ -837,7 +844,7 @@ def objective(metric: str) -> Objective:
 
 FACTS = facts_of(TrialConfig)
 # What no trial reads.
-TEST_SETTINGS = ("test_data", "test_split", "test_revision")
+TEST_SETTINGS = ("test_data", "test_split", "test_revision", "retention_data")
 
 
 def deciding(*words: Decides) -> frozenset[str]:

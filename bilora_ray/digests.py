@@ -118,7 +118,7 @@ def source_of(config: TrialConfig, setting: str) -> str:
 
     Args:
         config: the settings.
-        setting: `train_data`, `validation_data`, `test_data`, or one of the MARKS, which is before the name.
+        setting: one of the four that name data, as `train_data`, or one of the MARKS, which is before the name.
     """
     if setting in MARKS:
         return f"{MARKS[setting]}{getattr(config, setting)}"

@@ -30,6 +30,7 @@ DEPTH = {
     "release": 5,
     "training.probe.profile": 5,
     "training.probe.cost": 5,
+    "training.probe.retention": 5,
     "training.probe.untrained": 5,
     "training": 6,
     "training.probe": 7,

@@ -88,6 +88,8 @@ def asked(adapter: Path, data: str | None, overrides: Sequence[str], base_model:
             raise UserError(
                 f"--set {given[key]}: would measure on rows that the training did not hold out; give --data"
             )
+    # What a training names is scored once; an evaluation reads it where it is asked to.
+    config = config.model_copy(update={"retention_data": settings.get("retention_data")})
     have_home()
     return config, _compared(config, before, data, "validation_data" in given, base_model)
 
@@ -143,13 +145,20 @@ def _measured(adapter: Path | None, config: TrialConfig, examples: int) -> _Meas
     """Measure the adapter, or the base model or merged model that `config` names alone."""
     from bilora_ray.recipe import is_whole
     from bilora_ray.training.evaluate import evaluate, load_adapted, predict
+    from bilora_ray.training.probe.retention import forgetting
 
+    alone = adapter is None or is_whole(adapter)
+    if alone and config.retention_data is not None:
+        raise UserError("--set retention_data: is read with an adapter and without it, and there is none to take away")
     memory = telling_of_gpu_memory("; take a smaller one: --set per_device_eval_batch_size=N")
     with memory, waiting(f"reading the data and loading the base model {config.model_name_or_path}") as told_of:
-        model, loaded, told = load_adapted(None if adapter is None or is_whole(adapter) else adapter, config)
+        model, loaded, told = load_adapted(None if alone else adapter, config)
         config = config.model_copy(update={"label_names": loaded.label_names, "format": loaded.format})
         told_of.now(f"measuring {len(loaded.validation)} rows")
         metrics = evaluate(model, loaded.validation, config, loaded.tokenizer)
+        if config.retention_data is not None:
+            told_of.now(f"reading {config.retention_data} with the adapter and without it")
+            metrics |= forgetting(model, config, loaded.tokenizer)
         told_of.now(f"answering {examples} rows")
         predictions = predict(model, loaded, config, examples) if examples else []
     return _Measured(metrics, len(loaded.validation), [_told(one) for one in predictions], told)

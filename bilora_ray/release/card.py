@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from bilora_ray.config import FACTS, METHOD_TITLES, SOURCES, TASK_FACTS, TrialConfig, applies, shown
+from bilora_ray.config import FACTS, METHOD_TITLES, SOURCES, TASK_FACTS, TEST_SETTINGS, TrialConfig, applies, shown
 from bilora_ray.paths import BUILTIN, kind_by_name
 from bilora_ray.recipe import CONFIG, PAD
 from bilora_ray.release.licence import licence_of
@@ -119,7 +119,7 @@ def _data(config: TrialConfig, digests: Mapping[str, str]) -> str:
     rows = []
     for key, kind in SOURCES.items():
         name, revision = getattr(config, key), FACTS[key].revision
-        if not isinstance(name, str) or (key == "test_data" and key not in digests):
+        if not isinstance(name, str) or (key in TEST_SETTINGS and key not in digests):
             continue
         commit = getattr(config, revision) if revision is not None else None
         what = digests.get(key) or commit

@@ -14,6 +14,8 @@ from bilora_ray.runners.task import EXPECTED, import_training
 def score(adapter: str, settings: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of the adapter in a folder, with the `settings` of its trial, on the rows that they name to test on.
 
+    With `retention_data` they have `forgetting`, too: see `retention.forgetting`.
+
     Raises:
         UserError: the rows or the base model are not as the settings say, or it is too large for this machine.
     """
@@ -21,6 +23,7 @@ def score(adapter: str, settings: Mapping[str, Any]) -> dict[str, float]:
         import_training()
         from bilora_ray.recipe import evaluation_config, is_whole
         from bilora_ray.training.evaluate import evaluate, load_adapted
+        from bilora_ray.training.probe.retention import forgetting
 
         # The adapter knows the labels of its training. What it was allowed it still is: it is our own.
         known = {"label_names", "format", "metric"}
@@ -30,7 +33,9 @@ def score(adapter: str, settings: Mapping[str, Any]) -> dict[str, float]:
         config = evaluation_config(Path(adapter), tested)
         model, data, _ = load_adapted(Path(adapter), config)
         config = config.model_copy(update={"label_names": data.label_names, "format": data.format})
-        return evaluate(model, data.validation, config, data.tokenizer)
+        metrics = evaluate(model, data.validation, config, data.tokenizer)
+        config = config.model_copy(update={"retention_data": settings.get("retention_data")})
+        return {**metrics, **forgetting(model, config, data.tokenizer)}
 
 
 class Scorer:

@@ -19,7 +19,7 @@ from bilora_ray.search.space import SEEDS, Space, StudyConfig
 from bilora_ray.search.space.sense import without_effect
 from bilora_ray.search.space_file import check_draw
 from bilora_ray.search.study.layout import Layout
-from bilora_ray.training.rows import about, check_first_rows, load_rows, notes, shared_with
+from bilora_ray.training.rows import about, check_first_rows, load_rows, notes, read_retained, shared_with
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Dataset, check_positions
 
@@ -101,6 +101,8 @@ def preflight(space: Space, dry_run: bool = False) -> Checked:
     digests |= _others(space)
     tested, shared = _tested(config, rows, dry_run) if config.has_test else ({}, ())
     digests |= tested
+    if config.retention_data is not None:
+        digests[source_of(config, "retention_data")] = read_retained(config)[1]
     told = (
         *space.notes,
         *shared,

@@ -19,7 +19,7 @@ PACKAGE, VERSION = "bilora-ray", "bilora_ray.version."
 LIBRARIES = ("torch", "transformers", "peft", "ray", "optuna", "mlflow")
 GIT_TIMEOUT_S = 5.0
 # What the data of a setting are for, in MLflow's words.
-USES = {"train_data": "training", "validation_data": "validation", "test_data": "test"}
+USES = {"train_data": "training", "validation_data": "validation", "test_data": "test", "retention_data": "retention"}
 # MLflow's limits on the two texts.
 LONGEST_NAME, LONGEST_DIGEST = 500, 36
 

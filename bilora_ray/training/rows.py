@@ -14,8 +14,9 @@ from typing import Any
 
 from bilora_ray.config import TrialConfig, template_columns
 from bilora_ray.errors import UserError
+from bilora_ray.paths import kind_of
 from bilora_ray.training.data import sources
-from bilora_ray.training.data.columns import WrongLabels, filled
+from bilora_ray.training.data.columns import WrongLabels, filled, text_of
 from bilora_ray.training.data.formats import format_note, in_format
 from bilora_ray.training.data.labels import Labelled, RowLabels, labels_of_rows
 from bilora_ray.training.data.order import held_out, stratified
@@ -264,6 +265,26 @@ def shared_with(test: Dataset, rows: Dataset) -> Iterator[str]:
     tested = _first(test.validation)
     if shared := sum(_content(row) in seen for row in tested):
         yield f"test_data: {shared} of {len(tested)} test rows are training or validation rows too"
+
+
+def read_retained(config: TrialConfig) -> tuple[list[str], str]:
+    """The texts of `retention_data`, less the empty ones, and the digest of their file.
+
+    Raises:
+        UserError: it is no file of texts, or the task's models go on with none.
+    """
+    name = str(config.retention_data)
+    if not TASKS[config.task].continues:
+        allowed = ", ".join(word for word, task in TASKS.items() if task.continues)
+        raise UserError(f"retention_data: {config.task} goes on with no text; allowed with {allowed}")
+    if kind_of(name, is_data=True) == "hub":
+        raise UserError(f"retention_data: {name} is no file here; texts of the Hub are written to one first")
+    source = sources.read_file(name, config, "retention_data")
+    texts = [text_of(record, config.text_column) for record in source.records]
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise UserError(f"retention_data: {name} has no text in column '{config.text_column}' (text_column)")
+    return texts, source.digest
 
 
 def _empty_notes(rows: Collection[Any], config: TrialConfig, counted: str) -> Iterator[str]:

@@ -5,6 +5,7 @@ There is no Hub here: a fake.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -550,6 +551,16 @@ def test_what_finalists_train_beside_the_budgets_of_their_search_is_told(tiny: T
     more = "then come 8 trainings of its finalists, each as long as a whole trial"
     assert note == f"max_device_hours ends the search alone; {more}"
     assert preflight(space(tiny, budget, **local)).notes == ()
+
+
+def test_retention_data_are_checked_and_known(tiny: Tiny, tmp_path: Path) -> None:
+    texts = write_rows(tmp_path / "texts.jsonl", [{"text": "the sky"}])
+    rows = write_rows(tmp_path / "test.jsonl", [{"prompt": "say red", "completion": "red"}] * 3)
+    given, model = ("study.finalists=2", f"test_data={rows}"), str(tiny.model("causal-lm"))
+    checked = preflight(space(tiny, *given, f"retention_data={texts}", model_name_or_path=model))
+    assert checked.digests[str(texts)] == hashlib.sha256(texts.read_bytes()).hexdigest()[:16]
+    with pytest.raises(UserError, match="retention_data: org/wiki is no file here"):
+        preflight(space(tiny, *given, "retention_data=org/wiki", model_name_or_path=model))
 
 
 def test_test_data_are_checked_and_known_and_what_was_trained_on_is_told(tiny: Tiny, tmp_path: Path) -> None:

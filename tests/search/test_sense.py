@@ -33,6 +33,10 @@ def validated(*settings: str) -> Result:
             [f"test_data={DATA}/validation.jsonl", "study.finalists=2"],
             "trial.test_data: is validation_data, and a test is of rows that no trial saw",
         ),
+        (
+            [f"retention_data={DATA}/test.jsonl", "study.finalists=2"],
+            "trial.retention_data: is read where test rows are scored; give trial.test_data",
+        ),
     ],
 )
 def test_what_can_never_be_right_is_refused(settings: list[str], line: str) -> None:

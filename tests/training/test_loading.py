@@ -36,6 +36,7 @@ OTHERS: dict[str, Any] = {
     "test_data": "org/test",
     "test_revision": "main",
     "test_split": "test",
+    "retention_data": "texts.jsonl",
 }
 # What a setting is refused without.
 NEEDED = {

@@ -54,6 +54,7 @@ def _run(entry: str, seed: int, record: TrialRecord, score: Mapping[str, float],
         step_seconds=step_seconds(record.history),
         memory_gib=max((told["gpu_memory_gib"] for told in record.history if "gpu_memory_gib" in told), default=None),
         train_seconds=_seconds(record),
+        forgetting=score.get("forgetting"),
         adapter_mb=record.history[-1].get("adapter_mb") if record.history else None,
     )
 

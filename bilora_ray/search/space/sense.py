@@ -13,7 +13,7 @@ from bilora_ray.search.space.space import Space
 
 
 def check_sense(space: Space) -> None:
-    """Refuse a target that no metric has, a first trial of no settings, and test rows that are those of the trials.
+    """Refuse a target that no metric has, a first trial of no settings, and test rows that are missing or the trials'.
 
     Raises:
         UserError: one of these.
@@ -26,6 +26,8 @@ def check_sense(space: Space) -> None:
         if not point:
             raise UserError(f"{space.path}: study.points_to_evaluate[{index}]: names no setting")
     config = space.first_config()
+    if config.retention_data is not None and not config.has_test:
+        raise UserError(f"{space.path}: trial.retention_data: is read where test rows are scored; give trial.test_data")
     if config.has_test:
         test = _source(config.on_test())
         for source, other in (("train_data", config), ("validation_data", _on_validation(config))):

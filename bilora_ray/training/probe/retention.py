@@ -1,0 +1,51 @@
+"""What an adapter has made its base model forget: how much worse either reads texts that are of no training."""
+
+from __future__ import annotations
+
+from array import array
+
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from bilora_ray.config import TrialConfig
+from bilora_ray.errors import UserError
+from bilora_ray.training.evaluate import evaluate
+from bilora_ray.training.metrics import IGNORED
+from bilora_ray.training.rows import read_retained
+from bilora_ray.training.tasks.base import Example, Model
+
+
+def forgetting(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """`forgetting`, by how much the mean loss per token of `retention_data` has risen, and `retention_loss`, as it is.
+
+    Of each text the first `max_length` tokens are read, with the special tokens that the tokenizer gives a text. PEFT's
+    method_comparison has a measure of this name, and computes it so. Nothing where the settings name no such texts, or
+    the model has no adapter.
+
+    Args:
+        model: on its device, its adapter loaded. It is left as it was.
+        config: the settings.
+        tokenizer: the base model's.
+
+    Raises:
+        UserError: `retention_data` is not as `read_retained` asks for, or no text of it has two tokens.
+    """
+    if config.retention_data is None or not isinstance(model, PeftModel):
+        return {}
+    texts, _ = read_retained(config)
+    examples = _examples(texts, config, tokenizer)
+    # The loss is all that is asked: nothing is written, and no gradient is looked at.
+    plain = config.model_copy(update={"predict_with_generate": False, "sharpness_radius": None, "metric": "eval_loss"})
+    after = evaluate(model, examples, plain, tokenizer)["eval_loss"]
+    with model.disable_adapter():
+        before = evaluate(model, examples, plain, tokenizer)["eval_loss"]
+    return {"forgetting": after - before, "retention_loss": after}
+
+
+def _examples(texts: list[str], config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """Each text with a label on all tokens but the first, which nothing predicts."""
+    tokens = tokenizer(texts, truncation=True, max_length=config.max_length, verbose=False)["input_ids"]
+    whole = [array("i", ids) for ids in tokens if len(ids) > 1]
+    if not whole:
+        raise UserError(f"retention_data: no text of {config.retention_data} has a token that follows another")
+    return [Example(input_ids=ids, labels=array("i", [IGNORED, *ids[1:]])) for ids in whole]
