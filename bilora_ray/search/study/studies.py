@@ -301,7 +301,22 @@ def _read(layout: Layout, name: str) -> optuna.Study:
 
 def has_begun(name: str, layout: Layout) -> bool:
     """Whether study `name`, which is there, has begun: one that was made, and of which no trial ran, is made anew."""
-    study = _read(layout, name)
+    return _has_begun(_read(layout, name), layout)
+
+
+def begun_studies(layout: Layout, names: Sequence[str]) -> dict[str, StudyView]:
+    """Those of the studies `names` that have begun, to read. UserError if one is not all there any more."""
+    if (storage := read_storage(layout)) is None:
+        return {}
+    there = set(optuna.get_all_study_names(storage))
+    found = {name: optuna.load_study(study_name=name, storage=storage) for name in names if name in there}
+    found = {name: study for name, study in found.items() if _has_begun(study, layout)}
+    for study in found.values():
+        _check_place(study, layout)
+    return {name: StudyView(study, _space(study), layout) for name, study in found.items()}
+
+
+def _has_begun(study: optuna.Study, layout: Layout) -> bool:
     if SPACE not in study.user_attrs or layout.study_database is not None:
         # Of a database that others use, nobody can tell whether who made the study is about to begin.
         return SPACE in study.user_attrs

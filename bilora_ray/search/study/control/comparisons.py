@@ -22,8 +22,8 @@ from bilora_ray.records import TrialRecord
 from bilora_ray.search.space import Choice, Given, Range, Space, StudyConfig, Value, named, setting_of
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.samplers.qmc import point
-from bilora_ray.search.study.storage import open_storage, study_names
-from bilora_ray.search.study.studies import has_begun, load_study, steered_study
+from bilora_ray.search.study.storage import open_storage
+from bilora_ray.search.study.studies import begun_studies, steered_study
 from bilora_ray.search.study.view import ENDED, ERROR, StudyView
 
 # What each study of a comparison keeps: the comparison's `name`, and what it was `asked` for.
@@ -50,8 +50,7 @@ def begun_parts(layout: Layout, names: Iterable[str], comparison: str) -> dict[s
     Raises:
         UserError: a study of such a name is no part of it.
     """
-    there = set(study_names(layout))
-    found = {name: load_study(layout, name) for name in names if name in there and has_begun(name, layout)}
+    found = begun_studies(layout, list(names))
     for name, study in found.items():
         if comparison_of(study.study) != comparison:
             raise UserError(f"comparison '{comparison}': a study '{name}' exists, which is none of it; rename this one")

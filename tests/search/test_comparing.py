@@ -1,0 +1,409 @@
+"""Comparisons of simulated trainings: equal tuning, paired runs, each score once, whatever interrupts them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from bilora_ray.config import TrialConfig
+from bilora_ray.errors import CommonCause, MachineError, UserError
+from bilora_ray.evidence.outcome import Outcome, notes
+from bilora_ray.records import TrialRecord
+from bilora_ray.search.comparing import run as comparing_run
+from bilora_ray.search.comparing.file import Comparison, load_comparison
+from bilora_ray.search.comparing.gathered import gathered, step_seconds
+from bilora_ray.search.comparing.run import Comparing, asked_of, check_begun, compare
+from bilora_ray.search.comparing.told import PICTURE, TEXT, tell_outcome
+from bilora_ray.search.simulated import Metrics, simulate
+from bilora_ray.search.space import Space, StudyConfig
+from bilora_ray.search.space.order import check_settings
+from bilora_ray.search.space_file import load_space
+from bilora_ray.search.study.control.comparisons import run_seeds, runs_space, tuning_points
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.studies import load_study, open_study
+from bilora_ray.search.study.view import StudyView
+
+FILE = """
+comparison: {name: c, tune: 4, seeds: 5, sharpness_radius: null}
+trial:
+  model_name_or_path: org/model
+  task: causal-lm
+  train_data: org/data
+  validation_data: org/validation
+  test_data: org/test
+  seed: 3
+  learning_rate: {low: 1.0e-4, high: 1.0e-2, log: true}
+  max_steps: 4
+methods:
+  lora: {}
+  bilora: {rho: {low: 0.005, high: 1.0, log: true}, rank: {choice: [4, 16]}}
+  halved: {method: bilora, rank: 4, auxiliary_rank: rank / 2, rho: {low: 0.1, high: 0.2}}
+"""
+
+
+class World:
+    """A machine that trains in no time, and may die.
+
+    Attributes:
+        dies_at: how many evaluations more it makes before it does; None: it lives.
+        fails: which trainings fail.
+        trained: how often each run was begun, by entry and seed.
+        scored: which runs were scored, in order.
+        begun: how often a cluster was started.
+    """
+
+    def __init__(self, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.layout = layout
+        self.dies_at: int | None = None
+        self.fails: Callable[[TrialConfig], bool] = lambda config: False
+        self.scored: list[int] = []
+        self.said: list[str] = []
+        self.labels: list[str] = []
+        self.begun = 0
+        monkeypatch.setattr(comparing_run, "search", self.search)
+        monkeypatch.setattr(comparing_run, "joined", self.joined)
+        monkeypatch.setattr(comparing_run, "at_once", lambda space, say: 2)
+        monkeypatch.setattr(comparing_run, "_scored", self.score)
+
+    @contextmanager
+    def joined(self, *_: object) -> Iterator[None]:
+        self.begun += 1
+        yield
+
+    def search(self, space: Space, layout: Layout, *, part: Mapping[str, Any], **_: object) -> StudyView:
+        study = open_study(space, layout, {}, part)
+        try:
+            failing = _Failing(study, self)
+            simulate(study, failing.curve, workers=2, keep=True)
+        finally:
+            study.release()
+        return study
+
+    def score(self, comparing: Comparing, runs: StudyView, left: Sequence[TrialRecord], count: int) -> dict[int, str]:
+        for record in left:
+            self.lives()
+            self.scored.append(record.number)
+            found = _quality(runs.config(record.number))
+            comparing_run.keep_score(self.layout, runs.space.study.name, record.number, {"eval_loss": found})
+        return {}
+
+    def lives(self) -> None:
+        if self.dies_at is not None:
+            self.dies_at -= 1
+            if self.dies_at < 0:
+                raise KeyboardInterrupt
+
+    def compare(self, comparison: Comparison, resume: bool = False, more: int | None = None) -> Outcome:
+        check_begun(comparison, self.layout, {}, resume or more is not None, more)
+        watch: Any = lambda count, objective, labels: self.labels.append(labels[0])  # noqa: E731
+        asked = asked_of(comparison)
+        comparing = Comparing(comparison, self.layout, None, None, {}, watch, self.said.append, asked)
+        compare(comparing, more)
+        return gathered(comparison, self.layout)
+
+
+class _Failing:
+    def __init__(self, study: Any, world: World) -> None:
+        self.study, self.world = study, world
+
+    def curve(self, config: TrialConfig) -> list[Metrics]:
+        self.world.lives()
+        if self.world.fails(config):
+            # As a training that diverges: no evaluation is a number, and the study takes it for a failure.
+            return [{"step": s, "max_steps": 4, "eval_loss": float("nan"), "train_runtime": float(s)} for s in (2, 4)]
+        quality = _quality(config)
+        return [{"step": s, "max_steps": 4, "eval_loss": quality, "train_runtime": float(s)} for s in (2, 4)]
+
+
+def _quality(config: TrialConfig) -> float:
+    """Better for Bi-LoRA; with the noise of the seed, which all methods share, and some of their own."""
+    gain = 0.2 if config.method == "bilora" else 0.0
+    noise = Random(config.seed).gauss(0, 1) + Random(f"{config.seed} {config.method} {config.rank}").gauss(0, 0.01)
+    return 3.0 + noise - gain - config.learning_rate
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outcome]:
+    """The storage path of a comparison that is finished, and its outcome."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return folder / "runs", World(Layout(folder / "runs"), monkeypatch).compare(read(folder))
+
+
+@pytest.fixture
+def after(finished: tuple[Path, Outcome], world: World) -> tuple[World, Outcome]:
+    """A world in which that comparison is finished."""
+    shutil.copytree(finished[0], world.layout.storage_path)
+    return world, finished[1]
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    return World(Layout(tmp_path / "runs"), monkeypatch)
+
+
+def read(folder: Path, *overrides: str) -> Comparison:
+    file = folder / "c.yaml"
+    file.write_text(FILE, encoding="utf-8")
+    return load_comparison(file, overrides)
+
+
+def runs_of(world: World) -> StudyView:
+    return load_study(world.layout, "c-runs")
+
+
+def test_each_entry_is_tuned_alike_and_then_run_on_the_same_fresh_seeds(tmp_path: Path, world: World) -> None:
+    outcome = world.compare(read(tmp_path))
+    tuned = {entry: load_study(world.layout, f"c-tune-{entry}") for entry in outcome.entries}
+    rates = {entry: [record.sampled["learning_rate"] for record in study.records()] for entry, study in tuned.items()}
+    assert all(len(found) == 4 for found in rates.values())
+    assert rates["lora"] == rates["bilora"] == rates["halved"]
+    runs = runs_of(world)
+    found = {(record.sampled["variant"], record.sampled["seed"]) for record in runs.records()}
+    seeds = {seed for _, seed in found}
+    assert len(found) == len(runs.records()) == 15
+    assert len(seeds) == 5
+    assert 3 not in seeds
+    order = [record.sampled["variant"] for record in runs.records()]
+    assert order == ["lora", "bilora", "halved"] * 5  # so that a drift of the machine is shared
+    for record in runs.records():
+        best = tuned[record.sampled["variant"]].best()
+        assert best is not None
+        own, tried = runs.config(record.number), tuned[record.sampled["variant"]].config(best.number)
+        changed = {key for key, value in own.model_dump().items() if value != tried.model_dump()[key]}
+        assert changed <= {"seed", "split_seed", "variant"}
+        assert own.resolved_split_seed == tried.resolved_split_seed == 3
+    assert world.begun == 1
+    assert sorted(world.scored) == list(range(15))
+
+
+def test_the_runs_study_is_a_space_like_any_other(after: tuple[World, Outcome]) -> None:
+    space = runs_of(after[0]).space
+    check_settings(space)
+    assert space.names_of("variant") == ["variant"]
+    assert space.names_of("seed") == ["seed"]
+    assert {name.partition("@")[0] for name in space.given} >= {"method", "rho", "rank"}
+    assert "rho@variant=lora" not in space.given  # which reads none
+    assert space.fixed["split_seed"] == 3
+    assert "test_data" not in space.fixed
+
+
+def test_what_is_better_on_each_seed_is_told(finished: tuple[Path, Outcome]) -> None:
+    outcome = finished[1]
+    assert (outcome.metric, outcome.greater_is_better, outcome.baseline) == ("test_loss", False, "lora")
+    assert outcome.verdict("bilora") == "better"
+    found = outcome.differences["bilora"]
+    assert found is not None
+    assert found.mean == pytest.approx(-0.2, abs=0.05)
+    assert [one.trials for one in outcome.tuned] == [4, 4, 4]
+    # A trial takes 4 seconds, and there is a device each.
+    assert outcome.tuned[0].device_hours == pytest.approx(4 * 4 / 3600)
+
+
+@pytest.mark.parametrize("deaths", [(3, 11, 14), (0, 14, 16)])
+def test_whoever_is_killed_goes_on_to_the_same_table(
+    tmp_path: Path, world: World, deaths: Sequence[int], finished: tuple[Path, Outcome]
+) -> None:
+    for death in deaths:
+        world.dies_at = death
+        with pytest.raises(KeyboardInterrupt):
+            world.compare(read(tmp_path), resume=_has_begun(world))
+    world.dies_at = None
+    assert world.compare(read(tmp_path), resume=_has_begun(world)) == finished[1]
+    assert sorted(world.scored) == list(range(15))
+    assert len(runs_of(world).records()) == 15
+
+
+def _has_begun(world: World) -> bool:
+    try:
+        return bool(load_study(world.layout, "c-tune-lora").records())
+    except UserError:
+        return False
+
+
+def test_a_finished_comparison_starts_nothing_and_says_the_same(tmp_path: Path, after: tuple[World, Outcome]) -> None:
+    world, first = after
+    assert world.compare(read(tmp_path), resume=True) == first
+    assert (world.scored, world.begun) == ([], 0)
+
+
+def test_more_seeds_leave_those_there_were_and_the_look_is_told(tmp_path: Path, after: tuple[World, Outcome]) -> None:
+    world, first = after
+    more = world.compare(read(tmp_path), more=2)
+    assert len(more.seeds) == 7
+    assert more.seeds[:5] == first.seeds
+    assert [run for run in more.runs if run.seed in first.seeds] == list(first.runs)
+    assert sorted(world.scored) == list(range(15, 21))
+    assert more.extended
+    assert not first.extended
+    assert any("after a look" in note for note in notes(more))
+    assert world.compare(read(tmp_path), resume=True) == more  # which is not shrunk
+
+
+def test_more_seeds_that_are_interrupted_are_not_asked_for_twice(tmp_path: Path, after: tuple[World, Outcome]) -> None:
+    world, _ = after
+    world.dies_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        world.compare(read(tmp_path), more=2)
+    world.dies_at = None
+    assert len(world.compare(read(tmp_path), resume=True).seeds) == 7
+
+
+def test_an_entry_whose_trials_all_fail_is_told_of_and_the_others_go_on(tmp_path: Path, world: World) -> None:
+    world.fails = lambda config: config.rank == 4 and config.auxiliary_rank == 2
+    outcome = world.compare(read(tmp_path))
+    assert "halved: none of its 4 trials is complete; `bilora-ray show c-tune-halved` says how" in world.said[0]
+    assert {run.entry for run in outcome.runs} == {"lora", "bilora"}
+    assert outcome.differences["halved"] is None
+    assert world.compare(read(tmp_path), resume=True) == outcome
+
+
+def test_a_baseline_whose_trials_all_fail_ends_it(tmp_path: Path, world: World) -> None:
+    world.fails = lambda config: config.method == "lora"
+    with pytest.raises(UserError, match=r"lora: none of its 4 trials is complete.*the others are compared with it"):
+        world.compare(read(tmp_path))
+
+
+def test_a_run_that_fails_drops_its_pair_alone(tmp_path: Path, world: World) -> None:
+    comparison = read(tmp_path)
+    (seed, *_) = run_seeds(0, 5, [3])
+    world.fails = lambda config: config.seed == seed and config.method == "bilora"
+    outcome = world.compare(comparison)
+    found = outcome.differences["bilora"]
+    assert found is not None
+    assert found.pairs == 4
+    assert sum(run.quality is None for run in outcome.runs) == 2
+    assert any("1 of 5 runs have no score" in note for note in notes(outcome))
+    assert len(world.scored) == 13
+    assert world.compare(comparison, resume=True) == outcome  # a failure is what it is
+
+
+def test_trials_that_all_fail_for_one_cause_are_all_tried_unless_a_machine_is_why(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halted = iter([True, False])
+
+    def search(space: Space, *arguments: object, **rest: Any) -> StudyView:
+        found = world.search(space, *arguments, **rest)  # type: ignore[arg-type]
+        if "bilora" in space.study.name and next(halted, False):
+            raise CommonCause("5 trials in a row failed")
+        return found
+
+    monkeypatch.setattr(comparing_run, "search", search)
+    world.fails = lambda config: config.method == "bilora"
+    with pytest.raises(UserError, match="lora alone has a trial that is complete"):
+        world.compare(read(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("comparison.tune=5", "began with another file: tune was 4, is 5"),
+        ("comparison.seeds=6", "began with another file: seeds was 5, is 6; --extend adds seeds"),
+        ("comparison.budget=seconds", "budget was 'steps', is 'seconds'"),
+        ("comparison.baseline=bilora", "baseline was 'lora', is 'bilora'"),
+        ("max_steps=5", "max_steps was 4, is 5"),
+        ("rank=2", "study 'c-tune-lora' began with other space: rank was 8, is 2"),
+        ("methods.bilora.rho={low: 0.1, high: 1}", "study 'c-tune-bilora' began with other space: rho was"),
+    ],
+)
+def test_another_file_is_refused_with_what_changed(
+    tmp_path: Path, after: tuple[World, Outcome], override: str, line: str
+) -> None:
+    world, _ = after
+    with pytest.raises(UserError) as error:
+        world.compare(read(tmp_path, override), resume=True)
+    assert line in str(error.value)
+
+
+def test_who_forgets_to_resume_or_has_nothing_to_is_told(tmp_path: Path, world: World) -> None:
+    for arguments in ({"resume": True}, {"more": 1}):
+        with pytest.raises(UserError, match="comparison 'c': nothing to resume"):
+            world.compare(read(tmp_path), **arguments)  # type: ignore[arg-type]
+    world.dies_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        world.compare(read(tmp_path))
+    with pytest.raises(UserError, match=r"comparison 'c' exists in .*: go on with --resume"):
+        world.compare(read(tmp_path))
+    with pytest.raises(UserError, match="--extend 1: comparison 'c' has no run yet; go on with --resume"):
+        world.compare(read(tmp_path), more=1)
+
+
+def test_a_study_of_another_origin_is_not_taken_over(tmp_path: Path, world: World) -> None:
+    settings = ["model_name_or_path=org/m", "task=causal-lm", "train_data=org/d", "rho={low: 0.1, high: 1}"]
+    other = load_space(None, ["study.name=c-runs", "study.num_trials=1", *settings])
+    study = open_study(other, world.layout, {})
+    simulate(study, _Failing(study, world).curve)
+    study.release()
+    with pytest.raises(UserError, match="comparison 'c': a study 'c-runs' exists, which is none of it; rename this"):
+        world.compare(read(tmp_path))
+
+
+def test_more_seeds_begin_with_those_of_fewer() -> None:
+    few, many = run_seeds(7, 3, [1]), run_seeds(7, 50, [1])
+    assert many[:3] == few
+    assert len(set(many)) == 50
+    assert run_seeds(7, 3, [few[1]]) == (few[0], *many[2:4])
+    assert run_seeds(8, 3, [1]) != few
+
+
+def test_conditions_of_an_entry_decide_what_its_trials_try(tmp_path: Path) -> None:
+    two = "methods.bilora.rho=[{low: 0.1, high: 0.2, when: {rank: 4}}, {low: 0.5, high: 0.9, when: {rank: 16}}]"
+    space = read(tmp_path, two).spaces["bilora"]
+    points = tuning_points(space, 8, 4, "learning_rate")
+    assert {point["rank"] for point in points} == {4, 16}
+    for point in points:
+        assert (float(str(point["rho"])) < 0.3) is (point["rank"] == 4)
+        space.trial_config(point)
+
+
+def test_the_pairs_of_a_step_say_how_long_it_takes() -> None:
+    told = [
+        {"step": 2, "num_input_tokens_seen": 100, "tokens_per_second": 25.0},
+        {"step": 6, "num_input_tokens_seen": 300, "tokens_per_second": 50.0},
+        {"step": 8, "num_input_tokens_seen": 400, "tokens_per_second": 50.0},
+    ]
+    assert step_seconds(told) == 1.0
+    assert step_seconds([]) is None
+
+
+def test_what_was_found_is_kept_as_text_and_picture(after: tuple[World, Outcome]) -> None:
+    (world, outcome), said = after, list[str]()
+    folder = tell_outcome(outcome, runs_of(world), None, said.append)
+    assert json.loads((folder / TEXT).read_text(encoding="utf-8"))["entries"][1]["verdict"] == "better"
+    assert (folder / PICTURE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_distribution_shared_by_all_is_drawn_alike(tmp_path: Path) -> None:
+    comparison = read(tmp_path, "lora_dropout={low: 0.0, high: 0.5}")
+    most = max(len(space.distributions) for space in comparison.spaces.values())
+    points = [tuning_points(space, 4, most, "learning_rate") for space in comparison.spaces.values()]
+    shared = [[(point["learning_rate"], point["lora_dropout"]) for point in found] for found in points]
+    assert shared[0] == shared[1] == shared[2]
+
+
+def test_entries_of_distinct_ranks_keep_them(tmp_path: Path) -> None:
+    comparison = read(tmp_path)
+    spaces = comparison.spaces
+    best = {entry: spaces[entry].first_config().model_dump(exclude={"variant", "seed"}) for entry in spaces}
+    runs = runs_space(spaces["lora"], "c-runs", best, [1, 2])
+    found = {str(point["variant"]): runs.trial_config(point) for point in runs.points_to_evaluate}
+    assert {entry: config.rank for entry, config in found.items()} == {"lora": 8, "bilora": 4, "halved": 4}
+    assert found["halved"].auxiliary_rank == 2
+    assert isinstance(runs.study, StudyConfig)
+
+
+def test_a_machine_that_fails_ends_it(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def search(*_: object, **__: object) -> None:
+        raise MachineError("the disk is full")
+
+    monkeypatch.setattr(comparing_run, "search", search)
+    with pytest.raises(MachineError, match="the disk is full"):
+        world.compare(read(tmp_path))
