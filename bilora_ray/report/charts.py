@@ -215,8 +215,7 @@ def adversity(found: Found) -> Chart | None:
             alt.Y("share:Q", title="share of the best trial's sharpness", scale=alt.Scale(zero=True)),
             alt.Color("what:N", title=None, scale=colours),
             tooltip=[alt.Tooltip("what:N"), alt.Tooltip(f"{unit}:Q"), alt.Tooltip("share:Q", format=".3f")],
-        ),
-        LOW,
+        )
     )
 
 

@@ -19,9 +19,9 @@ BEST = "the best"
 WATCHED = {"auxiliary_norm": "Norm of the auxiliary's perturbation", "sharpness": "Sharpness"}
 # The same of the best trial alone, as shares: 1 is all there is -> what a legend calls it.
 SHARES = {
-    "captured_sharpness": "sharpness that it captures",
-    "stale_captured_sharpness": "that the last batch's gradient would",
-    "auxiliary_cosine": "cosine with the gradient",
+    "captured_sharpness": "captured",
+    "stale_captured_sharpness": "by a batch-old one",
+    "auxiliary_cosine": "cosine",
 }
 # So many evaluations are drawn at the most, or the page would be slow and large.
 MOST_EVALUATIONS = 12_000
