@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import sqlite3
 import sys
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from wsgiref.util import setup_testing_defaults
 
 import pytest
@@ -17,6 +19,7 @@ from chaos.nodes import free_port
 from click.testing import CliRunner
 from mlflow_server import Server
 
+from bilora_ray.cli import ui
 from bilora_ray.cli.main import main
 from bilora_ray.errors import UserError
 from bilora_ray.records import Objective, Status, TrialRecord
@@ -66,6 +69,42 @@ def asked(app: object, method: str, path: str) -> tuple[str, bytes]:
     said: list[str] = []
     body = b"".join(app(environment, lambda status, headers, error=None: said.append(status)))  # type: ignore[operator]
     return said[0], body
+
+
+@pytest.mark.parametrize("pages", ["mlflow", "optuna"])
+def test_where_others_share_the_machine_it_is_told_what_they_can_do(
+    pages: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracked(tmp_path, "first")
+    open_study(load_space(None, SPACE), Layout(tmp_path), {}).release()
+    monkeypatch.setattr(os, "execve", lambda *_: None)
+    monkeypatch.setattr(dashboard, "serve", lambda *_: None)
+    monkeypatch.setattr(dashboard, "check_dashboard_is_there", lambda: None)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def told(*accounts: tuple[int, str]) -> list[str]:
+        known = [SimpleNamespace(pw_uid=uid, pw_shell=shell) for uid, shell in accounts]
+        monkeypatch.setattr(ui.pwd, "getpwall", lambda: known)
+        option = ["--optuna"] if pages == "optuna" else []
+        result = CliRunner().invoke(main, ["ui", "--storage-path", str(tmp_path), "--port", str(free_port()), *option])
+        assert result.exit_code == 0, result.output
+        return [line for line in result.stderr.splitlines() if line.startswith("Note: ")]
+
+    monkeypatch.setattr(ui, "PEOPLE", (10**6, 10**7))  # of whom none has a process here
+    assert told((0, "/bin/sh"), (10**6 + 1, "/usr/sbin/nologin"), (os.getuid(), "/bin/sh")) == []
+    can = (
+        "look at it too" if pages == "optuna" else "open it too, and change or remove runs: MLflow asks for no password"
+    )
+    assert told((10**6 + 1, "/bin/bash")) == [f"Note: the other users of this machine can {can}"]
+
+
+def test_who_has_a_process_here_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ui.pwd, "getpwall", list)
+    monkeypatch.setattr(ui, "PEOPLE", (0, 65534))
+    own = os.getuid()
+    assert own not in ui._others()
+    monkeypatch.setattr(os, "getuid", lambda: own + 1)
+    assert own in ui._others()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("optuna_dashboard") is None, reason="needs optuna-dashboard")
