@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from bilora_ray.errors import MachineError, UserError
     from bilora_ray.library.study import Study
-    from bilora_ray.library.verbs import load_study, train, tune
+    from bilora_ray.library.verbs import compare, load_study, train, tune
     from bilora_ray.records import Status, TrialRecord
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "TrialRecord",
     "UserError",
     "__version__",
+    "compare",
     "load_study",
     "train",
     "tune",
@@ -45,6 +46,7 @@ PLACES = {
     "Study": "library.study",
     "TrialRecord": "records",
     "UserError": "errors",
+    "compare": "library.verbs",
     "load_study": "library.verbs",
     "train": "library.verbs",
     "tune": "library.verbs",

@@ -27,6 +27,7 @@ from bilora_ray.cli.main import COMMANDS, main
 from bilora_ray.cli.settings import rows as settings
 from bilora_ray.config import EXACT_MATCH, SHARPNESS, TASK_FACTS, Primary
 from bilora_ray.facts import METHOD_NAMES
+from bilora_ray.search.comparing.file import ComparisonConfig, checked_comparison, sections_of
 from bilora_ray.search.space import Range
 from bilora_ray.search.space_file import load_space
 
@@ -73,7 +74,12 @@ def test_the_page_of_methods_has_each() -> None:
 def test_a_page_names_settings_that_there_are(document: Path) -> None:
     text = document.read_text(encoding="utf-8").partition("<!-- files -->")[0]
     named = set(re.findall(r"`([a-z0-9_]+): ", re.sub(r"^### .*$", "", text, flags=re.M)))
-    known = {*(row["key"] for row in settings()), *(row["section"] for row in settings()), *Range.model_fields}
+    known = {
+        *(row["key"] for row in settings()),
+        *(row["section"] for row in settings()),
+        *Range.model_fields,
+        *ComparisonConfig.model_fields,
+    }
     assert named <= known
 
 
@@ -138,6 +144,9 @@ def _spaces() -> Iterator[tuple[Path, dict[str, Any]]]:
 def test_every_space_is_one_that_the_command_line_takes(tmp_path: Path) -> None:
     found = list(_spaces())
     for number, (document, part) in enumerate(found):
+        if "comparison" in part:
+            checked_comparison(sections_of(part, document), document, (), locate=lambda name, *_: name)
+            continue
         assert part.keys() <= {"study", "trial", "resources"}, document
         whole = {"study", "trial"} <= part.keys()
         file = tmp_path / f"{document.stem}-{number}.yaml"

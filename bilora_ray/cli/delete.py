@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,32 +41,35 @@ def command(
 ) -> None:
     """Remove STUDY: its checkpoints and adapters, its records, and its runs in MLflow. Exported adapters stay.
 
-    Its finalists go with it.
+    Its finalists go with it. The name of a comparison removes all of its studies.
     """
+    from bilora_ray.search.study.control.comparisons import parts_of
     from bilora_ray.search.study.control.disk import used
     from bilora_ray.search.study.steering.removal import none_searches, remove
     from bilora_ray.search.study.storage import naming_the_database
     from bilora_ray.search.study.studies import steered_study
 
     layout = Layout(absolute(storage_path), study_database)
-    with naming_the_database(layout, then=""):
-        found = steered_study(layout, study, even_if_gone=True)
-        with none_searches(found, layout) as studies:
-            if not yes:
-                size = in_bytes(sum(used(layout.study(one.study.study_name)) for one in studies))
-                trials = sum(len(one.records()) for one in studies)
-                question = f"Remove study '{study}' of {layout.database}, its {trials} trials and {size}?"
-                click.confirm(question, abort=True, err=True)
-            artifacts = layout.storage_path / "mlflow-artifacts"
-            before, runs, freed = used(artifacts), 0, 0
-            for one in studies:
-                runs += _remove_runs(mlflow_uri, one)
-                freed += remove(one, layout)
-            freed += max(0, before - used(artifacts))
+    with naming_the_database(layout, then=""), ExitStack() as stack:
+        parts = parts_of(layout, study)
+        what = "comparison" if parts else "study"
+        found = [steered_study(layout, name, even_if_gone=True) for name in parts or [study]]
+        studies = [one for view in found for one in stack.enter_context(none_searches(view, layout))]
+        if not yes:
+            size = in_bytes(sum(used(layout.study(one.study.study_name)) for one in studies))
+            trials = sum(len(one.records()) for one in studies)
+            question = f"Remove {what} '{study}' of {layout.database}, its {trials} trials and {size}?"
+            click.confirm(question, abort=True, err=True)
+        artifacts = layout.storage_path / "mlflow-artifacts"
+        before, runs, freed = used(artifacts), 0, 0
+        for one in studies:
+            runs += _remove_runs(mlflow_uri, one)
+            freed += remove(one, layout)
+        freed += max(0, before - used(artifacts))
     if as_json:
         print_json({"study": study, "freed_bytes": freed, "runs": runs})
     else:
-        click.echo(f"Study '{study}' is removed: {in_bytes(freed)} freed, {runs} runs gone from MLflow.")
+        click.echo(f"{what.capitalize()} '{study}' is removed: {in_bytes(freed)} freed, {runs} runs gone from MLflow.")
 
 
 def _remove_runs(mlflow_uri: str | None, study: StudyView) -> int:

@@ -133,6 +133,7 @@ def _show_studies(layout: Layout, as_json: bool) -> None:
 def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -> None:
     from rich.console import Console
 
+    from bilora_ray.search.study.control.comparisons import comparison_of
     from bilora_ray.search.study.control.finalists import finals_of
     from bilora_ray.search.study.studies import load_study
     from bilora_ray.search.study.view import search_of
@@ -165,6 +166,9 @@ def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -
         line = f"These are the finalists of study '{search}', on fresh seeds; `bilora-ray show {search}` judges them"
         console.print(line, markup=False, soft_wrap=True)
         return
+    if (comparison := comparison_of(found.study)) is not None:
+        line = f"It is a part of comparison '{comparison}', which `bilora-ray compare` and --resume tell of"
+        console.print(line, markup=False, soft_wrap=True)
     best = print_best(console, found, records)
     if (finals := finals_of(found)) is not None:
         best = print_finalists(console, found, finals) or best

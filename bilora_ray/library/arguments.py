@@ -26,7 +26,7 @@ def checked(call: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(call)
     def checking(*args: P.args, **kwargs: P.kwargs) -> R:
-        hints, takes = typing.get_type_hints(call), inspect.signature(call)
+        hints, takes = _hints(call), inspect.signature(call)
         if unknown := [name for name in kwargs if name not in takes.parameters]:
             known = [name for name in takes.parameters if name != "self"]
             raise UserError(f"{call.__name__}: takes no '{unknown[0]}'; {nearest(unknown[0], known)}")
@@ -37,6 +37,12 @@ def checked(call: Callable[P, R]) -> Callable[P, R]:
         return call(*args, **kwargs)
 
     return checking
+
+
+def _hints(call: Callable[..., Any]) -> dict[str, Any]:
+    """The annotations of what `call` takes. What it returns need not be imported."""
+    told = {name: hint for name, hint in call.__annotations__.items() if name != "return"}
+    return typing.get_type_hints(types.SimpleNamespace(__annotations__=told), call.__globals__)
 
 
 def _kinds(hint: Any) -> tuple[Any, ...]:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.errors import UserError
-from bilora_ray.evidence.outcome import Outcome
 from bilora_ray.library.searching import Watch
 from bilora_ray.paths import have_home
 from bilora_ray.search.cluster.protection import check_mlflow, check_ray
@@ -17,6 +16,7 @@ from bilora_ray.search.space.shipped import comparison_file
 from bilora_ray.search.study.layout import Layout
 
 if TYPE_CHECKING:
+    from bilora_ray.evidence.outcome import Outcome
     from bilora_ray.search.preflight import Checked
     from bilora_ray.training.rehearsal import Rehearsal
 

@@ -1,15 +1,18 @@
-"""`tune`, `train` and `load_study`: what the command line does, for a notebook or a program."""
+"""`tune`, `compare`, `train` and `load_study`: what the command line does, for a notebook or a program."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.errors import UserError
 from bilora_ray.library.arguments import checked
+from bilora_ray.library.comparing import Asked as Compared
+from bilora_ray.library.comparing import ComparisonLike, check_comparison, comparison_of, run_comparison
 from bilora_ray.library.exporting import check_new
 from bilora_ray.library.searching import Asked, Watch, check_search, is_counted, run_search, space_of
 from bilora_ray.library.spaces import SpaceLike, as_overrides, of_settings
@@ -21,6 +24,7 @@ from bilora_ray.search.cluster.protection import check_mlflow
 from bilora_ray.search.study.layout import Layout
 
 if TYPE_CHECKING:
+    from bilora_ray.evidence.outcome import Outcome
     from bilora_ray.records import Moving, Objective, TrialRecord
 
 
@@ -86,6 +90,56 @@ def tune(
         search = check_search(found, asked, is_counted(overrides, asked))
         run_search(search, _watch(progress))
     return Study(search.space.study.name, asked.layout)
+
+
+@checked
+def compare(
+    file: ComparisonLike,
+    *,
+    settings: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    extend: int | None = None,
+    storage_path: str | Path | None = None,
+    study_database: str | None = None,
+    mlflow_uri: str | None = None,
+    ray_address: str | None = None,
+    insecure: bool = False,
+    progress: bool = True,
+) -> Outcome:
+    """Compare methods at equal budgets, as `bilora-ray compare` does. Returns once each run is scored.
+
+    Args:
+        file: a comparison file (YAML), the name of one that ships with the package, such as `quickstart`, or a dict of
+            the same shape.
+        settings: what overrides it, as `--set` does: `{"max_steps": 100, "comparison.seeds": 5}`.
+        resume: go on with a comparison after an interruption, or tell of it again.
+        extend: go on with it, on so many seeds more than it has.
+        storage_path: as `tune` takes it, with what follows.
+        study_database: the same.
+        mlflow_uri: the same.
+        ray_address: the same.
+        insecure: the same.
+        progress: the same.
+
+    Returns:
+        What was tuned and run, and how each entry differs from the baseline.
+
+    Raises:
+        UserError: as `tune`.
+        KeyboardInterrupt: what is done is kept.
+    """
+    asked = Compared(
+        _layout(storage_path, study_database),
+        resume,
+        extend,
+        ray_address or os.environ.get("RAY_ADDRESS"),
+        mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI"),
+        insecure,
+    )
+    found = comparison_of(file, as_overrides(settings or {}), asked)
+    with _in_this_process():
+        checks = check_comparison(found, asked)
+        return run_comparison(checks, _watch(progress), _say(progress))
 
 
 @checked
@@ -183,6 +237,14 @@ def _layout(storage_path: str | Path | None, study_database: str | None) -> Layo
     path = Path(storage_path or os.environ.get("BILORA_RAY_STORAGE_PATH") or "runs")
     database = study_database or os.environ.get("BILORA_RAY_STUDY_DATABASE")
     return Layout(absolute(path), database)
+
+
+def _say(progress: bool) -> Callable[[str], None]:
+    def say(line: str) -> None:
+        if progress:
+            print(line, file=sys.stderr)
+
+    return say
 
 
 def _watch(progress: bool) -> Watch:

@@ -18,6 +18,7 @@ from bilora_ray.files import locked
 from bilora_ray.records import Moving, Observer, Served, TrialRecord
 from bilora_ray.search.readiness.machine import in_words as machine
 from bilora_ray.search.space import FINALISTS_OF, Space, setting_of
+from bilora_ray.search.study.control.comparisons import comparison_of
 from bilora_ray.search.study.control.finalists import winner_of
 from bilora_ray.search.study.control.verdict import Verdict
 from bilora_ray.search.study.layout import WAIT_S, Layout
@@ -173,6 +174,8 @@ def told_of(study: StudyView) -> list[str]:
     search, told = search_of(study.study), []
     if search is not None:
         told.append(f"These are the finalists of study '{search}', trained anew on fresh seeds")
+    if (comparison := comparison_of(study.study)) is not None:
+        told.append(f"A part of comparison '{comparison}', whose outcome is in the run of its runs")
     line = baseline_line(study.baseline_of_best() or {}, study.objective.metric)
     if line is not None:
         told.append(line)

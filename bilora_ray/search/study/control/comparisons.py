@@ -22,7 +22,7 @@ from bilora_ray.records import TrialRecord
 from bilora_ray.search.space import Choice, Given, Range, Space, StudyConfig, Value, named, setting_of
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.samplers.qmc import point
-from bilora_ray.search.study.storage import open_storage
+from bilora_ray.search.study.storage import open_storage, read_storage
 from bilora_ray.search.study.studies import begun_studies, steered_study
 from bilora_ray.search.study.view import ENDED, ERROR, StudyView
 
@@ -42,6 +42,14 @@ def comparison_of(study: optuna.Study) -> str | None:
     """The comparison that `study` is a part of; None if it is no such study."""
     told = study.user_attrs.get(COMPARISON)
     return None if told is None else str(told["name"])
+
+
+def parts_of(layout: Layout, name: str) -> list[str]:
+    """The names of the studies of comparison `name`, its runs first; none where a study is called so itself."""
+    storage = read_storage(layout)
+    studies = [] if storage is None else storage.get_all_studies()
+    told = {one.study_name: one.user_attrs.get(COMPARISON, {}).get("name") for one in studies}
+    return [] if name in told else sorted(part for part, whole in told.items() if whole == name)
 
 
 def begun_parts(layout: Layout, names: Iterable[str], comparison: str) -> dict[str, StudyView]:
