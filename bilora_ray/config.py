@@ -890,6 +890,11 @@ SOURCES = {key: facts.source for key, facts in FACTS.items() if facts.source is 
 REVISIONS = {key: facts.revision for key, facts in FACTS.items() if facts.revision is not None}
 
 
+def leaves_model(settings: Mapping[str, Any]) -> bool:
+    """Whether a trial with the stored `settings` leaves a model, and no adapter."""
+    return settings.get("method") in WHOLE
+
+
 def of_other_sources(settings: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` with `others` on top, less the revision of each source that is another now: it is not of that one."""
     gone = {revision for source, revision in REVISIONS.items() if source in others and revision not in others}

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bilora_ray.config import leaves_model
 from bilora_ray.records import Objective, Served, Status, TrialRecord
 from bilora_ray.tracking.models import candidate, log_model
 from bilora_ray.tracking.pages import (
@@ -128,8 +129,10 @@ class StudyRuns:
         run.log(_points(trial, self._study.objectives))
         if trial.status is Status.RUNNING:
             return
-        if trial.status is Status.COMPLETE and trial.adapter is not None and trial.adapter.is_dir():
-            run.keep(trial.adapter, ADAPTER)
+        # Whole models of all trials would fill a disk: of those the best one is kept, at the end.
+        left = None if leaves_model(trial.settings) else trial.adapter
+        if trial.status is Status.COMPLETE and left is not None and left.is_dir():
+            run.keep(left, ADAPTER)
         parent = link(self._study.name, self._experiment_id, self._parent.run_id)
         note = trial_note(trial, self._study.name, parent, self._study.storage_path)
         why = {ERROR: trial.error, BROKEN: trial.broken, NOTE: note}

@@ -166,6 +166,15 @@ def test_complete_trial_has_its_value_and_adapter(project: Project, adapter: Pat
     assert project.artifacts(0) == ["adapter/adapter_config.json", "adapter/adapter_model.safetensors"]
 
 
+def test_a_whole_model_of_each_trial_is_not_sent(project: Project, adapter: Path) -> None:
+    tracker = project.open()
+    settings = {**record().settings, "method": "full"}
+    tracker.trial_started(record(settings=settings))
+    tracker.trial_ended(record(status=Status.COMPLETE, steps=3, value=0.01, adapter=adapter, settings=settings))
+    assert project.steps(0, "best_eval_loss")[-1] == (30, 0.01)
+    assert project.artifacts(0) == []
+
+
 def test_interrupted_trial_is_reopened_by_a_resume(project: Project) -> None:
     running = record(steps=1)
     tracker = project.open()
