@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from tiny_trials import METHODS, TASKS, Tiny, fit_in_process, reproducible, run_fit
 from toy_methods import MEMORIES, remember
+from transformers import PreTrainedModel
 
 from bilora_ray import files
 from bilora_ray.config import Task, TrialConfig
@@ -23,6 +24,7 @@ from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import trainable
 from bilora_ray.training.folder import STATE, TENSORS, TrialFolder
 from bilora_ray.training.loop import Progress, Run, fit
+from bilora_ray.training.result import adapter
 
 
 class Killed(Exception):
@@ -351,20 +353,23 @@ def test_a_checkpoint_is_whole_or_absent(
     assert_same_end(path, progress, tmp_path / "whole", expected)
 
 
+@pytest.mark.parametrize(
+    ("method", "of", "writes"), [("bilora", adapter, "export_primary"), ("full", PreTrainedModel, "save_pretrained")]
+)
 def test_a_storage_that_goes_away_amid_an_export_is_not_made_anew(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    method: str, of: Any, writes: str, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = tmp_path / "storage"
     storage.mkdir()
-    export = loop.export_primary
+    export = getattr(of, writes)
 
-    def goes_away(*arguments: Any) -> None:
+    def goes_away(*arguments: Any, **named: Any) -> None:
         storage.rename(tmp_path / "away")
-        export(*arguments)
+        export(*arguments, **named)
 
-    monkeypatch.setattr(loop, "export_primary", goes_away)
+    monkeypatch.setattr(of, writes, goes_away)
     with pytest.raises(FileNotFoundError):
-        run_fit(demanding(tiny, "causal-lm", "bilora"), storage / "trial")
+        run_fit(demanding(tiny, "causal-lm", method), storage / "trial")
     assert not storage.exists()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from bilora_ray.config import TrialConfig
-from bilora_ray.files import readable
+from bilora_ray.files import readable, temporary_folder
 from bilora_ray.method import fuse
 from bilora_ray.recipe import GENERATION
 from bilora_ray.training import model as models
@@ -41,16 +43,33 @@ def write(
     if generation is not None:  # many a model's own would be refused as it is written, after hours
         model.generation_config = GenerationConfig()
     try:
-        model.save_pretrained(folder, state_dict=weights)
+        with _as_it_is(folder) as linked:
+            model.save_pretrained(linked, state_dict=weights)
+            processor.save_pretrained(linked)
     finally:
         if generation is not None:
             model.generation_config = generation
-    processor.save_pretrained(folder)
     if generation is not None and model.can_generate():
         ends = {"eos_token_id": list(stops)} if stops else {}
         told = {**json.loads(generation.to_json_string()), **ends}
         (folder / GENERATION).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
     readable(folder)
+
+
+@contextmanager
+def _as_it_is(folder: Path) -> Iterator[Path]:
+    """A link to `folder`: transformers would make a folder, and all above it, where a storage has just gone away.
+
+    Raises:
+        FileNotFoundError: it has.
+    """
+    with temporary_folder() as above:
+        linked = above / folder.name
+        linked.symlink_to(folder.absolute(), target_is_directory=True)
+        try:
+            yield linked
+        except FileExistsError:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder)) from None
 
 
 def load(base: PreTrainedModel, left: Path, config: TrialConfig, processor: Processor) -> Model:
