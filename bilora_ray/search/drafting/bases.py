@@ -10,8 +10,8 @@ from typing import Any
 from bilora_ray.config import Task, TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.paths import kind_of
-from bilora_ray.search.drafting.columns import Writes
 from bilora_ray.search.drafting.firsts import BUILT_IN, FIRSTS
+from bilora_ray.search.drafting.roles import Writes
 from bilora_ray.search.preflight import check_model, described
 
 # Parameters at the most -> the least and the greatest learning rate, and the one to begin with, as a person writes

@@ -14,9 +14,10 @@ from bilora_ray.checking import build
 from bilora_ray.config import EXACT_MATCH, SOURCES, TASK_FACTS, Task, TrialConfig, applies, takes_mapping
 from bilora_ray.paths import BUILTIN, holds_images, kind_of, locate_here
 from bilora_ray.search.drafting.bases import Base, base_of, default_base, in_words
-from bilora_ray.search.drafting.columns import Roles, Writes, look_at, roles_of
+from bilora_ray.search.drafting.columns import look_at
 from bilora_ray.search.drafting.firsts import FIRSTS
 from bilora_ray.search.drafting.lengths import Lengths, lengths_of, rounded_up
+from bilora_ray.search.drafting.roles import Roles, Writes, roles_of
 from bilora_ray.search.preflight import positions
 from bilora_ray.search.space import STUDY_NAME, is_expression
 from bilora_ray.training.data.formats import in_format
