@@ -160,6 +160,8 @@ def test_a_study_that_runs_is_read_anew_each_time() -> None:
         (lambda: bilora_ray.tune("quickstart", num_trial=3), "tune: takes no 'num_trial'; did you mean 'num_trials'?"),
         (lambda: bilora_ray.train([[0.5] * 99]), "space: must be a text or a Path or a dict or None, got list"),
         (lambda: bilora_ray.train(study="s", trial="0"), "trial: must be a whole number or None, got '0'"),
+        (lambda: bilora_ray.compare(3), "file: must be a text or a Path or a dict, got 3"),  # type: ignore[arg-type]
+        (lambda: bilora_ray.compare("quickstart", extend="3"), "extend: must be a whole number or None, got '3'"),  # type: ignore[arg-type]
         (lambda: bilora_ray.load_study(None), "name: must be a text, got None"),  # type: ignore[arg-type]
         (lambda: bilora_ray.load_study("s", storage_path=3), "storage_path: must be a text or a Path or None, got 3"),
     ],
