@@ -602,8 +602,8 @@ class TrialConfig(Settings):
     adversary_steps: Int | None = setting(
         None,
         "steps between looks at how adversarial the perturbation of bilora, dual-lora, lora-sam, looksam or esam is, "
-        "told by the next evaluation; 0: never. A look takes as long as some ten steps, and twice the adapted weights "
-        "in fp32 are in main memory then. Absent: 500, of 268 million adapted weights at the most",
+        "told by the next evaluation; 0: never. A look takes as long as ten steps, and twice the adapted weights "
+        "in fp32 are in main memory then. Absent: 1000, of 268 million adapted weights at the most",
         ge=0,
         decides="evaluation",
     )

@@ -92,12 +92,12 @@ def test_it_is_told_by_the_first_evaluation_after_so_many_steps(
     assert looked == due
 
 
-def test_by_default_it_is_each_500_steps_of_what_is_not_large(
+def test_by_default_it_is_each_1000_steps_of_what_is_not_large(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tiny.config("causal-lm")
-    assert adversary.is_due(config, 500, 450)
-    assert not adversary.is_due(config, 499, 450)
+    assert adversary.is_due(config, 1000, 950)
+    assert not adversary.is_due(config, 999, 950)
     monkeypatch.setattr(adversary, "EVERY", 2)
     assert told(run_fit(config, tmp_path / "small")[0][-1])
     monkeypatch.setattr(adversary, "MOST_WEIGHTS", 1000)

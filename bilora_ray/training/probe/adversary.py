@@ -20,7 +20,7 @@ from bilora_ray.training.tasks.base import Example
 
 # Where `adversary_steps` is absent: the steps from one look to the next, and the most weights that are adapted. Of more
 # it is not looked unasked: two gradients of theirs, 2 GiB in fp32, are in main memory meanwhile.
-EVERY, MOST_WEIGHTS = 500, 2**28
+EVERY, MOST_WEIGHTS = 1000, 2**28
 
 
 def is_due(config: TrialConfig, step: int, before: int) -> bool:
