@@ -39,7 +39,9 @@ Task = Literal[
 ]
 
 # What the primary adapter is, beside plain LoRA.
-Primary = Literal["lora", "dora", "rslora"]
+Primary = Literal["lora", "dora", "rslora", "pissa", "lora-ga"]
+# Those that begin with other factors than 0, so that W is W0 + s (B1 A1 - B0 A0).
+STARTING: tuple[Primary, ...] = ("pissa", "lora-ga")
 
 # What a model card calls a method, with its source.
 METHOD_TITLES: dict[MethodName, str] = {
@@ -371,7 +373,9 @@ class TrialConfig(Settings):
     primary: Primary = setting(
         "lora",
         "what the primary adapter is: plain LoRA; dora: LoRA of the weight's direction, beside a magnitude of each of "
-        "its rows; rslora: LoRA with s = lora_alpha / sqrt(rank)",
+        "its rows; rslora: LoRA with s = lora_alpha / sqrt(rank); pissa: LoRA that begins with the greatest singular "
+        "values of the weight; lora-ga: with the directions of its gradient. The last two are exported with twice the "
+        "rank",
         decides="training",
         of=ADAPTING,
         rehearsed=True,
@@ -727,6 +731,9 @@ class TrialConfig(Settings):
         if self.primary == "dora" and self.quantization == "int8":
             raise ValueError("quantization: the norms of a dora are of weights that int8 does not let be read; use nf4")
 
+        if self.primary in STARTING and self.quantization is not None:
+            raise ValueError(f"quantization: {self.primary} begins with weights as they are, not with quantised ones")
+
     def check_f1(self, label_names: Sequence[str]) -> None:
         """ValueError unless there is an `eval_f1` of these labels."""
         if self.positive_label is not None and self.positive_label not in label_names:
@@ -813,6 +820,8 @@ class TrialConfig(Settings):
             return "torch_compile: blocks that are cut into parts are not compiled; use parallelism: ddp"
         if self.sharpness_radius is not None:
             return "sharpness_radius: sharpness is not measured of a model in parts; use parallelism: ddp"
+        if self.primary in STARTING:
+            return f"primary: {self.primary} begins with whole weights, not with parts of them; use parallelism: ddp"
         if self.method in NOISY:
             return f"method: {self.method} has noise on whole weights, not on parts of them; use parallelism: ddp"
         if self.leaves_model:
@@ -823,6 +832,11 @@ class TrialConfig(Settings):
     def resolved_split_seed(self) -> int:
         """`split_seed`, or `seed`. Trials with one of their own, and several seeds, are compared on the same rows."""
         return self.seed if self.split_seed is None else self.split_seed
+
+    @property
+    def exported_rank(self) -> int:
+        """The rank of the adapter that leaves training."""
+        return 2 * self.rank if self.primary in STARTING else self.rank
 
     @property
     def resolved_lora_alpha(self) -> float:

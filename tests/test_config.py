@@ -10,6 +10,7 @@ from bilora_ray.checking import Settings, build
 from bilora_ray.config import (
     FACTS,
     SOURCES,
+    STARTING,
     TASK_FACTS,
     TRAINING_SETTINGS,
     Primary,
@@ -519,6 +520,13 @@ def test_a_primary_is_refused_where_a_method_cannot_be_right_with_it() -> None:
     line = "W: quantization: the norms of a dora are of weights that int8 does not let be read; use nf4"
     assert refused(primary="dora", quantization="int8") == line
     assert config(primary="dora", quantization="nf4").primary == "dora"
+    for primary in STARTING:
+        line = f"W: quantization: {primary} begins with weights as they are, not with quantised ones"
+        assert refused(primary=primary, quantization="nf4") == line
+        assert config(primary=primary, rank=4).exported_rank == 8
+        whole = f"primary: {primary} begins with whole weights, not with parts of them; use parallelism: ddp"
+        assert config(primary=primary).whole_only == whole
+    assert config(rank=4, primary="dora").exported_rank == 4
 
 
 # Facts

@@ -14,7 +14,7 @@ import click
 
 from bilora_ray.cli.evaluate import asked, on_rows
 from bilora_ray.cli.options import json_option, print_json, set_option, telling_of_gpu_memory
-from bilora_ray.config import TrialConfig
+from bilora_ray.config import STARTING, TrialConfig
 from bilora_ray.errors import MachineError, UserError, first_line
 
 if TYPE_CHECKING:
@@ -145,6 +145,8 @@ def _of_no_lora_space(primary: str) -> str | None:
     """Why the space of the factors is not looked at; None: it is."""
     if primary == "dora":
         return "primary: the weight of a dora is no sum of W0 and its factors, so that the LoRA space is left out"
+    if primary in STARTING:
+        return f"primary: {primary} was not trained in the factors that it is exported by: the LoRA space is left out"
     return None
 
 

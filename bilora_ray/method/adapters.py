@@ -26,9 +26,11 @@ from bilora_ray.method.layers import (
     PRIMARY,
     FusedLayer,
     PerturbedLayer,
+    change_of,
     gains_by_fusing,
     mixed,
     plain_class_of,
+    with_start,
 )
 from bilora_ray.method.noise import NoisyLayer
 from bilora_ray.method.radius import Factors
@@ -165,6 +167,8 @@ def of_one_gradient(model: PeftModel) -> list[bool]:
 def export_primary(model: PeftModel, folder: str | PathLike[str], weights: Mapping[str, Tensor] | None = None) -> None:
     """Write the primary as the ordinary PEFT adapter that plain LoRA would write; training may go on undisturbed.
 
+    One with a start (PiSSA, LoRA-GA) is written as plain LoRA of twice the rank, for the base as it is.
+
     Embeddings are in it where the adapter is on them, as PEFT has it, or where they are in `modules_to_save`; that is
     where a vocabulary that has grown belongs, since nobody is asked for its size before.
 
@@ -181,10 +185,25 @@ def export_primary(model: PeftModel, folder: str | PathLike[str], weights: Mappi
         raise ValueError(f"unmerge the adapter before exporting it; it is merged into {_listed(merged)}")
     # PEFT would ask the Hub's newest commit, each time, whether the vocabulary has grown since.
     embeddings = _adapts_embeddings(model)
+    weights = weights if not with_start(model) else as_plain_lora(model)
     # PEFT's signature takes what it hands on, `state_dict` among it.
     model.save_pretrained(
         str(folder), selected_adapters=[PRIMARY], save_embedding_layers=embeddings, state_dict=weights
     )
+    if with_start(model):
+        config = LoraConfig.from_pretrained(str(folder))
+        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+        config.save_pretrained(str(folder))
+
+
+def as_plain_lora(model: nn.Module) -> dict[str, Tensor]:
+    """All else that is trained than the auxiliary, by name; of a primary with a start LoRA of twice the rank."""
+    weights = {name: parameter.detach() for name, parameter in primary_parameters(model).items()}
+    for name, layer in with_start(model).items():
+        A, B, _ = change_of(layer)
+        weights[f"{name}.lora_A.{PRIMARY}.weight"] = A.detach()
+        weights[f"{name}.lora_B.{PRIMARY}.weight"] = B.detach()
+    return weights
 
 
 def _adapted(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:

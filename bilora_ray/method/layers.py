@@ -89,12 +89,39 @@ class FusedLayer(_Layer):
     """
 
     plain_class: ClassVar[type[LoraLayer]]
+    # What the primary's factors were at first, of one that adds to W0 what has become of B1 A1 since.
+    start: Factors | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Base output plus the primary's term. x: ... x n; returns ... x m."""
+        """Base output plus the primary's term. x: ... x n; returns ... x m.
+
+        Raises:
+            ValueError: the primary has a `start`, which PEFT knows nothing of, and PEFT's own forward is asked for.
+        """
         if args or kwargs or not self._can_fuse(x):
+            if self.start is not None and not self.disable_adapters:
+                raise ValueError("a primary with a start computes by itself alone; load what export_primary writes")
             return super().forward(x, *args, **kwargs)
         return self._fused_forward(x, (PRIMARY,))
+
+    def change(self, adapter_name: str) -> Factors:
+        """The product that one adapter adds to W0: its factors, or of a primary with a start B0 A0 that of twice r.
+
+        s (B1 A1 - B0 A0) = s [B1 - B0, B0] [A1; A1 - A0]: as differences of factors, which are small, and exactly 0 at
+        first. The difference of two products of W0's size would be rounded by as much as a low precision rounds W0.
+        """
+        factors = self.factors(adapter_name)
+        if adapter_name != PRIMARY or self.start is None:
+            return factors
+        A, B, scaling = factors
+        A_part = torch.cat([A, A - self.start.A])
+        return Factors(A_part, torch.cat([B - self.start.B, self.start.B], dim=1), scaling)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge the active adapters. ValueError if the primary has a start, as in `forward`."""
+        if self.start is not None:
+            raise ValueError("a primary with a start is not merged; merge what export_primary writes")
+        super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def factors(self, adapter_name: str) -> Factors:
         """A, B and scaling of one adapter; A and B are the parameters themselves."""
@@ -121,7 +148,7 @@ class FusedLayer(_Layer):
 
     def _fused_forward(self, x: Tensor, names: Sequence[str]) -> Tensor:
         """The adapters `names` as one of the sum of their ranks: fewer thin products, and no m-sized temporary."""
-        base, factors = self.base_layer, [self.factors(name) for name in names]
+        base, factors = self.base_layer, [self.change(name) for name in names]
         B = torch.cat([layer.B for layer in factors], dim=1) if len(factors) > 1 else factors[0].B
         if is_plain(base, x.dtype):
             return add_base(x, base.weight, base.bias, self._hidden(x, names, factors), B)
@@ -184,6 +211,20 @@ def mixed(kind: type[FusedLayer], plain: type[LoraLayer]) -> type[FusedLayer]:
     """The subclass of `plain` whose forward pass is `kind`'s."""
     name = f"{kind.__name__.removesuffix('Layer')}{plain.__name__}"
     return type(name, (kind, plain), {"plain_class": plain, "__module__": __name__})
+
+
+def with_start(model: nn.Module) -> dict[str, LoraLayer]:
+    """The layers whose primary has a start, by name."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    return {name: layer for name, layer in layers.items() if getattr(layer, "start", None) is not None}
+
+
+def change_of(layer: LoraLayer) -> Factors:
+    """What the primary of an adapted linear layer adds to W0: see `FusedLayer.change`."""
+    if isinstance(layer, FusedLayer):
+        return layer.change(PRIMARY)
+    A, B = layer.lora_A[PRIMARY].weight, layer.lora_B[PRIMARY].weight
+    return Factors(cast(Tensor, A), cast(Tensor, B), layer.scaling[PRIMARY])
 
 
 def plain_class_of(layer: LoraLayer) -> type[LoraLayer]:

@@ -93,7 +93,7 @@ class NoisyLayer(FusedLayer):
     def _fused_forward(self, x: Tensor, names: Sequence[str]) -> Tensor:
         if self.noise is None or not self.training:
             return super()._fused_forward(x, names)
-        primary = self.factors(PRIMARY)
+        primary = self.change(PRIMARY)
         hidden = self._hidden(x, (PRIMARY,), [primary]).reshape(-1, len(primary.A))
         up, bias = primary.B.to(x.dtype).T, cast(Tensor | None, self.base_layer.bias)
         # The small term first, as in `layers.add_base`.
@@ -156,7 +156,7 @@ class WeightNoise:
         if not self._squares:
             self._squares = [_squares(layer) for layer in self._layers]
         for layer, squares in zip(self._layers, self._squares, strict=True):
-            A, B, scaling = layer.factors(PRIMARY)
+            A, B, scaling = layer.change(PRIMARY)
             weight = layer.weight_in_rows
             B = scaling * B.to(squares.dtype)
             across = (weight @ A.to(weight.dtype).T).to(squares.dtype)

@@ -34,7 +34,7 @@ from torch.autograd import Function
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilora_ray.method.adapters import UNSUPPORTED
-from bilora_ray.method.layers import LOW_PRECISION, PRIMARY, add_low_rank, is_plain
+from bilora_ray.method.layers import LOW_PRECISION, PRIMARY, add_low_rank, change_of, is_plain
 from bilora_ray.method.radius import Factors
 
 # One tensor a part of a space, in host memory; fp32, or fp64 on an fp64 base.
@@ -180,7 +180,7 @@ class FullSpace(Space):
                 yield magnitude.detach().to(self.dtype).abs().unsqueeze(1).cpu()
                 continue
             _check_plain(layer)
-            A, B, scaling = _factors(layer)
+            A, B, scaling = change_of(layer)
             base = dequantize_module_weight(layer.get_base_layer()).detach()
             weight = (base.T if getattr(layer, "fan_in_fan_out", False) else base).to(self.dtype)
             merged = torch.addmm(weight, B.detach().to(self.dtype), A.detach().to(self.dtype), alpha=scaling)
@@ -496,7 +496,7 @@ def _sum(layer: LoraLayer, x: Tensor, output: Tensor, term: Tensor) -> Tensor:
     base = layer.get_base_layer()
     if not is_plain(base, x.dtype) or PRIMARY in layer.lora_variant or layer.lora_bias.get(PRIMARY, False):
         return output + term
-    term = add_low_rank(term, x, *_factors(layer))
+    term = add_low_rank(term, x, *change_of(layer))
     if base.bias is not None:
         term = term + base.bias
     rows, outputs = x.reshape(-1, base.in_features), term.reshape(-1, base.out_features)

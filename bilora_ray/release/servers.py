@@ -166,7 +166,7 @@ def serving(
     ends = f" --generation-config {shlex.quote(adapter)}" if stops else ""
     # What it was trained on, as vLLM makes it of whole weights.
     bits = " --quantization bitsandbytes" if config.quantization == "nf4" else ""
-    rank = next((most for most in VLLM_RANKS if most >= config.rank), config.rank)
+    rank = next((most for most in VLLM_RANKS if most >= config.exported_rank), config.exported_rank)
     named = shlex.quote(f"{name}={adapter}")
     lines = {
         "vLLM": f"vllm serve {base}{revision}{code}{bits} --enable-lora --max-lora-rank {rank} --lora-modules {named}"

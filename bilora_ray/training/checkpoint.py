@@ -1,4 +1,4 @@
-"""Exact, atomic checkpoints of all that training changes: adapters, optimizer, random states, counters.
+"""Exact, atomic checkpoints of all that training changes or stands on: adapters, optimizer, random states, counters.
 
 The frozen base weights are never in one. A checkpoint gets its name only once it is complete on disk, so a reader
 sees a whole one or none.
@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 from bilora_ray.errors import MachineError, first_line
 from bilora_ray.files import atomic_folder
+from bilora_ray.method.primaries import starts
 from bilora_ray.training.distributed.parallel import collected, put
 from bilora_ray.training.distributed.workers import ALONE, Workers, random_states, set_random_states
 from bilora_ray.training.folder import STATE, TENSORS, TrialFolder
 
 # Under these names a checkpoint keeps what the optimizer says its state is: of its parameters, and all else.
 OPTIMIZER, METHOD = "optimizer", "method"
+# And under this one what the factors of a primary were at first, of one that is a change since.
+START = "start"
 # The key of what stands for a tensor in JSON.
 TENSOR = "tensor"
 
@@ -51,6 +54,7 @@ def save_checkpoint(
         ValueError: the optimizer moves parameters that are not the model's.
     """
     tensors = {f"model.{name}": parameter.detach() for name, parameter in trainable(model).items()}
+    tensors |= {f"{START}.{name}": tensor for name, tensor in starts(model).items()}
     told = _take_apart(model, optimizer, tensors)
     tensors = collected(tensors, workers)
     for rank, generators in enumerate(workers.gather(random_states())):
@@ -91,6 +95,11 @@ def load_checkpoint(
     # Without the shapes copy_ would spread a rank of 1 over any other.
     if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in parameters.items()}:
         raise ValueError(f"{newest} holds other parameters than this trial trains")
+    began = _under(f"{START}.", tensors)
+    if began.keys() != starts(model).keys():
+        raise ValueError(f"{newest} holds another primary than this trial trains")
+    for name, tensor in starts(model).items():
+        put(tensor, began[name])
     for name, parameter in parameters.items():
         put(parameter, saved[name])
     state = json.loads((newest / STATE).read_text())

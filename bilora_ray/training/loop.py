@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
@@ -20,11 +20,12 @@ import torch
 from transformers import get_scheduler
 
 from bilora_ray.checking import completed
-from bilora_ray.config import AMID, TrialConfig
+from bilora_ray.config import AMID, STARTING, TrialConfig
 from bilora_ray.digests import BASE, CHAT_TEMPLATE, check_unchanged, of_base, of_template
-from bilora_ray.errors import NonFiniteLoss, OutOfMemory, UserError
+from bilora_ray.errors import MachineError, NonFiniteLoss, OutOfMemory, UserError
 from bilora_ray.files import atomic_folder
 from bilora_ray.method import primary_parameters
+from bilora_ray.method.primaries import Start, begin, gradient_starts, keep_start, principal_starts
 from bilora_ray.paths import cached_commit
 from bilora_ray.recipe import PAD, TEMPLATE, write_recipe
 from bilora_ray.records import PATIENCE_LEFT, Moving, is_last
@@ -40,7 +41,7 @@ from bilora_ray.training.data.truncation import Truncation
 from bilora_ray.training.distributed.parallel import Network, collected, shard
 from bilora_ray.training.distributed.workers import ALONE, Workers, seed_worker
 from bilora_ray.training.evaluate import evaluate
-from bilora_ray.training.folder import CHANGED, TrialFolder
+from bilora_ray.training.folder import CHANGED, TENSORS, TrialFolder
 from bilora_ray.training.loading import Loaded, load_data
 from bilora_ray.training.probe import adversary
 from bilora_ray.training.probe.passes import check_passes, check_tokens
@@ -48,6 +49,9 @@ from bilora_ray.training.probe.sharpness import Rows
 from bilora_ray.training.result import result_of
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Example, Model, Task, weighted
+
+# Of so many rows, those that the training begins with, is the gradient that LoRA-GA begins with: its authors' default.
+LORA_GA_ROWS = 128
 
 # Takes an evaluation, and says whether the trial shall go on. To say nothing, as 0.1.0 had it, is yes.
 Report = Callable[[dict[str, float]], bool]
@@ -131,8 +135,10 @@ class Run:
         self.optimizer = models.build_optimizer(self.model, config, self._place)
         if config.gradient_checkpointing:
             models.enable_gradient_checkpointing(self.model)
+        self.started = self._begin_primary(tell)
         self.compiled = Compiled(self.model, models.device(), config.torch_compile)
         self.network = Network(self.model, workers)
+        keep_start(self.model)
         self.room = Room(self.config, workers, folder.passes)
         self.room.agree()
         self.gradients = Gradients(
@@ -173,6 +179,8 @@ class Run:
         groups = [dict(group) for group in self.optimizer.param_groups]
         restored = load_checkpoint(self.folder, self.model, self.optimizer, self.workers)
         if restored is None:
+            if not self.started:
+                raise MachineError(f"{self.folder.path}: its checkpoint was there a moment ago and is gone")
             return
         state = restored
         del state["settings"]
@@ -283,6 +291,25 @@ class Run:
         if not self.workers.sharded and read not in self.base.passed:  # whose other workers have no weights yet
             check_passes(model, config, tokenizer)
             self.base.passed.add(read)
+
+    def _begin_primary(self, tell: Tell) -> bool:
+        """Give a primary with a start its first factors; False: a checkpoint has them."""
+        newest = self.folder.latest()
+        if self.workers.gather(newest is not None and (newest / TENSORS).exists())[0]:
+            return False
+        if self.config.primary in STARTING:
+            tell(Moving("beginning the primary"))
+            torch.manual_seed(self.config.seed)
+            begin(self.model, self._starts())
+        return True
+
+    def _starts(self) -> Iterable[Start]:
+        if self.config.primary == "pissa":
+            return principal_starts(self.model)
+        first = train_batch(len(self.data.train), LORA_GA_ROWS, self.config.seed, epoch=0, index=0)
+        examples = [self.data.train[row] for row in first]
+        rows = Rows(self.model, examples, self.config, self.data.tokenizer, self._trained_task())
+        return gradient_starts(self.model, rows.gradient())
 
     def _settings(self) -> dict[str, Any]:
         return {**self.config.model_dump(mode="json"), "workers": self.workers.planned}

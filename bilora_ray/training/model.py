@@ -30,7 +30,7 @@ from bilora_ray.config import TASK_FACTS, TrialConfig
 from bilora_ray.errors import SAME_AGAIN, UserError, comes_again, first_line, is_of_device, refusal
 from bilora_ray.method import MethodAdamW, build_method, fuse, primary_parameters, settings_of
 from bilora_ray.method.base import Place
-from bilora_ray.method.primaries import with_exact_magnitudes
+from bilora_ray.method.primaries import DIRECTIONS, await_start, starts, with_exact_magnitudes
 from bilora_ray.method.registry import stay
 from bilora_ray.paths import is_cached, kind_of, loadable
 from bilora_ray.recipe import is_whole
@@ -298,6 +298,8 @@ def _quantization(config: TrialConfig) -> BitsAndBytesConfig:
 def add_primary(model: PreTrainedModel, config: TrialConfig, fresh: Sequence[str]) -> PeftModel:
     """`model` with the primary adapter, B = 0, decided by `config.seed`. UserError if no module is a target.
 
+    One with a start awaits it: see `method.primaries`.
+
     Args:
         model: as `load_base` gives it.
         config: the settings.
@@ -326,14 +328,16 @@ def add_primary(model: PreTrainedModel, config: TrialConfig, fresh: Sequence[str
         revision=config.model_revision,
     )
     try:
-        return with_exact_magnitudes(get_peft_model(model, lora))
+        adapted = with_exact_magnitudes(get_peft_model(model, lora))
+        return await_start(adapted, DIRECTIONS[config.primary]) if config.primary in DIRECTIONS else adapted
     except SAME_AGAIN as error:
         raise UserError(_naming_others(first_line(error), model, config)) from None
 
 
 def adapter_mb(model: PeftModel) -> float:
     """What the weights of the exported adapter take, in MB (10^6 bytes)."""
-    return sum(part.numel() * part.element_size() for part in primary_parameters(model).values()) / 1e6
+    parts = [*primary_parameters(model).values(), *starts(model).values()]  # with a start, of twice the rank
+    return sum(part.numel() * part.element_size() for part in parts) / 1e6
 
 
 def load_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:

@@ -72,7 +72,7 @@ class Rows:
         examples: the rows.
         config: the task, and how many rows a pass has.
         processor: makes batches.
-        task: what their loss is; None: that of an evaluation.
+        task: whose loss is looked at; None: that of `config`, not weighted.
     """
 
     def __init__(
@@ -123,6 +123,10 @@ class Rows:
     def loss(self) -> float:
         """Their mean loss at W."""
         return self.measured(lambda batches: FullSpace(self.model).loss(batches[0]))
+
+    def gradient(self) -> list[Tensor]:
+        """dL/dW of their mean loss, of each adapted layer in order: m x n, in host memory."""
+        return self.measured(lambda batches: FullSpace(self.model).gradient(batches[0]))
 
     def _cut(self, examples: Sequence[Example]) -> list[list[Example]]:
         sides, config = self._sides(examples), self.config
