@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel, Generat
 
 from bilora_ray.config import METHOD_TITLES, Task, TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.recipe import evaluation_config, is_merged, read_recipe
+from bilora_ray.recipe import evaluation_config, is_whole, read_recipe
 from bilora_ray.release.card import write_card
 from bilora_ray.release.export import export_adapter, export_merged
 from bilora_ray.training import tasks
@@ -343,8 +343,8 @@ def test_a_merged_model_measures_what_its_adapter_does(
     monkeypatch.chdir(tiny.folder)
     trial, merged = trained[task], tmp_path / "merged"
     export_merged(trial.adapter, merged, ORIGIN)
-    assert is_merged(merged)
-    assert not is_merged(trial.adapter)
+    assert is_whole(merged)
+    assert not is_whole(trial.adapter)
     measured = evaluate_adapter(None, evaluation_config(merged, {}))
     assert measured == pytest.approx({name: trial.metrics[name] for name in measured}, rel=1e-4)
     base = evaluation_config(merged, {}, base_model=True)
