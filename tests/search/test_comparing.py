@@ -16,18 +16,20 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.errors import CommonCause, MachineError, UserError
 from bilora_ray.evidence.outcome import Outcome, notes
 from bilora_ray.records import TrialRecord
+from bilora_ray.search import simulated
 from bilora_ray.search.comparing import run as comparing_run
 from bilora_ray.search.comparing.file import Comparison, load_comparison
 from bilora_ray.search.comparing.gathered import gathered, step_seconds
 from bilora_ray.search.comparing.run import Comparing, asked_of, check_begun, compare
 from bilora_ray.search.comparing.told import PICTURE, TEXT, tell_outcome
-from bilora_ray.search.simulated import Metrics, simulate
+from bilora_ray.search.simulated import Metrics
 from bilora_ray.search.space import Space, StudyConfig
 from bilora_ray.search.space.order import check_settings
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.control.comparisons import run_seeds, runs_space, tuning_points
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.studies import load_study, open_study
+from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.search.study.view import StudyView
 
 FILE = """
@@ -80,11 +82,23 @@ class World:
     def search(self, space: Space, layout: Layout, *, part: Mapping[str, Any], **_: object) -> StudyView:
         study = open_study(space, layout, {}, part)
         try:
-            failing = _Failing(study, self)
-            simulate(study, failing.curve, workers=2, keep=True)
+            while numbers := study.next_trials():
+                for number in numbers:
+                    self.train(study, number)
         finally:
             study.release()
         return study
+
+    def train(self, study: SearchStudy, number: int) -> None:
+        self.lives()
+        config = study.config(number)
+        if self.fails(config):
+            study.fail(number, "loss is nan at step 2", by_settings=True)
+            return
+        told = _curve(config)
+        for end in (1, 2):
+            simulated._write(study.folder(number), told[:end], study)
+            study.report(number, told[end - 1])
 
     def score(self, comparing: Comparing, runs: StudyView, left: Sequence[TrialRecord], count: int) -> dict[int, str]:
         for record in left:
@@ -109,17 +123,9 @@ class World:
         return gathered(comparison, self.layout)
 
 
-class _Failing:
-    def __init__(self, study: Any, world: World) -> None:
-        self.study, self.world = study, world
-
-    def curve(self, config: TrialConfig) -> list[Metrics]:
-        self.world.lives()
-        if self.world.fails(config):
-            # As a training that diverges: no evaluation is a number, and the study takes it for a failure.
-            return [{"step": s, "max_steps": 4, "eval_loss": float("nan"), "train_runtime": float(s)} for s in (2, 4)]
-        quality = _quality(config)
-        return [{"step": s, "max_steps": 4, "eval_loss": quality, "train_runtime": float(s)} for s in (2, 4)]
+def _curve(config: TrialConfig) -> list[Metrics]:
+    quality = _quality(config)
+    return [{"step": s, "max_steps": 4, "eval_loss": quality, "train_runtime": float(s)} for s in (2, 4)]
 
 
 def _quality(config: TrialConfig) -> float:
@@ -340,7 +346,7 @@ def test_a_study_of_another_origin_is_not_taken_over(tmp_path: Path, world: Worl
     settings = ["model_name_or_path=org/m", "task=causal-lm", "train_data=org/d", "rho={low: 0.1, high: 1}"]
     other = load_space(None, ["study.name=c-runs", "study.num_trials=1", *settings])
     study = open_study(other, world.layout, {})
-    simulate(study, _Failing(study, world).curve)
+    simulated.simulate(study, _curve)
     study.release()
     with pytest.raises(UserError, match="comparison 'c': a study 'c-runs' exists, which is none of it; rename this"):
         world.compare(read(tmp_path))
