@@ -363,7 +363,7 @@ def test_more_seeds_begin_with_those_of_fewer() -> None:
 def test_conditions_of_an_entry_decide_what_its_trials_try(tmp_path: Path) -> None:
     two = "methods.bilora.rho=[{low: 0.1, high: 0.2, when: {rank: 4}}, {low: 0.5, high: 0.9, when: {rank: 16}}]"
     space = read(tmp_path, two).spaces["bilora"]
-    points = tuning_points(space, 8, 4, "learning_rate")
+    points = tuning_points(space, 8, 4, ["learning_rate"])
     assert {point["rank"] for point in points} == {4, 16}
     for point in points:
         assert (float(str(point["rho"])) < 0.3) is (point["rank"] == 4)
@@ -390,7 +390,8 @@ def test_what_was_found_is_kept_as_text_and_picture(after: tuple[World, Outcome]
 def test_a_distribution_shared_by_all_is_drawn_alike(tmp_path: Path) -> None:
     comparison = read(tmp_path, "lora_dropout={low: 0.0, high: 0.5}")
     most = max(len(space.distributions) for space in comparison.spaces.values())
-    points = [tuning_points(space, 4, most, "learning_rate") for space in comparison.spaces.values()]
+    assert comparison.searched_by_all == ("learning_rate", "lora_dropout")
+    points = [tuning_points(space, 4, most, comparison.searched_by_all) for space in comparison.spaces.values()]
     shared = [[(point["learning_rate"], point["lora_dropout"]) for point in found] for found in points]
     assert shared[0] == shared[1] == shared[2]
 

@@ -24,7 +24,7 @@ from bilora_ray.config import FACTS, TEST_SETTINGS, TrialConfig, applies, takes_
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.facts import METHOD_NAMES, MethodName
 from bilora_ray.paths import Locate, locate_here
-from bilora_ray.search.space import STUDY_NAME, ResourceConfig, Space
+from bilora_ray.search.space import STUDY_NAME, ResourceConfig, Space, setting_of
 from bilora_ray.search.space_file import checked_space, override_value, read_yaml
 
 SECTIONS = ("comparison", "trial", "resources", "methods")
@@ -109,6 +109,13 @@ class Comparison:
     def runs(self) -> str:
         """The name of the study of its runs."""
         return RUNS.format(self.name)
+
+    @property
+    def searched_by_all(self) -> tuple[str, ...]:
+        """The settings that each entry searches; the learning rate is the first."""
+        searched = [list(map(setting_of, space.distributions)) for space in self.spaces.values()]
+        shared = (key for key in searched[0] if all(key in keys for keys in searched))
+        return tuple(dict.fromkeys((RATE, *shared)))
 
     def mapped(self, spaces: Mapping[str, Space]) -> Comparison:
         """The same with other `spaces` of the same entries."""

@@ -19,7 +19,7 @@ from bilora_ray.records import Objective, Status, TrialRecord
 from bilora_ray.runners.scoring import Scorer
 from bilora_ray.search.cluster.cluster import is_own
 from bilora_ray.search.cluster.gpus import decided
-from bilora_ray.search.comparing.file import RATE, STEPS, Comparison, tuned_without_test
+from bilora_ray.search.comparing.file import STEPS, Comparison, tuned_without_test
 from bilora_ray.search.comparing.steps import measured_steps, with_steps
 from bilora_ray.search.run import at_once, joined, search
 from bilora_ray.search.session import Watcher
@@ -193,7 +193,7 @@ def _tuned(comparing: Comparing, entry: str, space: Space, begin: Callable[[Spac
     comparison, layout = comparing.comparison, comparing.layout
     space, name = tuned_without_test(space), space.study.name
     most = max(len(one.distributions) for one in comparison.spaces.values())
-    points = tuning_points(space, comparison.config.tune, most, RATE)
+    points = tuning_points(space, comparison.config.tune, most, comparison.searched_by_all)
     space = replace(space, points_to_evaluate=points)
     place = f"{[*comparison.spaces].index(entry) + 1} of {len(comparison.spaces)}"
     searched = ", ".join(dict.fromkeys(map(setting_of, space.distributions)))

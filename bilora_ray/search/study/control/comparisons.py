@@ -81,18 +81,19 @@ def check_asked(study: StudyView, asked: Mapping[str, Any]) -> None:
             raise UserError(f"comparison '{told['name']}' began with another file: {line}{more}")
 
 
-def tuning_points(space: Space, count: int, dimensions: int, first: str) -> tuple[dict[str, Value], ...]:
+def tuning_points(space: Space, count: int, dimensions: int, shared: Sequence[str]) -> tuple[dict[str, Value], ...]:
     """What the trials of an entry try: the points of a sequence that all entries share.
 
-    So all of them see the same values of `first`, and of what else they search in the same place.
+    So all of them try the same values of what they share.
 
     Args:
         space: of the entry.
         count: of trials.
         dimensions: of the sequence: as many as the entry has that searches the most.
-        first: the setting that has the first coordinate in all of them.
+        shared: the settings that all entries search, which have the first coordinates, in this order.
     """
-    names = sorted(space.distributions, key=lambda name: setting_of(name) != first)
+    places = {key: place for place, key in enumerate(shared)}
+    names = sorted(space.distributions, key=lambda name: places.get(setting_of(name), len(places)))
     ordered = replace(space, distributions={name: space.distributions[name] for name in names})
     found = []
     for index in range(count):
