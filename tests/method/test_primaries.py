@@ -14,8 +14,8 @@ from test_optimizer import of, train
 from tiny import TASK_TYPE, Batch, Mlp, bilora_model, closure_of, primary_model
 from torch import Tensor
 
+from bilora_ray.facts import ADAPTING
 from bilora_ray.method import (
-    METHODS,
     BiLoraAdamW,
     MethodAdamW,
     auxiliary_parameters,
@@ -114,7 +114,7 @@ def test_a_dora_begins_as_its_base_on_bf16_too(family: str) -> None:
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *STARTS])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ADAPTING)
 def test_every_method_learns_with_every_primary_that_it_takes(name: str, kind: str) -> None:
     if kind == "dora" and name in ("flat-lora", "rwp"):
         pytest.skip("refused: see test_noise")
