@@ -104,7 +104,7 @@ def test_every_choice_that_is_no_number_is_measured_with_both_ends() -> None:
 def test_each_setting_of_the_training_costs_or_is_known_not_to() -> None:
     free = {
         *("lora_alpha", "rho", "learning_rate", "auxiliary_learning_rate", "weight_decay"),
-        *("max_grad_norm", "lr_scheduler_type", "warmup_ratio", "seed", "class_weights"),
+        *("max_grad_norm", "lr_scheduler_type", "warmup_ratio", "seed", "class_weights", "variant"),
         *("early_stopping_patience", "early_stopping_threshold"),
         *("clip", "norm", "ascent", "looksam_alpha", "bar_alpha", "esam_beta"),
     }
