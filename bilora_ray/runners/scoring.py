@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,25 +56,32 @@ class Scorer:
         keep_to_share(gpus)
 
     def score(self, adapter: str, settings: Mapping[str, Any], radius: float | None) -> Any:
-        """As `score`; with a `radius`, `sharpness` too, on the validation rows of its training."""
+        """As `score`; with a `radius`, `sharpness` too, on the validation rows of its training.
+
+        Of a whole model it is that of its `target_modules`, which the settings may have beside what its training read.
+        """
         try:
             found = score(adapter, settings)
-            return found if radius is None else {**found, "sharpness": _sharpness(adapter, radius)}
+            if radius is None:
+                return found
+            return {**found, "sharpness": _sharpness(adapter, radius, settings["target_modules"])}
         except EXPECTED as error:
             return error
 
 
-def _sharpness(adapter: str, radius: float) -> float:
+def _sharpness(adapter: str, radius: float, targets: str | Sequence[str]) -> float:
     import torch
 
     from bilora_ray.recipe import evaluation_config
     from bilora_ray.training.evaluate import load_adapted
     from bilora_ray.training.probe.sharpness import sharpness
+    from bilora_ray.training.result import result_of
 
     with not_again():
-        config = evaluation_config(Path(adapter), {"sharpness_radius": radius, "predict_with_generate": False})
+        asked = {"sharpness_radius": radius, "predict_with_generate": False, "target_modules": targets}
+        config = evaluation_config(Path(adapter), asked)
         model, data, _ = load_adapted(Path(adapter), config)
         config = config.model_copy(update={"label_names": data.label_names, "format": data.format})
         model.eval()
-        with torch.no_grad():
-            return sharpness(model, data.validation, config, data.tokenizer)["sharpness"]
+        with torch.no_grad(), result_of(config).around(model, config) as seen:
+            return sharpness(seen, data.validation, config, data.tokenizer)["sharpness"]

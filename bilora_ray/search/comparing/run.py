@@ -285,12 +285,13 @@ def _scored(comparing: Comparing, runs: StudyView, left: Sequence[TrialRecord], 
     room: dict[str, Any] = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker}
     scorer: Any = ray.remote(max_restarts=0, **room)(Scorer)
     free: list[Any] = [scorer.remote(resources.cpus_per_worker, resources.gpus_per_worker) for _ in range(count)]
-    test = _test(comparing.comparison)
+    test, targets = _test(comparing.comparison), _targets(comparing.comparison)
     waiting, failed, running = list(left), dict[int, str](), dict[ray.ObjectRef, tuple[Any, int]]()
     while waiting or running:
         while waiting and free:
             record, process = waiting.pop(0), free.pop()
-            settings = {**runs.config(record.number).model_dump(), **test}
+            config = runs.config(record.number)
+            settings = {**config.model_dump(), **test, **(targets if config.leaves_model else {})}
             asked = process.score.remote(str(record.adapter), settings, comparing.comparison.config.sharpness_radius)
             running[asked] = process, record.number
         if not running:
@@ -315,3 +316,12 @@ def _test(comparison: Comparison) -> dict[str, Any]:
     """The settings that name the test rows."""
     config = comparison.spaces[comparison.baseline].first_config()
     return config.model_dump(include=set(TEST_SETTINGS))
+
+
+def _targets(comparison: Comparison) -> dict[str, Any]:
+    """Of which weights a whole model is measured to be flat: of those that the first entry with an adapter adapts.
+
+    What it is flat in would be more of them else, and its sharpness another measure than the others'.
+    """
+    configs = (space.first_config() for space in comparison.spaces.values())
+    return next((one.model_dump(include={"target_modules"}) for one in configs if not one.leaves_model), {})
