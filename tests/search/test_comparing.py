@@ -18,6 +18,7 @@ from bilora_ray.evidence.outcome import Outcome, notes
 from bilora_ray.records import TrialRecord
 from bilora_ray.search import simulated
 from bilora_ray.search.comparing import run as comparing_run
+from bilora_ray.search.comparing import told as comparing_told
 from bilora_ray.search.comparing.file import Comparison, load_comparison
 from bilora_ray.search.comparing.gathered import gathered, step_seconds
 from bilora_ray.search.comparing.run import Comparing, asked_of, check_begun, compare
@@ -385,6 +386,22 @@ def test_what_was_found_is_kept_as_text_and_picture(after: tuple[World, Outcome]
     folder = tell_outcome(outcome, runs_of(world), None, said.append)
     assert json.loads((folder / TEXT).read_text(encoding="utf-8"))["entries"][1]["verdict"] == "better"
     assert (folder / PICTURE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_mlflow_is_told_of_what_was_kept_by_whoever_could_not_tell_it(
+    after: tuple[World, Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (world, outcome), told = after, list[dict[str, float]]()
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparing_told, "tell_result", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tell_outcome(outcome, runs_of(world), None, world.said.append)
+    monkeypatch.setattr(comparing_told, "tell_result", lambda *args, **_: told.append(args[2]))
+    tell_outcome(outcome, runs_of(world), None, world.said.append)
+    assert [metrics["test_loss/bilora"] for metrics in told] == [outcome.mean("bilora")]
 
 
 def test_a_distribution_shared_by_all_is_drawn_alike(tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ FOLDER, TEXT, PICTURE = "comparison", "comparison.json", "comparison.png"
 
 
 def tell_outcome(outcome: Outcome, runs: StudyView, mlflow_uri: str | None, say: Callable[[str], None]) -> Path:
-    """Write what came of a comparison into the folder of its runs, and tell MLflow; nothing if that is known.
+    """Write what came of a comparison into the folder of its runs, unless it is there, and tell MLflow.
+
+    Of what is there MLflow is told again: whoever wrote it may have been killed then, or MLflow did not answer.
 
     Args:
         outcome: what came of it.
@@ -31,12 +33,11 @@ def tell_outcome(outcome: Outcome, runs: StudyView, mlflow_uri: str | None, say:
     """
     folder = runs.layout.study(runs.space.study.name) / FOLDER
     text = json.dumps(as_json(outcome), indent=2) + "\n"
-    if (folder / TEXT).is_file() and (folder / TEXT).read_text(encoding="utf-8") == text:
-        return folder
-    with atomic_folder(folder) as unfinished:
-        with atomic_file(unfinished / TEXT) as file:
-            file.write(text)
-        _draw(outcome, unfinished / PICTURE, say)
+    if not (folder / TEXT).is_file() or (folder / TEXT).read_text(encoding="utf-8") != text:
+        with atomic_folder(folder) as unfinished:
+            with atomic_file(unfinished / TEXT) as file:
+                file.write(text)
+            _draw(outcome, unfinished / PICTURE, say)
     tell_result(runs, mlflow_uri, dict(_metrics(outcome)), say, files=sorted(folder.iterdir()))
     return folder
 
