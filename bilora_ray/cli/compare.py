@@ -103,7 +103,7 @@ def command(
     seeds and scored once on test rows that chose nothing. What it gains over the baseline is told with its interval,
     and that nothing is known where that is so. It may be interrupted at any moment: --resume finishes it.
     """
-    if output not in (None, STDOUT) and not Path(output).absolute().parent.is_dir():
+    if output not in (None, STDOUT) and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
         raise UserError(f"--json {output}: must be a file in a folder that exists, or -")
     layout = Layout(absolute(storage_path), study_database)
     asked = Asked(layout, resume, extend, ray_address, mlflow_uri, insecure, dry_run)
