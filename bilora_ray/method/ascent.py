@@ -265,7 +265,10 @@ def _half_step(batch: Batch, of_A: bool) -> Sums:
     moved = torch.cat([none, sign * W.mT], dim=2)
     stays = torch.cat([sign * lost.mT, none], dim=2)
     if of_A:
-        return Sums(basis, moved + stays, squares)
+        # As long as what has moved, or how long gradients are would decide how soon a lost direction is forgotten.
+        length = (lost * (other[:, :r2, :r2] @ lost)).sum((1, 2)).clamp(min=0.0).sqrt().view(-1, 1, 1)
+        by = torch.where((size > 0) & (length > 0), size / length, 1.0)
+        return Sums(basis, moved + by * stays, squares)
     here = torch.eye(r2, 2 * r2, dtype=W.dtype, device=W.device)
     return Sums(torch.where(size > 0, moved / size + stays, here), basis * size, squares)
 

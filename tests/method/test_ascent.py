@@ -100,6 +100,18 @@ def test_a_gradient_of_low_rank_takes_no_direction_away(rule):
     assert ranks == [4, 4, 4]
 
 
+@pytest.mark.parametrize("scale", [1e-8, 1e4])
+@pytest.mark.parametrize("rule", RULES)
+def test_how_long_gradients_are_takes_no_direction_away(rule, scale):
+    model, batch = bilora_model("mlp", rank=4, dtype=torch.float64)
+    optimizer = optimizer_of(model, rule)
+    one = {key: tensor[:1] for key, tensor in batch.items()}
+    for step in range(9):
+        inputs = one if 3 <= step < 7 else batch
+        optimizer.step(closure_of(model, optimizer, inputs, lambda output, _: scale * output.loss))
+    assert [int(torch.linalg.matrix_rank(product, rtol=1e-5)) for product in products(model)] == [4, 4, 4]
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_a_layer_without_a_gradient_has_no_perturbation_and_can_get_one_again(rule):
     model, batch = bilora_model("mlp")
