@@ -101,6 +101,13 @@ class BiLoraAdamW(MethodAdamW):
                 group.setdefault(key, value)
 
     @property
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's. Which gradients are of one G is this model's to say: its dropout may be another by now."""
+        own = self.param_groups[1].get("partners")
+        super().load_state_dict(state_dict)
+        if own is not None:
+            self.param_groups[1]["partners"] = own
+
     def auxiliary_norm(self) -> Tensor:
         """c = ||s2 B2 A2||_F over all layers, now, or of what `norm` says: a scalar tensor, <= rho after a step."""
         return perturbation_norm(self._factors())

@@ -179,6 +179,15 @@ def test_saved_states_continue_exactly(rule, tmp_path):
     assert_same(parameters_of(resumed).values(), parameters_of(model).values())
 
 
+@pytest.mark.parametrize(("before", "now"), [(0.0, 0.5), (0.5, 0.0)])
+def test_whose_gradients_are_of_one_g_is_not_what_a_saved_state_says(before, now):
+    saved, _ = bilora_model("mlp", lora_dropout=before)
+    model, _ = bilora_model("mlp", lora_dropout=now)
+    optimizer = optimizer_of(model, "tangent")
+    optimizer.load_state_dict(optimizer_of(saved, "tangent").state_dict())
+    assert [one is None for one in optimizer.param_groups[1]["partners"]] == [now > 0] * 3
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_a_base_in_bf16_and_an_autocast_around_it_change_neither_norm_nor_dtype(rule):
     model, batch = bilora_model("llama", dtype=torch.bfloat16)
