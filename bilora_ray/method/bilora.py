@@ -80,6 +80,7 @@ class BiLoraAdamW(MethodAdamW):
         auxiliary: dict[str, Any] = {
             "params": [tensor for layer in factors for tensor in (layer.A, layer.B)],
             "scalings": [layer.scaling if norm == "effective" else 1.0 for layer in factors],
+            "effective": [layer.scaling for layer in factors],
             "lr": learning_rate if auxiliary_learning_rate is None else auxiliary_learning_rate,
             "weight_decay": 0.0,
             "maximize": self.climbs,
@@ -100,7 +101,6 @@ class BiLoraAdamW(MethodAdamW):
             for key, value in FIRST.items():
                 group.setdefault(key, value)
 
-    @property
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's. Which gradients are of one G is this model's to say: its dropout may be another by now."""
         own = self.param_groups[1].get("partners")
@@ -108,13 +108,16 @@ class BiLoraAdamW(MethodAdamW):
         if own is not None:
             self.param_groups[1]["partners"] = own
 
+    @property
     def auxiliary_norm(self) -> Tensor:
         """c = ||s2 B2 A2||_F over all layers, now, or of what `norm` says: a scalar tensor, <= rho after a step."""
         return perturbation_norm(self._factors())
 
     def metrics(self) -> dict[str, float]:
-        """`auxiliary_norm`, as a number."""
-        return {"auxiliary_norm": float(self.auxiliary_norm)}
+        """`auxiliary_norm`, as a number; of s2 B2 A2, whatever `norm` says."""
+        scalings = self.param_groups[1].get("effective", self.param_groups[1]["scalings"])
+        factors = [Factors(A, B, s2) for (A, B, _), s2 in zip(self._factors(), scalings, strict=True)]
+        return {"auxiliary_norm": float(perturbation_norm(factors))}
 
     def _before_update(self) -> None:
         """RuntimeError if the loss did not see the auxiliary: that would train plain LoRA."""

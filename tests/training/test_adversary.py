@@ -167,3 +167,12 @@ def test_where_rho_is_of_something_else_the_radius_is_what_the_perturbation_has(
     perturb = adversary._perturb(run.config, run.optimizer, space)
     assert perturb is not None
     assert perturb(space.zeros()).radius is None
+
+
+@pytest.mark.parametrize("norm", ["effective", "unscaled"])
+def test_the_norm_is_of_what_is_added_to_the_weights_in_every_evaluation(norm: str, tiny: Tiny, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "adversary_steps": 2, "eval_steps": 1, "max_steps": 4, "learning_rate": 0.03}
+    reports, _ = run_fit(tiny.config("causal-lm", **settings, norm=norm), tmp_path)
+    assert [bool(told(report)) for report in reports] == [False, True, False, True]
+    radius = 0.2 if norm == "effective" else 0.4  # lora_alpha is twice the rank
+    assert [report["auxiliary_norm"] for report in reports[1:]] == pytest.approx([radius] * 3, rel=1e-4)
