@@ -354,12 +354,12 @@ class Run:
             metrics |= evaluate(
                 self.network.evaluated, self.data.validation, self._with_labels(), self.data.tokenizer, self.workers
             )
+            for loss in (metrics["train_loss"], metrics["eval_loss"]):
+                if not math.isfinite(loss):
+                    raise NonFiniteLoss(step, loss)
             metrics |= self._adversity()
         self.gradients.agree()
         metrics |= self.room.proven.metrics()
-        for loss in (metrics["train_loss"], metrics["eval_loss"]):
-            if not math.isfinite(loss):
-                raise NonFiniteLoss(step, loss)
         return metrics
 
     def _adversity(self) -> dict[str, float]:

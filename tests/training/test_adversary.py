@@ -11,7 +11,7 @@ import torch
 from tiny_trials import TASKS, Tiny, reproducible, run_fit
 
 from bilora_ray.config import ADVERSITY, FACTS, MethodName, Task
-from bilora_ray.errors import OutOfMemory
+from bilora_ray.errors import NonFiniteLoss, OutOfMemory
 from bilora_ray.facts import METHOD_NAMES
 from bilora_ray.method.sharpness import FullSpace
 from bilora_ray.training.folder import TrialFolder
@@ -176,3 +176,12 @@ def test_the_norm_is_of_what_is_added_to_the_weights_in_every_evaluation(norm: s
     assert [bool(told(report)) for report in reports] == [False, True, False, True]
     radius = 0.2 if norm == "effective" else 0.4  # lora_alpha is twice the rank
     assert [report["auxiliary_norm"] for report in reports[1:]] == pytest.approx([radius] * 3, rel=1e-4)
+
+
+def test_weights_that_are_no_numbers_are_told_as_a_loss_that_is_none(tiny: Tiny, tmp_path: Path) -> None:
+    run = Run(tiny.config("causal-lm", **{**SETTINGS, "adversary_steps": 1}), TrialFolder(tmp_path))
+    for _ in range(2):
+        run.train_step()
+    run.optimizer.param_groups[0]["params"][0].data.fill_(math.nan)
+    with pytest.raises(NonFiniteLoss):
+        run.evaluate()
