@@ -42,6 +42,7 @@ SETTINGS = {
     "rwp_space": "weight",
     "seed": 5,
 }
+ASCENTS = [("bilora", {"ascent": rule, "auxiliary_learning_rate": None}) for rule in ("tangent", "half-step")]
 # Method and settings of its own -> its twin, and what that has beside what all have.
 TWINS = [
     ("lora-sam", {}, ReferenceLoraSam, {"rho": 0.05}),
@@ -144,10 +145,10 @@ def test_each_equals_its_twin(family, max_grad_norm, name, own, twin, told, nois
             assert (B2 - plain.layers[key].B2).abs().max() <= 1e-10
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_step_costs_what_is_declared(name):
+@pytest.mark.parametrize(("name", "own"), [*((name, {}) for name in METHODS), *ASCENTS])
+def test_a_step_costs_what_is_declared(name, own):
     model, batch = model_of(name, "mlp")
-    optimizer = build_method(name, model, **settings(name, max_grad_norm=1.0))
+    optimizer = build_method(name, model, **settings(name, max_grad_norm=1.0, **own))
     optimizer.total_steps = STEPS
     batch = {key: tensor[:8] for key, tensor in batch.items()}
     rows = {"forward": 0, "backward": 0}
