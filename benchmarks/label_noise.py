@@ -156,12 +156,12 @@ def prepare(arguments: argparse.Namespace, percent: int) -> Path:
 
 def compare(arguments: argparse.Namespace, percent: int, path: Path) -> None:
     """Run one comparison to its end, unless it is there; SystemExit if it fails."""
-    outcome, begun = path.with_name("outcome.json"), path.with_name("begun")
+    outcome, studies = path.with_name("outcome.json"), arguments.work / "runs" / "studies"
     if outcome.exists():
         return
+    begun = any(studies.glob(f"noise-{percent}-*"))
     command = [sys.executable, "-m", "bilora_ray", "compare", str(path), "--json", str(outcome)]
-    command += ["--storage-path", str(arguments.work / "runs"), *(["--resume"] if begun.exists() else [])]
-    begun.touch()
+    command += ["--storage-path", str(arguments.work / "runs"), *(["--resume"] if begun else [])]
     if subprocess.run(command, check=False).returncode:
         raise SystemExit(f"label_noise: the comparison with {percent} % noise has failed; run it again to go on")
 
@@ -185,8 +185,10 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def told(outcomes: dict[int, dict[str, Any]], arguments: argparse.Namespace) -> str:
-    """The page of all outcomes."""
+def told(outcomes: dict[int, dict[str, Any]]) -> str:
+    """The page of all outcomes, which may be of an earlier call that was asked for others."""
+    tuned = {entry["tuned"]["trials"] for one in outcomes.values() for entry in one["entries"] if entry["tuned"]}
+    seeds = {len(outcome["seeds"]) for outcome in outcomes.values()}
     table = [line for percent, outcome in outcomes.items() for line in lines(percent, outcome)]
     said = [f"- {percent} %: {line}" for percent, outcome in outcomes.items() for line in outcome["sentences"]]
     return "\n".join(
@@ -194,8 +196,8 @@ def told(outcomes: dict[int, dict[str, Any]], arguments: argparse.Namespace) -> 
             "# Label noise: does any ascent beat LoRA?",
             "",
             f"{TRAIN} short sentences of SST-2 with a share of wrong labels, {VALIDATION} validation and {TEST} test",
-            f"sentences with the right ones, MiniLM with four blocks, 8 epochs. Each has {arguments.tune} trials",
-            f"of tuning and {arguments.seeds} seeds, and the best evaluation of each run counts: all stop as early as",
+            f"sentences with the right ones, MiniLM with four blocks, 8 epochs. Each has {counts(tuned)} trials",
+            f"of tuning and {counts(seeds)} seeds, and the best evaluation of each run counts: all stop as early as",
             "they should. Matthews correlation on the test rows; differences to LoRA are paired by seed, with 95 %",
             "bootstrap intervals and p-values after Holm. Sharpness: rise of the validation loss along its gradient",
             "at a radius of 0.1.",
@@ -210,6 +212,11 @@ def told(outcomes: dict[int, dict[str, Any]], arguments: argparse.Namespace) -> 
             "",
         ]
     )
+
+
+def counts(found: set[int]) -> str:
+    """One number where all have as many."""
+    return " or ".join(map(str, sorted(found)))
 
 
 def main() -> None:
@@ -233,7 +240,7 @@ def main() -> None:
     for percent, path in files.items():
         compare(arguments, percent, path)
         outcomes[percent] = json.loads(path.with_name("outcome.json").read_text())
-        page = told(outcomes, arguments)
+        page = told(outcomes)
         arguments.output.write_text(page, encoding="utf-8")
     print(page)
 
