@@ -167,6 +167,8 @@ def sections_of(content: object, path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _section_hint(name: str) -> str:
+    if name in ("comparison", "methods"):
+        return "`bilora-ray compare FILE` takes a comparison file, and checks it with --dry-run"
     for section, kind in (("trial", TrialConfig), ("study", StudyConfig), ("resources", ResourceConfig)):
         if name in kind.model_fields:
             return f"'{name}' belongs under '{section}:'"

@@ -594,6 +594,11 @@ def test_the_ends_are_the_values_to_check(distribution: Distribution, ends: tupl
         ("study: {name: s}\ntrail: {}\n", ": unknown section 'trail'; did you mean 'trial'?"),
         ("study: {name: s}\nrank: 8\n", ": unknown section 'rank'; 'rank' belongs under 'trial:'"),
         ("1: {}\n", ": unknown section '1'; allowed: resources, study, trial"),
+        (
+            "comparison: {name: c}\ntrial: {}\n",
+            ": unknown section 'comparison'; `bilora-ray compare FILE` takes a comparison file, and checks it with "
+            "--dry-run",
+        ),
         ("study: {}\ntrial: {}\n", ": study: 'name' is missing"),
         ("study: {name: s}\ntrial: {}\n", ": trial: 'model_name_or_path' is missing"),
         ("study: {name: s}\ntrial: {8: rank}\n", ": trial: unknown key '8'; "),
