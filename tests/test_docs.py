@@ -28,8 +28,9 @@ from bilora_ray.cli.settings import rows as settings
 from bilora_ray.config import EXACT_MATCH, SHARPNESS, TASK_FACTS, Primary
 from bilora_ray.facts import METHOD_NAMES
 from bilora_ray.search.comparing.file import ComparisonConfig, checked_comparison, sections_of
+from bilora_ray.search.preflight import preflight
 from bilora_ray.search.space import Range
-from bilora_ray.search.space_file import load_space
+from bilora_ray.search.space_file import checked_space, load_space
 
 # What a block that shows a part of a space file is a part of.
 BASE = {
@@ -153,6 +154,23 @@ def test_every_space_is_one_that_the_command_line_takes(tmp_path: Path) -> None:
         file.write_text(yaml.safe_dump(part if whole else _merged(BASE, part)), encoding="utf-8")
         load_space(file, locate=lambda name, *_: name)
     assert len(found) >= 9
+
+
+def test_a_whole_file_on_the_model_that_ships_begins_as_it_stands() -> None:
+    found = 0
+    for document, part in _spaces():
+        if part.get("trial", {}).get("model_name_or_path") != "builtin:quickstart/model":
+            continue
+        if "comparison" in part:
+            comparison = checked_comparison(sections_of(part, document), document, ())
+            space = comparison.spaces[comparison.baseline]
+        elif "study" in part:
+            space = checked_space(part, document, ())
+        else:
+            continue
+        preflight(space, dry_run=True)
+        found += 1
+    assert found >= 2
 
 
 # Python
