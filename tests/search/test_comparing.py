@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -402,6 +403,18 @@ def test_mlflow_is_told_of_what_was_kept_by_whoever_could_not_tell_it(
     monkeypatch.setattr(comparing_told, "tell_result", lambda *args, **_: told.append(args[2]))
     tell_outcome(outcome, runs_of(world), None, world.said.append)
     assert [metrics["test_loss/bilora"] for metrics in told] == [outcome.mean("bilora")]
+
+
+def test_mlflow_is_told_anew_once_a_score_has_come_late(
+    after: tuple[World, Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow keeps the value that a metric has at a step."""
+    (world, outcome), told = after, list[dict[str, float]]()
+    monkeypatch.setattr(comparing_told, "tell_result", lambda *args, **_: told.append(args[2]))
+    first, *others = outcome.runs
+    for runs in ((replace(first, quality=None), *others), outcome.runs):
+        tell_outcome(replace(outcome, runs=runs), runs_of(world), None, world.said.append)
+    assert told[0]["step"] < told[1]["step"]
 
 
 def test_a_distribution_shared_by_all_is_drawn_alike(tmp_path: Path) -> None:

@@ -53,8 +53,8 @@ def _draw(outcome: Outcome, file: Path, say: Callable[[str], None]) -> None:
 
 
 def _metrics(outcome: Outcome) -> Iterator[tuple[str, float]]:
-    """What MLflow draws, by entry; at as many seeds."""
-    yield "step", float(len(outcome.seeds))
+    """What MLflow draws, by entry, at as many scores: it keeps what it has at a step, and a score may come late."""
+    yield "step", float(sum(run.has_score for run in outcome.runs))
     for entry in outcome.entries:
         measured = {outcome.metric: outcome.mean(entry), "step_time_ratio": outcome.step_time_ratio(entry)}
         if (found := outcome.differences.get(entry)) is not None:
