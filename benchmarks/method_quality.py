@@ -82,7 +82,7 @@ def in_words(found: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     for task, outcome in found.items():
         count, kind = len(outcome["seeds"]), outcome["budget"]
-        trials = max(one["tuned"]["trials"] for one in outcome["entries"])
+        trials = max(one["tuned"]["trials"] for one in outcome["entries"] if one["tuned"])
         lines += ["", f"## {TASKS[task]}", "", f"{trials} trials of tuning, {count} seeds, equal {kind}.", "", *COLUMNS]
         lines += [_row(one) for one in outcome["entries"]]
         lines += [
@@ -98,7 +98,8 @@ def in_words(found: Mapping[str, Mapping[str, Any]]) -> str:
 def _row(one: Mapping[str, Any]) -> str:
     difference = one["difference"]
     told = ("", "") if difference is None else (_interval(difference), _number(difference["p_holm"], 2))
-    chosen = ", ".join(f"{key} {value:.3g}" for key, value in one["tuned"]["settings"].items())
+    settings = (one["tuned"] or {}).get("settings", {})
+    chosen = ", ".join(f"{key} {_number(value, 3)}" for key, value in settings.items())
     mean, deviation = _number(one["mean"], 4), _number(one["standard_deviation"], 2)
     measured = (_number(one[key], 3) for key in ("sharpness", "step_time_ratio", "device_hours"))
     cells = (f"`{one['entry']}`", mean, deviation, *told, one["verdict"], *measured, chosen)
@@ -109,8 +110,8 @@ def _interval(difference: Mapping[str, float]) -> str:
     return f"{difference['mean']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f})"
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}g}"
+def _number(value: float | str | None, digits: int) -> str:
+    return "" if value is None else value if isinstance(value, str) else f"{value:.{digits}g}"
 
 
 def _local(sst2: Path | None, model: Path | None) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from bilora_ray.config import TEST_SETTINGS
 from bilora_ray.errors import CommonCause, MachineError, UserError, first_line
@@ -302,6 +302,8 @@ def _scored(comparing: Comparing, runs: StudyView, left: Sequence[TrialRecord], 
             told = ray.get(done)
         except RayError as error:
             failed[number] = first_line(getattr(error, "cause", None) or error)
+            if isinstance(error, RayTaskError):  # else the process has died
+                free.append(process)
             continue
         free.append(process)
         if isinstance(told, Exception):
