@@ -174,7 +174,8 @@ def draw(found: Sequence[Look], file: Path) -> None:
 
 def told(found: Sequence[Look], arguments: argparse.Namespace) -> str:
     """The page."""
-    command = f"python benchmarks/ascent_capture.py --seeds {' '.join(map(str, arguments.seeds))}"
+    tasks, seeds = " ".join(dict.fromkeys(look.task for look in found)), " ".join(map(str, arguments.seeds))
+    command = f"python benchmarks/ascent_capture.py --tasks {tasks} --seeds {seeds}"
     return "\n".join(
         [
             "# What the auxiliary captures of a batch's sharpness",
