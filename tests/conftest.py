@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,17 +23,6 @@ def _nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a slow machine says of what takes seconds is no part of what a test expects."""
     if importlib.util.find_spec("rich") is not None:
         monkeypatch.setattr("bilora_ray.cli.waiting.SOON_S", 600.0)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _scripts_of_tables_are_read_once() -> Iterator[None]:
-    """To open a database Optuna runs the scripts of all that its tables ever were: most of the time of that."""
-    with pytest.MonkeyPatch.context() as patch:
-        if importlib.util.find_spec("alembic") is not None:
-            from alembic.util import pyfiles
-
-            patch.setattr(pyfiles, "load_module_py", lru_cache(maxsize=None)(pyfiles.load_module_py))
-        yield
 
 
 @pytest.fixture(scope="session")
