@@ -55,8 +55,9 @@ def test_a_file_that_has_changed_since_is_told(trained: None, tiny: Tiny, tmp_pa
 
 def test_a_run_is_listed_trained_anew_and_measured_merged(trained: None, tiny: Tiny) -> None:
     first = best_of("once")
-    listed = {"num_trials": 1, "ended": 1, "metric": "eval_loss"}
-    assert json.loads(bilora_ray("show", "--json")) == [{"study": "once", **listed, "best": first["eval_loss"]}]
+    listed: dict[str, Any] = {"num_trials": 1, "ended": 1, "metric": "eval_loss"}
+    listed |= {"best": first["eval_loss"], "is_gone": False}
+    assert json.loads(bilora_ray("show", "--json")) == [{"study": "once", **listed}]
     assert re.search(r"^ +rank +3$", bilora_ray("show", "once"), re.M)
 
     bilora_ray("train", "--study=once", "--name=same")
