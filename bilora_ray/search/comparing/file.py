@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from bilora_ray.checking import Float, Int, Settings, build, nearest_setting
 from bilora_ray.config import FACTS, TEST_SETTINGS, TrialConfig, applies, takes_mapping
@@ -25,6 +25,7 @@ from bilora_ray.errors import UserError, nearest
 from bilora_ray.facts import METHOD_NAMES, MethodName
 from bilora_ray.paths import Locate, locate_here
 from bilora_ray.search.space import STUDY_NAME, ResourceConfig, Space, setting_of
+from bilora_ray.search.space.study import StudyName
 from bilora_ray.search.space_file import checked_space, override_value, read_yaml
 
 SECTIONS = ("comparison", "trial", "resources", "methods")
@@ -46,7 +47,7 @@ RATE = "learning_rate"
 class ComparisonConfig(Settings):
     """How methods are compared."""
 
-    name: str = Field(description="name of the comparison; its studies are NAME-tune-ENTRY and NAME-runs")
+    name: StudyName = Field(description="name of the comparison; its studies are NAME-tune-ENTRY and NAME-runs")
     project: str = Field("bilora-ray", min_length=1, description="MLflow experiment that its studies belong to")
     tune: Int = Field(8, ge=1, description="trials of each entry, over its own space, judged on the validation rows")
     seeds: Int = Field(
@@ -64,13 +65,6 @@ class ComparisonConfig(Settings):
     seed: Int = Field(0, ge=0, lt=2**32, description="of what is tried, and of the seeds of the runs")
     max_concurrent: Int | None = Field(None, ge=1, description="trials at one time; what the cluster holds if absent")
     price_per_gpu_hour: Float | None = Field(None, gt=0, description="of a device-hour, to tell what each entry cost")
-
-    @field_validator("name")
-    @classmethod
-    def _folder_name(cls, value: str) -> str:
-        if not STUDY_NAME.fullmatch(value):
-            raise ValueError("must be up to 100 letters, digits, '.', '_' or '-', the first a letter or a digit")
-        return value
 
     @model_validator(mode="after")
     def _runs_named(self) -> ComparisonConfig:

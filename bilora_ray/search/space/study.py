@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from bilora_ray.checking import Float, Int, Settings
 from bilora_ray.search.space.parts import OneValue
@@ -31,6 +31,16 @@ SEEDS = 3
 LIMITED = {"max_adapter_mb": "adapter_mb", "max_memory_gb": "gpu_memory_gib"}
 
 
+def _of_a_folder(name: str) -> str:
+    if not STUDY_NAME.fullmatch(name):
+        raise ValueError("must be up to 100 letters, digits, '.', '_' or '-', the first a letter or a digit")
+    return name
+
+
+# What names a study, and so its folder.
+StudyName = Annotated[str, AfterValidator(_of_a_folder)]
+
+
 class ObjectiveConfig(Settings):
     """One of the things that a study looks for."""
 
@@ -41,7 +51,7 @@ class ObjectiveConfig(Settings):
 class StudyConfig(Settings):
     """How a study searches."""
 
-    name: str = Field(description="name of the study and of its folder: letters, digits, '.', '_' and '-'")
+    name: StudyName = Field(description="name of the study and of its folder: letters, digits, '.', '_' and '-'")
     project: str = Field("bilora-ray", min_length=1, description="MLflow experiment that the study belongs to")
     num_trials: Int = Field(20, ge=1, description="trials to finish")
     sampler: Literal["tpe", "gp", "cmaes", "random", "grid", "qmc", "nsga2", "nsga3"] = Field(
@@ -125,13 +135,6 @@ class StudyConfig(Settings):
         "its finalists may hold as much, and loses none",
     )
     warm_start: tuple[str, ...] = Field((), description="earlier studies, from whose best trials the search starts")
-
-    @field_validator("name")
-    @classmethod
-    def _folder_name(cls, value: str) -> str:
-        if not STUDY_NAME.fullmatch(value):
-            raise ValueError("must be up to 100 letters, digits, '.', '_' or '-', the first a letter or a digit")
-        return value
 
     @model_validator(mode="after")
     def _priced(self) -> StudyConfig:
