@@ -33,7 +33,7 @@ from safetensors.torch import load_file, save_file
 # Of MiniLM's six.
 BLOCKS = (0, 1, 4, 5)
 WORDS = range(3, 9)
-TRAIN, VALIDATION, TEST = 160, 100, 600
+TRAIN, VALIDATION, TEST = 160, 300, 600
 RADIUS = {"low": 0.005, "high": 1.0, "log": True}
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -146,7 +146,7 @@ def prepare(arguments: argparse.Namespace, percent: int) -> Path:
             "baseline": "lora",
             "sharpness_radius": 0.1,
         },
-        "trial": {**trial, "learning_rate": {"low": 3e-4, "high": 1e-2, "log": True}},
+        "trial": {**trial, "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True}},
         "methods": METHODS,
     }
     path: Path = folder / "compare.yaml"
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the files and the studies")
     parser.add_argument("--model", type=Path, help="folder of MiniLM; that of its Python package when absent")
     parser.add_argument("--noise", type=int, nargs="+", default=[0, 10, 20, 40], help="percent of the labels")
-    parser.add_argument("--tune", type=int, default=8, help="trials of each method")
+    parser.add_argument("--tune", type=int, default=16, help="trials of each method")
     parser.add_argument("--seeds", type=int, default=10, help="runs of each method's best settings")
     parser.add_argument("--prepare", action="store_true", help="write the files, and stop")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "label_noise.md")

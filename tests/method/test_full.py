@@ -6,8 +6,7 @@ import pytest
 import torch
 from test_optimizer import of, train
 from test_reference import fresh_batch, loss_in_float64, loss_of_weights
-from test_rivals import norm_in_float64
-from tiny import closure_of, primary_model, whole_model
+from tiny import closure_of, norm_in_float64, primary_model, whole_model
 
 from bilora_ray.method import build_method
 from bilora_ray.method.full import MASTER, FullAdamW

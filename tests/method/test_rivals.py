@@ -1,13 +1,11 @@
 """What Bi-LoRA is compared with: each against its plain twin in float64, and what a step of it costs."""
 
 import copy
-from types import MethodType
 
 import pytest
 import torch
 from test_reference import PATTERN, adapted, factors, fresh_batch, loss_in_float64, loss_of_weights, reference_layers
-from tiny import closure_of, model_of, primary_model, rows_of
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from tiny import closure_of, model_of, norm_in_float64, primary_model, rows_of
 
 from bilora_ray.method import METHODS, build_method, settings_of
 from bilora_ray.method.esam import perturbed
@@ -61,17 +59,6 @@ TWINS = [
     ("bilora", {"ascent": "tangent", "auxiliary_learning_rate": None}, ReferenceTangent, {}),
     ("bilora", {"ascent": "half-step", "auxiliary_learning_rate": None}, ReferenceHalfStep, {}),
 ]
-
-
-def norm_in_float64(model):
-    """transformers normalises in fp32 whatever the model is in: a direction of length 1 would show that."""
-
-    def forward(self, hidden):
-        return self.weight * hidden * (hidden.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
-
-    for module in model.modules():
-        if isinstance(module, LlamaRMSNorm):
-            module.forward = MethodType(forward, module)
 
 
 @pytest.fixture

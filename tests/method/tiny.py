@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from bilora_ray.method import attach_auxiliary
 from bilora_ray.method.layers import AUXILIARY, PRIMARY, PerturbedLayer
@@ -142,6 +145,18 @@ def bilora_model(
     model, batch = primary_model(family, dtype, **config)
     attach_auxiliary(model, rank)
     return model.train(), batch
+
+
+def norm_in_float64(model: nn.Module) -> None:
+    """transformers normalises in fp32 whatever the model is in: a direction of length 1 would show that."""
+
+    def forward(self: Any, hidden: Tensor) -> Tensor:
+        scale: Tensor = (hidden.square().mean(-1, keepdim=True) + self.variance_epsilon).rsqrt()
+        return self.weight * hidden * scale
+
+    for module in model.modules():
+        if isinstance(module, LlamaRMSNorm | T5LayerNorm):
+            module.forward = MethodType(forward, module)
 
 
 def randomize(model: PeftModel, size: float = 0.3) -> None:
