@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Processes of `make test`, each with whole files.
+JOBS ?= 2
 # Of `make chaos`.
 SECONDS ?= 600
 SEED ?= 1
@@ -34,7 +36,7 @@ quickstart: setup
 	$(BIN)/bilora-ray tune --space search_spaces/quickstart.yaml $(if $(wildcard runs/studies/quickstart/trials),--resume)
 
 test: setup
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 test-slow: setup
 	$(BIN)/pytest -m slow
