@@ -122,7 +122,7 @@ def nearest_setting(key: str, kind: type[Settings]) -> str:
 
 
 def _is_searched(kind: type[Settings], key: str) -> bool:
-    """Whether the fact stands on the field: see `config.setting`."""
+    """Whether the fact stands on the field: see `facts.setting`."""
     extra = kind.model_fields[key].json_schema_extra if key in kind.model_fields else None
     return isinstance(extra, dict) and bool(extra.get("searched"))
 

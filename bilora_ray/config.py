@@ -7,11 +7,9 @@ torch, so that `bilora-ray validate` is instant.
 
 from __future__ import annotations
 
-import math
 import re
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, get_args
 
@@ -19,7 +17,8 @@ from pydantic import TypeAdapter, ValidationError, field_validator, model_valida
 
 from bilora_ray.checking import Float, Int, Pairs, Settings, first_problem, in_words
 from bilora_ray.errors import UserError, nearest
-from bilora_ray.facts import ADAPTING, WHOLE, Decides, MethodName, facts_of, setting
+from bilora_ray.facts import ADAPTING, NOISY, STARTING, WHOLE, Decides, MethodName, Primary, facts_of, setting
+from bilora_ray.measures import EXACT_MATCH, LABEL_METRICS, SHARPNESS, TASK_FACTS, Task, objective
 from bilora_ray.records import Objective
 
 # Kernels of attention. Of those of the Hub, which are code, the ones that transformers' authors keep.
@@ -27,75 +26,6 @@ KERNELS = ("eager", "sdpa", "varlen", "flash_attention_2", "flash_attention_3")
 HUB_KERNEL = re.compile(r"kernels-community/[\w.-]+(@[\w.-]+)?(:[\w.-]+)?")
 # Those that a file is likely to have: any other that Python knows is taken too.
 ENCODINGS = ("utf-8", "utf-16", "cp1250", "cp1251", "cp1252", "iso-8859-1", "mac-roman", "gb18030", "big5", "shift_jis")
-
-Task = Literal[
-    "causal-lm",
-    "seq2seq-lm",
-    "sequence-classification",
-    "multi-label-classification",
-    "regression",
-    "token-classification",
-    "image-classification",
-]
-
-# What the primary adapter is, beside plain LoRA.
-Primary = Literal["lora", "dora", "rslora", "pissa", "lora-ga"]
-# Those that begin with other factors than 0, so that W is W0 + s (B1 A1 - B0 A0).
-STARTING: tuple[Primary, ...] = ("pissa", "lora-ga")
-
-# What a model card calls a method, with its source.
-METHOD_TITLES: dict[MethodName, str] = {
-    "lora": "LoRA",
-    "bilora": "Bi-LoRA (sharpness-aware LoRA, [arXiv 2508.19564](https://arxiv.org/abs/2508.19564))",
-    "dual-lora": "Dual-LoRA (an ablation of Bi-LoRA, [arXiv 2508.19564](https://arxiv.org/abs/2508.19564))",
-    "lora-sam": "LoRA-SAM ([arXiv 2010.01412](https://arxiv.org/abs/2010.01412) on the factors)",
-    "looksam": "LookSAM ([arXiv 2203.02714](https://arxiv.org/abs/2203.02714) on the factors)",
-    "esam": "ESAM ([arXiv 2110.03141](https://arxiv.org/abs/2110.03141) on the factors)",
-    "nbar": "nBAR ([arXiv 2410.14802](https://arxiv.org/abs/2410.14802))",
-    "obar": "oBAR ([arXiv 2410.14802](https://arxiv.org/abs/2410.14802))",
-    "flat-lora": "Flat-LoRA ([arXiv 2409.14396](https://arxiv.org/abs/2409.14396))",
-    "rwp": "random weight perturbation ([arXiv 2211.11489](https://arxiv.org/abs/2211.11489))",
-    "full": "full fine-tuning",
-}
-
-# Those with random noise, on whole tensors.
-NOISY: tuple[MethodName, ...] = ("flat-lora", "rwp")
-
-# About what CUDA takes of a GPU for each process, beside what torch allocates: an estimate, not measured here.
-CUDA_GIB = 0.5
-
-LOSS_METRICS = ("eval_loss",)
-LM_METRICS = ("eval_loss", "eval_perplexity", "eval_token_accuracy")
-EXACT_MATCH = "eval_exact_match"
-LABEL_METRICS = ("eval_accuracy", "eval_f1", "eval_matthews_correlation")
-SET_METRICS = ("eval_accuracy", "eval_f1")
-NUMBER_METRICS = ("eval_mse", "eval_pearson", "eval_spearman")
-SHARES = frozenset({"eval_accuracy", "eval_f1", "eval_token_accuracy", EXACT_MATCH})
-CORRELATIONS = frozenset({"eval_matthews_correlation", "eval_pearson", "eval_spearman"})
-SHARPNESS = "sharpness"
-MINIMIZED = frozenset({"eval_loss", "eval_mse", "eval_perplexity", SHARPNESS})
-# What every evaluation tells of the cost of an adapter, and what it is; the last is known on GPUs only.
-COSTS = {
-    "train_runtime": "seconds of training until the adapter",
-    "adapter_mb": "MB of the exported adapter's weights",
-    "gpu_memory_gib": "GiB of GPU memory that a worker's torch took",
-}
-
-# What is told now and then of a method's perturbation -> what it is. `adversary_steps` says how often.
-ADVERSITY = {
-    "auxiliary_norm": "norm of the perturbation: of s2 B2 A2 over all layers, which every evaluation of Bi-LoRA tells; "
-    "of LoRA-SAM, of what its moves of A1 and B1 change of the weights",
-    "auxiliary_cosine": "cosine of the perturbation and the gradient of the next batch at W, over all layers",
-    "captured_sharpness": "how much the perturbation raises the loss of the next batch, as a share of what a move by "
-    "that batch's whole gradient does, of norm `rho`; of `auxiliary_norm` where `rho` is of something else",
-    "captured_sharpness_held_out": "the same on a batch of validation rows, the same ones each time",
-    "stale_cosine": "cosine of the gradients of the last batch and the next one at W",
-    "stale_captured_sharpness": "what such a move along the last batch's whole gradient captures of the next batch's "
-    "sharpness: as much as a rule that knows the last batch alone can hope for",
-    "stale_captured_sharpness_held_out": "the same on the batch of validation rows",
-    "subspace_overlap": "mean squared cosine of the principal angles between the rows of A1 and A2, and the columns of "
-    "B1 and B2, over all layers: 1 where they span the same; of LoRA-SAM, between A1 and B1 and their moves",
-}
 
 PROMPT_TEMPLATE, COMPLETION_TEMPLATE = "{prompt}", "{completion}"
 # Of the formats that hold chats, the column.
@@ -109,42 +39,6 @@ RENDERED = frozenset(
         *("max_length", "messages", "padding", "return_dict", "return_tensors", "tokenize", "tools", "truncation"),
     ]
 )
-
-
-@dataclass(frozen=True)
-class TaskFacts:
-    """What the settings of a task are checked by. All else of it is in its file in `training/tasks`.
-
-    Attributes:
-        model_class: what transformers calls its models.
-        metrics: what every evaluation measures.
-        generates: whether its models write text, which `predict_with_generate` judges.
-        has_classes: whether each prediction is of one class, which `class_weights` weighs.
-        reads_images: whether its rows are images, so that there is an image processor instead of a tokenizer.
-    """
-
-    model_class: str
-    metrics: tuple[str, ...]
-    generates: bool = False
-    has_classes: bool = False
-    reads_images: bool = False
-
-
-TASK_FACTS: dict[Task, TaskFacts] = {
-    "causal-lm": TaskFacts("AutoModelForCausalLM", LM_METRICS, generates=True),
-    "seq2seq-lm": TaskFacts("AutoModelForSeq2SeqLM", LM_METRICS, generates=True),
-    "sequence-classification": TaskFacts(
-        "AutoModelForSequenceClassification", LOSS_METRICS + LABEL_METRICS, has_classes=True
-    ),
-    "multi-label-classification": TaskFacts("AutoModelForSequenceClassification", LOSS_METRICS + SET_METRICS),
-    "regression": TaskFacts("AutoModelForSequenceClassification", LOSS_METRICS + NUMBER_METRICS),
-    "token-classification": TaskFacts(
-        "AutoModelForTokenClassification", (*LOSS_METRICS, "eval_accuracy", "eval_f1"), has_classes=True
-    ),
-    "image-classification": TaskFacts(
-        "AutoModelForImageClassification", LOSS_METRICS + LABEL_METRICS, has_classes=True, reads_images=True
-    ),
-}
 
 
 class TrialConfig(Settings):
@@ -842,18 +736,6 @@ class TrialConfig(Settings):
     def resolved_lora_alpha(self) -> float:
         """`lora_alpha`, or the paper's 2 x rank."""
         return 2.0 * self.rank if self.lora_alpha is None else self.lora_alpha
-
-
-def range_of(metric: str) -> tuple[float, float]:
-    """The least and the greatest value that a `metric` can have, of one that has both; else infinities."""
-    if metric in SHARES:
-        return 0.0, 1.0
-    return (-1.0, 1.0) if metric in CORRELATIONS else (-math.inf, math.inf)
-
-
-def objective(metric: str) -> Objective:
-    """How `metric`, one that an evaluation reports, is judged."""
-    return Objective(metric, metric not in MINIMIZED and metric not in COSTS)
 
 
 FACTS = facts_of(TrialConfig)

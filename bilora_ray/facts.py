@@ -19,6 +19,28 @@ METHOD_NAMES: tuple[MethodName, ...] = get_args(MethodName)
 # Those that train the base model itself. All others leave it as it is, and put an adapter on it.
 WHOLE: tuple[MethodName, ...] = ("full",)
 ADAPTING: tuple[MethodName, ...] = tuple(name for name in METHOD_NAMES if name not in WHOLE)
+# Those with random noise, on whole tensors.
+NOISY: tuple[MethodName, ...] = ("flat-lora", "rwp")
+
+# What a model card calls a method, with its source.
+METHOD_TITLES: dict[MethodName, str] = {
+    "lora": "LoRA",
+    "bilora": "Bi-LoRA (sharpness-aware LoRA, [arXiv 2508.19564](https://arxiv.org/abs/2508.19564))",
+    "dual-lora": "Dual-LoRA (an ablation of Bi-LoRA, [arXiv 2508.19564](https://arxiv.org/abs/2508.19564))",
+    "lora-sam": "LoRA-SAM ([arXiv 2010.01412](https://arxiv.org/abs/2010.01412) on the factors)",
+    "looksam": "LookSAM ([arXiv 2203.02714](https://arxiv.org/abs/2203.02714) on the factors)",
+    "esam": "ESAM ([arXiv 2110.03141](https://arxiv.org/abs/2110.03141) on the factors)",
+    "nbar": "nBAR ([arXiv 2410.14802](https://arxiv.org/abs/2410.14802))",
+    "obar": "oBAR ([arXiv 2410.14802](https://arxiv.org/abs/2410.14802))",
+    "flat-lora": "Flat-LoRA ([arXiv 2409.14396](https://arxiv.org/abs/2409.14396))",
+    "rwp": "random weight perturbation ([arXiv 2211.11489](https://arxiv.org/abs/2211.11489))",
+    "full": "full fine-tuning",
+}
+
+# What the primary adapter is, beside plain LoRA.
+Primary = Literal["lora", "dora", "rslora", "pissa", "lora-ga"]
+# Those that begin with other factors than 0, so that W is W0 + s (B1 A1 - B0 A0).
+STARTING: tuple[Primary, ...] = ("pissa", "lora-ga")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,10 +33,14 @@ from torch import distributed as dist
 from torch import multiprocessing
 
 import bilora_ray
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import fit
 
+try:
+    from bilora_ray.measures import Task
+except ImportError:  # 0.1.0
+    from bilora_ray.config import Task
 try:
     from bilora_ray.training.distributed.workers import Workers
 except ImportError:  # 0.1.0

@@ -10,10 +10,7 @@ from bilora_ray.checking import Settings, build
 from bilora_ray.config import (
     FACTS,
     SOURCES,
-    STARTING,
-    TASK_FACTS,
     TRAINING_SETTINGS,
-    Primary,
     TrialConfig,
     applies,
     coerce,
@@ -24,7 +21,8 @@ from bilora_ray.config import (
     template_columns,
 )
 from bilora_ray.errors import UserError
-from bilora_ray.facts import METHOD_NAMES, facts_of, setting
+from bilora_ray.facts import METHOD_NAMES, STARTING, Primary, facts_of, setting
+from bilora_ray.measures import TASK_FACTS
 from bilora_ray.search.space import ResourceConfig, StudyConfig
 from bilora_ray.search.space_file import NOT_SEARCHED
 

@@ -25,8 +25,8 @@ from documents import ROOT, blocks, commands_in, documents, options_of
 import bilora_ray
 from bilora_ray.cli.main import COMMANDS, main
 from bilora_ray.cli.settings import rows as settings
-from bilora_ray.config import EXACT_MATCH, SHARPNESS, TASK_FACTS, Primary
-from bilora_ray.facts import METHOD_NAMES
+from bilora_ray.facts import METHOD_NAMES, Primary
+from bilora_ray.measures import EXACT_MATCH, SHARPNESS, TASK_FACTS
 from bilora_ray.search.comparing.file import ComparisonConfig, checked_comparison, sections_of
 from bilora_ray.search.preflight import preflight
 from bilora_ray.search.space import Range

@@ -7,7 +7,8 @@ from typing import get_args
 
 import pytest
 
-from bilora_ray.config import TASK_FACTS, MethodName, Task
+from bilora_ray.facts import MethodName
+from bilora_ray.measures import TASK_FACTS, Task
 from bilora_ray.training.tasks import TASKS
 
 PACKAGE = Path(__file__).resolve().parents[1] / "bilora_ray"
@@ -50,16 +51,17 @@ DEPTH = {
     "paths": 13,
     "builtin": 14,
     "facts": 14,
-    "checking": 15,
-    "addresses": 16,
-    "errors": 16,
-    "expressions": 16,
-    "files": 16,
-    "garbage": 16,
-    "interruption": 16,
-    "quiet": 16,
-    "records": 16,
-    "threads": 16,
+    "measures": 15,
+    "checking": 16,
+    "addresses": 17,
+    "errors": 17,
+    "expressions": 17,
+    "files": 17,
+    "garbage": 17,
+    "interruption": 17,
+    "quiet": 17,
+    "records": 17,
+    "threads": 17,
 }
 # The package itself names what it gives, each from its own place.
 GIVES_FROM = {"", "errors", "library", "records"}

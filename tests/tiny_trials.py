@@ -12,7 +12,8 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from bilora_ray.config import TASK_FACTS, Task, TrialConfig
+from bilora_ray.config import TrialConfig
+from bilora_ray.measures import TASK_FACTS, Task
 from bilora_ray.training.folder import TrialFolder
 
 if TYPE_CHECKING:

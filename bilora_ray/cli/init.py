@@ -11,8 +11,8 @@ import click
 import yaml
 
 from bilora_ray.cli.options import program, set_option
-from bilora_ray.config import TASK_FACTS
 from bilora_ray.errors import UserError
+from bilora_ray.measures import TASK_FACTS
 from bilora_ray.search.space import shipped
 from bilora_ray.search.space_file import SECTIONS, checked_space, parse_override
 

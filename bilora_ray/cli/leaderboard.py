@@ -10,8 +10,8 @@ from rich.console import Console
 
 from bilora_ray.cli.finalists import finals_as_json
 from bilora_ray.cli.tables import TrialTable
-from bilora_ray.config import SHARPNESS
 from bilora_ray.library.rows import leaders
+from bilora_ray.measures import SHARPNESS
 from bilora_ray.records import Objective, Status, TrialRecord
 from bilora_ray.words import as_yaml, in_short, status_of, step_of, stops, telling, values_of, without_training
 

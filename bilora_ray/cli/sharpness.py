@@ -14,8 +14,9 @@ import click
 
 from bilora_ray.cli.evaluate import asked, on_rows
 from bilora_ray.cli.options import json_option, print_json, set_option, telling_of_gpu_memory
-from bilora_ray.config import STARTING, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError, UserError, first_line
+from bilora_ray.facts import STARTING
 
 if TYPE_CHECKING:
     from bilora_ray.training.probe.sharpness import Flatness

@@ -29,8 +29,8 @@ from bilora_ray.cli.options import (
     study_database_option,
     where_adapter_is,
 )
-from bilora_ray.config import CUDA_GIB
 from bilora_ray.errors import UserError
+from bilora_ray.measures import CUDA_GIB
 from bilora_ray.records import Status, TrialRecord
 from bilora_ray.training.compute.cutting import Proven
 from bilora_ray.words import counted, in_short

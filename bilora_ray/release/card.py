@@ -9,7 +9,9 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from bilora_ray.config import FACTS, METHOD_TITLES, SOURCES, TASK_FACTS, TEST_SETTINGS, TrialConfig, applies, shown
+from bilora_ray.config import FACTS, SOURCES, TEST_SETTINGS, TrialConfig, applies, shown
+from bilora_ray.facts import METHOD_TITLES
+from bilora_ray.measures import TASK_FACTS
 from bilora_ray.paths import BUILTIN, kind_by_name
 from bilora_ray.recipe import CONFIG, PAD
 from bilora_ray.release.licence import licence_of

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.checking import build
-from bilora_ray.config import TASK_FACTS, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.digests import check_base
 from bilora_ray.errors import UserError
 from bilora_ray.files import atomic_folder, readable
+from bilora_ray.measures import TASK_FACTS
 from bilora_ray.paths import is_cached, loadable
 from bilora_ray.recipe import (
     GENERATION,

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.checking import build
-from bilora_ray.config import TASK_FACTS, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.measures import TASK_FACTS
 from bilora_ray.recipe import RECIPE, evaluation_config, read_recipe
 from bilora_ray.records import Served
 

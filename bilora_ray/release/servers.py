@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bilora_ray.checking import build
-from bilora_ray.config import TASK_FACTS, TrialConfig
+from bilora_ray.config import TrialConfig
+from bilora_ray.measures import TASK_FACTS
 from bilora_ray.paths import kind_by_name, loadable
 from bilora_ray.recipe import CONFIG, RECIPE, TEMPLATE, WEIGHTS, read_recipe
 from bilora_ray.release.base import base_settings

@@ -11,7 +11,7 @@ from typing import Any
 
 import altair as alt
 
-from bilora_ray.config import COSTS
+from bilora_ray.measures import COSTS
 from bilora_ray.report.found import Found
 from bilora_ray.report.rows import (
     BEST,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bilora_ray.addresses import masked
-from bilora_ray.config import CUDA_GIB
+from bilora_ray.measures import CUDA_GIB
 from bilora_ray.records import Status, TrialRecord
 from bilora_ray.report import charts
 from bilora_ray.report.found import Found

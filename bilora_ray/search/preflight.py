@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from bilora_ray import checking
-from bilora_ray.config import REVISIONS, SOURCES, TASK_FACTS, TrialConfig
+from bilora_ray.config import REVISIONS, SOURCES, TrialConfig
 from bilora_ray.digests import BASE, CHAT_TEMPLATE, of_base, of_template, source_of
 from bilora_ray.errors import UserError, first_line
+from bilora_ray.measures import TASK_FACTS
 from bilora_ray.paths import COMMIT, cached_commit, kind_of, model_file
 from bilora_ray.search.space import SEEDS, Space, StudyConfig
 from bilora_ray.search.space.sense import without_effect

@@ -13,7 +13,6 @@ import yaml
 from bilora_ray.checking import build, nearest_setting
 from bilora_ray.config import (
     AMID,
-    COSTS,
     SOURCES,
     TrialConfig,
     coerce,
@@ -21,11 +20,11 @@ from bilora_ray.config import (
     deciding_the_split,
     is_integer,
     is_number,
-    objective,
     of_other_sources,
     takes_mapping,
 )
 from bilora_ray.errors import UserError, nearest
+from bilora_ray.measures import COSTS, objective
 from bilora_ray.paths import Locate, locate_here
 from bilora_ray.search.space import (
     READ_BY,

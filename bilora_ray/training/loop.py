@@ -20,9 +20,10 @@ import torch
 from transformers import get_scheduler
 
 from bilora_ray.checking import completed
-from bilora_ray.config import AMID, STARTING, TrialConfig
+from bilora_ray.config import AMID, TrialConfig
 from bilora_ray.digests import BASE, CHAT_TEMPLATE, check_unchanged, of_base, of_template
 from bilora_ray.errors import MachineError, NonFiniteLoss, OutOfMemory, UserError
+from bilora_ray.facts import STARTING
 from bilora_ray.files import atomic_folder
 from bilora_ray.method import primary_parameters
 from bilora_ray.method.primaries import Start, begin, gradient_starts, keep_start, principal_starts

@@ -26,8 +26,9 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.pytorch_utils import Conv1D
 
-from bilora_ray.config import TASK_FACTS, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import SAME_AGAIN, UserError, comes_again, first_line, is_of_device, refusal
+from bilora_ray.measures import TASK_FACTS
 from bilora_ray.method import MethodAdamW, build_method, fuse, primary_parameters, settings_of
 from bilora_ray.method.base import Place
 from bilora_ray.method.primaries import DIRECTIONS, await_start, starts, with_exact_magnitudes

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny_trials import Tiny, run_fit
 
 from bilora_ray.cli.main import main
-from bilora_ray.config import Task
 from bilora_ray.errors import UserError
+from bilora_ray.measures import Task
 from bilora_ray.release.export import export_merged
 from bilora_ray.training.folder import TrialFolder
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from tiny_trials import Tiny, write_rows
 
 from bilora_ray.cli.main import main
-from bilora_ray.config import TASK_FACTS
+from bilora_ray.measures import TASK_FACTS
 from bilora_ray.search.drafting import bases
 from bilora_ray.search.drafting.columns import Column, look_at
 from bilora_ray.search.drafting.firsts import FIRSTS

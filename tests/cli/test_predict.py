@@ -14,7 +14,7 @@ from tiny_trials import TASKS, Tiny, run_fit, write_rows
 
 from bilora_ray.cli import answers as answering
 from bilora_ray.cli.main import main
-from bilora_ray.config import TASK_FACTS, Task
+from bilora_ray.measures import TASK_FACTS, Task
 from bilora_ray.release.export import export_merged
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.prediction.answers import Asked

@@ -5,8 +5,8 @@ from typing import get_args
 import pytest
 from tiny import closure_of, primary_model
 
-from bilora_ray.config import METHOD_TITLES, MethodName, TrialConfig, applies
-from bilora_ray.facts import ADAPTING
+from bilora_ray.config import TrialConfig, applies
+from bilora_ray.facts import ADAPTING, METHOD_TITLES, MethodName
 from bilora_ray.method import METHODS, LoraAdamW, build_method, settings_of
 from bilora_ray.training import model as models
 

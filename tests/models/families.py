@@ -13,7 +13,7 @@ import torch
 from tiny_trials import Tiny
 from transformers import AutoConfig, AutoTokenizer
 
-from bilora_ray.config import Task
+from bilora_ray.measures import Task
 from bilora_ray.training.model import AUTO_CLASS
 
 POSITIONS = 64

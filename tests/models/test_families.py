@@ -14,8 +14,9 @@ import pytest
 from families import FAMILIES, build, has
 from tiny_trials import Tiny, evaluate_adapter, write_rows
 
-from bilora_ray.config import TASK_FACTS, Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.measures import TASK_FACTS, Task
 from bilora_ray.recipe import evaluation_config
 from bilora_ray.release.export import export_merged
 from bilora_ray.training.evaluate import evaluate, load_adapted, predict

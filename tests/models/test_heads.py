@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tiny_trials import Tiny, evaluate_adapter, run_fit
 from transformers import AutoModelForSequenceClassification
 
-from bilora_ray.config import Task
 from bilora_ray.errors import UserError
+from bilora_ray.measures import Task
 from bilora_ray.recipe import evaluation_config
 from bilora_ray.release.export import export_adapter, export_merged
 from bilora_ray.training.folder import TrialFolder

@@ -12,8 +12,8 @@ from families import build
 from tiny_trials import Tiny, evaluate_adapter, run_fit
 from transformers import AutoModelForCausalLM
 
-from bilora_ray.config import Task
 from bilora_ray.errors import UserError
+from bilora_ray.measures import Task
 from bilora_ray.recipe import evaluation_config
 from bilora_ray.release import export
 from bilora_ray.release.export import export_merged

@@ -13,8 +13,9 @@ from families import build
 from tiny_trials import Tiny, evaluate_adapter, run_fit, write_rows
 from transformers import AutoConfig, AutoTokenizer
 
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.measures import Task
 from bilora_ray.recipe import RECIPE, evaluation_config
 from bilora_ray.release.export import export_merged
 from bilora_ray.training.evaluate import load_adapted

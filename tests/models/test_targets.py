@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
 
-from bilora_ray.config import Task
+from bilora_ray.measures import Task
 from bilora_ray.training.compute.targets import POSITIONS, decoder_inputs, is_plain, without_targets
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run

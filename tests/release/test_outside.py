@@ -18,8 +18,9 @@ from torch import Tensor
 
 from bilora_ray import builtin
 from bilora_ray.cli.main import main
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.measures import Task
 from bilora_ray.release import export
 from bilora_ray.release.export import export_adapter, export_merged
 from bilora_ray.release.licence import licence_of

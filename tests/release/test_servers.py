@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from bilora_ray.config import TASK_FACTS, Task, TrialConfig
+from bilora_ray.config import TrialConfig
+from bilora_ray.measures import TASK_FACTS, Task
 from bilora_ray.release.servers import refusals, serving, serving_whole
 
 LAYER = "base_model.model.model.layers.0.self_attn."

@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from tiny_trials import Tiny, run_fit
 from transformers import AutoModelForCausalLM
 
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.measures import Task
 from bilora_ray.recipe import evaluation_config
 from bilora_ray.release import export
 from bilora_ray.release.export import export_adapter, export_merged

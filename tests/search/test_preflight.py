@@ -29,8 +29,9 @@ from tiny_trials import TASKS, Tiny, next_trial, write_rows
 from training.chat_cases import ENDS_THE_TEXT, TWO, messages
 
 from bilora_ray.checking import before
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.measures import Task
 from bilora_ray.recipe import read_recipe
 from bilora_ray.search.cluster import gpus
 from bilora_ray.search.preflight import (

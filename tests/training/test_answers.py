@@ -15,8 +15,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoTokenizer, GenerationConfig, GPT2Config, PreTrainedTokenizerFast
 
 from bilora_ray.builtin import path as builtin_path
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.measures import Task
 from bilora_ray.training.distributed.workers import ALONE
 from bilora_ray.training.evaluate import load_adapted, predict
 from bilora_ray.training.loading import Prepared, prepare

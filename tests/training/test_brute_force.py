@@ -16,7 +16,8 @@ import torch
 import transformers
 from tiny_trials import Tiny
 
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
+from bilora_ray.measures import Task
 from bilora_ray.training.distributed.workers import Workers
 from bilora_ray.training.evaluate import evaluate, load_adapted
 from bilora_ray.training.tasks.base import Example

@@ -16,9 +16,10 @@ from toy_methods import MEMORIES, remember
 from transformers import PreTrainedModel
 
 from bilora_ray import files
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.files import atomic_folder
+from bilora_ray.measures import Task
 from bilora_ray.training import checkpoint, loop
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import trainable

@@ -18,8 +18,9 @@ from sklearn.utils.class_weight import compute_class_weight
 from tiny_trials import Tiny, reproducible, run_fit, write_rows
 from torch.nn import functional
 
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.measures import Task
 from bilora_ray.method import primary_parameters
 from bilora_ray.training.distributed.workers import Workers
 from bilora_ray.training.evaluate import evaluate

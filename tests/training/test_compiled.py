@@ -14,8 +14,9 @@ from tiny_trials import METHODS, Tiny, reproducible, run_fit
 from torch import nn
 from torch._dynamo.utils import counters
 
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.measures import Task
 from bilora_ray.training import model as models
 from bilora_ray.training.compute import bases, compiled
 from bilora_ray.training.distributed.workers import ALONE

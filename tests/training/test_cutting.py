@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_trials import TASKS, Tiny
 
-from bilora_ray.config import Task
+from bilora_ray.measures import Task
 from bilora_ray.training.compute import cutting
 from bilora_ray.training.compute.cutting import Budget, Sides, cut, positions
 from bilora_ray.training.folder import TrialFolder

@@ -21,8 +21,9 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.measures import Task
 from bilora_ray.recipe import evaluation_config
 from bilora_ray.training.data.sources import read_validation
 from bilora_ray.training.evaluate import evaluate, load_adapted, predict

@@ -18,8 +18,10 @@ from tiny_trials import HEADS, METHODS, TASKS, Tiny, evaluate_adapter, run_fit
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertModel, GenerationConfig
 
-from bilora_ray.config import METHOD_TITLES, Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.facts import METHOD_TITLES
+from bilora_ray.measures import Task
 from bilora_ray.recipe import evaluation_config, is_whole, read_recipe
 from bilora_ray.release.card import write_card
 from bilora_ray.release.export import export_adapter, export_merged

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from tiny_trials import TASKS, Tiny, reproducible, run_fit
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.measures import Task
 from bilora_ray.recipe import evaluation_config, is_whole, read_recipe
 from bilora_ray.training.compute import bases
 from bilora_ray.training.evaluate import evaluate, load_adapted

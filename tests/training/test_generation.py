@@ -22,7 +22,8 @@ from transformers import (
     T5Config,
 )
 
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
+from bilora_ray.measures import Task
 from bilora_ray.training.compute import generation
 from bilora_ray.training.compute.generation import MOST_ROWS, Read, begun, ends, rows_at_once
 from bilora_ray.training.distributed.workers import ALONE, Workers

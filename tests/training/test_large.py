@@ -21,8 +21,9 @@ from typing import Any
 import pytest
 from tiny_trials import TASKS, Tiny, reproducible, run_fit, write_rows
 
-from bilora_ray.config import TASK_FACTS, Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError, UserError
+from bilora_ray.measures import TASK_FACTS, Task
 from bilora_ray.search.session import Session
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space

@@ -11,8 +11,9 @@ from tiny_trials import KINDS, METHODS, TASKS, Tiny, evaluate_adapter, reproduci
 from torch import nn
 from toy_methods import TwoPasses, pass_twice
 
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import NonFiniteLoss, UserError
+from bilora_ray.measures import Task
 from bilora_ray.method import primary_parameters
 from bilora_ray.release.export import export_adapter
 from bilora_ray.training import loop

@@ -12,7 +12,7 @@ import torch
 from tiny_trials import TASKS, Tiny, reproducible, run_fit
 from torch.nn import functional
 
-from bilora_ray.config import Task
+from bilora_ray.measures import Task
 from bilora_ray.release.export import export_merged
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run

@@ -17,8 +17,9 @@ from tiny_trials import METHODS, Tiny, reproducible, run_fit
 from torch import Tensor
 from transformers import GenerationMixin
 
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import OutOfMemory
+from bilora_ray.measures import Task
 from bilora_ray.training import evaluate as evaluation
 from bilora_ray.training import model as models
 from bilora_ray.training.compute import gradients, memory

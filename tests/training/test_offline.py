@@ -14,8 +14,9 @@ from huggingface_hub import constants
 from tiny_trials import KINDS, METHODS, TASKS, Tiny, evaluate_adapter, run_fit
 
 from bilora_ray import paths
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.measures import Task
 from bilora_ray.paths import OPTIONAL, OPTIONAL_OF_IMAGES, is_cached
 from bilora_ray.recipe import evaluation_config
 from bilora_ray.release.export import export_adapter, export_merged

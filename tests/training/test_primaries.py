@@ -12,8 +12,10 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_trials import Tiny, evaluate_adapter, reproducible, run_fit
 
-from bilora_ray.config import STARTING, Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError
+from bilora_ray.facts import STARTING
+from bilora_ray.measures import Task
 from bilora_ray.method import export_primary
 from bilora_ray.method.primaries import starts
 from bilora_ray.recipe import evaluation_config

@@ -11,8 +11,9 @@ import torch
 from tiny_trials import Tiny
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import OutOfMemory
+from bilora_ray.measures import Task
 from bilora_ray.training.data.batches import train_batch
 from bilora_ray.training.distributed.parallel import Network
 from bilora_ray.training.folder import TrialFolder

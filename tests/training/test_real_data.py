@@ -9,7 +9,8 @@ import pytest
 from tiny_trials import Tiny, evaluate_adapter, run_fit, write_rows
 from transformers import AutoTokenizer
 
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
+from bilora_ray.measures import Task
 from bilora_ray.recipe import evaluation_config
 from bilora_ray.training.data.batches import eval_batches
 from bilora_ray.training.data.truncation import Truncation

@@ -9,8 +9,8 @@ import pytest
 from tiny_trials import METHODS, TASKS, Tiny
 from transformers import AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
 
-from bilora_ray.config import Task
 from bilora_ray.errors import UserError
+from bilora_ray.measures import Task
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import fit
 from bilora_ray.training.rehearsal import rehearse

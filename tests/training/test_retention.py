@@ -10,8 +10,9 @@ import pytest
 import torch
 from tiny_trials import Tiny, run_fit, write_rows
 
-from bilora_ray.config import TEST_SETTINGS, Task, TrialConfig
+from bilora_ray.config import TEST_SETTINGS, TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.measures import Task
 from bilora_ray.runners.scoring import score
 from bilora_ray.training.evaluate import evaluate, load_adapted
 from bilora_ray.training.folder import TrialFolder

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from tiny_trials import Tiny, evaluate_adapter, run_fit
 
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError
+from bilora_ray.measures import Task
 from bilora_ray.records import Untrained
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.probe.untrained import compare

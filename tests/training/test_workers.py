@@ -19,7 +19,8 @@ from torch import Tensor, multiprocessing, nn
 from torch import distributed as dist
 from toy_methods import pass_twice, remember
 
-from bilora_ray.config import ADVERSITY, Task, TrialConfig
+from bilora_ray.config import TrialConfig
+from bilora_ray.measures import ADVERSITY, Task
 from bilora_ray.training.compute.compiled import why_not
 from bilora_ray.training.distributed import parallel
 from bilora_ray.training.distributed.parallel import Network

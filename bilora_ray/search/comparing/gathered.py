@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 
-from bilora_ray.config import SHARPNESS
 from bilora_ray.evidence.outcome import HOUR_S, Outcome, Run, Tuned
+from bilora_ray.measures import SHARPNESS
 from bilora_ray.records import Status, TrialRecord
 from bilora_ray.search.comparing.file import Comparison
 from bilora_ray.search.space import Range, setting_of

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bilora_ray.config import Task, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.measures import Task
 from bilora_ray.paths import kind_of
 from bilora_ray.search.drafting.firsts import BUILT_IN, FIRSTS
 from bilora_ray.search.drafting.roles import Writes

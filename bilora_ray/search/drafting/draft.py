@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bilora_ray.checking import build
-from bilora_ray.config import EXACT_MATCH, SOURCES, TASK_FACTS, Task, TrialConfig, applies, takes_mapping
+from bilora_ray.config import SOURCES, TrialConfig, applies, takes_mapping
+from bilora_ray.measures import EXACT_MATCH, TASK_FACTS, Task
 from bilora_ray.paths import BUILTIN, holds_images, kind_of, locate_here
 from bilora_ray.search.drafting.bases import Base, base_of, default_base, in_words
 from bilora_ray.search.drafting.columns import look_at

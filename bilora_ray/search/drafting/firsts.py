@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from bilora_ray.config import Task
+from bilora_ray.measures import Task
 
 # Of the values of a column: a text that differs from row to row, a label that comes again, a number, a list, an image,
 # or what no model reads: identifiers, dates, nothing.

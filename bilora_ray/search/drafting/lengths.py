@@ -8,7 +8,8 @@ from itertools import chain, islice
 from math import ceil
 from typing import Any
 
-from bilora_ray.config import TASK_FACTS, TrialConfig
+from bilora_ray.config import TrialConfig
+from bilora_ray.measures import TASK_FACTS
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Dataset
 

@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bilora_ray.config import TASK_FACTS, Task, template_columns
+from bilora_ray.config import template_columns
 from bilora_ray.errors import UserError
+from bilora_ray.measures import TASK_FACTS, Task
 from bilora_ray.search.drafting.columns import Column
 from bilora_ray.search.drafting.firsts import FIRSTS
 from bilora_ray.training.data.columns import listed

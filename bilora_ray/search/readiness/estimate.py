@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from bilora_ray.config import COSTS, CUDA_GIB, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import TrialFailure, UserError
 from bilora_ray.files import temporary_folder
+from bilora_ray.measures import COSTS, CUDA_GIB
 from bilora_ray.search.readiness.corners import Kind, in_words, kind_of, kinds, position
 from bilora_ray.search.simulated import Metrics, simulate
 from bilora_ray.search.space import Space

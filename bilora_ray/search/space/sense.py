@@ -6,8 +6,9 @@ import os
 from collections.abc import Iterator
 from math import ceil
 
-from bilora_ray.config import TrialConfig, range_of
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.measures import range_of
 from bilora_ray.paths import kind_of
 from bilora_ray.search.space.space import Space
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from bilora_ray.checking import build
-from bilora_ray.config import AMID, FACTS, TrialConfig, applies, is_integer, objective
+from bilora_ray.config import AMID, FACTS, TrialConfig, applies, is_integer
 from bilora_ray.errors import UserError
 from bilora_ray.expressions import Expression, parsed
+from bilora_ray.measures import objective
 from bilora_ray.records import Objective
 from bilora_ray.search.space.parts import (
     Choice,

@@ -13,10 +13,11 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from bilora_ray.checking import completed
-from bilora_ray.config import SHARPNESS, TrialConfig, applies, deciding
+from bilora_ray.config import TrialConfig, applies, deciding
 from bilora_ray.digests import by_setting
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.files import is_held
+from bilora_ray.measures import SHARPNESS
 from bilora_ray.records import Objective, Status, TrialRecord
 from bilora_ray.search.space import FINALISTS_OF, LIMITED, Space
 from bilora_ray.search.study.control.budget import RUN, Ended, end_of

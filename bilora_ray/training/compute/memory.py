@@ -20,9 +20,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from bilora_ray.config import CUDA_GIB, TASK_FACTS, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import OutOfMemory
 from bilora_ray.files import unfinished_beside
+from bilora_ray.measures import CUDA_GIB, TASK_FACTS
 from bilora_ray.training.compute.cutting import Kind, Proven
 from bilora_ray.training.distributed.workers import Workers
 

@@ -10,13 +10,9 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from bilora_ray.config import (
-    CHAT_SETTINGS,
-    TASK_FACTS,
-    TrialConfig,
-    template_columns,
-)
+from bilora_ray.config import CHAT_SETTINGS, TrialConfig, template_columns
 from bilora_ray.errors import UserError, nearest
+from bilora_ray.measures import TASK_FACTS
 from bilora_ray.training.data.columns import check_characters, is_missing, plain, text_of, value_of
 from bilora_ray.training.data.sources import Record
 

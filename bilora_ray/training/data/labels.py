@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from itertools import compress
 from typing import Any, Literal, TypeVar
 
-from bilora_ray.config import EXACT_MATCH, TrialConfig
+from bilora_ray.config import TrialConfig
+from bilora_ray.measures import EXACT_MATCH
 from bilora_ray.training.data.columns import MOST_NAMES, listed, plain
 from bilora_ray.training.data.sources import Reread
 from bilora_ray.training.metrics import F1, label_metrics, usual_average

@@ -14,8 +14,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
-from bilora_ray.config import TASK_FACTS, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError, UserError, first_line, refusal
+from bilora_ray.measures import TASK_FACTS
 from bilora_ray.paths import COMPRESSIONS, data_files, files_of, holds_images, kind_of, loadable, root, splits_of
 from bilora_ray.training.data.files import tables
 from bilora_ray.training.data.files.decoding import DataFile, is_document, json_rows, stored

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from bilora_ray.config import TASK_FACTS, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.measures import TASK_FACTS
 from bilora_ray.recipe import is_whole
 from bilora_ray.training.compute.varlen import batch_of
 from bilora_ray.training.data.batches import in_row_order

@@ -12,8 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bilora_ray.config import TASK_FACTS, TrialConfig, template_columns
+from bilora_ray.config import TrialConfig, template_columns
 from bilora_ray.errors import UserError
+from bilora_ray.measures import TASK_FACTS
 from bilora_ray.training.data.columns import check_characters, filled
 from bilora_ray.training.data.files.images import beside
 from bilora_ray.training.data.formats import in_format

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilora_ray.config import CUDA_GIB, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import OutOfMemory
 from bilora_ray.files import temporary_folder
+from bilora_ray.measures import CUDA_GIB
 from bilora_ray.training import model as models
 from bilora_ray.training.compute.memory import Shortage, failure, is_out_of_memory, keep_to_share
 from bilora_ray.training.distributed.workers import Workers

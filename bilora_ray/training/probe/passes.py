@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from bilora_ray.config import TASK_FACTS, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError, comes_again, first_line
+from bilora_ray.measures import TASK_FACTS
 from bilora_ray.training.compute.precision import dtype_of
 from bilora_ray.training.metrics import IGNORED
 from bilora_ray.training.tasks import TASKS

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from bilora_ray.config import Task as TaskName
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import OutOfMemory
 from bilora_ray.files import temporary_folder
+from bilora_ray.measures import Task as TaskName
 from bilora_ray.training import model as models
 from bilora_ray.training.compute.compiled import why_not
 from bilora_ray.training.compute.memory import Shortage, failure, is_out_of_memory, keep_to_share

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bilora_ray import config
+from bilora_ray import measures
 from bilora_ray.training.tasks import (
     causal_lm,
     image_classification,
@@ -14,7 +14,7 @@ from bilora_ray.training.tasks import (
 )
 from bilora_ray.training.tasks.base import Task
 
-TASKS: dict[config.Task, Task] = {
+TASKS: dict[measures.Task, Task] = {
     "causal-lm": causal_lm.TASK,
     "seq2seq-lm": seq2seq_lm.TASK,
     "sequence-classification": sequence_classification.TASK,

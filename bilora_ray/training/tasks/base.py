@@ -213,7 +213,7 @@ def nothing(*_: Any, **__: Any) -> Any:
 
 @dataclass(frozen=True)
 class Task:
-    """All that is known of one task beside what the settings are checked by (`config.TASK_FACTS`).
+    """All that is known of one task beside what the settings are checked by (`measures.TASK_FACTS`).
 
     Attributes:
         peft_type: name of PEFT's TaskType; None where PEFT has none, and its model hands all inputs on.

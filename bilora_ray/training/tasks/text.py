@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from bilora_ray.config import EXACT_MATCH, LABEL_METRICS, TrialConfig, template_columns
+from bilora_ray.config import TrialConfig, template_columns
 from bilora_ray.errors import UserError, nearest
+from bilora_ray.measures import EXACT_MATCH, LABEL_METRICS
 from bilora_ray.training.compute.generation import Draw, Read, begun, greedy, is_whole, preferences, write
 from bilora_ray.training.data.chat import Template, all_special
 from bilora_ray.training.data.columns import filled, label_of, label_text_of, listed, names_of, text_of

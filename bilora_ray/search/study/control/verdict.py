@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
 
-from bilora_ray.config import range_of
+from bilora_ray.measures import range_of
 from bilora_ray.records import Objective
 from bilora_ray.words import interval
 
