@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from bilora_ray.checking import build, completed
-from bilora_ray.config import HUB_KERNEL, TrialConfig, of_other_sources
+from bilora_ray.config import HUB_KERNEL, TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.facts import WHOLE
+from bilora_ray.settings import of_other_sources
 
 RECIPE, MERGED = "bilora_ray.json", "merged"
 # The id of what batches were padded with, for models that read a row at its last token that is not that.

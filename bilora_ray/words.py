@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from bilora_ray.config import non_default, shown
 from bilora_ray.records import Objective, Status, TrialRecord
+from bilora_ray.settings import non_default, shown
 
 STATUS_WORDS = {
     Status.COMPLETE: "complete",

@@ -12,9 +12,9 @@ from data_table import page_with
 
 from bilora_ray.cli.settings import SECTIONS
 from bilora_ray.cli.settings import rows as settings
-from bilora_ray.config import FACTS
 from bilora_ray.facts import methods_in_words
 from bilora_ray.measures import ADVERSITY, COSTS, EXACT_MATCH, SHARPNESS, TASK_FACTS, objective, range_of
+from bilora_ray.settings import FACTS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 # What each metric is, in a word more than its name. `labels` of a causal-lm are those of `label_names`.

@@ -7,24 +7,23 @@ import pytest
 from pydantic import Field
 
 from bilora_ray.checking import Settings, build
-from bilora_ray.config import (
+from bilora_ray.config import TrialConfig, template_columns
+from bilora_ray.errors import UserError
+from bilora_ray.facts import METHOD_NAMES, STARTING, Primary, facts_of, setting
+from bilora_ray.measures import TASK_FACTS
+from bilora_ray.search.space import ResourceConfig, StudyConfig
+from bilora_ray.search.space_file import NOT_SEARCHED
+from bilora_ray.settings import (
     FACTS,
     SOURCES,
     TRAINING_SETTINGS,
-    TrialConfig,
     applies,
     coerce,
     deciding_the_split,
     is_integer,
     is_number,
     shown,
-    template_columns,
 )
-from bilora_ray.errors import UserError
-from bilora_ray.facts import METHOD_NAMES, STARTING, Primary, facts_of, setting
-from bilora_ray.measures import TASK_FACTS
-from bilora_ray.search.space import ResourceConfig, StudyConfig
-from bilora_ray.search.space_file import NOT_SEARCHED
 
 NEEDED = {"model_name_or_path": "m", "task": "causal-lm", "train_data": "d"}
 LABELLED = {"task": "sequence-classification"}

@@ -47,26 +47,27 @@ DEPTH = {
     "digests": 12,
     "recipe": 12,
     "words": 12,
-    "config": 13,
-    "paths": 13,
-    "builtin": 14,
-    "facts": 14,
-    "measures": 15,
-    "checking": 16,
-    "addresses": 17,
-    "errors": 17,
-    "expressions": 17,
-    "files": 17,
-    "garbage": 17,
-    "interruption": 17,
-    "quiet": 17,
-    "records": 17,
-    "threads": 17,
+    "settings": 13,
+    "config": 14,
+    "paths": 14,
+    "builtin": 15,
+    "facts": 15,
+    "measures": 16,
+    "checking": 17,
+    "addresses": 18,
+    "errors": 18,
+    "expressions": 18,
+    "files": 18,
+    "garbage": 18,
+    "interruption": 18,
+    "quiet": 18,
+    "records": 18,
+    "threads": 18,
 }
 # The package itself names what it gives, each from its own place.
 GIVES_FROM = {"", "errors", "library", "records"}
 # Tracking stands beside them: these it may import, and these may import it.
-TRACKING_KNOWS = {"addresses", "config", "errors", "records", "tracking", "words"}
+TRACKING_KNOWS = {"addresses", "config", "errors", "records", "settings", "tracking", "words"}
 TRACKING_IS_KNOWN_TO = {"cli", "search", "search.cluster", "tracking"}
 # Library -> the rooms and files that may import it.
 LIBRARIES = {
@@ -88,6 +89,7 @@ LIGHT = (
     "bilora_ray.search.space",
     "bilora_ray.search.space_file",
     "bilora_ray.search.study.layout",
+    "bilora_ray.settings",
 )
 HEAVY = {"torch", "transformers", "peft"}
 

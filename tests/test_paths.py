@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from bilora_ray.builtin import path as built_in
-from bilora_ray.config import SOURCES
 from bilora_ray.errors import UserError
 from bilora_ray.paths import cached_commit, have_home, kind_by_name, kind_of, loadable, locate_here
 from bilora_ray.search.space_file import absolute_sources
+from bilora_ray.settings import SOURCES
 
 DATA = ("train_data", "validation_data")
 

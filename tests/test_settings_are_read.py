@@ -3,8 +3,8 @@
 import ast
 from pathlib import Path
 
-from bilora_ray.config import FACTS
 from bilora_ray.method import METHODS, settings_of
+from bilora_ray.settings import FACTS
 
 PACKAGE = Path(__file__).resolve().parents[1] / "bilora_ray"
 

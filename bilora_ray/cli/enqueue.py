@@ -17,10 +17,11 @@ from bilora_ray.cli.options import (
     study_argument,
     study_database_option,
 )
-from bilora_ray.config import TrialConfig, coerce
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.search.space_file import absolute_sources, parse_override
 from bilora_ray.search.study.layout import Layout
+from bilora_ray.settings import coerce
 
 EPILOG = """\b
 Examples:

@@ -12,12 +12,13 @@ import click
 from bilora_ray.cli.options import json_option, print_json, set_option, telling_of_gpu_memory
 from bilora_ray.cli.tables import in_quotes
 from bilora_ray.cli.waiting import waiting
-from bilora_ray.config import TRAINING_SETTINGS, TrialConfig, deciding_the_split
+from bilora_ray.config import TrialConfig
 from bilora_ray.digests import check_rows, check_template
 from bilora_ray.errors import UserError
 from bilora_ray.paths import files_of, have_home, locate_here
 from bilora_ray.records import IMPORTING
 from bilora_ray.search.space_file import absolute_sources, parse_override
+from bilora_ray.settings import TRAINING_SETTINGS, deciding_the_split
 from bilora_ray.threads import use_fitting_threads
 
 if TYPE_CHECKING:

@@ -23,12 +23,13 @@ from bilora_ray.cli.options import (
     trial_option,
 )
 from bilora_ray.cli.whose import ask_server
-from bilora_ray.config import TRAINING_SETTINGS, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.digests import check_template
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.measures import TASK_FACTS
 from bilora_ray.paths import have_home, kind_of, locate_here
 from bilora_ray.search.space_file import absolute_sources, parse_override
+from bilora_ray.settings import TRAINING_SETTINGS
 from bilora_ray.threads import use_fitting_threads
 
 if TYPE_CHECKING:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from bilora_ray.checking import Settings
-from bilora_ray.config import FACTS, TrialConfig, is_number
+from bilora_ray.config import TrialConfig
 from bilora_ray.expressions import ALLOWED
 from bilora_ray.facts import Facts, methods_in_words
 from bilora_ray.search.space import Choice, Given, Range, ResourceConfig, StudyConfig
 from bilora_ray.search.space.order import NOT_SEARCHED
+from bilora_ray.settings import FACTS, is_number
 
 Schema = dict[str, Any]
 # What pydantic leaves in its own words where a setting may be null.

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bilora_ray.cli.leaderboard import as_json, print_settings
-from bilora_ray.config import non_default
 from bilora_ray.records import Status, TrialRecord, is_last
+from bilora_ray.settings import non_default
 from bilora_ray.words import amount_of, duration, in_short, status_of, step_of
 
 if TYPE_CHECKING:

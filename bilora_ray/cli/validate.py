@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from bilora_ray.cli.options import SPACE, json_option, print_json, set_option
-from bilora_ray.config import FACTS
 from bilora_ray.search.space import Space, setting_of
 from bilora_ray.search.space_file import load_space
+from bilora_ray.settings import FACTS
 
 EPILOG = """\b
 Examples:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from bilora_ray.config import FACTS
 from bilora_ray.errors import UserError
 from bilora_ray.library.spaces import SpaceLike, space_to_search
 from bilora_ray.paths import have_home
@@ -15,6 +14,7 @@ from bilora_ray.records import Objective
 from bilora_ray.search.cluster.protection import check_mlflow, check_ray
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.layout import Layout
+from bilora_ray.settings import FACTS
 
 if TYPE_CHECKING:
     from bilora_ray.search.preflight import Checked

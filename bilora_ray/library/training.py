@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bilora_ray.config import TEST_SETTINGS, non_default
+from bilora_ray.config import TEST_SETTINGS
 from bilora_ray.digests import by_setting, changed
 from bilora_ray.errors import UserError
 from bilora_ray.library.spaces import SpaceLike, read_space
@@ -16,6 +16,7 @@ from bilora_ray.paths import have_home
 from bilora_ray.search.space import Space, setting_of
 from bilora_ray.search.space_file import checked_space, parse_override
 from bilora_ray.search.study.layout import Layout
+from bilora_ray.settings import non_default
 
 if TYPE_CHECKING:
     from bilora_ray.library.searching import Watch

@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from bilora_ray.config import FACTS, SOURCES, TEST_SETTINGS, TrialConfig, applies, shown
+from bilora_ray.config import TEST_SETTINGS, TrialConfig
 from bilora_ray.facts import METHOD_TITLES
 from bilora_ray.measures import TASK_FACTS
 from bilora_ray.paths import BUILTIN, kind_by_name
@@ -17,6 +17,7 @@ from bilora_ray.recipe import CONFIG, PAD
 from bilora_ray.release.licence import licence_of
 from bilora_ray.release.names import name_outside
 from bilora_ray.release.servers import refusals, serving, serving_whole
+from bilora_ray.settings import FACTS, SOURCES, applies, shown
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.words import without_training
 

@@ -6,9 +6,10 @@ import json
 import os
 from pathlib import Path
 
-from bilora_ray.config import SOURCES, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.paths import kind_by_name
 from bilora_ray.recipe import CONFIG, TEMPLATE
+from bilora_ray.settings import SOURCES
 
 BASE = "base_model_name_or_path"
 

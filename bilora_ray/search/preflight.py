@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bilora_ray import checking
-from bilora_ray.config import REVISIONS, SOURCES, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.digests import BASE, CHAT_TEMPLATE, of_base, of_template, source_of
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.measures import TASK_FACTS
@@ -20,6 +20,7 @@ from bilora_ray.search.space import SEEDS, Space, StudyConfig
 from bilora_ray.search.space.sense import without_effect
 from bilora_ray.search.space_file import check_draw
 from bilora_ray.search.study.layout import Layout
+from bilora_ray.settings import REVISIONS, SOURCES
 from bilora_ray.training.rows import about, check_first_rows, load_rows, notes, read_retained, shared_with
 from bilora_ray.training.tasks import TASKS
 from bilora_ray.training.tasks.base import Dataset, check_positions

@@ -11,18 +11,7 @@ from typing import Any
 import yaml
 
 from bilora_ray.checking import build, nearest_setting
-from bilora_ray.config import (
-    AMID,
-    SOURCES,
-    TrialConfig,
-    coerce,
-    deciding_the_draw,
-    deciding_the_split,
-    is_integer,
-    is_number,
-    of_other_sources,
-    takes_mapping,
-)
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.measures import COSTS, objective
 from bilora_ray.paths import Locate, locate_here
@@ -42,6 +31,17 @@ from bilora_ray.search.space import (
 )
 from bilora_ray.search.space.order import NOT_SEARCHED, ONE_VALUE, check_settings, with_parts
 from bilora_ray.search.space.sense import check_sense, without_effect
+from bilora_ray.settings import (
+    AMID,
+    SOURCES,
+    coerce,
+    deciding_the_draw,
+    deciding_the_split,
+    is_integer,
+    is_number,
+    of_other_sources,
+    takes_mapping,
+)
 
 SECTIONS = ("study", "trial", "resources")
 GPU_MEMORY = "gpu_memory_gib"

@@ -17,7 +17,6 @@ from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 from ray.tune.stopper import Stopper
 
-from bilora_ray.config import SOURCES
 from bilora_ray.errors import GO_ON, CommonCause, MachineError, UserError
 from bilora_ray.interruption import Interrupted, heard
 from bilora_ray.paths import kind_of
@@ -38,6 +37,7 @@ from bilora_ray.runners.task import (
 from bilora_ray.search.session import Observers
 from bilora_ray.search.study.storage import naming_the_database
 from bilora_ray.search.study.study import SearchStudy
+from bilora_ray.settings import SOURCES
 
 # So often a trial whose process died is started again, from its checkpoint, with no evaluation in between.
 MAX_FAILURES = 2

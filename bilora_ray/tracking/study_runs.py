@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bilora_ray.config import leaves_model
 from bilora_ray.records import Objective, Served, Status, TrialRecord
+from bilora_ray.settings import leaves_model
 from bilora_ray.tracking.models import candidate, log_model
 from bilora_ray.tracking.pages import (
     NOTE,

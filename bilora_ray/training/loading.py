@@ -24,9 +24,10 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from bilora_ray import __version__
-from bilora_ray.config import TEST_SETTINGS, TrialConfig, deciding
+from bilora_ray.config import TEST_SETTINGS, TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.files import temporary_folder
+from bilora_ray.settings import deciding
 from bilora_ray.training.data.cache import Stored, Writer, cached
 from bilora_ray.training.data.sources import Source, stamps_of
 from bilora_ray.training.data.truncation import Truncation

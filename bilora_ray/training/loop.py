@@ -20,7 +20,7 @@ import torch
 from transformers import get_scheduler
 
 from bilora_ray.checking import completed
-from bilora_ray.config import AMID, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.digests import BASE, CHAT_TEMPLATE, check_unchanged, of_base, of_template
 from bilora_ray.errors import MachineError, NonFiniteLoss, OutOfMemory, UserError
 from bilora_ray.facts import STARTING
@@ -30,6 +30,7 @@ from bilora_ray.method.primaries import Start, begin, gradient_starts, keep_star
 from bilora_ray.paths import cached_commit
 from bilora_ray.recipe import PAD, TEMPLATE, write_recipe
 from bilora_ray.records import PATIENCE_LEFT, Moving, is_last
+from bilora_ray.settings import AMID
 from bilora_ray.training import model as models
 from bilora_ray.training.checkpoint import load_checkpoint, save_checkpoint
 from bilora_ray.training.compute.compiled import Compiled

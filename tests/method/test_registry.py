@@ -5,9 +5,10 @@ from typing import get_args
 import pytest
 from tiny import closure_of, primary_model
 
-from bilora_ray.config import TrialConfig, applies
+from bilora_ray.config import TrialConfig
 from bilora_ray.facts import ADAPTING, METHOD_TITLES, MethodName
 from bilora_ray.method import METHODS, LoraAdamW, build_method, settings_of
+from bilora_ray.settings import applies
 from bilora_ray.training import model as models
 
 NEEDED = {"model_name_or_path": "m", "task": "causal-lm", "train_data": "d"}

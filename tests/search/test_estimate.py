@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from bilora_ray.config import FACTS, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import OutOfMemory, UserError
 from bilora_ray.search.readiness.corners import (
     BESIDE_A_STEP,
@@ -24,6 +24,7 @@ from bilora_ray.search.readiness.corners import (
 from bilora_ray.search.readiness.estimate import Interval, Measured, ends, estimate
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
+from bilora_ray.settings import FACTS
 from bilora_ray.training.probe import cost as probe
 from bilora_ray.training.probe.cost import Cost, cost
 

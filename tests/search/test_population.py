@@ -14,7 +14,7 @@ from optuna.storages import BaseStorage, InMemoryStorage
 from rich.console import Console
 
 from bilora_ray.cli.leaderboard import as_json, print_leaderboard
-from bilora_ray.config import AMID, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError, UserError
 from bilora_ray.records import Parent, Status
 from bilora_ray.search.simulated import Metrics, Moment, _write, simulate
@@ -26,6 +26,7 @@ from bilora_ray.search.study.population.offspring import changed, offspring
 from bilora_ray.search.study.steering.requests import enqueue
 from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.search.study.view import StudyView
+from bilora_ray.settings import AMID
 from bilora_ray.training.folder import CHANGED
 
 TRIAL = (

@@ -15,9 +15,10 @@ from tiny_trials import METHODS, TASKS, Tiny, reproducible
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from bilora_ray.config import FACTS, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import OutOfMemory, UserError
 from bilora_ray.measures import Task
+from bilora_ray.settings import FACTS
 from bilora_ray.training import loop
 from bilora_ray.training import model as models
 from bilora_ray.training.compute import bases

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from tiny_trials import METHODS, Tiny, reproducible, run_fit
 
-from bilora_ray.config import AMID, FACTS, TrialConfig, applies
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.settings import AMID, FACTS, applies
 from bilora_ray.training.folder import CHANGED, TENSORS, TrialFolder
 from bilora_ray.training.loop import Run, fit
 

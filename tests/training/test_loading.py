@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from tiny_trials import Tiny, write_rows
 
-from bilora_ray.config import FACTS, TrialConfig
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.measures import Task
+from bilora_ray.settings import FACTS
 from bilora_ray.training.loading import NOT_OF_EXAMPLES, Loaded, load_data
 
 OTHERS: dict[str, Any] = {

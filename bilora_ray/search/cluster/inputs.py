@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bilora_ray.config import SOURCES
 from bilora_ray.digests import MARKS
 from bilora_ray.errors import UserError
 from bilora_ray.paths import files_of, root
 from bilora_ray.search.space import Space
+from bilora_ray.settings import SOURCES
 from bilora_ray.training.data.sources import image_files
 
 # Where Ray unpacks what a job was sent; the name follows the content of all of it.

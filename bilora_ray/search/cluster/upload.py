@@ -11,11 +11,11 @@ from pathlib import Path
 from ray._private.ray_constants import RAY_RUNTIME_ENV_IGNORE_GITIGNORE, get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import _dir_travel, _get_excludes
 
-from bilora_ray.config import SOURCES
 from bilora_ray.errors import UserError, first_line
 from bilora_ray.paths import IMAGE_SUFFIXES, LocalSource, files_of
 from bilora_ray.search.space import Space
 from bilora_ray.search.space.shipped import shipped_name
+from bilora_ray.settings import SOURCES
 from bilora_ray.training.data.sources import image_files
 
 # The dashboard refuses a larger request.

@@ -20,13 +20,14 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from bilora_ray.checking import Float, Int, Settings, build, nearest_setting
-from bilora_ray.config import FACTS, TEST_SETTINGS, TrialConfig, applies, takes_mapping
+from bilora_ray.config import TEST_SETTINGS, TrialConfig
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.facts import METHOD_NAMES, MethodName
 from bilora_ray.paths import Locate, locate_here
 from bilora_ray.search.space import STUDY_NAME, ResourceConfig, Space, setting_of
 from bilora_ray.search.space.study import StudyName
 from bilora_ray.search.space_file import checked_space, override_value, read_yaml
+from bilora_ray.settings import FACTS, applies, takes_mapping
 
 SECTIONS = ("comparison", "trial", "resources", "methods")
 # What the studies of a comparison are called.

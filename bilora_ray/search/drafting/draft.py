@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bilora_ray.checking import build
-from bilora_ray.config import SOURCES, TrialConfig, applies, takes_mapping
+from bilora_ray.config import TrialConfig
 from bilora_ray.measures import EXACT_MATCH, TASK_FACTS, Task
 from bilora_ray.paths import BUILTIN, holds_images, kind_of, locate_here
 from bilora_ray.search.drafting.bases import Base, base_of, default_base, in_words
@@ -21,6 +21,7 @@ from bilora_ray.search.drafting.lengths import Lengths, lengths_of, rounded_up
 from bilora_ray.search.drafting.roles import Roles, Writes, roles_of
 from bilora_ray.search.preflight import positions
 from bilora_ray.search.space import STUDY_NAME, is_expression
+from bilora_ray.settings import SOURCES, applies, takes_mapping
 from bilora_ray.training.data.formats import in_format
 from bilora_ray.training.data.labels import LabelCounts, by_label
 from bilora_ray.training.data.sources import read_train

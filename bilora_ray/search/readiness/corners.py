@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bilora_ray.config import FACTS, TrialConfig, is_integer
+from bilora_ray.config import TrialConfig
 from bilora_ray.search.space import Choice, Distribution, Range, Space, Value, setting_of
+from bilora_ray.settings import FACTS, is_integer
 
 # Of the settings that decide the training, those that decide what a step of it takes too.
 COUNTED_IN_TRAINING = frozenset(

@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any
 
 from bilora_ray.checking import nearest_setting
-from bilora_ray.config import FACTS, TrialConfig, applies, coerce, is_integer, is_number
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.expressions import Expression, parsed
 from bilora_ray.facts import METHOD_NAMES
@@ -23,6 +23,7 @@ from bilora_ray.search.space import (
     named,
     setting_of,
 )
+from bilora_ray.settings import FACTS, applies, coerce, is_integer, is_number
 
 # Trials that differ in these cannot be compared: they are judged by other rows, another measure or at other steps.
 NOT_SEARCHED = frozenset(key for key, facts in FACTS.items() if not facts.searched)

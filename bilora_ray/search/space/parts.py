@@ -12,7 +12,8 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from bilora_ray.checking import Float, Settings
-from bilora_ray.config import FACTS, TrialConfig, is_number
+from bilora_ray.config import TrialConfig
+from bilora_ray.settings import FACTS, is_number
 
 Value = bool | int | float | str | None
 

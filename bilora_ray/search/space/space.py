@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bilora_ray.checking import build
-from bilora_ray.config import AMID, FACTS, TrialConfig, applies, is_integer
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.expressions import Expression, parsed
 from bilora_ray.measures import objective
@@ -26,6 +26,7 @@ from bilora_ray.search.space.parts import (
     setting_of,
 )
 from bilora_ray.search.space.study import ResourceConfig, StudyConfig
+from bilora_ray.settings import AMID, FACTS, applies, is_integer
 
 
 @dataclass(frozen=True)

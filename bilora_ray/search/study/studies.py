@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from pydantic_core import to_jsonable_python
 
 from bilora_ray.checking import Settings, before, build, completed
-from bilora_ray.config import TrialConfig, coerce, takes_mapping
+from bilora_ray.config import TrialConfig
 from bilora_ray.digests import BASE, CHAT_TEMPLATE, of_data, of_marked
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.expressions import parsed
@@ -46,6 +46,7 @@ from bilora_ray.search.study.storage import making, naming_the_database, open_st
 from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.search.study.view import DIGESTS, ID, StudyView, objective_of, search_of, status_of
 from bilora_ray.search.study.warm_start import SPACE, WARM_START, first_points, taken
+from bilora_ray.settings import coerce, takes_mapping
 
 MAXIMIZE, MINIMIZE = StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE
 LISTED = "`bilora-ray show` lists them"

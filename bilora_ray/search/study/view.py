@@ -13,7 +13,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from bilora_ray.checking import completed
-from bilora_ray.config import TrialConfig, applies, deciding
+from bilora_ray.config import TrialConfig
 from bilora_ray.digests import by_setting
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.files import is_held
@@ -27,6 +27,7 @@ from bilora_ray.search.study.importances import Importances, importances_of
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.population.lineage import parent_of
 from bilora_ray.search.study.warm_start import WARM_START
+from bilora_ray.settings import applies, deciding
 from bilora_ray.training.folder import TrialFolder
 
 ID, ERROR, DIGESTS, STOPPED = "id", "error", "digests", "stopped_after"

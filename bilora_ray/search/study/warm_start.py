@@ -13,10 +13,11 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from bilora_ray.config import TrialConfig, is_integer
+from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.search.space import Choice, Distribution, Space, Value, setting_of
 from bilora_ray.search.study.control.evaluations import best_first
+from bilora_ray.settings import is_integer
 
 WARM_START = "warm_start"
 # What a study says of its space, as `studies` writes it.

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from bilora_ray.config import TrialConfig, deciding
+from bilora_ray.config import TrialConfig
 from bilora_ray.digests import stamp_of_base
+from bilora_ray.settings import deciding
 from bilora_ray.training.distributed.workers import random_states
 
 # The settings that a base is loaded by. The seed is one of them if something in it starts random.

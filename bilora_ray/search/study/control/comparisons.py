@@ -16,7 +16,6 @@ import optuna
 from optuna.trial import TrialState
 
 from bilora_ray.checking import build
-from bilora_ray.config import FACTS, applies, non_default
 from bilora_ray.errors import UserError
 from bilora_ray.records import TrialRecord
 from bilora_ray.search.space import Choice, Given, Range, Space, StudyConfig, Value, named, setting_of
@@ -25,6 +24,7 @@ from bilora_ray.search.study.samplers.qmc import point
 from bilora_ray.search.study.storage import open_storage, read_storage
 from bilora_ray.search.study.studies import begun_studies, steered_study
 from bilora_ray.search.study.view import ENDED, ERROR, StudyView
+from bilora_ray.settings import FACTS, applies, non_default
 
 # What each study of a comparison keeps: the comparison's `name`, and what it was `asked` for.
 COMPARISON = "comparison"

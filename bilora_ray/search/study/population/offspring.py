@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from bilora_ray.config import AMID, is_integer
 from bilora_ray.search.space import Choice, Space, Value, setting_of
+from bilora_ray.settings import AMID, is_integer
 
 # As the paper's "perturb" and "resample" are, of its experiments on machine translation and on GANs.
 FACTORS, ANEW = (0.8, 1.2), 0.25

@@ -5,12 +5,12 @@ from __future__ import annotations
 import optuna
 from optuna.trial import Trial
 
-from bilora_ray.config import is_integer
 from bilora_ray.errors import UserError
 from bilora_ray.search.space import Choice, Space, Value, setting_of
 from bilora_ray.search.study.samplers import cmaes, gp, grid, nsga, qmc, random, tpe
 from bilora_ray.search.study.samplers.base import Limit, Sampler
 from bilora_ray.search.study.samplers.belief import with_belief
+from bilora_ray.settings import is_integer
 
 # What `study.sampler` says -> a sampler for one trial of a study.
 SAMPLERS: dict[str, Sampler] = {

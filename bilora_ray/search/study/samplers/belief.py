@@ -17,12 +17,12 @@ import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 
-from bilora_ray.config import is_integer
 from bilora_ray.search.space import Prior, Range, Space, Value, setting_of
 from bilora_ray.search.study.control.evaluations import best_first
 from bilora_ray.search.study.looks import attributes_of
 from bilora_ray.search.study.samplers.base import Planned, given, seed_of
 from bilora_ray.search.study.warm_start import WARM_START
+from bilora_ray.settings import is_integer
 
 # Of a trial: whether it drew from the belief.
 DRAWN = "believed"

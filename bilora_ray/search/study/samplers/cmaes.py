@@ -18,11 +18,11 @@ from cmaes import CMAwM
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from bilora_ray.config import is_integer
 from bilora_ray.search.space import Choice, Range, Space, Value, setting_of
 from bilora_ray.search.study.control.evaluations import losses
 from bilora_ray.search.study.samplers import random
 from bilora_ray.search.study.samplers.base import Planned, conditional, given
+from bilora_ray.settings import is_integer
 
 # Of a trial: its generation, what it drew, and, of the first of a generation, the trials that its parents are.
 DRAWN, GENERATION, PARENTS = "drawn", "generation", "parents"

@@ -9,10 +9,10 @@ from __future__ import annotations
 import optuna
 from optuna.samplers import BaseSampler
 
-from bilora_ray.config import is_integer
 from bilora_ray.search.space import Choice, Distribution, Space, Value, setting_of
 from bilora_ray.search.study.samplers import random
 from bilora_ray.search.study.samplers.base import Planned, given
+from bilora_ray.settings import is_integer
 
 
 def sampler(study: optuna.Study, space: Space, number: int) -> BaseSampler:
