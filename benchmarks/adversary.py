@@ -18,7 +18,7 @@ from torch import Tensor
 from bilora_ray.method import build_method, settings_of
 from bilora_ray.method.adversary import Batches, adversity, of_auxiliary, of_factors
 from bilora_ray.method.lora_sam import LoraSamAdamW
-from bilora_ray.method.sharpness import FullSpace, Pass
+from bilora_ray.method.spaces import FullSpace, Pass
 from bilora_ray.training.probe.adversary import EVERY
 
 METHODS = ("bilora", "lora-sam")

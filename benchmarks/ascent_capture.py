@@ -30,7 +30,7 @@ import torch
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.method.layers import AUXILIARY
-from bilora_ray.method.sharpness import FullSpace, Pass, Vector, norm
+from bilora_ray.method.spaces import FullSpace, Pass, Vector, norm
 from bilora_ray.paths import loadable
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run

@@ -19,7 +19,7 @@ from torch import Tensor
 from bilora_ray.method.layers import AUXILIARY, PRIMARY
 from bilora_ray.method.lora_sam import TINY
 from bilora_ray.method.radius import Factors, perturbation_norm
-from bilora_ray.method.sharpness import FullSpace, Pass, Vector, inner, norm
+from bilora_ray.method.spaces import FullSpace, Pass, Vector, inner, norm
 
 # Passes over a batch that `adversity` takes, all three together: gradients, and losses beside them.
 GRADIENTS, LOSSES = 3, 8

@@ -25,7 +25,7 @@ from bilora_ray.method.adversary import (
     subspace_overlap,
 )
 from bilora_ray.method.radius import Factors
-from bilora_ray.method.sharpness import FullSpace, Pass
+from bilora_ray.method.spaces import FullSpace, Pass
 
 RHO = 0.3
 LAYERS = ("first", "second", "head")

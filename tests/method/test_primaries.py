@@ -35,7 +35,7 @@ from bilora_ray.method.primaries import (
     weight_in_rows,
     with_exact_magnitudes,
 )
-from bilora_ray.method.sharpness import FullSpace, Pass
+from bilora_ray.method.spaces import FullSpace, Pass
 
 KINDS = {"lora": {}, "dora": {"use_dora": True}, "rslora": {"use_rslora": True}}
 STARTS = ("pissa", "lora-ga")

@@ -15,17 +15,8 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilora_ray.method.adapters import fuse, primary_factors
-from bilora_ray.method.sharpness import (
-    FullSpace,
-    LoraSpace,
-    Pass,
-    Space,
-    adversarial_rises,
-    m_sharpness,
-    norm,
-    random_rises,
-    top_eigenvalue,
-)
+from bilora_ray.method.sharpness import adversarial_rises, m_sharpness, random_rises, top_eigenvalue
+from bilora_ray.method.spaces import FullSpace, LoraSpace, Pass, Space, norm
 
 RADII = (0.05, 0.2, 1.0)
 SPACES = (FullSpace, LoraSpace)

@@ -13,7 +13,7 @@ from tiny_trials import TASKS, Tiny, reproducible, run_fit
 from bilora_ray.errors import NonFiniteLoss, OutOfMemory
 from bilora_ray.facts import METHOD_NAMES, MethodName
 from bilora_ray.measures import ADVERSITY, Task
-from bilora_ray.method.sharpness import FullSpace
+from bilora_ray.method.spaces import FullSpace
 from bilora_ray.settings import FACTS
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run

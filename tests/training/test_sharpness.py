@@ -11,7 +11,8 @@ from tiny_trials import TASKS, Tiny, evaluate_adapter, run_fit
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.measures import Task
-from bilora_ray.method.sharpness import FullSpace, LoraSpace, adversarial_rises
+from bilora_ray.method.sharpness import adversarial_rises
+from bilora_ray.method.spaces import FullSpace, LoraSpace
 from bilora_ray.training.evaluate import load_adapted
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.probe import sharpness as probe

@@ -12,7 +12,7 @@ from bilora_ray.method.adversary import Batches, Perturb, adversity, of_auxiliar
 from bilora_ray.method.bilora import BiLoraAdamW
 from bilora_ray.method.layers import PRIMARY
 from bilora_ray.method.lora_sam import LoraSamAdamW
-from bilora_ray.method.sharpness import FullSpace
+from bilora_ray.method.spaces import FullSpace
 from bilora_ray.training.compute.memory import release
 from bilora_ray.training.distributed.workers import drawing_again, random_states
 from bilora_ray.training.probe.sharpness import Rows

@@ -13,17 +13,8 @@ from torch import Tensor
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.method.sharpness import (
-    Eigenvalue,
-    FullSpace,
-    LoraSpace,
-    Pass,
-    Space,
-    adversarial_rises,
-    m_sharpness,
-    random_rises,
-    top_eigenvalue,
-)
+from bilora_ray.method.sharpness import Eigenvalue, adversarial_rises, m_sharpness, random_rises, top_eigenvalue
+from bilora_ray.method.spaces import FullSpace, LoraSpace, Pass, Space
 from bilora_ray.training.compute.cutting import Budget, cut, positions
 from bilora_ray.training.compute.memory import ONE_ROW, Shortage, current_room, failure, is_out_of_memory, release
 from bilora_ray.training.compute.varlen import batch_of, is_flat, placed
