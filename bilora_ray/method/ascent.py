@@ -17,81 +17,15 @@ Roundings apart, the result does not depend on how an eigenvector's sign falls: 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from bilora_ray.method.radius import Factors, Gram, add_up, columns
+from bilora_ray.method.sides import Batch, Layer, Sums, batches_of, finite, signs, spans, write
 
-# Squared singular values below this share of the greatest belong to no span: the rows depend on each other.
-DEPENDENT = 1e-5
 # Squared singular values of a perturbation below this share are rounding.
 ROUNDING = 1e-12
-# Numbers of the long sides that are in float64 at once.
-MOST = 2**24
-
-
-class Layer(NamedTuple):
-    """The adapters of one layer, each with what its gradients are divided by.
-
-    Attributes:
-        auxiliary: A2, B2, and the scaling with which rho is measured.
-        primary: A1, B1, s1 times that scaling over s2; None where its gradients are not of the auxiliary's G.
-    """
-
-    auxiliary: Factors
-    primary: Factors | None
-
-    @property
-    def adapters(self) -> list[Factors]:
-        """The auxiliary first."""
-        return [self.auxiliary] if self.primary is None else [self.auxiliary, self.primary]
-
-
-class Side(NamedTuple):
-    """One long side of layers of one kind: n of A and Q, or m of B and P.
-
-    Attributes:
-        rows: L x 2R x (n or m), float64: the factors' and then the gradients', what this process has of each.
-        gram: L x 2R x 2R, of the rows.
-    """
-
-    rows: Tensor
-    gram: Gram
-
-
-class Batch(NamedTuple):
-    """Layers of one kind.
-
-    Attributes:
-        layers: L of them.
-        ranks: r2, and r1 where the primary takes part; R is their sum.
-        wide: A and Q.
-        tall: B^T and P^T.
-    """
-
-    layers: list[Layer]
-    ranks: tuple[int, ...]
-    wide: Side
-    tall: Side
-
-
-class Sums(NamedTuple):
-    """What the new factors are sums of.
-
-    Attributes:
-        wide: L x r2 x 2R, of the rows of `Batch.wide`: A2.
-        tall: L x r2 x 2R, of the rows of `Batch.tall`: B2^T, less the factor that makes the norm rho.
-        squares: L, the squared norm of their product.
-    """
-
-    wide: Tensor
-    tall: Tensor
-    squares: Tensor
 
 
 @torch.no_grad()
@@ -105,8 +39,8 @@ def tangent_(layers: Sequence[Layer], rho: float) -> None:
         layers: with the gradients in `grad`; absent ones count as 0.
         rho: radius, > 0.
     """
-    batches = _batches(layers)
-    _write(batches, _tangents(batches), rho)
+    batches = batches_of(layers)
+    write(batches, _tangents(batches), rho)
 
 
 @torch.no_grad()
@@ -121,65 +55,8 @@ def half_step_(layers: Sequence[Layer], rho: float, of_A: bool) -> None:
         rho: radius, > 0.
         of_A: G P_A; else P_B G.
     """
-    batches = _batches([Layer(layer.auxiliary, None) for layer in layers])
-    _write(batches, [_half_step(batch, of_A) for batch in batches], rho)
-
-
-def _batches(layers: Sequence[Layer]) -> list[Batch]:
-    """The layers in batches of one kind, none too large, their Gram matrices complete."""
-    kinds: dict[tuple[object, ...], list[Layer]] = defaultdict(list)
-    for layer in layers:
-        kinds[_kind(layer)].append(layer)
-    batches = [_batch(part) for alike in kinds.values() for part in _cut(alike)]
-    add_up([side.gram for batch in batches for side in (batch.wide, batch.tall)])
-    return batches
-
-
-def _kind(layer: Layer) -> tuple[object, ...]:
-    return tuple((A.shape, B.shape, A.dtype, A.device, scaling) for A, B, scaling in layer.adapters)
-
-
-def _cut(layers: list[Layer]) -> Iterator[list[Layer]]:
-    numbers = 2 * sum(adapter.A.numel() + adapter.B.numel() for adapter in layers[0].adapters)
-    size = max(1, MOST // numbers)
-    return (layers[start : start + size] for start in range(0, len(layers), size))
-
-
-def _batch(layers: list[Layer]) -> Batch:
-    adapters = list(zip(*(layer.adapters for layer in layers), strict=True))
-    wide = _side([([each.A for each in one], one[0].scaling) for one in adapters], tall=False)
-    tall = _side([([each.B for each in one], one[0].scaling) for one in adapters], tall=True)
-    return Batch(layers, tuple(one[0].A.shape[0] for one in adapters), wide, tall)
-
-
-def _side(factors: Sequence[tuple[list[Tensor], float]], tall: bool) -> Side:
-    """Of each adapter's factors, and the scaling that their gradients are divided by."""
-    parts, group = [], None
-    for tensors, _ in factors:
-        rows, group = _rows(tensors, tall)
-        parts.append(rows)
-    for tensors, scaling in factors:
-        gradients = [torch.zeros_like(one) if one.grad is None else one.grad for one in tensors]
-        parts.append(_rows(gradients, tall)[0] / scaling)
-    rows = torch.cat(parts, dim=1)
-    return Side(rows, Gram(_product(rows, rows.mT), group))
-
-
-def _rows(tensors: Sequence[Tensor], tall: bool) -> tuple[Tensor, ProcessGroup | None]:
-    """L x r x k in float64, of columns that are tall or of rows that are wide; and those who have the rest of k."""
-    group = None
-    if isinstance(tensors[0], DTensor):
-        found = [columns(tensor.mT if tall else tensor) for tensor in tensors]
-        rows, group = torch.stack([part for part, _ in found]), found[0][1]
-    else:
-        rows = torch.stack([tensor.mT if tall else tensor for tensor in tensors])
-    return rows.double(), group
-
-
-def _product(one: Tensor, other: Tensor) -> Tensor:
-    # A caller's autocast would round it.
-    with torch.autocast(one.device.type, enabled=False):
-        return one @ other
+    batches = batches_of([Layer(layer.auxiliary, None) for layer in layers])
+    write(batches, [_half_step(batch, of_A) for batch in batches], rho)
 
 
 def _tangents(batches: Sequence[Batch]) -> list[Sums]:
@@ -190,7 +67,7 @@ def _tangents(batches: Sequence[Batch]) -> list[Sums]:
         kinds[batch.ranks, batch.wide.rows.device].append(number)
     for (ranks, _), numbers in kinds.items():
         wide, tall = (
-            torch.cat([_finite(side.gram.sums) for side in sides])
+            torch.cat([finite(side.gram.sums) for side in sides])
             for sides in zip(*((batches[number].wide, batches[number].tall) for number in numbers), strict=True)
         )
         sizes = [len(batches[number].layers) for number in numbers]
@@ -240,7 +117,7 @@ def _tangent(wide: Tensor, tall: Tensor, ranks: tuple[int, ...]) -> Sums:
     new_tall = torch.cat([up @ Wb.mT, V1 @ Wa.mT], dim=2)
     new_wide = torch.cat([(V1 - U1 @ own_C) @ Wa.mT, U1 @ Wb.mT], dim=2)
     stays = torch.eye(r2, 2 * R, dtype=wide.dtype, device=wide.device)
-    sign = _signs(new_wide)
+    sign = signs(new_wide)
     return Sums(
         torch.where(there, sign * new_wide, stays),
         torch.where(there, sign * new_tall, 0.0),
@@ -254,13 +131,13 @@ def _half_step(batch: Batch, of_A: bool) -> Sums:
     The size of each layer's product is B2's.
     """
     sides = (batch.wide, batch.tall) if of_A else (batch.tall, batch.wide)
-    kept, other = (_finite(side.gram.sums) for side in sides)
+    kept, other = (finite(side.gram.sums) for side in sides)
     r2 = batch.ranks[0]
-    W, lost = _spans(kept[:, :r2, :r2], batch.ranks)
+    W, lost = spans(kept[:, :r2, :r2], batch.ranks)
     squares = (W * (other[:, r2:, r2:] @ W)).sum((1, 2)).clamp(min=0.0)
     size = squares.sqrt().view(-1, 1, 1)
     none = torch.zeros_like(W)
-    sign = _signs(W.mT)
+    sign = signs(W.mT)
     basis = torch.cat([sign * W.mT, none], dim=2)
     moved = torch.cat([none, sign * W.mT], dim=2)
     stays = torch.cat([sign * lost.mT, none], dim=2)
@@ -274,66 +151,5 @@ def _half_step(batch: Batch, of_A: bool) -> Sums:
 
 
 def _bases(gram: Tensor, ranks: tuple[int, ...]) -> Tensor:
-    """W of `_spans`."""
-    return _spans(gram, ranks)[0]
-
-
-def _spans(gram: Tensor, ranks: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """W with W^T X X^T W = I on the span of X's rows and 0 in the columns of no span, from L x R x R Gram matrices.
-
-    Each adapter's rows are first scaled together to norm 1: the adapters differ in size, and only spans matter.
-
-    Returns:
-        W, and the coefficients of what is in no span in the columns where W is 0; both L x R x R.
-    """
-    norms = [block.sum(1).sqrt() for block in gram.diagonal(dim1=1, dim2=2).split(ranks, dim=1)]
-    scale = torch.stack([torch.where(norm > 0, 1 / norm, 0.0) for norm in norms], dim=1)
-    scale = scale.repeat_interleave(torch.tensor(ranks, device=gram.device), dim=1, output_size=sum(ranks))
-    values, E = torch.linalg.eigh(gram * scale.unsqueeze(1) * scale.unsqueeze(2))
-    there = (values > DEPENDENT * values[:, -1:]).unsqueeze(1)
-    W = torch.where(there, scale.unsqueeze(2) * E * values.clamp(min=0.0).rsqrt().unsqueeze(1), 0.0)
-    return W, torch.where(there, 0.0, E)
-
-
-def _signs(rows: Tensor) -> Tensor:
-    """Of the largest number of each row: L x r x 1. An eigenvector's own sign is anybody's choice."""
-    largest = rows.gather(2, rows.abs().argmax(2, keepdim=True))
-    return torch.where(largest < 0, -1.0, 1.0).to(rows.dtype)
-
-
-def _finite(sums: Tensor) -> Tensor:
-    """Gram matrices, 0 where one has what is no number: of that there are no eigenvectors."""
-    return torch.where(_are_finite(sums).view(-1, 1, 1), sums, 0.0)
-
-
-def _are_finite(sums: Tensor) -> Tensor:
-    return sums.sum((1, 2)).isfinite()
-
-
-def _write(batches: Sequence[Batch], sums: Sequence[Sums], rho: float) -> None:
-    """Give A2 and B2 what is found, B2 with the factor by which the norm over all layers is rho.
-
-    The decision whether there is anything is made on the device: no host synchronisation.
-    """
-    device = batches[0].wide.rows.device
-    total = torch.stack([one.squares.sum().to(device) for one in sums]).sum().sqrt()
-    finite = [_are_finite(side.gram.sums).all().to(device) for batch in batches for side in (batch.wide, batch.tall)]
-    usable = torch.stack(finite).all() & (total > 0)
-    for batch, found in zip(batches, sums, strict=True):
-        here, scaling = usable.to(found.wide.device), batch.layers[0].auxiliary.scaling
-        scale = (rho / (total * scaling)).to(found.wide.device)
-        wide, tall = _product(found.wide, batch.wide.rows), _product(found.tall * scale, batch.tall.rows)
-        for layer, A, B in zip(batch.layers, wide.unbind(), tall.unbind(), strict=True):
-            _put(layer.auxiliary.A, A, here, batch.wide.gram.group)
-            _put(layer.auxiliary.B, B.mT, here, batch.tall.gram.group)
-
-
-def _put(factor: Tensor, new: Tensor, usable: Tensor, group: ProcessGroup | None) -> None:
-    """`new` in place of `factor`, if it is `usable`: this process's part of it if there is a `group`, else all."""
-    if not isinstance(factor, DTensor):
-        own = factor
-    else:
-        own = factor.to_local()
-        if group is None:
-            new = distribute_tensor(new, factor.device_mesh, factor.placements, src_data_rank=None).to_local()
-    own.copy_(torch.where(usable, new.to(own.dtype), own))
+    """W of `spans`."""
+    return spans(gram, ranks)[0]

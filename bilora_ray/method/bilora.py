@@ -12,9 +12,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from bilora_ray.method.adapters import attach_auxiliary, auxiliary_factors, of_one_gradient, primary_factors
-from bilora_ray.method.ascent import Layer, half_step_, tangent_
+from bilora_ray.method.ascent import half_step_, tangent_
 from bilora_ray.method.base import MethodAdamW, Place, adapter_places, descent_group
 from bilora_ray.method.radius import Factors, perturbation_norm, project_, project_each_
+from bilora_ray.method.sides import Layer
 
 Clip = Literal["global", "per-layer", "none"]
 Norm = Literal["effective", "unscaled"]

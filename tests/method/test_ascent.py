@@ -6,7 +6,7 @@ from test_optimizer import of, parameters_of, train
 from test_reference import adapted
 from tiny import bilora_model, closure_of, primary_model, randomize
 
-from bilora_ray.method import BiLoraAdamW, ascent, auxiliary_factors, auxiliary_parameters, build_method
+from bilora_ray.method import BiLoraAdamW, auxiliary_factors, auxiliary_parameters, build_method, sides
 from bilora_ray.method.layers import AUXILIARY, PRIMARY
 from bilora_ray.method.reference_ascent import basis, of_norm_1
 
@@ -157,7 +157,7 @@ def test_the_tangent_rule_reads_the_auxiliarys_spans_alone_where_the_primary_see
 def test_it_does_not_matter_how_many_layers_are_computed_at_once(rule, monkeypatch):
     paths = []
     for most in (2**24, 1):
-        monkeypatch.setattr(ascent, "MOST", most)
+        monkeypatch.setattr(sides, "MOST", most)
         model, batch = bilora_model("llama", dtype=torch.float64)
         paths.append(train(model, optimizer_of(model, rule), batch, 8))
     assert paths[0] == pytest.approx(paths[1], rel=1e-12)
