@@ -1,20 +1,17 @@
-"""The charts of a page: pure functions of what was found, which return Vega-Lite; None where there is nothing to show.
-
-Colours are names of the page's style sheet, so that one picture is drawn for light, for dark and for paper.
-"""
+"""The charts of a page: pure functions of what was found, which return Vega-Lite; None where nothing is to be shown."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import altair as alt
 
 from bilora_ray.measures import COSTS
+from bilora_ray.report import marks
 from bilora_ray.report.found import Found
+from bilora_ray.report.marks import EVALUATIONS, TRIALS, Chart
 from bilora_ray.report.rows import (
-    BEST,
     SCALED,
     SHARES,
     WATCHED,
@@ -24,7 +21,6 @@ from bilora_ray.report.rows import (
     best_so_far,
     evaluation_rows,
     share_rows,
-    statuses,
     trial_rows,
     window,
     x_of,
@@ -32,62 +28,12 @@ from bilora_ray.report.rows import (
 from bilora_ray.search.space import setting_of
 from bilora_ray.words import in_short
 
-Chart = alt.Chart | alt.LayerChart | alt.FacetChart
-# The page gives the rows of these names, so that the charts of a study share them.
-TRIALS, EVALUATIONS = "trials", "evaluations"
-COLOURS = {BEST: "var(--best)", "complete": "var(--accent)", "stopped early": "var(--faint)", "failed": "var(--bad)"}
-OTHERS = "var(--other)"
-# From the worst to the best.
-_IS_BEST = f"datum.status === '{BEST}'"
-STEPS = [f"var(--step-{step})" for step in range(6)]
 # Pairs of settings that are told by name, where both are searched.
 PAIRS = (("rho", "auxiliary_rank"), ("rank", "auxiliary_rank"))
 # Of fewer trials with a value a picture says less than the table.
 FEWEST = 3
 MOST_SLICES, MOST_AXES = 12, 8
-# From so many trials on marks are lighter and smaller.
-MANY = 200
-HEIGHT, LOW = 300, 200
-# From such a ratio on, of the largest to the smallest.
-SEVERAL_ORDERS = 30
-# The look that all charts share; `null` leaves something out.
-CONFIG: dict[str, Any] = {
-    "background": "transparent",
-    "font": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif",
-    "padding": {"left": 4, "right": 12, "top": 6, "bottom": 4},
-    "view": {"stroke": None, "continuousHeight": HEIGHT},
-    "axis": {
-        "domainColor": "var(--line)",
-        "gridColor": "var(--line)",
-        "gridOpacity": 0.6,
-        "tickColor": "var(--line)",
-        "labelColor": "var(--soft)",
-        "titleColor": "var(--soft)",
-        "labelFontSize": 11,
-        "titleFontSize": 12,
-        "titleFontWeight": 500,
-        "titlePadding": 8,
-        "labelLimit": 130,
-        "labelOverlap": "greedy",
-    },
-    "axisX": {"grid": False, "tickCount": 6},
-    "axisY": {"domain": False, "ticks": False, "labelPadding": 6, "tickCount": 5},
-    "legend": {
-        "orient": "top",
-        "labelColor": "var(--soft)",
-        "titleColor": "var(--soft)",
-        "labelFontSize": 11,
-        "titleFontSize": 11,
-        "titleFontWeight": 500,
-        "symbolStrokeWidth": 2,
-        "columns": 4,
-        "gradientLength": 250,
-        "gradientThickness": 10,
-        "labelOverlap": "greedy",
-    },
-    "point": {"filled": True, "size": 55},
-    "text": {"color": "var(--soft)", "fontSize": 11},
-}
+LOW = 200
 
 
 def history(found: Found) -> Chart | None:
@@ -96,16 +42,21 @@ def history(found: Found) -> Chart | None:
     if len(rows) < 2:
         return None
     x = alt.X(
-        "trial:Q", title="trial, in the order of the search", axis=alt.Axis(format="d", tickMinStep=1), scale=_snug()
+        "trial:Q",
+        title="trial, in the order of the search",
+        axis=alt.Axis(format="d", tickMinStep=1),
+        scale=marks.snug(),
     )
-    points = _by_status(alt.Chart(), rows).encode(x, _value(found, rows), _status(rows), tooltip=_tooltip(found))
+    points = marks.by_status(alt.Chart(), rows).encode(
+        x, marks.value(found, rows), marks.status(rows), tooltip=marks.tooltip(found)
+    )
     layers = [points]
     if line := best_so_far(found):
         best = alt.Chart(alt.Data(values=line)).mark_line(
             interpolate="step-after", color="var(--best)", strokeWidth=1.5, opacity=0.9
         )
-        layers.insert(0, best.encode(x, _value(found, rows)))
-    return _wide(alt.layer(*layers, data=alt.NamedData(name=TRIALS)))
+        layers.insert(0, best.encode(x, marks.value(found, rows)))
+    return marks.wide(alt.layer(*layers, data=alt.NamedData(name=TRIALS)))
 
 
 def importances(found: Found) -> Chart | None:
@@ -122,7 +73,7 @@ def importances(found: Found) -> Chart | None:
     base = alt.Chart(alt.Data(values=rows))
     bars = base.mark_bar(color="var(--accent)", height=14, cornerRadius=2).encode(y, x, tooltip=told)
     ends = base.mark_rule(color="var(--ink)", strokeWidth=1.5).encode(y, alt.X("low:Q", title=""), x2="high:Q")
-    return _wide(alt.layer(bars, ends), 34 * len(rows) + 20)
+    return marks.wide(alt.layer(bars, ends), 34 * len(rows) + 20)
 
 
 def slices(found: Found) -> Iterator[Chart]:
@@ -130,20 +81,23 @@ def slices(found: Found) -> Iterator[Chart]:
     rows = trial_rows(found)
     for key, axis in list(axes(found).items())[:MOST_SLICES]:
         if _is_told(key, rows):
-            points = _by_status(alt.Chart(alt.NamedData(name=TRIALS)), rows).encode(
-                _x(axis), _value(found, rows), _status(rows, None), tooltip=_tooltip(found)
+            points = marks.by_status(alt.Chart(alt.NamedData(name=TRIALS)), rows).encode(
+                marks.x(axis), marks.value(found, rows), marks.status(rows, None), tooltip=marks.tooltip(found)
             )
-            yield _wide(_apart(points, x=axis), LOW)
+            yield marks.wide(marks.apart(points, x=axis), LOW)
 
 
 def maps(found: Found) -> Iterator[Chart]:
     """A picture a pair of settings: the better a trial, the stronger its colour."""
     rows, laid_out = trial_rows(found), axes(found)
     for across, down in _pairs(found, rows):
-        points = _points(rows).encode(
-            _x(laid_out[across]), _y(laid_out[down]), _strength(found, rows), tooltip=_tooltip(found)
+        points = marks.points(rows).encode(
+            marks.x(laid_out[across]),
+            marks.y(laid_out[down]),
+            marks.strength(found, rows),
+            tooltip=marks.tooltip(found),
         )
-        yield _wide(_apart(points, x=laid_out[across], y=laid_out[down]), 260)
+        yield marks.wide(marks.apart(points, x=laid_out[across], y=laid_out[down]), 260)
 
 
 def parallel(found: Found) -> Chart | None:
@@ -179,13 +133,13 @@ def parallel(found: Found) -> Chart | None:
         .transform_fold([f"{SCALED}{key}" for key in keys], as_=["scaled", "at"])
         .transform_filter("isValid(datum.at)")
         .transform_calculate(setting=f"slice(datum.scaled, {len(SCALED)})")
-        .mark_line(strokeWidth=1.6 if _are_few(rows) else 1, opacity=0.75 if _are_few(rows) else 0.45)
-        .encode(x, y, _strength(found, rows), detail="trial:N", tooltip=_tooltip(found))
+        .mark_line(strokeWidth=1.6 if marks.are_few(rows) else 1, opacity=0.75 if marks.are_few(rows) else 0.45)
+        .encode(x, y, marks.strength(found, rows), detail="trial:N", tooltip=marks.tooltip(found))
     )
     words = alt.Chart(alt.Data(values=ticks)).encode(x, y, text="label:N")
     text: dict[str, Any] = {"align": "left", "dx": 5, "fontSize": 10}
     halo = words.mark_text(stroke="var(--paper)", strokeWidth=4, strokeJoin="round", **text)
-    return _wide(alt.layer(lines, halo, words.mark_text(color="var(--ink)", **text)), 320)
+    return marks.wide(alt.layer(lines, halo, words.mark_text(color="var(--ink)", **text)), 320)
 
 
 def curves(found: Found) -> Chart | None:
@@ -209,9 +163,9 @@ def adversity(found: Found) -> Chart | None:
     unit, words = x_of(found), list(SHARES.values())
     colours = alt.Scale(domain=words, range=["var(--best)", "var(--faint)", "var(--accent)"])
     lines = alt.Chart(alt.Data(values=rows)).mark_line(point=alt.OverlayMarkDef(size=28), strokeWidth=2)
-    return _wide(
+    return marks.wide(
         lines.encode(
-            alt.X(f"{unit}:Q", title=unit, scale=_snug()),
+            alt.X(f"{unit}:Q", title=unit, scale=marks.snug()),
             alt.Y("share:Q", title="share of the best trial's sharpness", scale=alt.Scale(zero=True)),
             alt.Color("what:N", title=None, scale=colours),
             tooltip=[alt.Tooltip("what:N"), alt.Tooltip(f"{unit}:Q"), alt.Tooltip("share:Q", format=".3f")],
@@ -228,22 +182,22 @@ def front(found: Found) -> Iterator[Chart]:
             continue
         # What costs most is what trains longest, and no outlier.
         ends = None if other.metric in COSTS else window(values, other)
-        across = alt.X(f"{other.metric}:Q", title=other.metric, scale=_ends(ends))
+        across = alt.X(f"{other.metric}:Q", title=other.metric, scale=marks.between(ends))
         on_front = alt.Color(
             "front:N",
             title=None,
             scale=alt.Scale(domain=["on the front", "others"], range=["var(--best)", "var(--faint)"]),
         )
         base = alt.Chart().transform_calculate(front="datum.front ? 'on the front' : 'others'")
-        points = base.mark_circle(opacity=0.85, size=60 if _are_few(rows) else 28).encode(
-            across, _value(found, rows), on_front, tooltip=_tooltip(found)
+        points = base.mark_circle(opacity=0.85, size=60 if marks.are_few(rows) else 28).encode(
+            across, marks.value(found, rows), on_front, tooltip=marks.tooltip(found)
         )
         layers = [points]
         if len(found.objectives) == 2 and len(found.front) > 1:
             steps: Any = "step-after" if not other.greater_is_better else "step-before"
             line = alt.Chart().transform_filter("datum.front").mark_line(interpolate=steps, color="var(--best)")
-            layers.insert(0, line.encode(across, _value(found, rows)))
-        yield _wide(alt.layer(*layers, data=alt.NamedData(name=TRIALS)))
+            layers.insert(0, line.encode(across, marks.value(found, rows)))
+        yield marks.wide(alt.layer(*layers, data=alt.NamedData(name=TRIALS)))
 
 
 def finalists(found: Found) -> Chart | None:
@@ -266,7 +220,7 @@ def finalists(found: Found) -> Chart | None:
     means = base.mark_circle(color="var(--accent)", size=90, opacity=1).encode(x, y, tooltip=tooltip)
     single = base.mark_point(color="var(--best)", filled=False, size=70, strokeWidth=1.5)
     singles = single.encode(alt.X("single:Q", scale=scale), y, tooltip=tooltip)
-    return _wide(alt.layer(ends, means, singles), 34 * len(rows) + 20)
+    return marks.wide(alt.layer(ends, means, singles), 34 * len(rows) + 20)
 
 
 def costs(found: Found) -> Iterator[Chart]:
@@ -275,10 +229,10 @@ def costs(found: Found) -> Iterator[Chart]:
     for key, title in (("train_runtime", "seconds of training"), ("gpu_memory_gib", "GiB of GPU memory")):
         values = [row[key] for row in rows if key in row]
         if len(set(values)) > 1 and len(values) >= FEWEST:
-            across = alt.X(f"{key}:Q", title=title, scale=_snug())
-            yield _wide(
-                _by_status(alt.Chart(alt.NamedData(name=TRIALS)), rows).encode(
-                    across, _value(found, rows), _status(rows, None), tooltip=_tooltip(found)
+            across = alt.X(f"{key}:Q", title=title, scale=marks.snug())
+            yield marks.wide(
+                marks.by_status(alt.Chart(alt.NamedData(name=TRIALS)), rows).encode(
+                    across, marks.value(found, rows), marks.status(rows, None), tooltip=marks.tooltip(found)
                 ),
                 240,
             )
@@ -293,10 +247,10 @@ def against(one: Found, other: Found) -> Chart | None:
         return None
     ends = window([row["value"] for row in rows], one.objective)
     line = alt.Chart(alt.Data(values=rows)).mark_line(interpolate="step-after", strokeWidth=2, clip=True)
-    return _wide(
+    return marks.wide(
         line.encode(
             alt.X("trial:Q", title="trial, in the order of the search", axis=alt.Axis(format="d", tickMinStep=1)),
-            alt.Y("value:Q", title=f"best {one.metric} so far", scale=_ends(ends)),
+            alt.Y("value:Q", title=f"best {one.metric} so far", scale=marks.between(ends)),
             alt.Color(
                 "study:N",
                 title=None,
@@ -312,17 +266,17 @@ def _curves(found: Found, key: str, title: str) -> Chart | None:
     if len(rows) == len({row["trial"] for row in rows}):  # not one trial has two
         return None
     values, unit = [row[key] for row in rows], x_of(found)
-    y = alt.Y(f"{key}:Q", title=title, scale=_ends(window(values, found.objective)))
+    y = alt.Y(f"{key}:Q", title=title, scale=marks.between(window(values, found.objective)))
     if key != "value":
-        y = _positive(key, title, values)
-    many = not _are_few([row for row in rows if row["last"]])
+        y = marks.positive(key, title, values)
+    many = not marks.are_few([row for row in rows if row["last"]])
     base = (
         alt.Chart()
         .transform_filter(f"isValid(datum.{key})")
         .encode(
-            alt.X(f"{unit}:Q", title=unit, scale=_snug()),
+            alt.X(f"{unit}:Q", title=unit, scale=marks.snug()),
             y,
-            _status(rows),
+            marks.status(rows),
             tooltip=[
                 alt.Tooltip("trial:Q"),
                 alt.Tooltip("status:N"),
@@ -333,131 +287,11 @@ def _curves(found: Found, key: str, title: str) -> Chart | None:
     )
     lines = base.mark_line(clip=True).encode(
         detail="trial:N",
-        opacity=alt.when(_IS_BEST).then(alt.value(1)).otherwise(alt.value(0.4 if many else 0.85)),
-        strokeWidth=alt.when(_IS_BEST).then(alt.value(2.5)).otherwise(alt.value(1 if many else 1.5)),
+        opacity=alt.when(marks.IS_BEST).then(alt.value(1)).otherwise(alt.value(0.4 if many else 0.85)),
+        strokeWidth=alt.when(marks.IS_BEST).then(alt.value(2.5)).otherwise(alt.value(1 if many else 1.5)),
     )
     ends = base.transform_filter("datum.last").mark_circle(size=14 if many else 28, opacity=0.7)
-    return _wide(alt.layer(lines, ends, data=alt.NamedData(name=EVALUATIONS)))
-
-
-def _points(rows: Sequence[Row]) -> alt.Chart:
-    return alt.Chart(alt.NamedData(name=TRIALS)).mark_circle(opacity=0.9, size=60 if _are_few(rows) else 28)
-
-
-def _by_status(chart: alt.Chart, rows: Sequence[Row]) -> alt.Chart:
-    """Points of trials of which the best stands out, however many they are."""
-    few = _are_few(rows)
-    plain = 60 if few else 28
-    size = alt.when(_IS_BEST).then(alt.value(2.2 * plain)).otherwise(alt.value(plain))
-    solid = alt.when(_IS_BEST).then(alt.value(1)).otherwise(alt.value(0.9 if few else 0.55))
-    return chart.mark_circle().encode(size=size, opacity=solid)
-
-
-def _are_few(rows: Sequence[Row]) -> bool:
-    """Whether the trials of `rows` can be told apart without lighter marks."""
-    return len(rows) < MANY
-
-
-def _wide(chart: Chart, height: int = HEIGHT) -> Chart:
-    """As wide as its place on the page."""
-    return chart.properties(width="container", height=height)
-
-
-def _snug() -> alt.Scale:
-    return alt.Scale(nice=False, zero=False, padding=6)
-
-
-def _ends(ends: tuple[float, float] | None) -> alt.Scale:
-    """A scale for numbers between `ends`; what is beyond them lies at the edge."""
-    if ends is None:
-        return alt.Scale(zero=False)
-    return alt.Scale(domain=list(ends), zero=False, clamp=True, nice=True)
-
-
-def _positive(key: str, title: str, values: Sequence[float]) -> alt.Y:
-    """Sizes, by their logarithms where they are of several orders."""
-    low, high = min(values), max(values)
-    if low <= 0 or high < SEVERAL_ORDERS * low:
-        return alt.Y(f"{key}:Q", title=title, scale=alt.Scale(zero=True))
-    ticks = alt.Axis(values=_decades(low, high), format="~g")
-    return alt.Y(f"{key}:Q", title=title, scale=alt.Scale(type="log", nice=False, padding=6), axis=ticks)
-
-
-def _value(found: Found, rows: Sequence[Row]) -> alt.Y:
-    return alt.Y("value:Q", title=found.metric, scale=_ends(window([row["value"] for row in rows], found.objective)))
-
-
-def _status(
-    rows: Sequence[Row], legend: alt.Legend | alt.utils.schemapi.UndefinedType | None = alt.Undefined
-) -> alt.Color:
-    domain = statuses(rows)
-    scale = alt.Scale(domain=domain, range=[COLOURS.get(word, OTHERS) for word in domain])
-    return alt.Color("status:N", title=None, scale=scale, legend=legend)
-
-
-def _strength(found: Found, rows: Sequence[Row]) -> alt.Color:
-    """Colours by the value: the better, the stronger."""
-    ends = window([row["value"] for row in rows], found.objective) or (0.0, 1.0)
-    steps = STEPS if found.objective.greater_is_better else STEPS[::-1]
-    scale = alt.Scale(type="quantize", domain=list(ends), range=steps)
-    return alt.Color("value:Q", title=found.metric, scale=scale, legend=alt.Legend(format=".3g", columns=6))
-
-
-def _x(axis: Axis) -> alt.X:
-    return alt.X(_field(axis), title=axis.key, scale=_scale(axis), sort=axis.levels or alt.Undefined, axis=_ticks(axis))
-
-
-def _y(axis: Axis) -> alt.Y:
-    if axis.levels is None:
-        return alt.Y(_field(axis), title=axis.key, scale=_scale(axis), axis=_ticks(axis))
-    upwards = axis.levels[::-1]
-    return alt.Y(_field(axis), title=axis.key, scale=alt.Scale(domain=upwards), sort=upwards, axis=alt.Axis(grid=True))
-
-
-def _ticks(axis: Axis) -> alt.Axis:
-    if axis.levels is not None:
-        return alt.Axis(labelAngle=0)
-    values = _decades(*axis.ends) if axis.log else alt.Undefined
-    return alt.Axis(labelAngle=0, format="~g", tickCount=5, values=values)
-
-
-def _decades(low: float, high: float) -> list[float]:
-    """Round numbers of a log scale that are far enough apart to be read."""
-    span = math.log10(high / low)
-    steps = (1.0, 2.0, 5.0) if span < 1.5 else (1.0, 3.0) if span < 3.5 else (1.0,)
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    return [value for power in powers for step in steps if low <= (value := step * 10.0**power) <= high]
-
-
-def _field(axis: Axis) -> str:
-    return f"{axis.key}:{'Q' if axis.levels is None else 'O'}"
-
-
-def _scale(axis: Axis) -> alt.Scale:
-    if axis.levels is not None:
-        return alt.Scale(domain=axis.levels)
-    return alt.Scale(type="log" if axis.log else "linear", domain=list(axis.ends), nice=False, padding=6)
-
-
-def _apart(points: alt.Chart, x: Axis, y: Axis | None = None) -> alt.Chart:
-    """Trials of one level beside one another."""
-    spread = alt.Scale(domain=[-0.4, 1.4])
-    if x.levels is not None:
-        points = points.encode(xOffset=alt.XOffset("apart:Q", scale=spread))
-    if y is not None and y.levels is not None:
-        points = points.encode(yOffset=alt.YOffset("also_apart:Q", scale=spread))
-    return points
-
-
-def _tooltip(found: Found) -> list[alt.Tooltip]:
-    others = [alt.Tooltip(f"{one.metric}:Q", format=".4g") for one in found.objectives[1:]]
-    told = [_told(axis) for axis in axes(found).values()]
-    value = alt.Tooltip("value:Q", title=found.metric, format=".4g")
-    return [alt.Tooltip("trial:Q"), alt.Tooltip("status:N"), value, *others, *told]
-
-
-def _told(axis: Axis) -> alt.Tooltip:
-    return alt.Tooltip(_field(axis)) if axis.levels is not None else alt.Tooltip(_field(axis), format=".3g")
+    return marks.wide(alt.layer(lines, ends, data=alt.NamedData(name=EVALUATIONS)))
 
 
 def _is_told(key: str, rows: Sequence[Row]) -> bool:

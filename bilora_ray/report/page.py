@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from bilora_ray import __version__
 from bilora_ray.files import atomic_file
-from bilora_ray.report import charts
+from bilora_ray.report import charts, marks
 from bilora_ray.report.found import Found, read
 from bilora_ray.report.rows import evaluation_rows, trial_rows
 from bilora_ray.report.sections import SECTIONS, Block, Drawn, Pictures, headline
@@ -82,7 +82,7 @@ def page(studies: Sequence[Found]) -> str:
         headlines=[headline(found) for found in studies],
         together=together,
         sections=sections,
-        drawn={"charts": drawn, "rows": rows, "config": charts.CONFIG},
+        drawn={"charts": drawn, "rows": rows, "config": marks.CONFIG},
         script=Markup(script),
         style=Markup(style),
         allowed=_digest(script),
@@ -90,13 +90,13 @@ def page(studies: Sequence[Found]) -> str:
     )
 
 
-def _spec(chart: charts.Chart) -> dict[str, Any]:
+def _spec(chart: marks.Chart) -> dict[str, Any]:
     """Vega-Lite, without a look of its own and without the address of its schema."""
     return {key: value for key, value in chart.to_dict().items() if key not in ("config", "$schema")}
 
 
 def _rows(found: Found) -> Mapping[str, Sequence[Mapping[str, Any]]]:
-    return {charts.TRIALS: trial_rows(found), charts.EVALUATIONS: evaluation_rows(found)}
+    return {marks.TRIALS: trial_rows(found), marks.EVALUATIONS: evaluation_rows(found)}
 
 
 @cache

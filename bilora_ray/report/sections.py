@@ -13,6 +13,7 @@ from bilora_ray.measures import CUDA_GIB
 from bilora_ray.records import Status, TrialRecord
 from bilora_ray.report import charts
 from bilora_ray.report.found import Found
+from bilora_ray.report.marks import Chart
 from bilora_ray.report.rows import trial_rows, window
 from bilora_ray.search.study.control.causes import cause_of
 from bilora_ray.search.study.control.verdict import METHOD as JUDGED
@@ -56,7 +57,7 @@ class Code:
 class Drawn:
     """A chart."""
 
-    chart: charts.Chart
+    chart: Chart
     kind: str = "chart"
 
 
@@ -64,7 +65,7 @@ class Drawn:
 class Pictures:
     """Charts beside one another, where there is room."""
 
-    charts: Sequence[charts.Chart]
+    charts: Sequence[Chart]
     kind: str = "pictures"
 
 
@@ -380,7 +381,7 @@ SECTIONS = (
 )
 
 
-def _pictures(drawn: Iterable[charts.Chart]) -> Iterator[Block]:
+def _pictures(drawn: Iterable[Chart]) -> Iterator[Block]:
     found = list(drawn)
     if len(found) == 1:
         yield Drawn(found[0])
