@@ -61,6 +61,7 @@ DEPTH = {
     "files": 19,
     "garbage": 19,
     "interruption": 19,
+    "pictures": 19,
     "quiet": 19,
     "records": 19,
     "threads": 19,

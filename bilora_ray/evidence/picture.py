@@ -7,22 +7,13 @@ from typing import Any
 import altair as alt
 
 from bilora_ray.evidence.outcome import BETTER, FEW, SAME, WORSE, Outcome
+from bilora_ray.pictures import BLUE, ORANGE, SOFT, png
 
-# On paper, which a PNG is for: the colours of the report's page by day.
-COLOURS = {BETTER: "#2f6fde", WORSE: "#d9730d", SAME: "#5b6472", FEW: "#5b6472"}
-SOFT, LINE, SEEDS = "#5b6472", "#dde1e7", "#b9c0ca"
+COLOURS = {BETTER: BLUE, WORSE: ORANGE, SAME: SOFT, FEW: SOFT}
+SEEDS = "#b9c0ca"
 # Of a panel, of an entry's row in it, and between the two, where the verdicts stand.
 WIDTH, ROW, BETWEEN = 285, 34, 135
-SCALE = 2
-LOOK: dict[str, Any] = {
-    "background": "#ffffff",
-    "padding": 16,
-    "view": {"stroke": None},
-    "axis": {"gridColor": LINE, "domainColor": LINE, "tickColor": LINE, "labelColor": SOFT, "titleColor": SOFT},
-    "axisX": {"grid": False, "labelFlush": False},
-    "axisY": {"domain": False, "ticks": False, "grid": True, "labelFontSize": 12, "labelLimit": 130, "labelPadding": 8},
-    "title": {"anchor": "start", "frame": "group", "fontSize": 13, "fontWeight": 600},
-}
+ENTRIES = {"domain": False, "ticks": False, "grid": True, "labelFontSize": 12, "labelLimit": 130, "labelPadding": 8}
 
 
 def picture(outcome: Outcome) -> bytes:
@@ -30,11 +21,8 @@ def picture(outcome: Outcome) -> bytes:
 
     On the left the differences to the baseline, on the right the scores, those of a seed joined by a line.
     """
-    import vl_convert
-
     panels = alt.hconcat(_differences(outcome), _runs(outcome), spacing=BETWEEN, bounds="flush")
-    chart = panels.properties(title=_title(outcome)).configure(**LOOK)
-    return bytes(vl_convert.vegalite_to_png(chart.to_dict(), scale=SCALE))
+    return png(panels.properties(title=_title(outcome)), axisY=ENTRIES)
 
 
 def _title(outcome: Outcome) -> alt.TitleParams:

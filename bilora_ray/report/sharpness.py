@@ -7,32 +7,21 @@ from typing import Any
 
 import altair as alt
 
+from bilora_ray.pictures import BLUE, ORANGE, SOFT, png
 from bilora_ray.training.probe.sharpness import Flatness
 
-# On paper, which a PNG is for: the page's colours by day.
-COLOURS = {"full_space": "#2f6fde", "lora_space": "#d9730d"}
+COLOURS = {"full_space": BLUE, "lora_space": ORANGE}
 TITLES = {"full_space": "full space", "lora_space": "LoRA space"}
 ALL_ROWS, EACH_BATCH = "all rows together", "each batch by itself, mean"
 WIDTH, HEIGHT = 340, 260
-SOFT, LINE = "#5b6472", "#dde1e7"
-SCALE = 2
-LOOK: dict[str, Any] = {
-    "background": "#ffffff",
-    "padding": 16,
-    "view": {"stroke": None},
-    "axis": {"gridColor": LINE, "domainColor": LINE, "tickColor": LINE, "labelColor": SOFT, "titleColor": SOFT},
-    "axisX": {"grid": False, "labelFlush": False},
-    "axisY": {"domain": False, "ticks": False},
-    "legend": {
-        "orient": "bottom",
-        "labelColor": SOFT,
-        "title": None,
-        "symbolStrokeWidth": 2,
-        "symbolType": "stroke",
-        "symbolSize": 400,
-        "labelLimit": 300,
-    },
-    "title": {"anchor": "start", "frame": "group", "fontSize": 13, "fontWeight": 600},
+LEGEND = {
+    "orient": "bottom",
+    "labelColor": SOFT,
+    "title": None,
+    "symbolStrokeWidth": 2,
+    "symbolType": "stroke",
+    "symbolSize": 400,
+    "labelLimit": 300,
 }
 
 
@@ -44,12 +33,9 @@ def picture(found: Mapping[str, Flatness], radii: Sequence[float], title: str) -
         radii: the radii of its rises.
         title: what it is of.
     """
-    import vl_convert
-
     color = alt.Color("space:N", scale=alt.Scale(domain=[TITLES[one] for one in found], range=_colours(found)))
     panels = alt.hconcat(_adversarial(found, radii, color), _random(found, radii, color), spacing=70, bounds="flush")
-    chart = panels.properties(title=alt.TitleParams(title, fontSize=14, offset=14)).configure(**LOOK)
-    return bytes(vl_convert.vegalite_to_png(chart.to_dict(), scale=SCALE))
+    return png(panels.properties(title=alt.TitleParams(title, fontSize=14, offset=14)), legend=LEGEND)
 
 
 def _adversarial(found: Mapping[str, Flatness], radii: Sequence[float], color: alt.Color) -> Any:
