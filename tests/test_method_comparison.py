@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import yaml
+from benchmark_scripts import load
 
 from bilora_ray.search.space.shipped import folder
 from bilora_ray.training.metrics import answer, exact_match
@@ -18,13 +17,7 @@ PATTERN = FILE["trial"]["answer_pattern"]
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    path = Path(__file__).resolve().parents[1] / "benchmarks" / "method_comparison_data.py"
-    spec = importlib.util.spec_from_file_location("method_comparison_data", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("method_comparison_data")
 
 
 @pytest.mark.parametrize(
