@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Unpack
 
 import torch
 from peft import PeftModel
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from bilora_ray.method.adapters import fuse
-from bilora_ray.method.base import Place, adapter_places
+from bilora_ray.method.base import Descent, Place, adapter_places
 from bilora_ray.method.lora import LoraAdamW
 from bilora_ray.method.radius import own_part
 
@@ -34,28 +35,17 @@ class BarAdamW(LoraAdamW):
     Args:
         model: a PEFT LoRA model without an auxiliary.
         grows: `with_greater_gradient` (nBAR) or `smaller` (oBAR).
-        learning_rate: lr.
         bar_alpha: coefficient, > 0.
-        weight_decay: AdamW's, decoupled.
-        max_grad_norm: limit on the gradient's norm, applied inside `step`; None for no limit.
+        descent: as `LoraAdamW`'s.
 
     Raises:
         ValueError: as `LoraAdamW`, or bar_alpha is not positive.
     """
 
-    def __init__(
-        self,
-        model: PeftModel,
-        grows: Grows,
-        *,
-        learning_rate: float,
-        bar_alpha: float = 0.25,
-        weight_decay: float = 0.0,
-        max_grad_norm: float | None = None,
-    ) -> None:
+    def __init__(self, model: PeftModel, grows: Grows, *, bar_alpha: float = 0.25, **descent: Unpack[Descent]) -> None:
         if not bar_alpha > 0:
             raise ValueError(f"bar_alpha must be > 0, got {bar_alpha}")
-        super().__init__(model, learning_rate=learning_rate, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        super().__init__(model, **descent)
         self._grows = grows
         group = self.param_groups[0]
         group.update(bar_alpha=bar_alpha, begun=0, factors=adapter_places(model, group["params"]))
@@ -90,27 +80,11 @@ def _norms(tensors: list[Tensor]) -> Tensor:
     return torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])
 
 
-def build(
-    grows: Grows,
-    model: PeftModel,
-    place: Place,
-    *,
-    bar_alpha: float,
-    learning_rate: float,
-    weight_decay: float,
-    max_grad_norm: float | None,
-) -> BarAdamW:
+def build(grows: Grows, model: PeftModel, place: Place, *, bar_alpha: float, **descent: Unpack[Descent]) -> BarAdamW:
     """BAR on the primary adapter. ValueError if there is nothing to train."""
     fuse(model)
     place(model)
-    return BarAdamW(
-        model,
-        grows,
-        learning_rate=learning_rate,
-        bar_alpha=bar_alpha,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-    )
+    return BarAdamW(model, grows, bar_alpha=bar_alpha, **descent)
 
 
 build_nbar = partial(build, with_greater_gradient)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
 
 import torch
 from peft import PeftModel
@@ -38,6 +38,20 @@ class RowClosure(Protocol):
         Returns:
             (rows,): they add up to the mean loss.
         """
+
+
+class Descent(TypedDict):
+    """The settings of AdamW that all methods share.
+
+    Attributes:
+        learning_rate: lr.
+        weight_decay: decoupled; 0 if absent.
+        max_grad_norm: limit on the gradient's norm, applied inside `step`; None, or absent: none.
+    """
+
+    learning_rate: float
+    weight_decay: NotRequired[float]
+    max_grad_norm: NotRequired[float | None]
 
 
 class MethodAdamW(torch.optim.AdamW):

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal, Unpack, cast
 
 from peft import PeftModel
 from torch import Tensor, nn
 
 from bilora_ray.method.adapters import attach_auxiliary, auxiliary_factors, of_one_gradient, primary_factors
 from bilora_ray.method.ascent import half_step_, tangent_
-from bilora_ray.method.base import MethodAdamW, Place, adapter_places, descent_group
+from bilora_ray.method.base import Descent, MethodAdamW, Place, adapter_places, descent_group
 from bilora_ray.method.radius import Factors, perturbation_norm, project_, project_each_
 from bilora_ray.method.sides import Layer
 
@@ -175,25 +175,15 @@ def build(
     *,
     auxiliary_rank: int,
     rho: float,
-    learning_rate: float,
     auxiliary_learning_rate: float | None,
     clip: Clip,
     norm: Norm,
     ascent: Ascent,
-    weight_decay: float,
-    max_grad_norm: float | None,
+    **descent: Unpack[Descent],
 ) -> BiLoraAdamW:
     """Bi-LoRA on the primary adapter and a new auxiliary. ValueError if the model has other than linear layers."""
     attach_auxiliary(model, auxiliary_rank)
     place(model)
     return BiLoraAdamW(
-        model,
-        learning_rate=learning_rate,
-        rho=rho,
-        auxiliary_learning_rate=auxiliary_learning_rate,
-        clip=clip,
-        norm=norm,
-        ascent=ascent,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
+        model, rho=rho, auxiliary_learning_rate=auxiliary_learning_rate, clip=clip, norm=norm, ascent=ascent, **descent
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from peft import PeftModel
 
 from bilora_ray.method.adapters import attach_auxiliary
-from bilora_ray.method.base import Place
+from bilora_ray.method.base import Descent, Place
 from bilora_ray.method.bilora import BiLoraAdamW
 
 
@@ -21,19 +23,10 @@ def build(
     *,
     auxiliary_rank: int,
     rho: float,
-    learning_rate: float,
     auxiliary_learning_rate: float | None,
-    weight_decay: float,
-    max_grad_norm: float | None,
+    **descent: Unpack[Descent],
 ) -> DualLoraAdamW:
     """Dual-LoRA on the primary adapter and a new auxiliary. ValueError as Bi-LoRA's."""
     attach_auxiliary(model, auxiliary_rank)
     place(model)
-    return DualLoraAdamW(
-        model,
-        learning_rate=learning_rate,
-        rho=rho,
-        auxiliary_learning_rate=auxiliary_learning_rate,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-    )
+    return DualLoraAdamW(model, rho=rho, auxiliary_learning_rate=auxiliary_learning_rate, **descent)

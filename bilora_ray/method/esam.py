@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from random import Random
+from typing import Unpack
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
 from bilora_ray.method.adapters import fuse
-from bilora_ray.method.base import Closure, Place, RowClosure
+from bilora_ray.method.base import Closure, Descent, Place, RowClosure
 from bilora_ray.method.flat import with_gradients
 from bilora_ray.method.lora_sam import TINY, LoraSamAdamW
 from bilora_ray.method.radius import own_part
@@ -29,13 +30,11 @@ class EsamAdamW(LoraSamAdamW):
 
     Args:
         model: a PEFT LoRA model without an auxiliary.
-        learning_rate: lr.
         rho: as LoRA-SAM's.
         esam_beta: share of the factors, in (0, 1].
         esam_gamma: share of the rows, in (0, 1]; one row at the least.
         seed: of the choice of factors, with the step.
-        weight_decay: AdamW's, decoupled.
-        max_grad_norm: limit on the gradient's norm, applied inside `step`; None for no limit.
+        descent: as `LoraAdamW`'s.
 
     Raises:
         ValueError: as `LoraSamAdamW`, or esam_beta or esam_gamma is no such share.
@@ -47,19 +46,15 @@ class EsamAdamW(LoraSamAdamW):
         self,
         model: PeftModel,
         *,
-        learning_rate: float,
         rho: float,
         esam_beta: float = 0.5,
         esam_gamma: float = 0.5,
         seed: int = 0,
-        weight_decay: float = 0.0,
-        max_grad_norm: float | None = None,
+        **descent: Unpack[Descent],
     ) -> None:
         if not (0 < esam_beta <= 1 and 0 < esam_gamma <= 1):
             raise ValueError(f"esam_beta and esam_gamma must be in (0, 1], got {esam_beta}, {esam_gamma}")
-        super().__init__(
-            model, learning_rate=learning_rate, rho=rho, weight_decay=weight_decay, max_grad_norm=max_grad_norm
-        )
+        super().__init__(model, rho=rho, **descent)
         self._seed = seed
         self.param_groups[0].update(esam_beta=esam_beta, esam_gamma=esam_gamma, begun=0)
 
@@ -123,20 +118,9 @@ def build(
     esam_beta: float,
     esam_gamma: float,
     seed: int,
-    learning_rate: float,
-    weight_decay: float,
-    max_grad_norm: float | None,
+    **descent: Unpack[Descent],
 ) -> EsamAdamW:
     """ESAM on the primary adapter. ValueError if there is nothing to train."""
     fuse(model)
     place(model)
-    return EsamAdamW(
-        model,
-        learning_rate=learning_rate,
-        rho=rho,
-        esam_beta=esam_beta,
-        esam_gamma=esam_gamma,
-        seed=seed,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-    )
+    return EsamAdamW(model, rho=rho, esam_beta=esam_beta, esam_gamma=esam_gamma, seed=seed, **descent)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Unpack
 
 from peft import PeftModel
 from torch import Tensor
 
 from bilora_ray.method.adapters import accept_noise
-from bilora_ray.method.base import Closure, Place, evaluated
+from bilora_ray.method.base import Closure, Descent, Place, evaluated
 from bilora_ray.method.lora import LoraAdamW
 from bilora_ray.method.noise import FactorNoise, WeightNoise
 
@@ -23,28 +24,19 @@ class FlatLoraAdamW(LoraAdamW):
     Args:
         model: a PEFT LoRA model whose layers `accept_noise`.
         noise: where the noise is.
-        learning_rate: lr.
         rho: size of the noise, > 0: by about so much of its norm a row moves at the end.
-        weight_decay: AdamW's, decoupled.
-        max_grad_norm: limit on the gradient's norm, applied inside `step`; None for no limit.
+        descent: as `LoraAdamW`'s.
 
     Raises:
         ValueError: as `LoraAdamW`, or rho is not positive.
     """
 
     def __init__(
-        self,
-        model: PeftModel,
-        noise: WeightNoise | FactorNoise,
-        *,
-        learning_rate: float,
-        rho: float,
-        weight_decay: float = 0.0,
-        max_grad_norm: float | None = None,
+        self, model: PeftModel, noise: WeightNoise | FactorNoise, *, rho: float, **descent: Unpack[Descent]
     ) -> None:
         if not rho > 0:
             raise ValueError(f"rho must be > 0, got {rho}")
-        super().__init__(model, learning_rate=learning_rate, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        super().__init__(model, **descent)
         self._noise = noise
         self.param_groups[0].update(rho=rho, begun=0)
 
@@ -65,24 +57,8 @@ class FlatLoraAdamW(LoraAdamW):
         return (1 - math.cos(math.pi * (1 - self.remaining(begun)))) / 2
 
 
-def build(
-    model: PeftModel,
-    place: Place,
-    *,
-    rho: float,
-    seed: int,
-    learning_rate: float,
-    weight_decay: float,
-    max_grad_norm: float | None,
-) -> FlatLoraAdamW:
+def build(model: PeftModel, place: Place, *, rho: float, seed: int, **descent: Unpack[Descent]) -> FlatLoraAdamW:
     """Flat-LoRA on the primary adapter. ValueError if there are other than plain linear layers, or cut weights."""
     layers = accept_noise(model)
     place(model)
-    return FlatLoraAdamW(
-        model,
-        WeightNoise(layers, seed),
-        learning_rate=learning_rate,
-        rho=rho,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-    )
+    return FlatLoraAdamW(model, WeightNoise(layers, seed), rho=rho, **descent)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from bilora_ray.method.base import MethodAdamW, Place, descent_group
+from bilora_ray.method.base import Descent, MethodAdamW, Place, descent_group
 from bilora_ray.method.flat import with_gradients
 
 LOW = (torch.bfloat16, torch.float16)
@@ -84,14 +84,12 @@ class FullAdamW(MethodAdamW):
         return state
 
 
-def build(
-    model: nn.Module, place: Place, *, learning_rate: float, weight_decay: float, max_grad_norm: float | None
-) -> FullAdamW:
+def build(model: nn.Module, place: Place, **descent: Unpack[Descent]) -> FullAdamW:
     """Full fine-tuning of `model`. ValueError if it has an adapter, or nothing to train."""
     if isinstance(model, PeftModel):
         raise ValueError("full fine-tuning moves a model's own weights; give it the model without an adapter")
     place(model)
-    return FullAdamW(model, learning_rate=learning_rate, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+    return FullAdamW(model, **descent)
 
 
 def _share(gradients: list[Tensor], max_grad_norm: float | None) -> Tensor | float:

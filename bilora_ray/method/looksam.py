@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from peft import PeftModel
 from torch import Tensor
 
 from bilora_ray.method.adapters import fuse
-from bilora_ray.method.base import Closure, Place, evaluated
+from bilora_ray.method.base import Closure, Descent, Place, evaluated
 from bilora_ray.method.flat import with_gradients
 from bilora_ray.method.lora_sam import TINY, LoraSamAdamW
 
@@ -23,12 +25,10 @@ class LookSamAdamW(LoraSamAdamW):
 
     Args:
         model: a PEFT LoRA model without an auxiliary.
-        learning_rate: lr.
         rho: as LoRA-SAM's.
         looksam_every: k, >= 1: so many steps have one of two passes among them.
         looksam_alpha: how much of the reused direction a step has, > 0.
-        weight_decay: AdamW's, decoupled.
-        max_grad_norm: limit on the gradient's norm, applied inside `step`; None for no limit.
+        descent: as `LoraAdamW`'s.
 
     Raises:
         ValueError: as `LoraSamAdamW`, or looksam_every or looksam_alpha is too small.
@@ -38,18 +38,14 @@ class LookSamAdamW(LoraSamAdamW):
         self,
         model: PeftModel,
         *,
-        learning_rate: float,
         rho: float,
         looksam_every: int = 5,
         looksam_alpha: float = 0.7,
-        weight_decay: float = 0.0,
-        max_grad_norm: float | None = None,
+        **descent: Unpack[Descent],
     ) -> None:
         if looksam_every < 1 or not looksam_alpha > 0:
             raise ValueError(f"looksam_every must be >= 1, looksam_alpha > 0, got {looksam_every}, {looksam_alpha}")
-        super().__init__(
-            model, learning_rate=learning_rate, rho=rho, weight_decay=weight_decay, max_grad_norm=max_grad_norm
-        )
+        super().__init__(model, rho=rho, **descent)
         self._found: list[tuple[Tensor, Tensor]] = []
         self.param_groups[0].update(looksam_every=looksam_every, looksam_alpha=looksam_alpha, looked=0)
 
@@ -115,25 +111,9 @@ def _dot(ones: list[Tensor], others: list[Tensor]) -> Tensor:
 
 
 def build(
-    model: PeftModel,
-    place: Place,
-    *,
-    rho: float,
-    looksam_every: int,
-    looksam_alpha: float,
-    learning_rate: float,
-    weight_decay: float,
-    max_grad_norm: float | None,
+    model: PeftModel, place: Place, *, rho: float, looksam_every: int, looksam_alpha: float, **descent: Unpack[Descent]
 ) -> LookSamAdamW:
     """LookSAM on the primary adapter. ValueError if there is nothing to train."""
     fuse(model)
     place(model)
-    return LookSamAdamW(
-        model,
-        learning_rate=learning_rate,
-        rho=rho,
-        looksam_every=looksam_every,
-        looksam_alpha=looksam_alpha,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-    )
+    return LookSamAdamW(model, rho=rho, looksam_every=looksam_every, looksam_alpha=looksam_alpha, **descent)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 from peft import PeftModel
 from torch import nn
 
 from bilora_ray.method.adapters import fuse, has_auxiliary
-from bilora_ray.method.base import MethodAdamW, Place, descent_group
+from bilora_ray.method.base import Descent, MethodAdamW, Place, descent_group
 
 
 class LoraAdamW(MethodAdamW):
@@ -30,10 +32,8 @@ class LoraAdamW(MethodAdamW):
         super().__init__([descent_group(model, learning_rate, weight_decay, max_grad_norm)])
 
 
-def build(
-    model: PeftModel, place: Place, *, learning_rate: float, weight_decay: float, max_grad_norm: float | None
-) -> LoraAdamW:
+def build(model: PeftModel, place: Place, **descent: Unpack[Descent]) -> LoraAdamW:
     """Plain LoRA on the primary adapter. ValueError if there is nothing to train."""
     fuse(model)
     place(model)
-    return LoraAdamW(model, learning_rate=learning_rate, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+    return LoraAdamW(model, **descent)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Unpack
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 
 from bilora_ray.method.adapters import fuse
-from bilora_ray.method.base import Closure, Place, adapter_places, evaluated
+from bilora_ray.method.base import Closure, Descent, Place, adapter_places, evaluated
 from bilora_ray.method.flat import with_gradients
 from bilora_ray.method.lora import LoraAdamW
 from bilora_ray.method.radius import own_part
@@ -27,10 +28,8 @@ class LoraSamAdamW(LoraAdamW):
 
     Args:
         model: a PEFT LoRA model without an auxiliary.
-        learning_rate: lr.
         rho: radius of the perturbation of A1 and B1, > 0: in the space of the factors, not of the weight.
-        weight_decay: AdamW's, decoupled.
-        max_grad_norm: limit on the gradient's norm, applied inside `step`; None for no limit.
+        descent: as `LoraAdamW`'s.
 
     Raises:
         ValueError: as `LoraAdamW`, or rho is not positive.
@@ -38,18 +37,10 @@ class LoraSamAdamW(LoraAdamW):
 
     passes_per_step = 2.0
 
-    def __init__(
-        self,
-        model: PeftModel,
-        *,
-        learning_rate: float,
-        rho: float,
-        weight_decay: float = 0.0,
-        max_grad_norm: float | None = None,
-    ) -> None:
+    def __init__(self, model: PeftModel, *, rho: float, **descent: Unpack[Descent]) -> None:
         if not rho > 0:
             raise ValueError(f"rho must be > 0, got {rho}")
-        super().__init__(model, learning_rate=learning_rate, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        super().__init__(model, **descent)
         group = self.param_groups[0]
         group.update(rho=rho, factors=adapter_places(model, group["params"]))
 
@@ -81,18 +72,8 @@ class LoraSamAdamW(LoraAdamW):
             torch._foreach_copy_(list(map(own_part, moved)), before)  # torch copies no parts of many at once
 
 
-def build(
-    model: PeftModel,
-    place: Place,
-    *,
-    rho: float,
-    learning_rate: float,
-    weight_decay: float,
-    max_grad_norm: float | None,
-) -> LoraSamAdamW:
+def build(model: PeftModel, place: Place, *, rho: float, **descent: Unpack[Descent]) -> LoraSamAdamW:
     """LoRA-SAM on the primary adapter. ValueError if there is nothing to train."""
     fuse(model)
     place(model)
-    return LoraSamAdamW(
-        model, learning_rate=learning_rate, rho=rho, weight_decay=weight_decay, max_grad_norm=max_grad_norm
-    )
+    return LoraSamAdamW(model, rho=rho, **descent)

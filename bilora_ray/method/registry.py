@@ -10,11 +10,12 @@ from torch import nn
 
 from bilora_ray.errors import nearest
 from bilora_ray.method import bar, bilora, dual_lora, esam, flat_lora, full, looksam, lora, lora_sam, rwp
-from bilora_ray.method.base import MethodAdamW, Place
+from bilora_ray.method.base import Descent, MethodAdamW, Place
 
 # A method's name -> what makes its optimizer for a PEFT LoRA model with the primary adapter, to which it attaches what
 # the method needs; `full` takes a model without one. The arguments are the model, a `Place` to call once all parameters
-# are there, and by keyword each setting that the method reads, under its name in `TrialConfig`.
+# are there, and by keyword each setting that the method reads, under its name in `TrialConfig`; `**descent` are those
+# of `Descent`.
 METHODS: dict[str, Callable[..., MethodAdamW]] = {
     "lora": lora.build,
     "bilora": bilora.build,
@@ -33,7 +34,9 @@ METHODS: dict[str, Callable[..., MethodAdamW]] = {
 def settings_of(name: str) -> tuple[str, ...]:
     """The settings that method `name` reads."""
     parameters = inspect.signature(METHODS[name]).parameters.values()
-    return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+    own = tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+    shared = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return (*own, *Descent.__annotations__) if shared else own
 
 
 def stay(model: nn.Module) -> None:
@@ -56,4 +59,7 @@ def build_method(name: str, model: nn.Module, place: Place = stay, **settings: A
     """
     if name not in METHODS:
         raise ValueError(f"unknown method '{name}'; {nearest(name, METHODS)}")
+    missing = [setting for setting in settings_of(name) if setting not in settings]
+    if missing:
+        raise TypeError(f"method '{name}' needs {', '.join(missing)}")
     return METHODS[name](model, place, **settings)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Unpack
 
 from peft import PeftModel
 
 from bilora_ray.method.adapters import accept_noise, fuse, primary_factors
-from bilora_ray.method.base import Place
+from bilora_ray.method.base import Descent, Place
 from bilora_ray.method.flat_lora import FlatLoraAdamW
 from bilora_ray.method.noise import FactorNoise, WeightNoise
 
@@ -25,15 +25,7 @@ class RwpAdamW(FlatLoraAdamW):
 
 
 def build(
-    model: PeftModel,
-    place: Place,
-    *,
-    rho: float,
-    rwp_space: Space,
-    seed: int,
-    learning_rate: float,
-    weight_decay: float,
-    max_grad_norm: float | None,
+    model: PeftModel, place: Place, *, rho: float, rwp_space: Space, seed: int, **descent: Unpack[Descent]
 ) -> RwpAdamW:
     """Random weight perturbation of the primary adapter. ValueError if there is nothing to train, or as Flat-LoRA's."""
     noise: WeightNoise | FactorNoise
@@ -45,11 +37,4 @@ def build(
         fuse(model)
         place(model)
         noise = FactorNoise([factor for layer in primary_factors(model) for factor in (layer.A, layer.B)], seed)
-    return RwpAdamW(
-        model,
-        noise,
-        learning_rate=learning_rate,
-        rho=rho,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-    )
+    return RwpAdamW(model, noise, rho=rho, **descent)

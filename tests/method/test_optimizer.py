@@ -175,5 +175,6 @@ def test_misuse_is_refused():
         build_method("bi-lora", plain, **of("bilora"))
     with pytest.raises(TypeError, match="rhoo"):
         build_method("bilora", plain, **of("bilora"), rhoo=1.0)
-    with pytest.raises(TypeError, match="weight_decay"):
-        build_method("bilora", plain, learning_rate=1e-3)
+    for name in METHODS:
+        with pytest.raises(TypeError, match="weight_decay"):
+            build_method(name, plain, learning_rate=1e-3)
