@@ -24,7 +24,8 @@ from bilora_ray.cli.options import (
 from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.cli.waiting import waiting
 from bilora_ray.errors import UserError
-from bilora_ray.library.comparing import Asked, Checks, check_comparison, comparison_of, rehearse, run_comparison
+from bilora_ray.library.asked import Asked
+from bilora_ray.library.comparing import Checks, check_comparison, comparison_of, rehearse, run_comparison
 from bilora_ray.search.comparing.file import Comparison
 from bilora_ray.search.space import setting_of
 from bilora_ray.search.space.shipped import comparison_file, comparisons

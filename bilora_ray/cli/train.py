@@ -27,8 +27,8 @@ from bilora_ray.cli.options import (
 from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.cli.waiting import waiting
 from bilora_ray.errors import UserError
+from bilora_ray.library.asked import Asked
 from bilora_ray.library.training import check_run, run_one
-from bilora_ray.search.cluster.protection import check_mlflow
 from bilora_ray.search.study.layout import Layout
 
 EPILOG = """\b
@@ -74,16 +74,14 @@ def command(
 
     The run is kept and tracked like a study with one trial, so show and export take its NAME.
     """
-    if not insecure:
-        check_mlflow(mlflow_uri)
-    layout = Layout(absolute(storage_path), study_database)
+    asked = Asked(Layout(absolute(storage_path), study_database), resume, mlflow_uri=mlflow_uri, insecure=insecure)
     with waiting("reading and checking the data and the model"):
-        one = check_run(space_path, overrides, layout, name=name, study=study, number=number, resume=resume)
+        one = check_run(space_path, overrides, asked, name=name, study=study, number=number)
     if one.trial is not None:
         click.echo(f"Settings of trial {one.trial} of study '{study}'", err=True)
     # Which trial is the best one may have changed by the time of a resume.
     with leaving_to_go_on(*([] if study is None or number is not None else [f"--trial={one.trial}"])):
-        trained = run_one(one, partial(SearchProgress, starting="opening MLflow"), mlflow_uri)
+        trained = run_one(one, partial(SearchProgress, starting="opening MLflow"))
     objective = trained.objective
     record = trained.record(0)
     if as_json:

@@ -26,7 +26,8 @@ from bilora_ray.cli.tables import in_quotes
 from bilora_ray.cli.validate import describe
 from bilora_ray.cli.waiting import waiting
 from bilora_ray.errors import UserError
-from bilora_ray.library.searching import Asked, Search, check_search, is_counted, rehearse, run_search, space_of
+from bilora_ray.library.asked import Asked
+from bilora_ray.library.searching import Search, check_search, is_counted, rehearse, run_search, space_of
 from bilora_ray.search.space import SEEDS, Space, setting_of
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.words import duration
@@ -74,7 +75,7 @@ def command(
     layout = Layout(absolute(storage_path), study_database)
     earlier = () if warm_start is None else tuple(warm_start.split(","))
     asked = Asked(
-        layout, num_trials, max_concurrent, resume, extend, earlier, ray_address, mlflow_uri, insecure, dry_run
+        layout, resume, extend, ray_address, mlflow_uri, insecure, dry_run, num_trials, max_concurrent, earlier
     )
     space = space_of(space_path, overrides, asked)
     with waiting("reading and checking the data and the model"):

@@ -7,13 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bilora_ray.errors import UserError
+from bilora_ray.library.asked import Asked
 from bilora_ray.library.searching import Watch
 from bilora_ray.paths import have_home
-from bilora_ray.search.cluster.protection import check_mlflow, check_ray
 from bilora_ray.search.comparing.file import Comparison, checked_comparison, load_comparison, sections_of
 from bilora_ray.search.space.shipped import comparison_file
-from bilora_ray.search.study.layout import Layout
 
 if TYPE_CHECKING:
     from bilora_ray.evidence.outcome import Outcome
@@ -24,34 +22,6 @@ if TYPE_CHECKING:
 ComparisonLike = str | Path | Mapping[str, Any]
 # What is said to be wrong with a dict, which has no file's name.
 IN_PYTHON = Path("comparison")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """How a comparison is to be run, beside its file.
-
-    Attributes:
-        layout: where the study database and the trials' folders are.
-        resume: go on with a comparison that exists.
-        extend: go on with it, with so many seeds more than it has.
-        ray_address: Ray cluster; None: one on this machine, for the time of the comparison.
-        mlflow_uri: MLflow server or database; None: a SQLite file beside the studies.
-        insecure: whether another machine's Ray or MLflow may be used without a token or password.
-        dry_run: whether nothing is to start.
-    """
-
-    layout: Layout
-    resume: bool = False
-    extend: int | None = None
-    ray_address: str | None = None
-    mlflow_uri: str | None = None
-    insecure: bool = False
-    dry_run: bool = False
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether the comparison is to be there already."""
-        return self.resume or self.extend is not None
 
 
 @dataclass(frozen=True)
@@ -80,11 +50,7 @@ def comparison_of(given: ComparisonLike, overrides: Sequence[str], asked: Asked)
     Raises:
         UserError: it is wrong, or another machine would be used without a secret.
     """
-    if asked.extend is not None and asked.extend < 1:
-        raise UserError(f"--extend {asked.extend}: must be at least 1; it says how many seeds more")
-    if not asked.insecure:
-        check_ray(asked.ray_address, "--ray-address")
-        check_mlflow(asked.mlflow_uri)
+    asked.check("seeds")
     if isinstance(given, Mapping):
         found = checked_comparison(sections_of(given, IN_PYTHON), IN_PYTHON, overrides)
     else:

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from bilora_ray.errors import UserError
+from bilora_ray.library.asked import Asked
 from bilora_ray.library.spaces import SpaceLike, space_to_search
 from bilora_ray.paths import have_home
 from bilora_ray.records import Objective
-from bilora_ray.search.cluster.protection import check_mlflow, check_ray
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.settings import FACTS
@@ -30,35 +30,6 @@ class Watch(Protocol):
         self, num_trials: int, objective: Objective, notes: Sequence[str] = (), labels: Sequence[str] = ()
     ) -> Watcher:
         """Of how many trials, what they are judged by, and lines to show as the first one starts."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """How a search is to be run, beside its space.
-
-    Attributes:
-        layout: where the study database and the trials' folders are.
-        num_trials: trials to finish; None: the space's.
-        max_concurrent: trials at one time; None: what there is room for.
-        resume: go on with a study that exists.
-        extend: go on with it, with so many trials more than it was asked for.
-        warm_start: earlier studies to begin with.
-        ray_address: Ray cluster; None: one on this machine, for the time of the search.
-        mlflow_uri: MLflow server or database; None: a SQLite file beside the studies.
-        insecure: whether another machine's Ray or MLflow may be used without a token or password.
-        dry_run: whether nothing is to start.
-    """
-
-    layout: Layout
-    num_trials: int | None = None
-    max_concurrent: int | None = None
-    resume: bool = False
-    extend: int | None = None
-    warm_start: Sequence[str] = ()
-    ray_address: str | None = None
-    mlflow_uri: str | None = None
-    insecure: bool = False
-    dry_run: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,11 +63,7 @@ def space_of(given: SpaceLike, overrides: Sequence[str], asked: Asked) -> Space:
     Raises:
         UserError: it is wrong, it leaves nothing to search, or another machine would be used without a secret.
     """
-    if asked.extend is not None and asked.extend < 1:
-        raise UserError(f"--extend {asked.extend}: must be at least 1; it says how many trials more")
-    if not asked.insecure:
-        check_ray(asked.ray_address, "--ray-address")
-        check_mlflow(asked.mlflow_uri)
+    asked.check()
     if asked.warm_start:
         overrides = (*overrides, f"study.warm_start={json.dumps(list(asked.warm_start))}")
     space = space_to_search(given, overrides, asked.num_trials, asked.max_concurrent)

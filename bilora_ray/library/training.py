@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from bilora_ray.config import TEST_SETTINGS
 from bilora_ray.digests import by_setting, changed
 from bilora_ray.errors import UserError
+from bilora_ray.library.asked import Asked
 from bilora_ray.library.spaces import SpaceLike, read_space
 from bilora_ray.paths import have_home
 from bilora_ray.search.space import Space, setting_of
@@ -41,16 +42,14 @@ class Run:
 
     Attributes:
         space: without a distribution.
-        layout: where its study of one is.
-        resume: whether it goes on.
+        asked: how it is to be run.
         checked: what its data say.
         notes: lines to show as it starts.
         trial: the number of the trial whose settings it has; None: they are no trial's.
     """
 
     space: Space
-    layout: Layout
-    resume: bool
+    asked: Asked
     checked: Checked
     notes: Sequence[str]
     trial: int | None
@@ -59,27 +58,26 @@ class Run:
 def check_run(
     given: SpaceLike | None,
     overrides: Sequence[str],
-    layout: Layout,
+    asked: Asked,
     *,
     name: str,
     study: str | None = None,
     number: int | None = None,
-    resume: bool = False,
 ) -> Run:
     """Check settings, data and model of one training, before anything starts.
 
     Args:
         given: the space with the settings; None: those of a trial of `study`, or of `overrides`.
         overrides: `key=value` texts on top.
-        layout: where studies are.
+        asked: how to train.
         name: of the run, a study of one.
         study: the study with the trial.
         number: of the trial; None: the best.
-        resume: go on after an interruption.
 
     Raises:
         UserError: one line that says what is wrong, where, and what is allowed.
     """
+    asked.check()
     for override in overrides:
         if parse_override(override)[1] in TEST_SETTINGS:
             raise UserError(f"--set {override}: one run has no winner to score; `bilora-ray evaluate` takes its export")
@@ -92,7 +90,7 @@ def check_run(
     origin = None
     if space is None:
         assert study is not None
-        space, origin = _space_of(layout, study, number, overrides)
+        space, origin = _space_of(asked.layout, study, number, overrides)
     space = replace(space, fixed={key: value for key, value in space.fixed.items() if key not in TEST_SETTINGS})
     if space.distributions:
         keys = ", ".join(f"--set {key}=VALUE" for key in dict.fromkeys(map(setting_of, space.distributions)))
@@ -102,7 +100,7 @@ def check_run(
     from bilora_ray.quiet import quiet
     from bilora_ray.search.preflight import chat_notes, check_kernels, pinned, preflight
 
-    space = pinned(space, layout if resume else None)
+    space = pinned(space, asked.layout if asked.resume else None)
     checked = preflight(space)
     check_kernels(space, apart=False)
     quiet()
@@ -110,10 +108,10 @@ def check_run(
     before = {} if origin is None else origin.view.digests_for(config)
     told = changed(config, before, by_setting(checked.digests, config))
     notes = (*told, *checked.notes, *chat_notes(checked))
-    return Run(space, layout, resume, checked, notes, None if origin is None else origin.trial)
+    return Run(space, asked, checked, notes, None if origin is None else origin.trial)
 
 
-def run_one(run: Run, watch: Watch, mlflow_uri: str | None) -> SearchStudy:
+def run_one(run: Run, watch: Watch) -> SearchStudy:
     """Train what is checked.
 
     Raises:
@@ -122,12 +120,13 @@ def run_one(run: Run, watch: Watch, mlflow_uri: str | None) -> SearchStudy:
     """
     from bilora_ray.search.alone import train
 
+    asked = run.asked
     watcher = watch(1, run.space.trial_config({}).objective, run.notes, run.checked.labels)
     return train(
         run.space,
-        run.layout,
-        resume=run.resume,
-        mlflow_uri=mlflow_uri,
+        asked.layout,
+        resume=asked.resume,
+        mlflow_uri=asked.mlflow_uri,
         digests=run.checked.digests,
         watcher=watcher,
     )

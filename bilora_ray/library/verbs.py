@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from bilora_ray.errors import UserError
 from bilora_ray.library.arguments import checked
-from bilora_ray.library.comparing import Asked as Compared
+from bilora_ray.library.asked import Asked
 from bilora_ray.library.comparing import ComparisonLike, check_comparison, comparison_of, run_comparison
 from bilora_ray.library.exporting import check_new
-from bilora_ray.library.searching import Asked, Watch, check_search, is_counted, run_search, space_of
+from bilora_ray.library.searching import Watch, check_search, is_counted, run_search, space_of
 from bilora_ray.library.spaces import SpaceLike, as_overrides, of_settings
 from bilora_ray.library.study import Study
 from bilora_ray.library.surroundings import left_as_found
 from bilora_ray.library.training import check_run, run_one
 from bilora_ray.paths import absolute
-from bilora_ray.search.cluster.protection import check_mlflow
 from bilora_ray.search.study.layout import Layout
 
 if TYPE_CHECKING:
@@ -75,14 +74,14 @@ def tune(
     """
     asked = Asked(
         _layout(storage_path, study_database),
-        num_trials,
-        max_concurrent,
         resume,
         extend,
-        [warm_start] if isinstance(warm_start, str) else warm_start,
         ray_address or os.environ.get("RAY_ADDRESS"),
         mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI"),
         insecure,
+        num_trials=num_trials,
+        max_concurrent=max_concurrent,
+        warm_start=[warm_start] if isinstance(warm_start, str) else warm_start,
     )
     overrides = as_overrides(settings or {})
     found = space_of(space, overrides, asked)  # a mistake in it is told before anything heavy is imported
@@ -128,7 +127,7 @@ def compare(
         UserError: as `tune`.
         KeyboardInterrupt: what is done is kept.
     """
-    asked = Compared(
+    asked = Asked(
         _layout(storage_path, study_database),
         resume,
         extend,
@@ -182,23 +181,15 @@ def train(
         UserError: as `tune`; or the training failed, of its settings.
         KeyboardInterrupt: what is done is kept.
     """
-    mlflow_uri = mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if not insecure:
-        check_mlflow(mlflow_uri)
     layout = _layout(storage_path, study_database)
+    mlflow_uri = mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")
+    asked = Asked(layout, resume, mlflow_uri=mlflow_uri, insecure=insecure)
     if output is not None:
         check_new(Path(output))
     with _in_this_process():
-        run = check_run(
-            of_settings(space),
-            as_overrides(settings or {}),
-            layout,
-            name=name,
-            study=study,
-            number=trial,
-            resume=resume,
-        )
-        record = run_one(run, _watch(progress), mlflow_uri).record(0)
+        overrides = as_overrides(settings or {})
+        run = check_run(of_settings(space), overrides, asked, name=name, study=study, number=trial)
+        record = run_one(run, _watch(progress)).record(0)
     if problem := record.error or record.broken:
         raise UserError(f"run '{name}' failed: {problem}")
     trained = Study(name, layout)
