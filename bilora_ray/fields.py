@@ -103,8 +103,8 @@ class TrialFields(Settings):
     test_revision: str | None = setting(None, "Hub revision of test_data", decides="evaluation")
     retention_data: str | None = setting(
         None,
-        "local file of plain texts in text_column: where an adapter is scored on test rows, forgetting is by how much "
-        "its loss on each next token of them is above the base model's",
+        "local file of plain texts in text_column: where what was trained is scored on test rows, forgetting is by how "
+        "much its loss on each next token of them is above the base model's",
         decides="evaluation",
         source="data",
     )

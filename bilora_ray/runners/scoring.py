@@ -14,7 +14,7 @@ from bilora_ray.runners.task import EXPECTED, import_training
 def score(adapter: str, settings: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of the adapter in a folder, with the `settings` of its trial, on the rows that they name to test on.
 
-    With `retention_data` they have `forgetting`, too: see `retention.forgetting`.
+    With `retention_data` they have `forgetting`, too: see `training.probe.retention`.
 
     Raises:
         UserError: the rows or the base model are not as the settings say, or it is too large for this machine.
@@ -23,19 +23,20 @@ def score(adapter: str, settings: Mapping[str, Any]) -> dict[str, float]:
         import_training()
         from bilora_ray.recipe import evaluation_config, is_whole
         from bilora_ray.training.evaluate import evaluate, load_adapted
-        from bilora_ray.training.probe.retention import forgetting
+        from bilora_ray.training.probe.retention import forgetting, forgetting_whole
 
         # The adapter knows the labels of its training. What it was allowed it still is: it is our own.
-        known = {"label_names", "format", "metric"}
-        if is_whole(Path(adapter)):  # which is its own base model
-            known |= {"model_name_or_path", "model_revision"}
-        tested = TrialConfig(**settings).on_test().model_dump(exclude=known)
+        known, base, whole = {"label_names", "format", "metric"}, set[str](), is_whole(Path(adapter))
+        if whole:  # which is its own base model
+            base = {"model_name_or_path", "model_revision"}
+        tested = TrialConfig(**settings).on_test().model_dump(exclude=known | base)
         config = evaluation_config(Path(adapter), tested)
         model, data, _ = load_adapted(Path(adapter), config)
         config = config.model_copy(update={"label_names": data.label_names, "format": data.format})
         metrics = evaluate(model, data.validation, config, data.tokenizer)
-        config = config.model_copy(update={"retention_data": settings.get("retention_data")})
-        return {**metrics, **forgetting(model, config, data.tokenizer)}
+        config = config.model_copy(update={key: settings.get(key) for key in ("retention_data", *base)})
+        forgotten = forgetting_whole if whole else forgetting
+        return {**metrics, **forgotten(model, config, data.tokenizer)}
 
 
 class Scorer:

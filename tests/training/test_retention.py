@@ -14,6 +14,7 @@ from bilora_ray.config import TEST_SETTINGS, TrialConfig
 from bilora_ray.errors import UserError
 from bilora_ray.measures import Task
 from bilora_ray.runners.scoring import score
+from bilora_ray.training import model as models
 from bilora_ray.training.evaluate import evaluate, load_adapted
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.probe.retention import forgetting
@@ -96,6 +97,46 @@ def test_an_adapter_that_is_scored_tells_it(trained: tuple[TrialConfig, Path], t
     assert plain.items() <= found.items()
     assert found["retention_loss"] > 0
     assert "retention_data" in TEST_SETTINGS
+
+
+def test_a_model_that_was_trained_whole_is_compared_with_its_base(tiny: Tiny, tmp_path: Path, texts: str) -> None:
+    config = tiny.config("causal-lm", method="full", learning_rate=1e-2, max_steps=12)
+    run_fit(config, tmp_path / "trial")
+    left = TrialFolder(tmp_path / "trial").best_adapter()
+    assert left is not None
+    told = {**config.model_dump(), "test_data": config.validation_data, "retention_data": texts}
+    found = score(str(left), told)
+    own = config.model_copy(update={"model_name_or_path": str(left)})
+    after, before = [
+        by_hand(model.eval(), data.tokenizer, config.max_length)
+        for model, data, _ in (load_adapted(None, named) for named in (own, config))
+    ]
+    assert found["retention_loss"] == pytest.approx(after, rel=1e-5)
+    assert found["forgetting"] == pytest.approx(after - before, rel=1e-5)
+    assert abs(after - before) > 1e-3
+
+
+def test_the_base_of_whole_models_is_read_once(
+    tiny: Tiny, tmp_path: Path, texts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, load = list[str](), models.load_base
+
+    def counted(config: TrialConfig, *rest: Any) -> Any:
+        loaded.append(config.model_name_or_path)
+        return load(config, *rest)
+
+    monkeypatch.setattr(models, "load_base", counted)
+    test = {"test_data": str(tiny.folder / "texts-validation.jsonl"), "retention_data": texts, "split_seed": 1}
+    configs = [
+        tiny.config("causal-lm", method="full", learning_rate=10**-seed, seed=seed, max_steps=1) for seed in (3, 4)
+    ]
+    for config in configs:
+        run_fit(config, tmp_path / str(config.seed))
+    loaded.clear()
+    for config in configs:
+        left = TrialFolder(tmp_path / str(config.seed)).best_adapter()
+        assert score(str(left), {**config.model_dump(), **test}).keys() >= {"forgetting"}
+    assert loaded.count(configs[0].model_name_or_path) == 1
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,19 @@
-"""What an adapter has made its base model forget: how much worse either reads texts that are of no training."""
+"""What a training has made its base model forget: how much worse it reads texts that are of no training."""
 
 from __future__ import annotations
 
 from array import array
+from functools import lru_cache
 
+import torch
 from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
+from bilora_ray.settings import deciding
+from bilora_ray.training import model as models
 from bilora_ray.training.evaluate import evaluate
 from bilora_ray.training.metrics import IGNORED
 from bilora_ray.training.rows import read_retained
@@ -32,14 +37,44 @@ def forgetting(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizer
     """
     if config.retention_data is None or not isinstance(model, PeftModel):
         return {}
+    after = _loss(model, config, tokenizer)
+    with model.disable_adapter():
+        before = _loss(model, config, tokenizer)
+    return {"forgetting": after - before, "retention_loss": after}
+
+
+def forgetting_whole(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
+    """As `forgetting`, of a model that was trained whole. It is used up: there may be no room for its base beside it.
+
+    Args:
+        model: on its device.
+        config: the settings, which name the base model that it was trained from.
+        tokenizer: the base model's.
+
+    Raises:
+        UserError: as `forgetting`; or there is no such base model.
+    """
+    if config.retention_data is None:
+        return {}
+    after = _loss(model, config, tokenizer)
+    nn.Module.to(model, torch.device("meta"))
+    trained = {key: TrialConfig.model_fields[key].default for key in deciding("training", "training rows")}
+    before = _loss_of_base(config.model_copy(update={**trained, "seed": 0}))
+    return {"forgetting": after - before, "retention_loss": after}
+
+
+@lru_cache(maxsize=1)
+def _loss_of_base(config: TrialConfig) -> float:
+    """Of the base model alone: a process scores many models that were trained from one."""
+    processor = models.load_processor(config)
+    return _loss(models.load_base(config, processor, None)[0], config, processor)
+
+
+def _loss(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> float:
     texts, _ = read_retained(config)
-    examples = _examples(texts, config, tokenizer)
     # The loss is all that is asked: nothing is written, and no gradient is looked at.
     plain = config.model_copy(update={"predict_with_generate": False, "sharpness_radius": None, "metric": "eval_loss"})
-    after = evaluate(model, examples, plain, tokenizer)["eval_loss"]
-    with model.disable_adapter():
-        before = evaluate(model, examples, plain, tokenizer)["eval_loss"]
-    return {"forgetting": after - before, "retention_loss": after}
+    return evaluate(model, _examples(texts, config, tokenizer), plain, tokenizer)["eval_loss"]
 
 
 def _examples(texts: list[str], config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
