@@ -96,6 +96,7 @@ def run_comparison(checks: Checks, watch: Watch, say: Callable[[str], None]) -> 
     from bilora_ray.search.comparing.told import tell_outcome
 
     asked, comparison, digests = checks.asked, checks.comparison, dict(checks.checked.digests)
+    begun_with = asked_of(comparison)
     spaces = {}
     for entry, space in comparison.spaces.items():
         spaces[entry], kept = keep_inputs(space, checks.checked.digests, asked.layout.storage_path)
@@ -104,7 +105,7 @@ def run_comparison(checks: Checks, watch: Watch, say: Callable[[str], None]) -> 
     for line in (*comparison.notes, *checks.checked.notes):
         say(f"Note: {line}")
     comparing = Comparing(
-        comparison, asked.layout, asked.ray_address, asked.mlflow_uri, digests, watch, say, asked_of(comparison)
+        comparison, asked.layout, asked.ray_address, asked.mlflow_uri, digests, watch, say, begun_with
     )
     runs = compare(comparing, asked.extend)
     outcome = gathered(comparison, asked.layout)

@@ -99,8 +99,10 @@ class Comparing:
 def asked_of(comparison: Comparison) -> dict[str, Any]:
     """What a resume must ask for too; what each entry searches, its own study knows."""
     config = comparison.config.model_dump(include={"tune", "seeds", "budget", "sharpness_radius"})
-    long = comparison.spaces[comparison.baseline].first_config().model_dump(include=set(STEPS))
-    return {**config, **long, "baseline": comparison.baseline, "methods": sorted(comparison.spaces)}
+    shared = comparison.spaces[comparison.baseline].first_config()
+    # No study of trials names the test rows. Of a revision the digest of its rows tells.
+    told = shared.model_dump(include={*STEPS, *TEST_SETTINGS} - {"test_revision"})
+    return {**config, **told, "baseline": comparison.baseline, "methods": sorted(comparison.spaces)}
 
 
 def check_begun(
