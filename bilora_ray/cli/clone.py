@@ -56,12 +56,12 @@ def command(
 
     from bilora_ray.search.study.steering.copying import sections_of, written
     from bilora_ray.search.study.storage import naming_the_database, study_names
-    from bilora_ray.search.study.studies import load_study, refuse_finalists
+    from bilora_ray.search.study.studies import load_study, refuse_trained_anew
 
     layout = Layout(absolute(storage_path), study_database)
     with naming_the_database(layout, then=""):
         found = load_study(layout, study)
-        refuse_finalists(found)
+        refuse_trained_anew(found)
         if new in study_names(layout):
             raise UserError(f"NEW: a study '{new}' exists; give this one another name")
         sections = sections_of(found.space)

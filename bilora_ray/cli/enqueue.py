@@ -47,12 +47,12 @@ def command(
 
     from bilora_ray.search.study.steering.requests import checked, enqueue
     from bilora_ray.search.study.storage import naming_the_database
-    from bilora_ray.search.study.studies import has_begun, refuse_finalists, steered_study
+    from bilora_ray.search.study.studies import has_begun, refuse_trained_anew, steered_study
 
     layout = Layout(absolute(storage_path), study_database)
     with naming_the_database(layout, then=""):
         found = steered_study(layout, study)
-        refuse_finalists(found)
+        refuse_trained_anew(found)
         parameters = checked(found.space, values)
         with layout.choosing(study):
             if not has_begun(study, layout):  # tune makes it anew, without what was asked of it

@@ -32,6 +32,7 @@ class SearchProgress:
         objective: what trials are judged by.
         notes: lines to show as the first trial starts.
         labels: lines to show before them.
+        has_best: whether it is shown which trial is the best so far.
         starting: what is done before the first trial starts.
     """
 
@@ -41,11 +42,13 @@ class SearchProgress:
         objective: Objective,
         notes: Sequence[str] = (),
         labels: Sequence[str] = (),
+        has_best: bool = True,
         starting: str = "",
     ) -> None:
         self.num_trials = num_trials
         self.objective, self.metric = objective, objective.metric
         self.notes, self.labels, self.starting = notes, labels, starting
+        self.has_best = has_best
         # A thread draws both dictionaries at any moment, so neither is changed: another one takes its place.
         self.ended: dict[int, TrialRecord] = {}
         self.running: dict[int, tuple[TrialRecord, Mapping[str, float]]] = {}
@@ -166,7 +169,7 @@ class SearchProgress:
         left = self._seconds_left()
         if left is not None:
             text.append(f", about {duration(left)} left", style="dim")
-        best = self.objective.best_of(self.ended.values())
+        best = self.objective.best_of(self.ended.values()) if self.has_best else None
         if best is not None:
             text.append(f"\nbest so far: {self.metric} {in_short(best.value)} (trial {best.number})", style="green")
         return text

@@ -133,10 +133,9 @@ def _show_studies(layout: Layout, as_json: bool) -> None:
 def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -> None:
     from rich.console import Console
 
-    from bilora_ray.search.study.control.comparisons import comparison_of
     from bilora_ray.search.study.control.finalists import finals_of
     from bilora_ray.search.study.studies import load_study
-    from bilora_ray.search.study.view import search_of
+    from bilora_ray.search.study.view import compared_in, comparison_of, search_of
 
     console = Console(highlight=False)
     found = load_study(layout, study)
@@ -151,7 +150,7 @@ def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -
 
         console.print(f"It began with a {in_words(found.warm_start)}.", markup=False, soft_wrap=True)
     print_leaderboard(console, records, found.objectives, found.front(records))
-    if found.space.distributions:
+    if found.space.distributions and compared_in(found.study) is None:
         _print_importances(console, found, importances)
     peak = max((metrics.get("gpu_memory_gib", 0) for record in records for metrics in record.history), default=0)
     if peak:
@@ -167,9 +166,10 @@ def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -
         console.print(line, markup=False, soft_wrap=True)
         return
     if (comparison := comparison_of(found.study)) is not None:
-        line = f"It is a part of comparison '{comparison}', which `bilora-ray compare` and --resume tell of"
+        runs = "These are the runs" if compared_in(found.study) is not None else "It is a part"
+        line = f"{runs} of comparison '{comparison}', which `bilora-ray compare` and --resume tell of"
         console.print(line, markup=False, soft_wrap=True)
-    best = print_best(console, found, records)
+    best = None if found.best() is None else print_best(console, found, records)
     if (finals := finals_of(found)) is not None:
         best = print_finalists(console, found, finals) or best
     if best is not None:

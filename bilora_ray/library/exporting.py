@@ -87,14 +87,14 @@ def meant(layout: Layout, study: str, number: int | None, prefer: str | None = N
     """
     from bilora_ray.search.study.control.finalists import finals_of
     from bilora_ray.search.study.storage import naming_the_database
-    from bilora_ray.search.study.studies import load_study, refuse_finalists
+    from bilora_ray.search.study.studies import load_study, refuse_trained_anew
 
     if number is not None and prefer is not None:
         raise UserError("--prefer: --trial names the trial already; leave one out")
     with naming_the_database(layout, then=""):
         found = load_study(layout, study)
         if number is None:
-            refuse_finalists(found)
+            refuse_trained_anew(found)
         finals = finals_of(found) if number is None and prefer is None else None
         if finals is not None and finals.winner is not None:
             return Meant(found, finals.study, finals.winner)

@@ -144,12 +144,12 @@ def _space_of(layout: Layout, study: str, number: int | None, overrides: Sequenc
     """The settings of a trial of `study`, the best as a rule, with `overrides` on top."""
     from bilora_ray.search.study.control.finalists import finals_of
     from bilora_ray.search.study.storage import naming_the_database
-    from bilora_ray.search.study.studies import load_study, refuse_finalists
+    from bilora_ray.search.study.studies import load_study, refuse_trained_anew
 
     with naming_the_database(layout, then=""):
         found = load_study(layout, study)
         if number is None:
-            refuse_finalists(found)
+            refuse_trained_anew(found)
         finals = finals_of(found) if number is None else None
         if finals is not None and finals.verdict is not None:
             number = finals.verdict.winner.trial

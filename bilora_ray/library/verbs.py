@@ -250,7 +250,12 @@ class _Silent:
     """A watcher that shows nothing."""
 
     def __init__(
-        self, num_trials: int, objective: Objective, notes: Sequence[str] = (), labels: Sequence[str] = ()
+        self,
+        num_trials: int,
+        objective: Objective,
+        notes: Sequence[str] = (),
+        labels: Sequence[str] = (),
+        has_best: bool = True,
     ) -> None:
         pass
 

@@ -15,7 +15,7 @@ from bilora_ray.search.study.control.verdict import Verdict
 from bilora_ray.search.study.importances import Importances
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.steering.copying import written
-from bilora_ray.search.study.view import StudyView, search_of
+from bilora_ray.search.study.view import StudyView, compared_in, search_of
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Found:
         importances: which settings mattered.
         finals: what fresh seeds said of the best.
         search: the search whose finalists these trials are.
+        comparison: the comparison whose runs they are.
         end: which budget ended the search, one line.
         space_file: the text of a space file that says what was searched.
         disk: bytes of the study's folder.
@@ -48,6 +49,7 @@ class Found:
     importances: Importances = field(default_factory=lambda: Importances(None, 0))
     finals: Finals | None = None
     search: str | None = None
+    comparison: str | None = None
     end: str | None = None
     space_file: str = ""
     disk: int = 0
@@ -73,8 +75,13 @@ class Found:
 
     @cached_property
     def best(self) -> TrialRecord | None:
-        """The best complete trial; None before there is one, and of finalists, which their search judges."""
-        return None if self.search is not None else self.objective.best_of(self.records)
+        """The best complete trial; None before there is one, and where these are not what is judged."""
+        return None if self.trains_anew else self.objective.best_of(self.records)
+
+    @property
+    def trains_anew(self) -> bool:
+        """Whether known settings are trained on fresh seeds: nothing is searched, and the luckiest run is no best."""
+        return self.search is not None or self.comparison is not None
 
     @property
     def verdict(self) -> Verdict | None:
@@ -128,6 +135,7 @@ def read(study: StudyView, ended: Collection[int] = ()) -> Found:
         importances=study.importances(),
         finals=finals,
         search=search_of(study.study),
+        comparison=compared_in(study.study),
         end=None if end is None else end.line,
         space_file=written(study.space),
         disk=used_by(study),

@@ -135,7 +135,7 @@ def headline(found: Found) -> Headline:
     """The best of a study, what it is worth, and what it gains."""
     best, facts = found.chosen, tuple(_facts(found))
     if best is None or best.value is None:
-        line = "No trial is complete yet." if found.search is None else _of_finalists(found)
+        line = _trained_anew(found) if found.trains_anew else "No trial is complete yet."
         return Headline(found.metric, "", lines=[line], facts=facts)
     verdict, value, lines = found.verdict, best.value, []
     if verdict is None:
@@ -157,7 +157,10 @@ def headline(found: Found) -> Headline:
     return Headline(found.metric, f"{value:.4g}", ends, lines, settings, facts)
 
 
-def _of_finalists(found: Found) -> str:
+def _trained_anew(found: Found) -> str:
+    if found.comparison is not None:
+        told = "`bilora-ray compare` and --resume tell what they say"
+        return f"These are the runs of comparison '{found.comparison}', of which none is the best; {told}."
     return f"These are the finalists of study '{found.search}', on fresh seeds; its page judges them."
 
 
@@ -246,7 +249,7 @@ def _finalists(found: Found) -> Iterator[Block]:
 
 def _importances(found: Found) -> Iterator[Block]:
     told = found.importances
-    if not found.space.distributions or found.search is not None:
+    if not found.space.distributions or found.trains_anew:
         return
     if (chart := charts.importances(found)) is not None:
         others = [key for key in found.space.distributions if key not in told.shares]
@@ -346,9 +349,13 @@ def _commands(found: Found) -> Iterator[Block]:
         where += f" --study-database {shlex.quote(masked(found.layout.study_database))}"
     name = shlex.quote(found.name)
     verb = "tune" if found.space.distributions else "train"
+    again = ["# look again", f"bilora-ray report {name} {where}"]
+    if found.comparison is not None:
+        told = "# go on after an interruption, or tell of it again, with the file that it was begun with"
+        yield Code("\n".join([*again, told, f"bilora-ray compare FILE.yaml {where} --resume"]))
+        return
     lines = [
-        "# look again",
-        f"bilora-ray report {name} {where}",
+        *again,
         "# go on after an interruption, with the space file that it was begun with",
         f"bilora-ray {verb} --space SPACE.yaml {where} --resume",
         "# search the same once more, under another name",

@@ -15,17 +15,16 @@ from bilora_ray.addresses import masked
 from bilora_ray.digests import of_data
 from bilora_ray.errors import GO_ON, MachineError, UserError, first_line
 from bilora_ray.files import locked
-from bilora_ray.records import Moving, Observer, Served, TrialRecord
+from bilora_ray.records import Moving, Observer, Served, Status, TrialRecord
 from bilora_ray.search.readiness.machine import in_words as machine
 from bilora_ray.search.space import FINALISTS_OF, Space, setting_of
-from bilora_ray.search.study.control.comparisons import comparison_of
 from bilora_ray.search.study.control.finalists import winner_of
 from bilora_ray.search.study.control.verdict import Verdict
 from bilora_ray.search.study.layout import WAIT_S, Layout
 from bilora_ray.search.study.storage import is_database, naming_the_database, study_names
 from bilora_ray.search.study.studies import delete_study, open_study
 from bilora_ray.search.study.study import SearchStudy
-from bilora_ray.search.study.view import StudyView, search_of
+from bilora_ray.search.study.view import StudyView, comparison_of, search_of
 from bilora_ray.search.study.warm_start import in_words
 from bilora_ray.tracking.mlflow_tracker import BackgroundTracker, MlflowTracker, add_to_study, default_uri
 from bilora_ray.tracking.models import Candidate, candidate
@@ -216,7 +215,11 @@ def session(
         except UserError as error:
             # Of a database that others use, nobody can tell who else is about to run the study.
             ours = begins and layout.study_database is None
-            if ours and study.best() is None and not isinstance(error, MachineError):
+            if (
+                ours
+                and not any(one.status is Status.COMPLETE for one in study.records())
+                and not isinstance(error, MachineError)
+            ):
                 delete_study(space, layout)
             raise
 

@@ -115,7 +115,7 @@ class MlflowTracker(_Reconciling):
 
         Args:
             trials: all of the study's but those that other processes run.
-            best_number: the best trial's; None if none is complete.
+            best_number: the best trial's; None if none is complete, or none is to be taken.
             interrupted: whether the study is to go on later.
             others: whether other processes go on with the study now: its run stays as it is.
             front: the numbers of the trials on the Pareto front; none where there is one objective.

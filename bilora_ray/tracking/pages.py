@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bilora_ray.records import Objective, TrialRecord
+from bilora_ray.records import Objective, Status, TrialRecord
 from bilora_ray.words import counted, status_of, without_training
 
 # MLflow's tags: of a run or an experiment, what its page describes it by; of an experiment, a view of its runs, which
@@ -136,7 +136,8 @@ def study_note(
     """
     tried = f"{len(trials)} {'trial' if len(trials) == 1 else 'trials'}{f': {counted(trials)}' if trials else ''}."
     if best is None:
-        return "\n\n".join(["No trial is complete yet.", tried, *_bullets(told)])
+        none = [] if any(trial.status is Status.COMPLETE for trial in trials) else ["No trial is complete yet."]
+        return "\n\n".join([*none, tried, *_bullets(told)])
     lines = [f"**Best: {best_link}{_values(best)}**"]
     if best.adapter is not None:  # before all else, since the page shows the beginning only
         lines += _take(best, study, storage_path, "")

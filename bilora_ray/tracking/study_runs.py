@@ -153,7 +153,7 @@ class StudyRuns:
 
         Args:
             trials: all of the study's, each in sync.
-            best_number: the best trial's; None if none is complete.
+            best_number: the best trial's; None if none is complete, or none is to be taken.
             interrupted: whether the study is to go on later.
             others: whether other processes go on with it now.
             front: the numbers of the trials on the Pareto front; none where there is one objective.
@@ -180,7 +180,7 @@ class StudyRuns:
         best = next((trial for trial in trials if trial.number == best_number), None)
         self._describe(trials, best, told)
         if not others:
-            ended = COMPLETE if best_number is not None else Status.FAILED.value
+            ended = COMPLETE if any(trial.status is Status.COMPLETE for trial in trials) else Status.FAILED.value
             self._parent.end(INTERRUPTED if interrupted else ended, self._study.versions)
         if best is not None and best.adapter is not None and served is not None:
             runs = (self._parent.run_id, self._trials[best.number].run_id)

@@ -92,6 +92,15 @@ def test_how_far_a_trial_came_is_said(
     assert capsys.readouterr().err == f"1 of 2 trials done: trial 0 {words}, eval_loss 0\n"
 
 
+@pytest.mark.parametrize("has_best", [True, False])
+def test_the_best_so_far_is_told_where_one_is_to_be_taken(has_best: bool) -> None:
+    progress = SearchProgress(2, Objective("eval_loss", greater_is_better=False), has_best=has_best)
+    progress.trial_ended(trial(0, Status.COMPLETE))
+    console = Console(width=100, file=io.StringIO())
+    console.print(progress)
+    assert ("best so far" in console.file.getvalue()) is has_best  # type: ignore[attr-defined]
+
+
 def moved(step: int, what: str = "training", seconds: float = 0.5) -> Moving:
     return Moving(what, step, max_steps=90, next_evaluation=30, step_seconds=seconds)
 

@@ -12,12 +12,16 @@ from random import Random
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 
+from bilora_ray.cli.main import main
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import CommonCause, MachineError, UserError
 from bilora_ray.evidence.outcome import Outcome, notes
 from bilora_ray.records import TrialRecord
-from bilora_ray.search import simulated
+from bilora_ray.report.found import read as read_page
+from bilora_ray.report.page import page
+from bilora_ray.search import session, simulated
 from bilora_ray.search.comparing import run as comparing_run
 from bilora_ray.search.comparing import told as comparing_told
 from bilora_ray.search.comparing.file import Comparison, load_comparison
@@ -29,8 +33,9 @@ from bilora_ray.search.space import Space, StudyConfig
 from bilora_ray.search.space.order import check_settings
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.control.comparisons import run_seeds, runs_space, tuning_points
+from bilora_ray.search.study.control.untrained import to_compare
 from bilora_ray.search.study.layout import Layout
-from bilora_ray.search.study.studies import load_study, open_study
+from bilora_ray.search.study.studies import load_study, open_study, summarise
 from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.search.study.view import StudyView
 
@@ -70,6 +75,7 @@ class World:
         self.scored: list[int] = []
         self.said: list[str] = []
         self.labels: list[str] = []
+        self.have_best: list[bool] = []
         self.begun = 0
         monkeypatch.setattr(comparing_run, "search", self.search)
         monkeypatch.setattr(comparing_run, "joined", self.joined)
@@ -118,7 +124,11 @@ class World:
 
     def compare(self, comparison: Comparison, resume: bool = False, more: int | None = None) -> Outcome:
         check_begun(comparison, self.layout, {}, resume or more is not None, more)
-        watch: Any = lambda count, objective, labels: self.labels.append(labels[0])  # noqa: E731
+
+        def watch(*_: object, labels: Sequence[str], has_best: bool) -> Any:
+            self.labels.append(labels[0])
+            self.have_best.append(has_best)
+
         asked = asked_of(comparison)
         comparing = Comparing(comparison, self.layout, None, None, {}, watch, self.said.append, asked)
         compare(comparing, more)
@@ -190,6 +200,7 @@ def test_each_entry_is_tuned_alike_and_then_run_on_the_same_fresh_seeds(tmp_path
         assert own.resolved_split_seed == tried.resolved_split_seed == 3
     assert world.begun == 1
     assert sorted(world.scored) == list(range(15))
+    assert world.have_best == [True, True, True, False]
 
 
 def test_the_runs_study_is_a_space_like_any_other(after: tuple[World, Outcome]) -> None:
@@ -384,6 +395,49 @@ def test_the_pairs_of_a_step_say_how_long_it_takes() -> None:
     ]
     assert step_seconds(told) == 1.0
     assert step_seconds([]) is None
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["export", "c-runs", "--output", "out"],
+        ["clone", "c-runs", "new"],
+        ["train", "--study", "c-runs", "--name", "new"],
+        ["enqueue", "c-runs", "seed=1"],
+    ],
+)
+def test_none_of_the_runs_is_taken_for_the_best(after: tuple[World, Outcome], words: list[str]) -> None:
+    result = typed(after[0], *words)
+    line = "study 'c-runs': holds the runs of comparison 'c': none is its best, and nothing is searched"
+    assert (result.exit_code, result.stderr) == (2, f"Error: {line}; `export` takes one with --trial\n")
+
+
+def test_the_runs_are_shown_as_those_of_a_comparison(after: tuple[World, Outcome]) -> None:
+    world, _ = after
+    shown = typed(world, "show", "c-runs").stdout
+    assert "These are the runs of comparison 'c', which `bilora-ray compare` and --resume tell of" in shown
+    assert "Best" not in shown
+    assert "What mattered" not in shown
+    assert json.loads(typed(world, "show", "c-runs", "--json").stdout)["best"] is None
+    assert {one.study: one.best is None for one in summarise(world.layout)}["c-runs"]
+    found = read_page(runs_of(world))
+    assert (found.best, found.chosen) == (None, None)
+    text = page([found])
+    assert "These are the runs of comparison &#39;c&#39;, of which none is the best" in text
+    assert "bilora-ray compare FILE.yaml" in text
+    assert "bilora-ray tune" not in text
+    assert "Best: trial" in typed(world, "show", "c-tune-lora").stdout
+
+
+def test_mlflow_is_handed_no_adapter_of_the_runs(after: tuple[World, Outcome]) -> None:
+    runs = runs_of(after[0])
+    assert runs.best() is None
+    assert session.served_of(runs, runs.best()) is None
+    assert to_compare(runs) is None
+
+
+def typed(world: World, *words: str) -> Result:
+    return CliRunner().invoke(main, [*words, "--storage-path", str(world.layout.storage_path)])
 
 
 def test_what_was_found_is_kept_as_text_and_picture(after: tuple[World, Outcome]) -> None:

@@ -38,6 +38,13 @@ def test_open_makes_one_parent_run_and_finds_it_again(project: Project) -> None:
     assert first.data.params == {"model_name_or_path": "builtin:tiny", "max_steps": "30"}
 
 
+def test_trials_of_which_none_is_the_best_end_their_study_as_well(project: Project) -> None:
+    project.open().close([record(0, Status.COMPLETE, steps=1)], None, interrupted=False)
+    parent = project.parent()
+    assert parent.info.status == "FINISHED"
+    assert "No trial is complete" not in parent.data.tags["mlflow.note.content"]
+
+
 def test_study_tags_keep_studies_of_one_name_apart(project: Project) -> None:
     mine, other = ({"bilora_ray.study_id": name} for name in ("mine", "other"))
     for tags in (mine, other, mine):

@@ -24,14 +24,14 @@ from bilora_ray.config import TEST_SETTINGS, TrialConfig
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.facts import METHOD_NAMES, MethodName
 from bilora_ray.paths import Locate, locate_here
-from bilora_ray.search.space import STUDY_NAME, ResourceConfig, Space, setting_of
+from bilora_ray.search.space import RUNS_OF, STUDY_NAME, ResourceConfig, Space, setting_of
 from bilora_ray.search.space.study import StudyName
 from bilora_ray.search.space_file import checked_space, override_value, read_yaml
 from bilora_ray.settings import FACTS, applies, takes_mapping
 
 SECTIONS = ("comparison", "trial", "resources", "methods")
-# What the studies of a comparison are called.
-TUNED, RUNS = "{}-tune-{}", "{}-runs"
+# What the study is called that tunes an entry of a comparison.
+TUNED = "{}-tune-{}"
 # Below so many seeds little can be told.
 FEW_SEEDS = 5
 # What decides how many steps a training of some epochs has.
@@ -69,8 +69,8 @@ class ComparisonConfig(Settings):
 
     @model_validator(mode="after")
     def _runs_named(self) -> ComparisonConfig:
-        if not STUDY_NAME.fullmatch(RUNS.format(self.name)):
-            raise ValueError(f"name: is too long for the study of its runs, {RUNS.format('NAME')}")
+        if not STUDY_NAME.fullmatch(RUNS_OF.format(self.name)):
+            raise ValueError(f"name: is too long for the study of its runs, {RUNS_OF.format('NAME')}")
         return self
 
 
@@ -103,7 +103,7 @@ class Comparison:
     @property
     def runs(self) -> str:
         """The name of the study of its runs."""
-        return RUNS.format(self.name)
+        return RUNS_OF.format(self.name)
 
     @property
     def searched_by_all(self) -> tuple[str, ...]:

@@ -50,9 +50,14 @@ class Watch(Protocol):
     """Makes who shows a study to a person."""
 
     def __call__(
-        self, num_trials: int, objective: Objective, notes: Sequence[str] = (), labels: Sequence[str] = ()
+        self,
+        num_trials: int,
+        objective: Objective,
+        notes: Sequence[str] = (),
+        labels: Sequence[str] = (),
+        has_best: bool = True,
     ) -> Watcher:
-        """Of how many trials, what they are judged by, and lines to show as the first one starts."""
+        """Of how many trials, what they are judged by, lines to show as the first one starts, whether one is best."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,9 @@ class Comparing:
             ray_address=self.ray_address,
             mlflow_uri=self.mlflow_uri,
             digests=self.digests,
-            watcher=self.watch(space.study.num_trials, objective, labels=(label,)),
+            watcher=self.watch(
+                space.study.num_trials, objective, labels=(label,), has_best=space.study.name != self.comparison.runs
+            ),
             part={COMPARISON: {"name": self.comparison.name, "asked": self.asked, "steps": self.steps}},
         )
 

@@ -25,6 +25,8 @@ READ_BY = {
 STUDY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # What the study of a study's finalists is called.
 FINALISTS_OF = "{}-finalists"
+# The same, of the runs of a comparison.
+RUNS_OF = "{}-runs"
 # On so many seeds each of them is trained, if the study does not say.
 SEEDS = 3
 # A limit of a study -> the metric that must not be above it.

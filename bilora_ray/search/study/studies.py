@@ -44,7 +44,7 @@ from bilora_ray.search.study.looks import Looks
 from bilora_ray.search.study.schedulers.base import factor_unsaid
 from bilora_ray.search.study.storage import making, naming_the_database, open_storage, read_storage, study_names
 from bilora_ray.search.study.study import SearchStudy
-from bilora_ray.search.study.view import DIGESTS, ID, StudyView, objective_of, search_of, status_of
+from bilora_ray.search.study.view import DIGESTS, ID, StudyView, compared_in, objective_of, search_of, status_of
 from bilora_ray.search.study.warm_start import SPACE, WARM_START, first_points, taken
 from bilora_ray.settings import coerce, takes_mapping
 
@@ -70,7 +70,8 @@ class StudySummary:
         num_trials: how many trials it is to finish.
         ended: how many have ended.
         metric: what they are judged by.
-        best: the best value of a complete trial; None before there is one, and of finalists, which their search judges.
+        best: the best value of a complete trial; None before there is one, and of finalists and the runs of a
+            comparison, which are judged together.
         is_gone: whether its folder is not where it was: other verbs say where that is.
     """
 
@@ -223,10 +224,13 @@ def finalists_of(layout: Layout, search: str) -> str | None:
     return name if study is not None and search_of(study) is not None and SPACE in study.user_attrs else None
 
 
-def refuse_finalists(found: StudyView) -> None:
-    """UserError if a study trains the finalists of a search: by itself it has no best trial, and searches nothing."""
+def refuse_trained_anew(found: StudyView) -> None:
+    """UserError if a study trains finalists, or runs of a comparison: it has no best trial, and searches nothing."""
+    name = found.study.study_name
+    if (comparison := compared_in(found.study)) is not None:
+        line = f"study '{name}': holds the runs of comparison '{comparison}': none is its best, and nothing is searched"
+        raise UserError(f"{line}; `export` takes one with --trial")
     if (search := search_of(found.study)) is not None:
-        name = found.study.study_name
         raise UserError(f"study '{name}': trains the finalists of '{search}', where they are judged; name that one")
 
 
@@ -248,8 +252,8 @@ def _summary(study: optuna.Study, layout: Layout) -> StudySummary:
         num_trials=described["study"]["num_trials"],
         ended=sum(trial.state.is_finished() for trial in trials),
         metric=objective.metric,
-        # Of finalists it is the luckiest run, and not what is judged.
-        best=None if search_of(study) is not None else objective.best_value(values),
+        # Of finalists, and of what is compared, it is the luckiest run, and not what is judged.
+        best=None if search_of(study) is not None or compared_in(study) is not None else objective.best_value(values),
         is_gone=_is_gone(study, layout),
     )
 

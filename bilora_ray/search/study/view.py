@@ -19,7 +19,7 @@ from bilora_ray.errors import UserError, nearest
 from bilora_ray.files import is_held
 from bilora_ray.measures import SHARPNESS
 from bilora_ray.records import Objective, Status, TrialRecord
-from bilora_ray.search.space import FINALISTS_OF, LIMITED, Space
+from bilora_ray.search.space import FINALISTS_OF, LIMITED, RUNS_OF, Space
 from bilora_ray.search.study.control.budget import RUN, Ended, end_of
 from bilora_ray.search.study.control.evaluations import ENDED_BY, broken, evaluations_of
 from bilora_ray.search.study.control.front import front_of, losses_of
@@ -33,6 +33,8 @@ from bilora_ray.training.folder import TrialFolder
 ID, ERROR, DIGESTS, STOPPED = "id", "error", "digests", "stopped_after"
 # What a study keeps of the choice of its finalists: see `control.finalists`.
 FINALISTS = "finalists"
+# What each study of a comparison keeps: the comparison's `name`, and what it was `asked` for.
+COMPARISON = "comparison"
 # The trials whose adapters were removed, by the setting that was why: see `control.disk`.
 REMOVED = "removed"
 # Where Optuna keeps what a trial that waits was asked to have.
@@ -66,6 +68,18 @@ def search_of(study: optuna.Study) -> str | None:
     if search == study.study_name or search not in optuna.get_all_study_names(storage):
         return None
     return search if FINALISTS in optuna.load_study(study_name=search, storage=storage).user_attrs else None
+
+
+def comparison_of(study: optuna.Study) -> str | None:
+    """The comparison that `study` is a part of; None if it is no such study."""
+    told = study.user_attrs.get(COMPARISON)
+    return None if told is None else str(told["name"])
+
+
+def compared_in(study: optuna.Study) -> str | None:
+    """The comparison whose runs `study` trains, of which the luckiest is none to take; None if it is no such study."""
+    name = comparison_of(study)
+    return name if name is not None and study.study_name == RUNS_OF.format(name) else None
 
 
 class StudyView:
@@ -165,8 +179,8 @@ class StudyView:
         return end_of(self.study.user_attrs, self.space)
 
     def best(self) -> TrialRecord | None:
-        """See `Objective.best_of`."""
-        return self.objective.best_of(self.records())
+        """See `Objective.best_of`; None of the runs of a comparison, which are no search."""
+        return None if compared_in(self.study) is not None else self.objective.best_of(self.records())
 
     @property
     def id(self) -> str:

@@ -23,11 +23,9 @@ from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.samplers.qmc import point
 from bilora_ray.search.study.storage import open_storage, read_storage
 from bilora_ray.search.study.studies import begun_studies, steered_study
-from bilora_ray.search.study.view import ENDED, ERROR, StudyView
+from bilora_ray.search.study.view import COMPARISON, ENDED, ERROR, StudyView, comparison_of
 from bilora_ray.settings import FACTS, applies, non_default
 
-# What each study of a comparison keeps: the comparison's `name`, and what it was `asked` for.
-COMPARISON = "comparison"
 # Of the runs' study, how each run was scored: the attribute of its number.
 SCORED = "scored_{}"
 # The numbers of seeds at which somebody had seen the outcome before more were asked for.
@@ -36,12 +34,6 @@ LOOKED_AT = "looked_at"
 STREAM = 2**32 - 2
 LARGEST_SEED = 2**32 - 1
 VARIANT, SEED = "variant", "seed"
-
-
-def comparison_of(study: optuna.Study) -> str | None:
-    """The comparison that `study` is a part of; None if it is no such study."""
-    told = study.user_attrs.get(COMPARISON)
-    return None if told is None else str(told["name"])
 
 
 def parts_of(layout: Layout, name: str) -> list[str]:
