@@ -46,13 +46,17 @@ def adversarial_rises(space: Space, passes: Sequence[Pass], radii: Sequence[floa
 def m_sharpness(space: Space, batches: Sequence[Sequence[Pass]], radii: Sequence[float]) -> list[float]:
     """The mean over `batches` of each batch's own rise, along its own gradient (arXiv 2010.01412).
 
+    There they have m rows each; one that has fewer, as the last may, counts for as many as it has.
+
     Args:
         space: as for `adversarial_rises`.
         batches: the passes of each: m rows, which decide what is measured, unlike how they are cut into passes.
         radii: norms.
     """
     rises = [adversarial_rises(space, passes, radii) for passes in batches]
-    return [math.fsum(of_radius) / len(rises) for of_radius in zip(*rises, strict=True)]
+    rows = [sum(one.rows for one in passes) for passes in batches]
+    by_rows = [[count * rise for rise in of_batch] for count, of_batch in zip(rows, rises, strict=True)]
+    return [math.fsum(of_radius) / sum(rows) for of_radius in zip(*by_rows, strict=True)]
 
 
 def random_rises(

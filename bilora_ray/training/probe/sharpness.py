@@ -44,7 +44,7 @@ class Flatness:
 
     Attributes:
         adversarial: L(W + a g / ||g||) - L(W), of all rows together.
-        m_sharpness: the mean of the same of each batch by itself.
+        m_sharpness: the mean of the same of each batch by itself, by its rows.
         random: along random directions normalised by filter, of which a radius is a share of the weights.
         top_eigenvalue: of the Hessian.
     """
@@ -133,7 +133,7 @@ class Rows:
         def loss() -> Tensor:
             return self.task.loss(self.model, placed(batch, self.model.device))
 
-        return Pass(loss, float(self.task.target_count(part)))
+        return Pass(loss, float(self.task.target_count(part)), len(part))
 
 
 def sharpness(model: Model, examples: Sequence[Example], config: TrialConfig, processor: Processor) -> dict[str, float]:
