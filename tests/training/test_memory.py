@@ -294,6 +294,7 @@ def test_texts_are_written_fewer_at_once(tiny: Tiny, tmp_path: Path, monkeypatch
     [
         ({"max_new_tokens": 9}, ALONE, 1.0),
         ({"lora_dropout": 0.1}, ALONE, 1.0),
+        ({"primary": "dora"}, ALONE, 1.0),  # which keeps the weight that it has composed
         ({"torch_compile": True}, ALONE, 1.0),
         ({}, Workers(sharded=True), 1.0),
         ({}, ALONE, 0.5),

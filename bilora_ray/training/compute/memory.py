@@ -38,7 +38,7 @@ UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 # What decides how much room a pass of some positions needs.
 DECISIVE = (
     *("model_name_or_path", "model_revision", "task", "precision", "quantization", "attn_implementation"),
-    *("max_length", "max_new_tokens", "method", "rank", "auxiliary_rank", "target_modules", "lora_dropout"),
+    *("max_length", "max_new_tokens", "method", "primary", "rank", "auxiliary_rank", "target_modules", "lora_dropout"),
     *("gradient_checkpointing", "torch_compile"),
 )
 
