@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from ray.exceptions import RayActorError
 
 from bilora_ray.cli.main import main
 from bilora_ray.config import TrialConfig
@@ -55,6 +57,10 @@ methods:
   bilora: {rho: {low: 0.005, high: 1.0, log: true}, rank: {choice: [4, 16]}}
   halved: {method: bilora, rank: 4, auxiliary_rank: rank / 2, rho: {low: 0.1, high: 0.2}}
 """
+
+
+# As it is outside of a world.
+SCORED = comparing_run._scored
 
 
 class World:
@@ -395,6 +401,35 @@ def test_the_pairs_of_a_step_say_how_long_it_takes() -> None:
     ]
     assert step_seconds(told) == 1.0
     assert step_seconds([]) is None
+
+
+@pytest.mark.parametrize("deadly", [{1}, {0, 1, 2}, set(range(15))])
+def test_a_process_that_dies_as_it_scores_costs_the_run_that_it_had_alone(
+    after: tuple[World, Outcome], deadly: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, _ = after
+    runs, scored, begun = runs_of(world), list[int](), list[int]()
+    left = [replace(record, adapter=Path(f"runs/{record.number}/step-1")) for record in runs.records()]
+
+    class Process:
+        def __init__(self) -> None:
+            begun.append(0)
+            self.score = SimpleNamespace(remote=lambda adapter, *_: int(Path(adapter).parent.name))
+
+    def get(number: int) -> dict[str, float]:
+        if number in deadly:
+            raise RayActorError
+        return {"eval_loss": float(number)}
+
+    told: Any = lambda **_: lambda _: SimpleNamespace(remote=lambda *_: Process())  # noqa: E731
+    fake = SimpleNamespace(remote=told, wait=lambda asked, num_returns: (asked[:1], []), get=get, ObjectRef=int)
+    monkeypatch.setattr(comparing_run, "ray", fake)
+    monkeypatch.setattr(comparing_run, "keep_score", lambda layout, name, number, _: scored.append(number))
+    comparing = Comparing(read(world.layout.storage_path), world.layout, None, None, {}, world.search, print, {})  # type: ignore[arg-type]
+    failed = SCORED(comparing, runs, left, 2)
+    assert set(failed) == deadly
+    assert sorted(scored) == sorted(set(range(15)) - deadly)
+    assert len(begun) == 2 + len(deadly)
 
 
 @pytest.mark.parametrize(

@@ -293,7 +293,11 @@ def _scored(comparing: Comparing, runs: StudyView, left: Sequence[TrialRecord], 
     resources, layout = runs.space.resources, comparing.layout
     room: dict[str, Any] = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker}
     scorer: Any = ray.remote(max_restarts=0, **room)(Scorer)
-    free: list[Any] = [scorer.remote(resources.cpus_per_worker, resources.gpus_per_worker) for _ in range(count)]
+
+    def begun() -> Any:
+        return scorer.remote(resources.cpus_per_worker, resources.gpus_per_worker)
+
+    free = [begun() for _ in range(count)]
     test, targets = _test(comparing.comparison), _targets(comparing.comparison)
     waiting, failed, running = list(left), dict[int, str](), dict[ray.ObjectRef, tuple[Any, int]]()
     while waiting or running:
@@ -303,16 +307,14 @@ def _scored(comparing: Comparing, runs: StudyView, left: Sequence[TrialRecord], 
             settings = {**config.model_dump(), **test, **(targets if config.leaves_model else {})}
             asked = process.score.remote(str(record.adapter), settings, comparing.comparison.config.sharpness_radius)
             running[asked] = process, record.number
-        if not running:
-            return {**failed, **{record.number: "the processes that score have died" for record in waiting}}
         (done,), _ = ray.wait(list(running), num_returns=1)
         process, number = running.pop(done)
         try:
             told = ray.get(done)
         except RayError as error:
             failed[number] = first_line(getattr(error, "cause", None) or error)
-            if isinstance(error, RayTaskError):  # else the process has died
-                free.append(process)
+            has_died = not isinstance(error, RayTaskError)
+            free.append(begun() if has_died else process)  # each run is tried once, so there is an end to that
             continue
         free.append(process)
         if isinstance(told, Exception):
