@@ -227,12 +227,12 @@ CASES: dict[str, Case] = {
     ),
     "dry run that reads on behind the last position": Case(
         f"{TUNE} --dry-run --set max_length=100000",
-        "max_length: 100000 is more than the model's 128 positions",
+        "max_length: 100000 is more than the model's 128 positions; write 128 or less",
         trial={"model_name_or_path": "builtin:quickstart/model"},
     ),
     "rows that are read on behind the last position": Case(
         f"{TUNE} --set max_length=129",
-        "max_length: 129 is more than the model's 128 positions",
+        "max_length: 129 is more than the model's 128 positions; write 128 or less",
         trial={"model_name_or_path": "builtin:quickstart/model"},
     ),
     "resume of nothing": Case(f"{TUNE} --resume", "study 'bad': nothing to resume in {here}/runs"),

@@ -300,7 +300,7 @@ def test_a_text_without_positions_is_refused_before_anything_is_trained(tiny: Ti
     for refuse in (rehearse, lambda writes: Run(writes, TrialFolder(tmp_path / "trial"))):
         with pytest.raises(UserError) as error:
             refuse(writes)
-        assert str(error.value) == "max_new_tokens: 40 is more than the model's 32 positions"
+        assert str(error.value) == "max_new_tokens: 40 is more than the model's 32 positions; write 32 or less"
 
 
 def test_a_text_that_would_leave_no_room_for_its_prompt_is_told_and_measured(tiny: Tiny, tmp_path: Path) -> None:

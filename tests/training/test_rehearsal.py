@@ -94,5 +94,5 @@ def test_positions_that_begin_behind_the_paddings_are_fewer(tiny: Tiny, tmp_path
     tokenizer.save_pretrained(tmp_path)
     settings = {"model_name_or_path": str(tmp_path), "target_modules": ("query",)}
     rehearse(tiny.config("sequence-classification", max_length=32, **settings))
-    with pytest.raises(UserError, match="max_length: 33 is more than the model's 32 positions"):
+    with pytest.raises(UserError, match="max_length: 33 is more than the model's 32 positions; write 32 or less"):
         rehearse(tiny.config("sequence-classification", max_length=33, **settings))

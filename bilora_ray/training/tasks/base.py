@@ -327,7 +327,8 @@ def check_positions(positions: int | None, config: TrialConfig, continues: bool)
     for setting in ("max_length", *(["max_new_tokens"] if config.predict_with_generate and not continues else [])):
         length = getattr(config, setting)
         if positions is not None and 0 < positions < length:
-            raise UserError(f"{setting}: {length} is more than the model's {positions} positions")
+            line = f"{setting}: {length} is more than the model's {positions} positions"
+            raise UserError(f"{line}; write {positions} or less")
 
 
 def padded(sequences: Sequence[array[int]], pad_token_id: int, left: bool = False) -> dict[str, Tensor]:
