@@ -161,6 +161,20 @@ def test_validation_rows_are_no_test() -> None:
         load_comparison(comparison_file("quickstart"), ["test_data=builtin:quickstart/validation.jsonl"])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "noted"),
+    [
+        (["methods.bilora.target_modules=[q_proj]"], True),
+        (["methods.bilora.target_modules=[q_proj]", "comparison.sharpness_radius=null"], False),
+        (["target_modules=[q_proj]"], False),
+        (["target_modules={choice: [all-linear, q_proj]}"], True),
+    ],
+)
+def test_sharpness_in_other_weights_is_noted(overrides: list[str], noted: bool, tmp_path: Path) -> None:
+    line = "target_modules: entries differ in them, so the sharpness of each is in other weights: do not compare it"
+    assert (line in read(tmp_path, *overrides).notes) is noted
+
+
 def test_few_seeds_are_noted(tmp_path: Path) -> None:
     assert any("of 3 little can be told" in note for note in read(tmp_path, "comparison.seeds=3").notes)
     assert read(tmp_path).notes == ()

@@ -176,6 +176,7 @@ def checked_comparison(
     }
     _check_read(path, sections["trial"], given, spaces, entries)
     notes = [f"{entry}: {note}" for entry, space in spaces.items() for note in space.notes]
+    notes += _of_sharpness(config, spaces)
     if config.seeds < FEW_SEEDS:
         notes.append(f"seeds: of {config.seeds} little can be told; {FEW_SEEDS} or more tell apart what differs much")
     return Comparison(path, config, spaces, tuple(notes))
@@ -331,6 +332,16 @@ def _check_read(
         own = [entry for entry in readers if key in {**entries[entry], **given.get(f"methods.{entry}", {})}]
         if key in told and own == readers:
             raise UserError(f"{where}.{key}: {', '.join(own)} have their own; write methods.{own[0]}.{key}")
+
+
+def _of_sharpness(config: ComparisonConfig, spaces: Mapping[str, Space]) -> Iterator[str]:
+    """A line where the sharpness of one entry could not be compared with another's."""
+    firsts = {entry: space.first_config() for entry, space in spaces.items()}
+    # Of a whole model it is measured in the weights that the others adapt.
+    adapted = {repr(one.target_modules) for one in firsts.values() if not one.leaves_model}
+    varied = any("target_modules" in space.varied for space in spaces.values())
+    if config.sharpness_radius is not None and (varied or len(adapted) > 1):
+        yield "target_modules: entries differ in them, so the sharpness of each is in other weights: do not compare it"
 
 
 def _is_drawn(key: str, value: Any) -> bool:
