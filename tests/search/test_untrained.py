@@ -151,6 +151,7 @@ def test_a_setting_that_is_new_since_the_comparison_leaves_the_baseline_what_it_
     older = {key: value for key, value in compared["settings"].items() if key != "system_prompt"}
     study.study.set_user_attr(COMPARED, {**compared, "settings": older})
     assert load_study(layout, "s").baseline_of_best() == BASELINE
+    assert to_compare(study) is None  # nothing is measured anew for it
 
 
 def _best_of(study: SearchStudy, first: int) -> int:

@@ -218,11 +218,15 @@ class StudyView:
 
     def baseline_of(self, config: TrialConfig) -> dict[str, Any] | None:
         """The baseline of a trial with these settings, whose base model or rows may be others than the winner's."""
+        return self.baseline() if self.has_measured(config) else None
+
+    def has_measured(self, config: TrialConfig) -> bool:
+        """Whether what it knows without training is that of a trial with these settings."""
         measured = self.study.user_attrs.get(COMPARED, {}).get("settings")
         if measured is None:
-            return None
+            return False
         then, now = completed(TrialConfig, measured), decisive(config)
-        return self.baseline() if {key: then[key] for key in now} == now else None
+        return {key: then[key] for key in now} == now
 
     def baseline_of_best(self) -> dict[str, Any] | None:
         """As `baseline_of`, of the best trial: of one with another base nothing is said beside it."""

@@ -61,8 +61,7 @@ def to_compare(study: StudyView) -> Asked | None:
     if winner is None or winner.adapter is None or not winner.adapter.is_dir():
         return None
     compared, there = searched.study.user_attrs.get(COMPARED, {}), searched.baseline() is not None
-    config = runs.config(winner.number)
-    measured = not there or compared.get("settings") != decisive(config)
+    measured = not there or not searched.has_measured(runs.config(winner.number))
     asked = Asked(searched, runs, winner, winner.adapter, measured)
     same = all(compared.get(key) == value for key, value in asked.key.items())
     return None if same and not measured and searched.examples() else asked
