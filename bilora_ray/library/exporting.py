@@ -21,13 +21,11 @@ class Meant:
     """The trial that a name and a number mean.
 
     Attributes:
-        searched: the study of the name.
-        study: that of the trial: of a search with finalists it may be theirs.
+        study: the trial's: of a search with finalists it may be theirs.
         record: the trial.
         notes: what there is to say of the choice.
     """
 
-    searched: StudyView
     study: StudyView
     record: TrialRecord
     notes: Sequence[str] = ()
@@ -97,9 +95,9 @@ def meant(layout: Layout, study: str, number: int | None, prefer: str | None = N
             refuse_trained_anew(found)
         finals = finals_of(found) if number is None and prefer is None else None
         if finals is not None and finals.winner is not None:
-            return Meant(found, finals.study, finals.winner)
+            return Meant(finals.study, finals.winner)
         notes = [] if finals is None else ["the best single run is taken, for its finalists are not all trained"]
-        return Meant(found, found, found.chosen(number, prefer), notes)
+        return Meant(found, found.chosen(number, prefer), notes)
 
 
 def choose(layout: Layout, study: str, number: int | None, prefer: str | None = None) -> Chosen:
@@ -113,13 +111,13 @@ def choose(layout: Layout, study: str, number: int | None, prefer: str | None = 
     have_home()
     one = meant(layout, study, number, prefer)
     with naming_the_database(layout, then=""):
-        baseline = one.searched.baseline_of(one.study.config(one.record.number))
+        origin = one.study.origin(one.record)
     return Chosen(
         one.study.space.study.name,
         one.record,
         _adapter_of(one.study, one.record),
         [objective.metric for objective in one.study.objectives],
-        one.study.origin(one.record) | ({"baseline": baseline} if baseline else {}),
+        origin,
         one.notes,
     )
 

@@ -172,8 +172,9 @@ def test_with_finalists_the_winner_of_those_is_compared(layout: Layout) -> None:
     assert load_study(layout, "s").examples() == EXAMPLES
     assert to_compare(trained) is None
     assert told(layout) == {"show": True, "JSON": BASELINE, "MLflow": True, "page": BASELINE}
-    # The finalists' own study says nothing beside it.
+    # The finalists' own study says nothing beside it, but on the card of what is taken.
     assert trained.baseline() is None
+    assert trained.origin(finals.winner)["baseline"] == BASELINE
 
 
 def test_where_no_trial_is_complete_or_its_adapter_is_gone_nothing_is_asked(layout: Layout) -> None:

@@ -212,7 +212,7 @@ class StudyView:
 
     def origin(self, record: TrialRecord) -> dict[str, Any]:
         """What the card and the recipe of a trial's adapter say of where it comes from, and of what it is worth."""
-        metric, baseline = self.objective.metric, self.baseline_of(self.config(record.number))
+        metric, baseline = self.objective.metric, self._judge().baseline_of(self.config(record.number))
         known = {"study": self.space.study.name, "trial": record.number, metric: record.value, **record.values}
         return {**known, **({"baseline": baseline} if baseline else {})}
 
@@ -274,6 +274,13 @@ class StudyView:
         return importances_of(
             judged, self.space.distributions, lambda sampled: self.space.trial_config(sampled).step_rows(workers)
         )
+
+    def _judge(self) -> StudyView:
+        """The study that knows what its trials are compared with: of finalists their search."""
+        search = search_of(self.study)
+        if search is None:
+            return self
+        return StudyView(optuna.load_study(study_name=search, storage=self.study._storage), self.space, self.layout)
 
     def _best_by(self, metric: str, records: Sequence[TrialRecord]) -> TrialRecord | None:
         objectives = {one.metric: one for one in self.objectives}
