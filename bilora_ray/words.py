@@ -109,3 +109,12 @@ def stops(records: Sequence[TrialRecord]) -> Iterator[str]:
         first, last = (amount_of(unit, amount) for amount in (min(amounts), max(amounts)))
         which = f"{first} at the earliest, {last} at the latest" if first != last else first
         yield f"{status.capitalize()}: {len(amounts)}, after {which}"
+
+
+def finite(value: Any) -> Any:
+    """`value`, a JSON value, with null in the place of infinity and NaN."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

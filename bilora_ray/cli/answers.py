@@ -15,11 +15,11 @@ from typing import IO, TYPE_CHECKING, Any
 import click
 
 from bilora_ray.cli.choices import Choices
-from bilora_ray.cli.options import absolute, finite, print_json
+from bilora_ray.cli.options import absolute, print_json
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError, first_line
 from bilora_ray.files import atomic_file
-from bilora_ray.words import duration
+from bilora_ray.words import duration, finite
 
 if TYPE_CHECKING:
     from bilora_ray.training.data.sources import Record

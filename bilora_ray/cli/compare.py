@@ -12,7 +12,6 @@ from click.shell_completion import CompletionItem
 
 from bilora_ray.cli.options import (
     absolute,
-    finite,
     insecure_option,
     leaving_to_go_on,
     mlflow_option,
@@ -23,7 +22,7 @@ from bilora_ray.cli.options import (
 )
 from bilora_ray.cli.progress import SearchProgress
 from bilora_ray.cli.waiting import waiting
-from bilora_ray.errors import UserError
+from bilora_ray.errors import MachineError, UserError, first_line
 from bilora_ray.library.asked import Asked
 from bilora_ray.library.comparing import Checks, check_comparison, comparison_of, rehearse, run_comparison
 from bilora_ray.search.comparing.file import Comparison
@@ -126,20 +125,37 @@ def command(
 
 def _print_plan(checks: Checks, rehearsal: Rehearsal) -> None:
     comparison, config = checks.comparison, checks.comparison.config
-    click.echo(f"Comparison '{comparison.name}' would tune, with {config.tune} trials each,")
+    more = checks.asked.extend
+    if more is None:
+        click.echo(f"Comparison '{comparison.name}' would tune, with {config.tune} trials each,")
+    else:
+        added = f"{more} seeds more than its {checks.seeds}, each with its best settings:"
+        click.echo(f"Comparison '{comparison.name}' has tuned, and would train on {added}")
     for entry, space in comparison.spaces.items():
         baseline = ", the baseline" if entry == comparison.baseline else ""
         click.echo(f"  {entry} ({space.fixed['method']}{baseline}) over")
         for name, part in space.parts.items():
             click.echo(f"    {setting_of(name):<26} {part}")
-    trainings = config.tune * len(comparison.spaces), config.seeds * len(comparison.spaces)
-    click.echo(f"then train each on {config.seeds} fresh seeds and score it once, at equal {config.budget}:")
-    click.echo(f"{trainings[0]} + {trainings[1]} trainings.")
+    count = len(comparison.spaces)
+    if more is None:
+        click.echo(f"then train each on {config.seeds} fresh seeds and score it once, at equal {config.budget}")
+        click.echo(f"({_length(comparison)}): {config.tune * count} + {config.seeds * count} trainings.")
+    else:
+        click.echo(f"at equal {config.budget} ({_length(comparison)}): {more * count} trainings.")
     for split, rows in rehearsal.rows.items():
         click.echo(f"{split} rows: {rows.rows}")
+    if checks.checked.test_rows is not None:
+        click.echo(f"test rows: {checks.checked.test_rows}")
     for line in dict.fromkeys((*comparison.notes, *checks.checked.notes, *rehearsal.notes)):
         click.secho(f"Note: {line}", fg="yellow")
     click.echo("Nothing was started.")
+
+
+def _length(comparison: Comparison) -> str:
+    """How long a training is, in words."""
+    config = comparison.spaces[comparison.baseline].first_config()
+    steps = f"{config.num_train_epochs:g} epochs" if config.max_steps is None else f"{config.max_steps} steps"
+    return steps if comparison.config.budget == "steps" else f"{steps} of {comparison.baseline}, the others as long"
 
 
 def _tell(outcome: Outcome, comparison: Comparison, storage_path: Path, output: str | None) -> None:
@@ -149,11 +165,20 @@ def _tell(outcome: Outcome, comparison: Comparison, storage_path: Path, output: 
         print_json(as_json(outcome))
         return
     if output is not None:
-        import json
-
-        Path(output).write_text(json.dumps(finite(as_json(outcome)), indent=2) + "\n", encoding="utf-8")
+        _write(outcome, Path(output))
     print_outcome(outcome)
     _print_next(comparison, storage_path)
+
+
+def _write(outcome: Outcome, output: Path) -> None:
+    from bilora_ray.files import atomic_file
+    from bilora_ray.search.comparing.told import as_text
+
+    try:
+        with atomic_file(output) as file:
+            file.write(as_text(outcome))
+    except OSError as error:
+        raise MachineError(f"--json {output}: cannot be written ({error.strerror or first_line(error)})") from None
 
 
 def print_outcome(outcome: Outcome) -> None:

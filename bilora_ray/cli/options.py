@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 import shutil
@@ -25,6 +24,7 @@ from bilora_ray.records import TrialRecord
 from bilora_ray.search.space.shipped import shipped, space_file
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.tracking.store import SERVERS
+from bilora_ray.words import finite
 
 if TYPE_CHECKING:
     from bilora_ray.search.study.view import StudyView
@@ -145,15 +145,6 @@ trial_option = click.option("--trial", "number", type=int, metavar="N", help="A 
 def print_json(value: Any) -> None:
     """Print `value` for a script to read. JSON has no infinity and no NaN: they become null."""
     click.echo(json.dumps(finite(value), indent=2, default=str, allow_nan=False))
-
-
-def finite(value: Any) -> Any:
-    """`value`, a JSON value, with null in the place of infinity and NaN."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

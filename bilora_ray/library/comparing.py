@@ -32,11 +32,13 @@ class Checks:
         comparison: with all that its file leaves open.
         asked: how it is to be run.
         checked: what its data say.
+        seeds: on which its runs have begun.
     """
 
     comparison: Comparison
     asked: Asked
     checked: Checked
+    seeds: int = 0
 
 
 def comparison_of(given: ComparisonLike, overrides: Sequence[str], asked: Asked) -> Comparison:
@@ -79,8 +81,8 @@ def check_comparison(comparison: Comparison, asked: Asked) -> Checks:
     for space in spaces.values():
         if is_own(asked.ray_address):
             check_kernels(space, apart=True)
-    check_begun(comparison, asked.layout, checked.digests, asked.goes_on, asked.extend)
-    return Checks(comparison, asked, checked)
+    seeds = check_begun(comparison, asked.layout, checked.digests, asked.goes_on, asked.extend)
+    return Checks(comparison, asked, checked, seeds)
 
 
 def run_comparison(checks: Checks, watch: Watch, say: Callable[[str], None]) -> Outcome:

@@ -68,6 +68,7 @@ class Checked:
         notes: lines about what is allowed and yet seldom meant.
         config: settings of a trial, the first.
         rows: those of that trial.
+        test_rows: how many are scored on once; None where the space names none, or a dry run has not counted them.
     """
 
     digests: dict[str, str]
@@ -75,6 +76,7 @@ class Checked:
     notes: tuple[str, ...]
     config: TrialConfig
     rows: Dataset
+    test_rows: int | None = None
 
 
 def preflight(space: Space, dry_run: bool = False) -> Checked:
@@ -101,8 +103,12 @@ def preflight(space: Space, dry_run: bool = False) -> Checked:
         check_first_rows(other)
     _check_size(space, rows.label_names)
     digests |= _others(space)
-    tested, shared = _tested(config, rows, dry_run) if config.has_test else ({}, ())
-    digests |= tested
+    test = _test_rows(config, rows, dry_run) if config.has_test else None
+    shared, test_rows = tuple[str, ...](), None
+    if test is not None:
+        test_rows = None if test.partial else len(test.validation)
+        digests[source_of(config, "test_data")] = test.digests["validation_data"]
+        shared = tuple(shared_with(test, rows))
     if config.retention_data is not None:
         digests[source_of(config, "retention_data")] = read_retained(config)[1]
     told = (
@@ -115,7 +121,7 @@ def preflight(space: Space, dry_run: bool = False) -> Checked:
         *_new_head(config, rows.label_names),
         *notes(rows, space.with_step(max), space.resources.workers),
     )
-    return Checked(digests, tuple(about(rows, config)), told, config, rows)
+    return Checked(digests, tuple(about(rows, config)), told, config, rows, test_rows)
 
 
 def _idle(space: Space, rows: Dataset) -> Iterator[str]:
@@ -281,14 +287,9 @@ def _by_source(config: TrialConfig, rows: Dataset) -> dict[str, str]:
     return {source_of(config, setting): digest for setting, digest in rows.digests.items()}
 
 
-def _tested(config: TrialConfig, rows: Dataset, dry_run: bool) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The digest of the test data, of which each row is checked; a line about rows that are elsewhere too.
-
-    Raises:
-        UserError: as `preflight`.
-    """
-    found = load_rows(config.on_test().model_copy(update={"label_names": rows.label_names}), beginning=dry_run)
-    return {source_of(config, "test_data"): found.digests["validation_data"]}, tuple(shared_with(found, rows))
+def _test_rows(config: TrialConfig, rows: Dataset, dry_run: bool) -> Dataset:
+    """The test rows, each of which is checked, as validation rows. UserError as `preflight`."""
+    return load_rows(config.on_test().model_copy(update={"label_names": rows.label_names}), beginning=dry_run)
 
 
 def _others(space: Space) -> dict[str, str]:

@@ -261,6 +261,7 @@ def test_a_finished_comparison_starts_nothing_and_says_the_same(tmp_path: Path, 
 
 def test_more_seeds_leave_those_there_were_and_the_look_is_told(tmp_path: Path, after: tuple[World, Outcome]) -> None:
     world, first = after
+    assert check_begun(read(tmp_path), world.layout, {}, True, 2) == 5
     more = world.compare(read(tmp_path), more=2)
     assert len(more.seeds) == 7
     assert more.seeds[:5] == first.seeds

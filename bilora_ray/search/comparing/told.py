@@ -12,6 +12,7 @@ from bilora_ray.evidence.outcome import Outcome, as_json
 from bilora_ray.files import atomic_file, atomic_folder
 from bilora_ray.search.session import tell_result
 from bilora_ray.search.study.view import StudyView
+from bilora_ray.words import finite
 
 logger = logging.getLogger(__name__)
 FOLDER, TEXT, PICTURE = "comparison", "comparison.json", "comparison.png"
@@ -32,7 +33,7 @@ def tell_outcome(outcome: Outcome, runs: StudyView, mlflow_uri: str | None, say:
         The folder.
     """
     folder = runs.layout.study(runs.space.study.name) / FOLDER
-    text = json.dumps(as_json(outcome), indent=2) + "\n"
+    text = as_text(outcome)
     if not (folder / TEXT).is_file() or (folder / TEXT).read_text(encoding="utf-8") != text:
         with atomic_folder(folder) as unfinished:
             with atomic_file(unfinished / TEXT) as file:
@@ -40,6 +41,11 @@ def tell_outcome(outcome: Outcome, runs: StudyView, mlflow_uri: str | None, say:
             _draw(outcome, unfinished / PICTURE, say)
     tell_result(runs, mlflow_uri, dict(_metrics(outcome)), say, files=sorted(folder.iterdir()))
     return folder
+
+
+def as_text(outcome: Outcome) -> str:
+    """The outcome as the text of a JSON file."""
+    return json.dumps(finite(as_json(outcome)), indent=2) + "\n"
 
 
 def _draw(outcome: Outcome, file: Path, say: Callable[[str], None]) -> None:
