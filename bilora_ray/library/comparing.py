@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bilora_ray.library.asked import Asked
-from bilora_ray.library.searching import Watch
 from bilora_ray.paths import have_home
 from bilora_ray.search.comparing.file import Comparison, checked_comparison, load_comparison, sections_of
 from bilora_ray.search.space.shipped import comparison_file
@@ -16,6 +15,7 @@ from bilora_ray.search.space.shipped import comparison_file
 if TYPE_CHECKING:
     from bilora_ray.evidence.outcome import Outcome
     from bilora_ray.search.preflight import Checked
+    from bilora_ray.search.session import Watch
     from bilora_ray.training.rehearsal import Rehearsal
 
 # A comparison file, the name of one that ships, or what one holds.

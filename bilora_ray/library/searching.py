@@ -5,31 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from bilora_ray.errors import UserError
 from bilora_ray.library.asked import Asked
 from bilora_ray.library.spaces import SpaceLike, space_to_search
 from bilora_ray.paths import have_home
-from bilora_ray.records import Objective
 from bilora_ray.search.space import Space
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.settings import FACTS
 
 if TYPE_CHECKING:
     from bilora_ray.search.preflight import Checked
-    from bilora_ray.search.session import Watcher
+    from bilora_ray.search.session import Watch
     from bilora_ray.search.study.study import SearchStudy
     from bilora_ray.training.rehearsal import Rehearsal
-
-
-class Watch(Protocol):
-    """Makes who shows a search to a person."""
-
-    def __call__(
-        self, num_trials: int, objective: Objective, notes: Sequence[str] = (), labels: Sequence[str] = ()
-    ) -> Watcher:
-        """Of how many trials, what they are judged by, and lines to show as the first one starts."""
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from bilora_ray.search.study.layout import Layout
 from bilora_ray.settings import non_default
 
 if TYPE_CHECKING:
-    from bilora_ray.library.searching import Watch
     from bilora_ray.search.preflight import Checked
+    from bilora_ray.search.session import Watch
     from bilora_ray.search.study.study import SearchStudy
     from bilora_ray.search.study.view import StudyView
 

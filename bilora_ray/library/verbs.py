@@ -14,7 +14,7 @@ from bilora_ray.library.arguments import checked
 from bilora_ray.library.asked import Asked
 from bilora_ray.library.comparing import ComparisonLike, check_comparison, comparison_of, run_comparison
 from bilora_ray.library.exporting import check_new
-from bilora_ray.library.searching import Watch, check_search, is_counted, run_search, space_of
+from bilora_ray.library.searching import check_search, is_counted, run_search, space_of
 from bilora_ray.library.spaces import SpaceLike, as_overrides, of_settings
 from bilora_ray.library.study import Study
 from bilora_ray.library.surroundings import left_as_found
@@ -25,6 +25,7 @@ from bilora_ray.search.study.layout import Layout
 if TYPE_CHECKING:
     from bilora_ray.evidence.outcome import Outcome
     from bilora_ray.records import Moving, Objective, TrialRecord
+    from bilora_ray.search.session import Watch
 
 
 @checked

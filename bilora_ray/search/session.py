@@ -15,7 +15,7 @@ from bilora_ray.addresses import masked
 from bilora_ray.digests import of_data
 from bilora_ray.errors import GO_ON, MachineError, UserError, first_line
 from bilora_ray.files import locked
-from bilora_ray.records import Moving, Observer, Served, Status, TrialRecord
+from bilora_ray.records import Moving, Objective, Observer, Served, Status, TrialRecord
 from bilora_ray.search.readiness.machine import in_words as machine
 from bilora_ray.search.space import FINALISTS_OF, Space, setting_of
 from bilora_ray.search.study.control.finalists import winner_of
@@ -57,6 +57,20 @@ class Watcher(Observer, Protocol):
 
     def trial_moves(self, number: int, moving: Moving) -> None:
         """Show what a trial does between its evaluations; from any thread, often."""
+
+
+class Watch(Protocol):
+    """Makes who shows a study to a person."""
+
+    def __call__(
+        self,
+        num_trials: int,
+        objective: Objective,
+        notes: Sequence[str] = (),
+        labels: Sequence[str] = (),
+        has_best: bool = True,
+    ) -> Watcher:
+        """Of how many trials, what they are judged by, lines to show as the first one starts, whether one is best."""
 
 
 class Observers:

@@ -8,21 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
 
 from bilora_ray.config import TEST_SETTINGS
 from bilora_ray.errors import CommonCause, MachineError, UserError, first_line
-from bilora_ray.records import Objective, Status, TrialRecord
+from bilora_ray.records import Status, TrialRecord
 from bilora_ray.runners.scoring import Scorer
 from bilora_ray.search.cluster.cluster import is_own
 from bilora_ray.search.cluster.gpus import decided
 from bilora_ray.search.comparing.file import STEPS, Comparison, tuned_without_test
 from bilora_ray.search.comparing.steps import measured_steps, with_steps
 from bilora_ray.search.run import at_once, joined, search
-from bilora_ray.search.session import Watcher
+from bilora_ray.search.session import Watch
 from bilora_ray.search.space import Space, setting_of
 from bilora_ray.search.study.control.comparisons import (
     COMPARISON,
@@ -44,20 +44,6 @@ from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.storage import naming_the_database, running_study
 from bilora_ray.search.study.studies import check_study, load_study
 from bilora_ray.search.study.view import StudyView
-
-
-class Watch(Protocol):
-    """Makes who shows a study to a person."""
-
-    def __call__(
-        self,
-        num_trials: int,
-        objective: Objective,
-        notes: Sequence[str] = (),
-        labels: Sequence[str] = (),
-        has_best: bool = True,
-    ) -> Watcher:
-        """Of how many trials, what they are judged by, lines to show as the first one starts, whether one is best."""
 
 
 @dataclass(frozen=True)
