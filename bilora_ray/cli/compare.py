@@ -133,8 +133,8 @@ def _print_plan(checks: Checks, rehearsal: Rehearsal) -> None:
         click.echo(f"Comparison '{comparison.name}' has tuned, and would train on {added}")
     for entry, space in comparison.spaces.items():
         baseline = ", the baseline" if entry == comparison.baseline else ""
-        click.echo(f"  {entry} ({space.fixed['method']}{baseline}) over")
-        for name, part in space.parts.items():
+        click.echo(f"  {entry} ({space.fixed['method']}{baseline}){' over' if more is None else ''}")
+        for name, part in space.parts.items() if more is None else ():
             click.echo(f"    {setting_of(name):<26} {part}")
     count = len(comparison.spaces)
     if more is None:

@@ -83,3 +83,4 @@ def test_a_plan_of_more_seeds_says_how_many_and_no_more(tmp_path: Path, capsys: 
     assert "has tuned, and would train on 5 seeds more than its 4, each with its best settings:" in plan
     assert "at equal steps (60 steps): 30 trainings." in plan
     assert "would tune" not in plan
+    assert "\n  lora (lora, the baseline)\n  lora-sam (lora-sam)\n" in plan
