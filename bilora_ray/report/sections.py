@@ -102,12 +102,18 @@ class Section:
     Attributes:
         key: of its anchor.
         title: its heading.
-        blocks: what a study shows in it; nothing, where there is nothing to show.
+        drawn: what a study shows in it.
+        of_search: whether it shows what a search has tried.
     """
 
     key: str
     title: str
-    blocks: Callable[[Found], Iterable[Block]]
+    drawn: Callable[[Found], Iterable[Block]]
+    of_search: bool = False
+
+    def blocks(self, found: Found) -> Iterable[Block]:
+        """What a study shows in it; nothing, where there is nothing to show."""
+        return () if self.of_search and found.trains_anew else self.drawn(found)
 
 
 @dataclass(frozen=True)
@@ -249,7 +255,7 @@ def _finalists(found: Found) -> Iterator[Block]:
 
 def _importances(found: Found) -> Iterator[Block]:
     told = found.importances
-    if not found.space.distributions or found.trains_anew:
+    if not found.space.distributions:
         return
     if (chart := charts.importances(found)) is not None:
         others = [key for key in found.space.distributions if key not in told.shares]
@@ -371,12 +377,12 @@ def _commands(found: Found) -> Iterator[Block]:
 
 SECTIONS = (
     Section("trials", "Trials", _leaderboard),
-    Section("history", "Search history", _history),
+    Section("history", "Search history", _history, of_search=True),
     Section("finalists", "Finalists", _finalists),
-    Section("mattered", "What mattered", _importances),
-    Section("slices", "Each setting", _slices),
-    Section("maps", "Pairs of settings", _maps),
-    Section("parallel", "All settings", _parallel),
+    Section("mattered", "What mattered", _importances, of_search=True),
+    Section("slices", "Each setting", _slices, of_search=True),
+    Section("maps", "Pairs of settings", _maps, of_search=True),
+    Section("parallel", "All settings", _parallel, of_search=True),
     Section("curves", "Learning curves", _curves),
     Section("front", "Pareto front", _front),
     Section("flatness", "Auxiliary and sharpness", _watched),

@@ -24,7 +24,7 @@ from bilora_ray.search.study.layout import WAIT_S, Layout
 from bilora_ray.search.study.storage import is_database, naming_the_database, study_names
 from bilora_ray.search.study.studies import delete_study, open_study
 from bilora_ray.search.study.study import SearchStudy
-from bilora_ray.search.study.view import StudyView, comparison_of, search_of
+from bilora_ray.search.study.view import StudyView, compared_in, comparison_of, search_of
 from bilora_ray.search.study.warm_start import in_words
 from bilora_ray.tracking.mlflow_tracker import BackgroundTracker, MlflowTracker, add_to_study, default_uri
 from bilora_ray.tracking.models import Candidate, candidate
@@ -188,7 +188,10 @@ def told_of(study: StudyView) -> list[str]:
     if search is not None:
         told.append(f"These are the finalists of study '{search}', trained anew on fresh seeds")
     if (comparison := comparison_of(study.study)) is not None:
-        told.append(f"A part of comparison '{comparison}', whose outcome is in the run of its runs")
+        if compared_in(study.study) is not None:
+            told.append(f"These are the runs of comparison '{comparison}': its outcome is among metrics and artifacts")
+        else:
+            told.append(f"A part of comparison '{comparison}', whose outcome is in the run of its runs")
     line = baseline_line(study.baseline_of_best() or {}, study.objective.metric)
     if line is not None:
         told.append(line)

@@ -462,6 +462,9 @@ def test_the_runs_are_shown_as_those_of_a_comparison(after: tuple[World, Outcome
     assert "These are the runs of comparison &#39;c&#39;, of which none is the best" in text
     assert "bilora-ray compare FILE.yaml" in text
     assert "bilora-ray tune" not in text
+    assert "Search history" not in text
+    assert "Pairs of settings" not in text
+    assert "Learning curves" in text
     assert "Best: trial" in typed(world, "show", "c-tune-lora").stdout
 
 
@@ -470,6 +473,9 @@ def test_mlflow_is_handed_no_adapter_of_the_runs(after: tuple[World, Outcome]) -
     assert runs.best() is None
     assert session.served_of(runs, runs.best()) is None
     assert to_compare(runs) is None
+    assert session.told_of(runs) == [
+        "These are the runs of comparison 'c': its outcome is among metrics and artifacts",
+    ]
 
 
 def typed(world: World, *words: str) -> Result:
