@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from bilora_ray.runners.scoring import score
 from bilora_ray.training import model as models
 from bilora_ray.training.evaluate import evaluate, load_adapted
 from bilora_ray.training.folder import TrialFolder
-from bilora_ray.training.probe.retention import forgetting
+from bilora_ray.training.probe.retention import forgetting, forgetting_whole
 from bilora_ray.training.rows import read_retained
 
 TEXTS = ("the sky is blue and the grass is green", "a cat", "", "one two three four five six seven eight nine ten")
@@ -116,27 +119,64 @@ def test_a_model_that_was_trained_whole_is_compared_with_its_base(tiny: Tiny, tm
     assert abs(after - before) > 1e-3
 
 
-def test_the_base_of_whole_models_is_read_once(
-    tiny: Tiny, tmp_path: Path, texts: str, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def bases(monkeypatch: pytest.MonkeyPatch) -> list[weakref.ref[Any]]:
+    """The models that are loaded from now on."""
+    loaded, load = list[weakref.ref[Any]](), models.load_base
+
+    def noted(*arguments: Any) -> Any:
+        model, fresh = load(*arguments)
+        loaded.append(weakref.ref(model))
+        return model, fresh
+
+    monkeypatch.setattr(models, "load_base", noted)
+    monkeypatch.setattr("bilora_ray.training.probe.retention._of_base", {})
+    return loaded
+
+
+def untrained(config: TrialConfig) -> tuple[Any, TrialConfig, Any]:
+    """What `forgetting_whole` takes, of a model that has learned nothing."""
+    processor = models.load_processor(config)
+    return models.load_base(config, processor, None)[0], config, processor
+
+
+def test_the_base_of_whole_models_is_read_once(tiny: Tiny, texts: str, bases: list[weakref.ref[Any]]) -> None:
+    config = tiny.config("causal-lm", method="full", retention_data=texts)
+    others = {"seed": 3, "split_seed": 1, "per_device_eval_batch_size": 1, "learning_rate": 0.5}
+    for update in ({}, others):
+        told = forgetting_whole(*untrained(config.model_copy(update=update)))
+        assert told["forgetting"] == pytest.approx(0, abs=1e-6)
+    assert len(bases) == 3  # two that were measured, and one base
+
+
+def test_texts_or_a_base_that_have_changed_are_read_anew(
+    tiny: Tiny, tmp_path: Path, bases: list[weakref.ref[Any]]
 ) -> None:
-    loaded, load = list[str](), models.load_base
+    copy, named = tmp_path / "base", tmp_path / "named.jsonl"
+    shutil.copytree(tiny.model("causal-lm"), copy)
+    config = tiny.config("causal-lm", method="full", model_name_or_path=str(copy), retention_data=str(named))
+    for text in TEXTS[:1], TEXTS[3:]:
+        write_rows(named, [{"text": one} for one in text])
+        assert forgetting_whole(*untrained(config))["forgetting"] == 0
+    shorter = config.model_copy(update={"max_length": 5})
+    assert forgetting_whole(*untrained(shorter))["forgetting"] == 0
+    model, _, _ = untrained(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    model.save_pretrained(copy)
+    assert forgetting_whole(*untrained(config))["forgetting"] == 0
 
-    def counted(config: TrialConfig, *rest: Any) -> Any:
-        loaded.append(config.model_name_or_path)
-        return load(config, *rest)
 
-    monkeypatch.setattr(models, "load_base", counted)
-    test = {"test_data": str(tiny.folder / "texts-validation.jsonl"), "retention_data": texts, "split_seed": 1}
-    configs = [
-        tiny.config("causal-lm", method="full", learning_rate=10**-seed, seed=seed, max_steps=1) for seed in (3, 4)
-    ]
-    for config in configs:
-        run_fit(config, tmp_path / str(config.seed))
-    loaded.clear()
-    for config in configs:
-        left = TrialFolder(tmp_path / str(config.seed)).best_adapter()
-        assert score(str(left), {**config.model_dump(), **test}).keys() >= {"forgetting"}
-    assert loaded.count(configs[0].model_name_or_path) == 1
+def test_a_base_is_gone_once_it_was_read(tiny: Tiny, texts: str, bases: list[weakref.ref[Any]]) -> None:
+    config = tiny.config("causal-lm", method="full", retention_data=texts)
+    gc.collect()
+    gc.disable()
+    try:
+        forgetting_whole(*untrained(config))
+        assert [base() for base in bases[1:]] == [None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

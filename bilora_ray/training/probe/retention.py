@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from functools import lru_cache
 
 import torch
 from peft import PeftModel
@@ -12,12 +11,16 @@ from transformers import PreTrainedTokenizerBase
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import UserError
-from bilora_ray.settings import deciding
 from bilora_ray.training import model as models
+from bilora_ray.training.compute.bases import Key, key_of
+from bilora_ray.training.compute.memory import release
 from bilora_ray.training.evaluate import evaluate
 from bilora_ray.training.metrics import IGNORED
 from bilora_ray.training.rows import read_retained
 from bilora_ray.training.tasks.base import Example, Model
+
+# The loss of one base model at the most, by what decides it: a process scores many models that were trained from one.
+_of_base: dict[Key, float] = {}
 
 
 def forgetting(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> dict[str, float]:
@@ -37,9 +40,10 @@ def forgetting(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizer
     """
     if config.retention_data is None or not isinstance(model, PeftModel):
         return {}
-    after = _loss(model, config, tokenizer)
+    texts, _ = read_retained(config)
+    after = _loss(model, texts, config, tokenizer)
     with model.disable_adapter():
-        before = _loss(model, config, tokenizer)
+        before = _loss(model, texts, config, tokenizer)
     return {"forgetting": after - before, "retention_loss": after}
 
 
@@ -56,22 +60,30 @@ def forgetting_whole(model: Model, config: TrialConfig, tokenizer: PreTrainedTok
     """
     if config.retention_data is None:
         return {}
-    after = _loss(model, config, tokenizer)
+    texts, _ = read_retained(config)
+    after = _loss(model, texts, config, tokenizer)
     nn.Module.to(model, torch.device("meta"))
-    trained = {key: TrialConfig.model_fields[key].default for key in deciding("training", "training rows")}
-    before = _loss_of_base(config.model_copy(update={**trained, "seed": 0}))
+    release()
+    before = _loss_of_base(texts, config)
+    release()  # the base is in a circle, and the next model may be as large
     return {"forgetting": after - before, "retention_loss": after}
 
 
-@lru_cache(maxsize=1)
-def _loss_of_base(config: TrialConfig) -> float:
-    """Of the base model alone: a process scores many models that were trained from one."""
+def _loss_of_base(texts: list[str], config: TrialConfig) -> float:
+    config = config.model_copy(update={"seed": 0})  # what a base has no weights for is the same for all trained from it
+    base = key_of(config, None, None, models.device())
+    key = (base, config.max_length, *texts)
+    if base is not None and key in _of_base:
+        return _of_base[key]
     processor = models.load_processor(config)
-    return _loss(models.load_base(config, processor, None)[0], config, processor)
+    loss = _loss(models.load_base(config, processor, None)[0], texts, config, processor)
+    _of_base.clear()
+    if base is not None:
+        _of_base[key] = loss
+    return loss
 
 
-def _loss(model: Model, config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> float:
-    texts, _ = read_retained(config)
+def _loss(model: Model, texts: list[str], config: TrialConfig, tokenizer: PreTrainedTokenizerBase) -> float:
     # The loss is all that is asked: nothing is written, and no gradient is looked at.
     plain = config.model_copy(update={"predict_with_generate": False, "sharpness_radius": None, "metric": "eval_loss"})
     return evaluate(model, _examples(texts, config, tokenizer), plain, tokenizer)["eval_loss"]
