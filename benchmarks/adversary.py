@@ -43,7 +43,7 @@ def contenders(name: str, arguments: argparse.Namespace, device: torch.device) -
 
 
 def _pass(model: PeftModel, batch: dict[str, Tensor]) -> Pass:
-    return Pass(lambda: model(**batch).loss)
+    return Pass(lambda: model(**batch).loss, 1, len(batch["input_ids"]))
 
 
 def main() -> None:

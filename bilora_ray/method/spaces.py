@@ -45,12 +45,12 @@ class Pass:
     Attributes:
         loss: computes their mean loss, a scalar, anew at each call. It is the same in each, so nothing is drawn.
         weight: how many predictions that is the mean of: the loss of several passes is the weighted mean.
-        rows: how many it has.
+        rows: how many it has, by which a batch counts among others.
     """
 
     loss: Callable[[], Tensor]
-    weight: float = 1.0
-    rows: int = 1
+    weight: float
+    rows: int
 
 
 class Space(ABC):

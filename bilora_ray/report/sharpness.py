@@ -12,7 +12,7 @@ from bilora_ray.training.probe.sharpness import Flatness
 
 COLOURS = {"full_space": BLUE, "lora_space": ORANGE}
 TITLES = {"full_space": "full space", "lora_space": "LoRA space"}
-ALL_ROWS, EACH_BATCH = "all rows together", "each batch by itself, mean"
+ALL_ROWS, EACH_BATCH = "all rows together", "each batch by itself, mean by rows"
 WIDTH, HEIGHT = 340, 260
 LEGEND = {
     "orient": "bottom",

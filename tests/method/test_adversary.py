@@ -67,7 +67,7 @@ class Case:
             found: Tensor = self.model(**batch).loss
             return found
 
-        return Pass(loss, len(batch["x"]))
+        return Pass(loss, len(batch["x"]), len(batch["x"]))
 
     def asked(self, radius: float | None = RHO) -> Perturb:
         return of_auxiliary(self.space, radius)
@@ -268,7 +268,7 @@ def test_before_the_first_step_there_is_no_direction_yet() -> None:
     model, batch = primary_model("mlp", torch.float64)
     randomize(model)
     attach_auxiliary(model, 3)  # with B2 = 0
-    space, one = FullSpace(model), [Pass(lambda: model(**batch).loss)]
+    space, one = FullSpace(model), [Pass(lambda: model(**batch).loss, 1, len(batch["x"]))]
     told = adversity(space, Batches(one, one, one), of_auxiliary(space, RHO))
     assert "auxiliary_cosine" not in told
     assert (told["auxiliary_norm"], told["captured_sharpness"]) == (0, pytest.approx(0, abs=1e-9))

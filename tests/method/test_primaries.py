@@ -49,7 +49,8 @@ def begun(model: PeftModel, batch: Batch, kind: str, name: str = "lora", **setti
     if kind == "pissa":
         begin(model, principal_starts(model))
     if kind == "lora-ga":
-        begin(model, gradient_starts(model, FullSpace(model).gradient([Pass(lambda: model(**batch).loss)])))
+        rows = [Pass(lambda: model(**batch).loss, 1, len(next(iter(batch.values()))))]
+        begin(model, gradient_starts(model, FullSpace(model).gradient(rows)))
     keep_start(model)
     return optimizer
 

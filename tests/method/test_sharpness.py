@@ -162,9 +162,15 @@ def planted(scaling: float = 1.0) -> tuple[PeftModel, Tensor]:
     return model, curvatures
 
 
+def test_a_pass_whose_rows_are_not_told_is_none() -> None:
+    # It would count for as much as any other in a mean over batches.
+    with pytest.raises(TypeError, match="rows"):
+        Pass(torch.zeros, 1.0)  # type: ignore[call-arg]
+
+
 def test_a_planted_quadratic_is_found() -> None:
     model, curvatures = planted()
-    space, rows = FullSpace(model), [Pass(model)]
+    space, rows = FullSpace(model), [Pass(model, 1, 1)]
     found = top_eigenvalue(space, rows, tolerance=1e-9)
     assert found.value == pytest.approx(curvatures.max().item(), rel=1e-8)
     assert found.products <= 5  # there are four different eigenvalues
@@ -177,18 +183,18 @@ def test_a_planted_quadratic_is_found() -> None:
 
 def test_both_spaces_agree_where_an_adapter_reaches_all_of_the_weights() -> None:
     model, _ = planted()
-    full, lora, rows = FullSpace(model), LoraSpace(model), [Pass(model)]
+    full, lora, rows = FullSpace(model), LoraSpace(model), [Pass(model, 1, 1)]
     assert adversarial_rises(lora, rows, RADII) == pytest.approx(adversarial_rises(full, rows, RADII), rel=1e-9)
     # Of a scaled adapter a step moves the weights by as much more.
     twice, _ = planted(scaling=2.0)
-    half, rows = [radius / 2 for radius in RADII], [Pass(twice)]
+    half, rows = [radius / 2 for radius in RADII], [Pass(twice, 1, 1)]
     found = adversarial_rises(LoraSpace(twice), rows, half)
     assert found == pytest.approx(adversarial_rises(FullSpace(twice), rows, RADII), rel=1e-9)
 
 
 def test_where_there_is_no_gradient_there_is_no_rise() -> None:
     model, _ = planted()
-    flatness = [Pass(lambda: model() * 0.0)]
+    flatness = [Pass(lambda: model() * 0.0, 1, 1)]
     assert adversarial_rises(FullSpace(model), flatness, RADII) == [0.0, 0.0, 0.0]
     assert top_eigenvalue(FullSpace(model), flatness).value == 0.0
 
@@ -224,7 +230,7 @@ def test_the_model_is_what_it_was_however_it_ends(
         return found
 
     with nullcontext() if error is None else pytest.raises(error):
-        MEASURES[measure](kind(model), [Pass(loss), Pass(loss)])
+        MEASURES[measure](kind(model), [Pass(loss, 1, 1), Pass(loss, 1, 1)])
     assert calls >= 4
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()} == flags
