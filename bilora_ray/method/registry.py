@@ -59,7 +59,10 @@ def build_method(name: str, model: nn.Module, place: Place = stay, **settings: A
     """
     if name not in METHODS:
         raise ValueError(f"unknown method '{name}'; {nearest(name, METHODS)}")
-    missing = [setting for setting in settings_of(name) if setting not in settings]
+    read = settings_of(name)
+    missing = [setting for setting in read if setting not in settings]
     if missing:
         raise TypeError(f"method '{name}' needs {', '.join(missing)}")
+    for unknown in sorted(settings.keys() - set(read)):
+        raise TypeError(f"method '{name}' does not read {unknown}; {nearest(unknown, read)}")
     return METHODS[name](model, place, **settings)

@@ -44,6 +44,19 @@ def test_the_settings_of_a_trial_reach_its_method():
     assert ascent["params"][0].shape[0] == 5
 
 
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("more", ["weight_decy", "rank"])
+def test_a_setting_that_is_not_read_is_refused_before_anything_is_done(name, more):
+    model, _ = primary_model("llama")
+    before = [(key, type(module), vars(module).copy()) for key, module in model.named_modules()]
+    hint = "did you mean 'weight_decay'" if more == "weight_decy" else ""
+    placed = []
+    with pytest.raises(TypeError, match=f"^method '{name}' does not read {more}; {hint}"):
+        build_method(name, model, placed.append, **dict.fromkeys(settings_of(name), 0.1), **{more: 1})
+    assert placed == []
+    assert [(key, type(module), vars(module)) for key, module in model.named_modules()] == before
+
+
 def test_a_new_method_is_one_entry(monkeypatch):
     def build(model, place, *, learning_rate, rho):
         place(model)
