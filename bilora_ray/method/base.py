@@ -41,12 +41,12 @@ class RowClosure(Protocol):
 
 
 class Descent(TypedDict):
-    """The settings of AdamW that all methods share.
+    """The settings of AdamW that all methods share. `build_method` asks for all of them.
 
     Attributes:
         learning_rate: lr.
-        weight_decay: decoupled; 0 if absent.
-        max_grad_norm: limit on the gradient's norm, applied inside `step`; None, or absent: none.
+        weight_decay: decoupled. Who makes an optimizer by its class may leave it out: 0.
+        max_grad_norm: limit on the gradient's norm, applied inside `step`; None: none. It may be left out there too.
     """
 
     learning_rate: float
