@@ -13,7 +13,7 @@ from bilora_ray.cli.options import json_option, print_json, set_option, telling_
 from bilora_ray.cli.tables import in_quotes
 from bilora_ray.cli.waiting import waiting
 from bilora_ray.config import TrialConfig
-from bilora_ray.digests import check_rows, check_template
+from bilora_ray.digests import check_base, check_rows, check_template
 from bilora_ray.errors import UserError
 from bilora_ray.paths import files_of, have_home, locate_here
 from bilora_ray.records import IMPORTING
@@ -24,6 +24,8 @@ from bilora_ray.threads import use_fitting_threads
 if TYPE_CHECKING:
     from bilora_ray.training.tasks.base import Prediction
 
+# What a whole model says nothing of by itself.
+OF_BASE = ("model_name_or_path", "model_revision")
 EPILOG = """\b
 Examples:
   bilora-ray evaluate my-adapter
@@ -46,8 +48,9 @@ def command(
     adapter: Path, data: str | None, base_model: bool, examples: int, overrides: tuple[str, ...], as_json: bool
 ) -> None:
     """Measure the adapter in folder ADAPTER, or a merged model, with the metrics that it was trained with."""
-    config, notes = asked(adapter, data, overrides, base_model)
-    measured = _measured(None if base_model else adapter, config, examples)
+    base, own = (None, overrides) if base_model else _base_of(adapter, overrides)
+    config, notes = asked(adapter, data, own, base_model)
+    measured = _measured(None if base_model else adapter, config, examples, base)
     notes += measured.notes
     if as_json:
         said = {"notes": notes} if notes else {}
@@ -93,6 +96,22 @@ def asked(adapter: Path, data: str | None, overrides: Sequence[str], base_model:
     config = config.model_copy(update={"retention_data": settings.get("retention_data")})
     have_home()
     return config, _compared(config, before, data, "validation_data" in given, base_model)
+
+
+def _base_of(adapter: Path, overrides: Sequence[str]) -> tuple[TrialConfig | None, Sequence[str]]:
+    """Where a whole model is to tell what it has forgotten, the settings of its base, and the `overrides` of its own.
+
+    UserError if its base is not here, or has changed since.
+    """
+    from bilora_ray.recipe import evaluation_config, is_whole, known_of
+
+    settings, _ = _settings(None, overrides)
+    if settings.get("retention_data") is None or not is_whole(adapter):
+        return None, overrides
+    base = evaluation_config(adapter, settings, base_model=True)
+    _check_here(base, ("model_name_or_path",))
+    check_base(base, known_of(adapter))
+    return base, [override for override in overrides if parse_override(override)[1] not in OF_BASE]
 
 
 def on_rows(adapter: Path, config: TrialConfig, rows: int, base_model: bool) -> str:
@@ -142,26 +161,27 @@ def _compared(
     return notes
 
 
-def _measured(adapter: Path | None, config: TrialConfig, examples: int) -> _Measured:
-    """Measure the adapter, or the base model or merged model that `config` names alone."""
+def _measured(adapter: Path | None, config: TrialConfig, examples: int, base: TrialConfig | None) -> _Measured:
+    """Measure the adapter, or the base model or whole model that `config` names alone; `base`: see `_base_of`."""
     from bilora_ray.recipe import is_whole
     from bilora_ray.training.evaluate import evaluate, load_adapted, predict
-    from bilora_ray.training.probe.retention import forgetting
+    from bilora_ray.training.probe.retention import forgetting, forgetting_whole
 
     alone = adapter is None or is_whole(adapter)
-    if alone and config.retention_data is not None:
-        raise UserError("--set retention_data: is read with an adapter and without it, and there is none to take away")
+    if adapter is None and config.retention_data is not None:
+        raise UserError("--set retention_data: tells what a training made a base model forget; give no --base-model")
     memory = telling_of_gpu_memory("; take a smaller one: --set per_device_eval_batch_size=N")
     with memory, waiting(f"reading the data and loading the base model {config.model_name_or_path}") as told_of:
         model, loaded, told = load_adapted(None if alone else adapter, config)
         config = config.model_copy(update={"label_names": loaded.label_names, "format": loaded.format})
         told_of.now(f"measuring {len(loaded.validation)} rows")
         metrics = evaluate(model, loaded.validation, config, loaded.tokenizer)
-        if config.retention_data is not None:
-            told_of.now(f"reading {config.retention_data} with the adapter and without it")
-            metrics |= forgetting(model, config, loaded.tokenizer)
         told_of.now(f"answering {examples} rows")
         predictions = predict(model, loaded, config, examples) if examples else []
+        if config.retention_data is not None:
+            told_of.now(f"reading {config.retention_data} with what was trained and without it")
+            forgotten = forgetting if base is None else forgetting_whole
+            metrics |= forgotten(model, base or config, loaded.tokenizer)
     return _Measured(metrics, len(loaded.validation), [_told(one) for one in predictions], told)
 
 
@@ -169,12 +189,15 @@ def _told(prediction: Prediction) -> dict[str, Any]:
     return {key: told for key, told in asdict(prediction).items() if told is not None}
 
 
-def _check_here(config: TrialConfig) -> None:
+def _check_here(
+    config: TrialConfig, keys: Sequence[str] = ("model_name_or_path", "train_data", "validation_data")
+) -> None:
     """UserError if what an export names from the current folder is not in it."""
-    for key, mend in (("model_name_or_path", ""), ("train_data", " or --data FILE"), ("validation_data", "")):
+    for key in keys:
         name = str(getattr(config, key))
         if name.startswith("./") and not any(path.exists() for path in files_of(Path(name))):
             where = "is not in the current folder, from which an export names it"
+            mend = " or --data FILE" if key == "train_data" else ""
             raise UserError(f"{key}: {name} {where}; give --set {key}=PATH{mend}")
 
 

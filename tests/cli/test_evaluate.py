@@ -19,6 +19,7 @@ from bilora_ray.cli.main import main
 from bilora_ray.errors import UserError
 from bilora_ray.measures import Task
 from bilora_ray.release.export import export_merged
+from bilora_ray.runners.scoring import score
 from bilora_ray.training.folder import TrialFolder
 
 # An adapter as far as it is read before anything is measured.
@@ -122,7 +123,7 @@ def evaluate(*arguments: str | Path) -> Result:
 
 def adapter_of(tiny: Tiny, task: Task, folder: Path, **settings: Any) -> Path:
     """An adapter that was trained for a step."""
-    run_fit(tiny.config(task, max_steps=1, **settings), folder)
+    run_fit(tiny.config(task, **{"max_steps": 1, **settings}), folder)
     adapter = TrialFolder(folder).best_adapter()
     assert adapter is not None
     return adapter
@@ -228,6 +229,41 @@ def test_a_merged_model_knows_what_its_adapter_was_trained_on(tiny: Tiny, here: 
     ran("evaluate merged")
     append_row(here / "own.jsonl")
     assert error("evaluate merged").startswith("train_data: ./own.jsonl is not what it was in the training")
+
+
+@pytest.mark.parametrize("method", ["full", "bilora"])
+def test_a_whole_model_tells_what_it_has_forgotten(method: str, tiny: Tiny, here: Path) -> None:
+    trained = trained_on_a_file(tiny, here, method=method, learning_rate=1e-2, max_steps=4)
+    texts = "--set retention_data=texts.jsonl"
+    (here / "texts.jsonl").write_text('{"text": "the sky is blue and the grass is green"}\n')
+    if method == "full":
+        before = score(
+            str(trained),
+            {
+                **json.loads((trained / "bilora_ray.json").read_text())["settings"],
+                "test_data": str(here / "rows.jsonl"),
+                "retention_data": str(here / "texts.jsonl"),
+            },
+        )
+        whole = trained
+    else:
+        before = json.loads(ran(f"evaluate {trained} --json {texts}"))
+        export_merged(trained, here / "merged", {})
+        whole = here / "merged"
+    found = json.loads(ran(f"evaluate {whole} --json --examples 1 {texts}"))
+    for key in ("forgetting", "retention_loss"):
+        assert found[key] == pytest.approx(before[key], abs=1e-4)
+    assert abs(found["forgetting"]) > 1e-3
+    assert error(f"evaluate {whole} --base-model {texts}").startswith("--set retention_data: tells what a training")
+    # The base is named where it has moved, and is the one that was trained on.
+    (here / "base").rename(here / "moved")
+    moved = f"evaluate {whole} --json {texts} --set model_name_or_path=moved"
+    assert json.loads(ran(moved))["forgetting"] == found["forgetting"]
+    assert "says nothing" in error(f"evaluate {whole} --set model_name_or_path=moved")
+    (here / "moved").rename(here / "base")
+    weights = load_file(here / "base" / "model.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, here / "base" / "model.safetensors")
+    assert "has changed since" in error(f"evaluate {whole} {texts}")
 
 
 def test_a_gpu_that_is_too_small_is_told_in_a_line(tiny: Tiny, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
