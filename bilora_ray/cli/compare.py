@@ -106,7 +106,15 @@ def command(
     if output not in (None, STDOUT) and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
         raise UserError(f"--json {output}: must be a file in a folder that exists, or -")
     layout = Layout(absolute(storage_path), study_database)
-    asked = Asked(layout, resume, extend, ray_address, mlflow_uri, insecure, dry_run)
+    asked = Asked(
+        layout=layout,
+        resume=resume,
+        extend=extend,
+        ray_address=ray_address,
+        mlflow_uri=mlflow_uri,
+        insecure=insecure,
+        dry_run=dry_run,
+    )
     comparison = comparison_of(file, overrides, asked)
     with waiting("reading and checking the data and the models"):
         checks = check_comparison(comparison, asked)

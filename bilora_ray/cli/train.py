@@ -74,7 +74,8 @@ def command(
 
     The run is kept and tracked like a study with one trial, so show and export take its NAME.
     """
-    asked = Asked(Layout(absolute(storage_path), study_database), resume, mlflow_uri=mlflow_uri, insecure=insecure)
+    layout = Layout(absolute(storage_path), study_database)
+    asked = Asked(layout=layout, resume=resume, mlflow_uri=mlflow_uri, insecure=insecure)
     with waiting("reading and checking the data and the model"):
         one = check_run(space_path, overrides, asked, name=name, study=study, number=number)
     if one.trial is not None:

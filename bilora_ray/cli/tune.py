@@ -75,7 +75,16 @@ def command(
     layout = Layout(absolute(storage_path), study_database)
     earlier = () if warm_start is None else tuple(warm_start.split(","))
     asked = Asked(
-        layout, resume, extend, ray_address, mlflow_uri, insecure, dry_run, num_trials, max_concurrent, earlier
+        layout=layout,
+        resume=resume,
+        extend=extend,
+        ray_address=ray_address,
+        mlflow_uri=mlflow_uri,
+        insecure=insecure,
+        dry_run=dry_run,
+        num_trials=num_trials,
+        max_concurrent=max_concurrent,
+        warm_start=earlier,
     )
     space = space_of(space_path, overrides, asked)
     with waiting("reading and checking the data and the model"):

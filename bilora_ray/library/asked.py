@@ -10,7 +10,7 @@ from bilora_ray.search.cluster.protection import check_mlflow, check_ray
 from bilora_ray.search.study.layout import Layout
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Asked:
     """How it is to be run.
 

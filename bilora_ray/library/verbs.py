@@ -74,12 +74,12 @@ def tune(
         KeyboardInterrupt: once the trials are stopped.
     """
     asked = Asked(
-        _layout(storage_path, study_database),
-        resume,
-        extend,
-        ray_address or os.environ.get("RAY_ADDRESS"),
-        mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI"),
-        insecure,
+        layout=_layout(storage_path, study_database),
+        resume=resume,
+        extend=extend,
+        ray_address=ray_address or os.environ.get("RAY_ADDRESS"),
+        mlflow_uri=mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI"),
+        insecure=insecure,
         num_trials=num_trials,
         max_concurrent=max_concurrent,
         warm_start=[warm_start] if isinstance(warm_start, str) else warm_start,
@@ -129,12 +129,12 @@ def compare(
         KeyboardInterrupt: what is done is kept.
     """
     asked = Asked(
-        _layout(storage_path, study_database),
-        resume,
-        extend,
-        ray_address or os.environ.get("RAY_ADDRESS"),
-        mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI"),
-        insecure,
+        layout=_layout(storage_path, study_database),
+        resume=resume,
+        extend=extend,
+        ray_address=ray_address or os.environ.get("RAY_ADDRESS"),
+        mlflow_uri=mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI"),
+        insecure=insecure,
     )
     found = comparison_of(file, as_overrides(settings or {}), asked)
     with _in_this_process():
@@ -184,7 +184,7 @@ def train(
     """
     layout = _layout(storage_path, study_database)
     mlflow_uri = mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")
-    asked = Asked(layout, resume, mlflow_uri=mlflow_uri, insecure=insecure)
+    asked = Asked(layout=layout, resume=resume, mlflow_uri=mlflow_uri, insecure=insecure)
     if output is not None:
         check_new(Path(output))
     with _in_this_process():

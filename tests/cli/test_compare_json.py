@@ -15,7 +15,8 @@ from bilora_ray.cli.compare import _print_plan, _write
 from bilora_ray.cli.main import main
 from bilora_ray.errors import MachineError
 from bilora_ray.evidence.outcome import Outcome, Run
-from bilora_ray.library.comparing import Asked, Checks
+from bilora_ray.library.asked import Asked
+from bilora_ray.library.comparing import Checks
 from bilora_ray.search.comparing.file import load_comparison
 from bilora_ray.search.space.shipped import comparison_file
 from bilora_ray.search.study.layout import Layout
@@ -63,7 +64,7 @@ def planned(tmp_path: Path, capsys: pytest.CaptureFixture[str], *overrides: str,
     comparison = load_comparison(comparison_file("quickstart"), [*overrides, "comparison.seeds=4", "comparison.tune=3"])
     checked: Any = SimpleNamespace(notes=(), test_rows=400)
     rehearsal: Any = SimpleNamespace(notes=(), rows={"train": SimpleNamespace(rows=240)})
-    checks = Checks(comparison, Asked(Layout(tmp_path)), checked)
+    checks = Checks(comparison, Asked(layout=Layout(tmp_path)), checked)
     _print_plan(replace(checks, **changes), rehearsal)
     return capsys.readouterr().out
 
@@ -78,7 +79,7 @@ def test_a_plan_says_how_much_is_trained_and_scored(tmp_path: Path, capsys: pyte
 
 
 def test_a_plan_of_more_seeds_says_how_many_and_no_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = Asked(Layout(tmp_path), extend=5)
+    asked = Asked(layout=Layout(tmp_path), extend=5)
     plan = planned(tmp_path, capsys, "max_steps=60", asked=asked, seeds=4)
     assert "has tuned, and would train on 5 seeds more than its 4, each with its best settings:" in plan
     assert "at equal steps (60 steps): 30 trainings." in plan

@@ -22,6 +22,7 @@ from tiny_trials import Tiny, next_trial
 import bilora_ray
 from bilora_ray.config import TrialConfig
 from bilora_ray.library import spaces
+from bilora_ray.library.asked import Asked
 from bilora_ray.search.simulated import simulate
 from bilora_ray.search.space_file import load_space
 from bilora_ray.search.study.layout import Layout
@@ -277,3 +278,9 @@ def test_a_run_is_trained_exported_and_resumed_to_nothing(tiny: Tiny, capfd: pyt
     assert again.best is not None
     assert again.best.value == study.best.value
     assert again.best.history[-1]["eval_loss"] == study.best.history[-1]["eval_loss"]
+
+
+def test_each_thing_that_is_asked_has_its_name(tmp_path: Path) -> None:
+    # Ten in a row, four of them of one type: two could change places, and nobody would see it.
+    with pytest.raises(TypeError, match="positional"):
+        Asked(Layout(tmp_path), True)  # type: ignore[misc]
