@@ -22,3 +22,8 @@ def test_the_tree_names_every_file() -> None:
     package = ROOT / "bilora_ray"
     there = [path.relative_to(package).as_posix() for path in package.rglob("*.py") if not path.name.startswith("__")]
     assert sorted(named) == sorted(there)
+
+
+def test_no_line_is_wider_than_an_editor() -> None:
+    lines = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > 140] == []
