@@ -404,33 +404,71 @@ def test_the_pairs_of_a_step_say_how_long_it_takes() -> None:
     assert step_seconds([]) is None
 
 
-@pytest.mark.parametrize("deadly", [{1}, {0, 1, 2}, set(range(15))])
-def test_a_process_that_dies_as_it_scores_costs_the_run_that_it_had_alone(
-    after: tuple[World, Outcome], deadly: set[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    world, _ = after
-    runs, scored, begun = runs_of(world), list[int](), list[int]()
-    left = [replace(record, adapter=Path(f"runs/{record.number}/step-1")) for record in runs.records()]
+class Processes:
+    """Stands for Ray, as `_scored` uses it.
 
-    class Process:
-        def __init__(self) -> None:
-            begun.append(0)
-            self.score = SimpleNamespace(remote=lambda adapter, *_: int(Path(adapter).parent.name))
+    Attributes:
+        deadly: the runs that kill the process that scores them.
+        room: how many processes are ever ready.
+        begun: how many were asked for.
+    """
 
-    def get(number: int) -> dict[str, float]:
-        if number in deadly:
+    ObjectRef = int
+
+    def __init__(self, deadly: set[int], room: int) -> None:
+        self.deadly, self.room, self.begun = deadly, room, 0
+
+    def remote(self, **_: object) -> Any:
+        return lambda _: SimpleNamespace(remote=self.begin)
+
+    def begin(self, *_: object) -> Any:
+        self.begun += 1
+        ready = self.begun <= self.room
+        return SimpleNamespace(
+            score=SimpleNamespace(remote=lambda adapter, *_: int(Path(adapter).parent.name)),
+            __ray_ready__=SimpleNamespace(remote=lambda: ready),
+        )
+
+    def wait(self, asked: list[Any], num_returns: int = 1, timeout: float | None = None) -> tuple[list[Any], list[Any]]:
+        if asked == [False]:
+            assert timeout is not None, "waits for ever"
+            return [], asked
+        return asked[:num_returns], asked[num_returns:]
+
+    def get(self, number: int) -> dict[str, float]:
+        if number in self.deadly:
             raise RayActorError
         return {"eval_loss": float(number)}
 
-    told: Any = lambda **_: lambda _: SimpleNamespace(remote=lambda *_: Process())  # noqa: E731
-    fake = SimpleNamespace(remote=told, wait=lambda asked, num_returns: (asked[:1], []), get=get, ObjectRef=int)
-    monkeypatch.setattr(comparing_run, "ray", fake)
-    monkeypatch.setattr(comparing_run, "keep_score", lambda layout, name, number, _: scored.append(number))
-    comparing = Comparing(read(world.layout.storage_path), world.layout, None, None, {}, world.search, print, {})  # type: ignore[arg-type]
-    failed = SCORED(comparing, runs, left, 2)
+    def score(self, world: World, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[int, str], list[int]]:
+        """Why runs could not be scored, and those that were; by two processes."""
+        runs, scored = runs_of(world), list[int]()
+        left = [replace(record, adapter=Path(f"runs/{record.number}/step-1")) for record in runs.records()]
+        monkeypatch.setattr(comparing_run, "ray", self)
+        monkeypatch.setattr(comparing_run, "keep_score", lambda layout, name, number, _: scored.append(number))
+        comparison, search = read(world.layout.storage_path), world.search
+        comparing = Comparing(comparison, world.layout, None, None, {}, search, print, {})  # type: ignore[arg-type]
+        return SCORED(comparing, runs, left, 2), scored
+
+
+@pytest.mark.parametrize(("deadly", "begun"), [({1}, 2), ({0, 1, 2}, 4), (set(range(15)), 15)])
+def test_a_process_that_dies_as_it_scores_costs_the_run_that_it_had_alone(
+    after: tuple[World, Outcome], deadly: set[int], begun: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes = Processes(deadly, room=15)
+    failed, scored = processes.score(after[0], monkeypatch)
     assert set(failed) == deadly
     assert sorted(scored) == sorted(set(range(15)) - deadly)
-    assert len(begun) == 2 + len(deadly)
+    assert processes.begun == begun  # a new one where none is left
+
+
+def test_room_that_is_gone_with_a_node_is_not_waited_for_for_ever(
+    after: tuple[World, Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed, scored = Processes({0, 3}, room=2).score(after[0], monkeypatch)
+    assert set(failed) == set(range(15)) - set(scored)
+    assert {0, 3} < set(failed)
+    assert failed[14] == "there was no room for a process in 10 minutes"
 
 
 @pytest.mark.parametrize(

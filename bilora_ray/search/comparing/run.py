@@ -45,6 +45,9 @@ from bilora_ray.search.study.storage import naming_the_database, running_study
 from bilora_ray.search.study.studies import check_study, load_study
 from bilora_ray.search.study.view import StudyView
 
+# How long a process that is to score is waited for, where all have died: machines may come, or never.
+ROOM_S = 600.0
+
 
 @dataclass(frozen=True)
 class Comparing:
@@ -297,6 +300,11 @@ def _scored(comparing: Comparing, runs: StudyView, left: Sequence[TrialRecord], 
     test, targets = _test(comparing.comparison), _targets(comparing.comparison)
     waiting, failed, running = list(left), dict[int, str](), dict[ray.ObjectRef, tuple[Any, int]]()
     while waiting or running:
+        if not (free or running):  # all have died; with a node that is lost its room is gone
+            free.append(begun())
+            if not ray.wait([free[0].__ray_ready__.remote()], timeout=ROOM_S)[0]:
+                why = f"there was no room for a process in {ROOM_S / 60:g} minutes"
+                return {**failed, **{record.number: why for record in waiting}}
         while waiting and free:
             record, process = waiting.pop(0), free.pop()
             config = runs.config(record.number)
@@ -309,8 +317,8 @@ def _scored(comparing: Comparing, runs: StudyView, left: Sequence[TrialRecord], 
             told = ray.get(done)
         except RayError as error:
             failed[number] = first_line(getattr(error, "cause", None) or error)
-            has_died = not isinstance(error, RayTaskError)
-            free.append(begun() if has_died else process)  # each run is tried once, so there is an end to that
+            if isinstance(error, RayTaskError):  # else the process has died
+                free.append(process)
             continue
         free.append(process)
         if isinstance(told, Exception):
