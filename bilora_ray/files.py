@@ -85,10 +85,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def atomic_file(path: Path) -> Iterator[TextIO]:
     """A text file to write, which becomes `path` when the block ends and vanishes if it raises.
 
+    Of a link it becomes what that leads to. A pipe or a device is written to as it is.
+
     Raises:
         FileNotFoundError: the folder that `path` is to be in does not exist.
         OSError: it cannot be written; the error names a file.
     """
+    if path.exists() and not path.is_file():
+        with _naming(path), path.open("w", encoding="utf-8") as file:
+            yield file
+        return
+    path = path.resolve()
     unfinished = unfinished_beside(path)
     try:
         with _naming(path):
@@ -98,7 +105,8 @@ def atomic_file(path: Path) -> Iterator[TextIO]:
             unfinished.rename(path)
             _sync(path.parent)
     except BaseException:  # as for a folder
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong first is raised
+            unfinished.unlink()
         raise
 
 

@@ -69,6 +69,35 @@ def test_two_threads_that_write_the_same_file_leave_one_that_is_whole(tmp_path: 
     assert os.listdir(tmp_path) == ["found.json"]
 
 
+def test_a_link_stays_and_what_it_leads_to_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (link := tmp_path / "found.json").symlink_to("elsewhere/found.json")
+    for text in ("first", "second"):
+        with atomic_file(link) as file:
+            file.write(text)
+        assert link.is_symlink()
+        assert (tmp_path / "elsewhere" / "found.json").read_text() == text
+    assert len(list(tmp_path.rglob("*"))) == 3
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (pipe, Path(f"/dev/fd/{os.open(pipe, os.O_WRONLY)}")):
+        with atomic_file(path) as file:
+            file.write(path.name)
+        assert os.read(reading, 99).decode() == path.name
+    assert pipe.is_fifo()
+
+
+def test_what_went_wrong_first_is_told(tmp_path: Path) -> None:
+    (folder := tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="No space left"), atomic_file(folder / "file"):
+        folder.rename(tmp_path / "moved")
+        folder.write_text("a file now")
+        written_to_a_full_device()
+
+
 def test_what_was_killed_long_ago_is_removed_and_what_others_have_begun_is_not(tmp_path: Path) -> None:
     old, new = f".page.{'0a' * 6}", f".page.{'1b' * 6}"
     for name in (old, new, ".page.swp", ".page.20260101"):

@@ -172,10 +172,10 @@ def _tell(outcome: Outcome, comparison: Comparison, storage_path: Path, output: 
     if output == STDOUT:
         print_json(as_json(outcome))
         return
-    if output is not None:
-        _write(outcome, Path(output))
     print_outcome(outcome)
     _print_next(comparison, storage_path)
+    if output is not None:  # after what a full disk must not hide
+        _write(outcome, Path(output))
 
 
 def _write(outcome: Outcome, output: Path) -> None:

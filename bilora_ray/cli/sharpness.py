@@ -16,7 +16,7 @@ from bilora_ray.cli.options import json_option, print_json, set_option, telling_
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import MachineError, UserError, first_line
 from bilora_ray.facts import STARTING
-from bilora_ray.files import unfinished_beside
+from bilora_ray.files import atomic_file
 
 if TYPE_CHECKING:
     from bilora_ray.training.probe.sharpness import Flatness
@@ -199,10 +199,9 @@ def _as_json(found: Mapping[str, Flatness]) -> dict[str, object]:
 def _draw(output: Path, found: Mapping[str, Flatness], radii: Sequence[float], title: str) -> None:
     from bilora_ray.report.sharpness import picture
 
-    drawn, unfinished = picture(found, radii, title), unfinished_beside(output)
+    drawn = picture(found, radii, title)
     try:
-        unfinished.write_bytes(drawn)
-        unfinished.replace(output)
+        with atomic_file(output) as file:
+            file.buffer.write(drawn)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise MachineError(f"--output {output}: cannot be written ({error.strerror or first_line(error)})") from None

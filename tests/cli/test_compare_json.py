@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from bilora_ray.cli.compare import _print_plan, _write
+from bilora_ray.cli.compare import _print_plan, _tell, _write
 from bilora_ray.cli.main import main
 from bilora_ray.errors import MachineError
 from bilora_ray.evidence.outcome import Outcome, Run
@@ -58,6 +58,13 @@ def test_what_is_no_number_is_null_in_a_file_that_is_whole(tmp_path: Path, monke
         _write(OUTCOME, file)
     assert file.read_text(encoding="utf-8") == text
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_full_disk_hides_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    comparison = load_comparison(comparison_file("quickstart"))
+    with pytest.raises(MachineError, match=r"--json /dev/full: cannot be written \(No space left on device\)"):
+        _tell(OUTCOME, comparison, tmp_path, "/dev/full")
+    assert "Comparison 'c': test_loss on 1 fresh seeds each" in capsys.readouterr().out
 
 
 def planned(tmp_path: Path, capsys: pytest.CaptureFixture[str], *overrides: str, **changes: Any) -> str:

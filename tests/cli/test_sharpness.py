@@ -11,6 +11,8 @@ from click.testing import CliRunner, Result
 from tiny_trials import Tiny, run_fit
 
 from bilora_ray.cli.main import main
+from bilora_ray.cli.sharpness import _draw
+from bilora_ray.errors import MachineError
 from bilora_ray.training.folder import TrialFolder
 
 
@@ -75,6 +77,25 @@ def test_the_base_model_has_no_factors(trained: Path) -> None:
     adapted = measured(trained, "--radii", "0.1", "--set", "max_eval_samples=4")
     assert alone["eval_loss"] > adapted["eval_loss"]
     assert alone["full_space"]["adversarial"] != adapted["full_space"]["adversarial"]
+
+
+def test_a_picture_that_is_interrupted_or_has_no_folder_any_more_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bilora_ray.report.sharpness.picture", lambda *_: b"picture")
+    monkeypatch.setattr("os.fsync", interrupted)
+    (folder := tmp_path / "folder").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        _draw(folder / "flat.png", {}, [], "")
+    assert list(folder.iterdir()) == []
+    folder.rmdir()
+    folder.write_text("a file now")
+    with pytest.raises(MachineError, match=r"flat.png: cannot be written \(Not a directory\)"):
+        _draw(folder / "flat.png", {}, [], "")
+
+
+def interrupted(_: int) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
