@@ -165,6 +165,7 @@ def test_validation_rows_are_no_test() -> None:
     ("overrides", "noted"),
     [
         (["methods.bilora.target_modules=[q_proj]"], True),
+        (["target_modules=[q_proj, v_proj]", "methods.bilora.target_modules=[v_proj, q_proj]"], False),
         (["methods.bilora.target_modules=[q_proj]", "comparison.sharpness_radius=null"], False),
         (["target_modules=[q_proj]"], False),
         (["target_modules={choice: [all-linear, q_proj]}"], True),

@@ -338,7 +338,8 @@ def _of_sharpness(config: ComparisonConfig, spaces: Mapping[str, Space]) -> Iter
     """A line where the sharpness of one entry could not be compared with another's."""
     firsts = {entry: space.first_config() for entry, space in spaces.items()}
     # Of a whole model it is measured in the weights that the others adapt.
-    adapted = {repr(one.target_modules) for one in firsts.values() if not one.leaves_model}
+    targets = [one.target_modules for one in firsts.values() if not one.leaves_model]
+    adapted = {one if isinstance(one, str) else tuple(sorted(set(one))) for one in targets}
     varied = any("target_modules" in space.varied for space in spaces.values())
     if config.sharpness_radius is not None and (varied or len(adapted) > 1):
         yield "target_modules: entries differ in them, so the sharpness of each is in other weights: do not compare it"
