@@ -92,10 +92,14 @@ def test_a_pipe_is_written_to(tmp_path: Path) -> None:
 
 def test_what_went_wrong_first_is_told(tmp_path: Path) -> None:
     (folder := tmp_path / "folder").mkdir()
-    with pytest.raises(OSError, match="No space left"), atomic_file(folder / "file"):
+
+    def replaced_by_a_file() -> None:
         folder.rename(tmp_path / "moved")
         folder.write_text("a file now")
         written_to_a_full_device()
+
+    with pytest.raises(OSError, match="No space left"), atomic_file(folder / "file"):
+        replaced_by_a_file()
 
 
 def test_what_was_killed_long_ago_is_removed_and_what_others_have_begun_is_not(tmp_path: Path) -> None:
