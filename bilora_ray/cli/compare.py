@@ -139,12 +139,15 @@ def _print_plan(checks: Checks, rehearsal: Rehearsal) -> None:
     else:
         added = f"{more} seeds more than its {checks.seeds}, each with its best settings:"
         click.echo(f"Comparison '{comparison.name}' has tuned, and would train on {added}")
-    for entry, space in comparison.spaces.items():
+    spaces = comparison.spaces
+    if more is not None:  # an entry of which no trial is complete has no runs
+        spaces = {entry: spaces[entry] for entry in checks.entries}
+    for entry, space in spaces.items():
         baseline = ", the baseline" if entry == comparison.baseline else ""
         click.echo(f"  {entry} ({space.fixed['method']}{baseline}){' over' if more is None else ''}")
         for name, part in space.parts.items() if more is None else ():
             click.echo(f"    {setting_of(name):<26} {part}")
-    count = len(comparison.spaces)
+    count = len(spaces)
     if more is None:
         click.echo(f"then train each on {config.seeds} fresh seeds and score it once, at equal {config.budget}")
         click.echo(f"({_length(comparison)}): {config.tune * count} + {config.seeds * count} trainings.")

@@ -32,13 +32,15 @@ class Checks:
         comparison: with all that its file leaves open.
         asked: how it is to be run.
         checked: what its data say.
-        seeds: on which its runs have begun.
+        seeds: on how many its runs have begun.
+        entries: those that have runs, once these have begun.
     """
 
     comparison: Comparison
     asked: Asked
     checked: Checked
     seeds: int = 0
+    entries: tuple[str, ...] = ()
 
 
 def comparison_of(given: ComparisonLike, overrides: Sequence[str], asked: Asked) -> Comparison:
@@ -77,12 +79,15 @@ def check_comparison(comparison: Comparison, asked: Asked) -> Checks:
     # Ray is imported once the data is right.
     from bilora_ray.search.cluster.cluster import is_own
     from bilora_ray.search.comparing.run import check_begun
+    from bilora_ray.search.study.control.comparisons import entries_of, seeds_of
 
     for space in spaces.values():
         if is_own(asked.ray_address):
             check_kernels(space, apart=True)
-    seeds = check_begun(comparison, asked.layout, checked.digests, asked.goes_on, asked.extend)
-    return Checks(comparison, asked, checked, seeds)
+    runs = check_begun(comparison, asked.layout, checked.digests, asked.goes_on, asked.extend)
+    if runs is None:
+        return Checks(comparison, asked, checked)
+    return Checks(comparison, asked, checked, seeds_of(runs), entries_of(runs))
 
 
 def run_comparison(checks: Checks, watch: Watch, say: Callable[[str], None]) -> Outcome:

@@ -87,8 +87,8 @@ def test_a_plan_says_how_much_is_trained_and_scored(tmp_path: Path, capsys: pyte
 
 def test_a_plan_of_more_seeds_says_how_many_and_no_more(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = Asked(layout=Layout(tmp_path), extend=5)
-    plan = planned(tmp_path, capsys, "max_steps=60", asked=asked, seeds=4)
+    plan = planned(tmp_path, capsys, "max_steps=60", asked=asked, seeds=4, entries=("lora", "lora-sam", "bilora"))
     assert "has tuned, and would train on 5 seeds more than its 4, each with its best settings:" in plan
-    assert "at equal steps (60 steps): 30 trainings." in plan
+    assert "at equal steps (60 steps): 15 trainings." in plan
     assert "would tune" not in plan
-    assert "\n  lora (lora, the baseline)\n  lora-sam (lora-sam)\n" in plan
+    assert "\n  lora (lora, the baseline)\n  lora-sam (lora-sam)\n  bilora (bilora)\nat equal" in plan

@@ -30,13 +30,13 @@ from bilora_ray.search.study.control.comparisons import (
     begun_parts,
     best_settings,
     check_asked,
-    entries_of,
     failed_by_settings,
     keep_score,
     note_look,
     run_seeds,
     runs_space,
     scores_of,
+    seeds_of,
     steps_of,
     tuning_points,
 )
@@ -103,7 +103,7 @@ def asked_of(comparison: Comparison) -> dict[str, Any]:
 
 def check_begun(
     comparison: Comparison, layout: Layout, digests: Mapping[str, str], resume: bool, more: int | None
-) -> int:
+) -> StudyView | None:
     """Refuse to begin a comparison that exists, or to resume one that does not or was another.
 
     Args:
@@ -114,7 +114,7 @@ def check_begun(
         more: with so many seeds more; None: with those that it has.
 
     Returns:
-        On how many seeds its runs have begun.
+        The study of its runs, if they have begun.
 
     Raises:
         UserError: that; or a study of another origin has the name of one of its studies.
@@ -136,7 +136,7 @@ def check_begun(
         runs = begun.get(comparison.runs)
         if more is not None and runs is None:
             raise UserError(f"--extend {more}: comparison '{comparison.name}' has no run yet; go on with --resume")
-        return 0 if runs is None else _seeds_of(runs)
+        return runs
 
 
 def compare(comparing: Comparing, more: int | None = None) -> StudyView:
@@ -230,7 +230,7 @@ def _run(
     settings = {entry: best_settings(study) for entry, study in tuned.items()}
     known = {entry: found for entry, found in settings.items() if found is not None}
     _check_known(comparing, tuned, known)
-    before = 0 if begun is None else _seeds_of(begun)
+    before = 0 if begun is None else seeds_of(begun)
     if more is not None and begun is not None and begun.finished():
         note_look(layout, comparison.runs, before)
     count = before + more if more is not None else max(before, comparison.config.seeds)
@@ -246,11 +246,6 @@ def _run(
     label = f"runs: {', '.join(known)}, each with its best settings on {count} fresh seeds"
     comparing.search(runs, begun is not None, label)
     return load_study(layout, comparison.runs)
-
-
-def _seeds_of(runs: StudyView) -> int:
-    """On how many seeds the study of the runs trains each entry."""
-    return runs.space.study.num_trials // len(entries_of(runs))
 
 
 def _check_known(comparing: Comparing, tuned: Mapping[str, StudyView], known: Mapping[str, Any]) -> None:

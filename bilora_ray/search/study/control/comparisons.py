@@ -156,6 +156,11 @@ def entries_of(runs: StudyView) -> tuple[str, ...]:
     return tuple(map(str, runs.space.spread(name, 0)))
 
 
+def seeds_of(runs: StudyView) -> int:
+    """On how many seeds the study `runs` trains each entry."""
+    return runs.space.study.num_trials // len(entries_of(runs))
+
+
 def add_runs(layout: Layout, space: Space) -> None:
     """Have the study of `space`, which has begun, train those of its points that it does not know yet."""
     study = steered_study(layout, space.study.name).study
