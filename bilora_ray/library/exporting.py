@@ -92,7 +92,7 @@ def meant(layout: Layout, study: str, number: int | None, prefer: str | None = N
     with naming_the_database(layout, then=""):
         found = load_study(layout, study)
         if number is None:
-            refuse_trained_anew(found)
+            refuse_trained_anew(found, takes_trial=True)
         finals = finals_of(found) if number is None and prefer is None else None
         if finals is not None and finals.winner is not None:
             return Meant(finals.study, finals.winner)

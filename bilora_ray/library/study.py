@@ -53,7 +53,10 @@ class Study:
 
     @property
     def best(self) -> TrialRecord | None:
-        """The best complete trial, and of a study whose finalists are trained the winner; None before there is one."""
+        """The best complete trial, and of a study whose finalists are trained the winner; None before there is one.
+
+        Of the runs of a comparison, which are judged together, none is the best.
+        """
         from bilora_ray.search.study.control.finalists import finals_of
 
         with self._read() as view:

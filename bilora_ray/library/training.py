@@ -149,7 +149,7 @@ def _space_of(layout: Layout, study: str, number: int | None, overrides: Sequenc
     with naming_the_database(layout, then=""):
         found = load_study(layout, study)
         if number is None:
-            refuse_trained_anew(found)
+            refuse_trained_anew(found, takes_trial=True)
         finals = finals_of(found) if number is None else None
         if finals is not None and finals.verdict is not None:
             number = finals.verdict.winner.trial

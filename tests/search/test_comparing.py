@@ -34,7 +34,13 @@ from bilora_ray.search.simulated import Metrics
 from bilora_ray.search.space import Space, StudyConfig
 from bilora_ray.search.space.order import check_settings
 from bilora_ray.search.space_file import load_space
-from bilora_ray.search.study.control.comparisons import run_seeds, runs_space, tuning_points
+from bilora_ray.search.study.control.comparisons import (
+    entries_of,
+    run_seeds,
+    runs_space,
+    seeds_of,
+    tuning_points,
+)
 from bilora_ray.search.study.control.untrained import to_compare
 from bilora_ray.search.study.layout import Layout
 from bilora_ray.search.study.studies import load_study, open_study, summarise
@@ -261,7 +267,9 @@ def test_a_finished_comparison_starts_nothing_and_says_the_same(tmp_path: Path, 
 
 def test_more_seeds_leave_those_there_were_and_the_look_is_told(tmp_path: Path, after: tuple[World, Outcome]) -> None:
     world, first = after
-    assert check_begun(read(tmp_path), world.layout, {}, True, 2) == 5
+    runs = check_begun(read(tmp_path), world.layout, {}, True, 2)
+    assert runs is not None
+    assert (seeds_of(runs), entries_of(runs)) == (5, ("lora", "bilora", "halved"))
     more = world.compare(read(tmp_path), more=2)
     assert len(more.seeds) == 7
     assert more.seeds[:5] == first.seeds
@@ -472,18 +480,21 @@ def test_room_that_is_gone_with_a_node_is_not_waited_for_for_ever(
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "takes_trial"),
     [
-        ["export", "c-runs", "--output", "out"],
-        ["clone", "c-runs", "new"],
-        ["train", "--study", "c-runs", "--name", "new"],
-        ["enqueue", "c-runs", "seed=1"],
+        (["export", "c-runs", "--output", "out"], True),
+        (["clone", "c-runs", "new"], False),
+        (["train", "--study", "c-runs", "--name", "new"], True),
+        (["enqueue", "c-runs", "seed=1"], False),
     ],
 )
-def test_none_of_the_runs_is_taken_for_the_best(after: tuple[World, Outcome], words: list[str]) -> None:
+def test_none_of_the_runs_is_taken_for_the_best(
+    after: tuple[World, Outcome], words: list[str], takes_trial: bool
+) -> None:
     result = typed(after[0], *words)
     line = "study 'c-runs': holds the runs of comparison 'c': none is its best, and nothing is searched"
-    assert (result.exit_code, result.stderr) == (2, f"Error: {line}; `export` takes one with --trial\n")
+    line += "; --trial takes one of them" if takes_trial else ""
+    assert (result.exit_code, result.stderr) == (2, f"Error: {line}\n")
 
 
 def test_the_runs_are_shown_as_those_of_a_comparison(after: tuple[World, Outcome]) -> None:

@@ -224,12 +224,17 @@ def finalists_of(layout: Layout, search: str) -> str | None:
     return name if study is not None and search_of(study) is not None and SPACE in study.user_attrs else None
 
 
-def refuse_trained_anew(found: StudyView) -> None:
-    """UserError if a study trains finalists, or runs of a comparison: it has no best trial, and searches nothing."""
+def refuse_trained_anew(found: StudyView, takes_trial: bool = False) -> None:
+    """UserError if a study trains finalists, or runs of a comparison: it has no best trial, and searches nothing.
+
+    Args:
+        found: the study.
+        takes_trial: whether one of its trials would be taken by its number.
+    """
     name = found.study.study_name
     if (comparison := compared_in(found.study)) is not None:
         line = f"study '{name}': holds the runs of comparison '{comparison}': none is its best, and nothing is searched"
-        raise UserError(f"{line}; `export` takes one with --trial")
+        raise UserError(f"{line}; --trial takes one of them" if takes_trial else line)
     if (search := search_of(found.study)) is not None:
         raise UserError(f"study '{name}': trains the finalists of '{search}', where they are judged; name that one")
 
