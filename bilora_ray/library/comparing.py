@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bilora_ray.evidence.outcome import Outcome
     from bilora_ray.search.preflight import Checked
     from bilora_ray.search.session import Watch
+    from bilora_ray.search.study.layout import Layout
     from bilora_ray.training.rehearsal import Rehearsal
 
 # A comparison file, the name of one that ships, or what one holds.
@@ -84,10 +85,25 @@ def check_comparison(comparison: Comparison, asked: Asked) -> Checks:
     for space in spaces.values():
         if is_own(asked.ray_address):
             check_kernels(space, apart=True)
-    runs = check_begun(comparison, asked.layout, checked.digests, asked.goes_on, asked.extend)
+    # What has begun in a job names the copies of the files that came with it.
+    kept, digests = _kept(comparison, checked.digests, asked.layout, copied=False)
+    runs = check_begun(kept, asked.layout, digests, asked.goes_on, asked.extend)
     if runs is None:
         return Checks(comparison, asked, checked)
     return Checks(comparison, asked, checked, seeds_of(runs), entries_of(runs))
+
+
+def _kept(
+    comparison: Comparison, digests: Mapping[str, str], layout: Layout, copied: bool
+) -> tuple[Comparison, dict[str, str]]:
+    """See `keep_inputs`, of all entries, which read the same files."""
+    from bilora_ray.search.cluster.inputs import keep_inputs
+
+    kept = {
+        entry: keep_inputs(space, digests, layout.storage_path, copied) for entry, space in comparison.spaces.items()
+    }
+    spaces = {entry: space for entry, (space, _) in kept.items()}
+    return comparison.mapped(spaces), kept[comparison.baseline][1]
 
 
 def run_comparison(checks: Checks, watch: Watch, say: Callable[[str], None]) -> Outcome:
@@ -97,22 +113,16 @@ def run_comparison(checks: Checks, watch: Watch, say: Callable[[str], None]) -> 
         UserError: see `search.comparing.run.compare`.
         KeyboardInterrupt: of Ctrl-C, or of `bilora-ray stop`, once the trials are stopped and MLflow knows it.
     """
-    from bilora_ray.search.cluster.inputs import keep_inputs
     from bilora_ray.search.comparing.gathered import gathered
     from bilora_ray.search.comparing.run import Comparing, asked_of, compare
     from bilora_ray.search.comparing.told import tell_outcome
 
-    asked, comparison, digests = checks.asked, checks.comparison, dict(checks.checked.digests)
-    begun_with = asked_of(comparison)
-    spaces = {}
-    for entry, space in comparison.spaces.items():
-        spaces[entry], kept = keep_inputs(space, checks.checked.digests, asked.layout.storage_path)
-        digests |= kept
-    comparison = comparison.mapped(spaces)
+    asked = checks.asked
+    comparison, digests = _kept(checks.comparison, checks.checked.digests, asked.layout, copied=True)
     for line in (*comparison.notes, *checks.checked.notes):
         say(f"Note: {line}")
     comparing = Comparing(
-        comparison, asked.layout, asked.ray_address, asked.mlflow_uri, digests, watch, say, begun_with
+        comparison, asked.layout, asked.ray_address, asked.mlflow_uri, digests, watch, say, asked_of(comparison)
     )
     runs = compare(comparing, asked.extend)
     outcome = gathered(comparison, asked.layout)

@@ -20,6 +20,8 @@ from bilora_ray.cli.main import main
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import CommonCause, MachineError, UserError
 from bilora_ray.evidence.outcome import Outcome, notes
+from bilora_ray.library.asked import Asked
+from bilora_ray.library.comparing import check_comparison, run_comparison
 from bilora_ray.records import TrialRecord
 from bilora_ray.report.found import read as read_page
 from bilora_ray.report.page import page
@@ -99,8 +101,10 @@ class World:
         self.begun += 1
         yield
 
-    def search(self, space: Space, layout: Layout, *, part: Mapping[str, Any], **_: object) -> StudyView:
-        study = open_study(space, layout, {}, part)
+    def search(
+        self, space: Space, layout: Layout, *, part: Mapping[str, Any], digests: Mapping[str, str], **_: object
+    ) -> StudyView:
+        study = open_study(space, layout, digests, part)
         try:
             while numbers := study.next_trials():
                 for number in numbers:
@@ -136,15 +140,14 @@ class World:
 
     def compare(self, comparison: Comparison, resume: bool = False, more: int | None = None) -> Outcome:
         check_begun(comparison, self.layout, {}, resume or more is not None, more)
-
-        def watch(*_: object, labels: Sequence[str], has_best: bool) -> Any:
-            self.labels.append(labels[0])
-            self.have_best.append(has_best)
-
         asked = asked_of(comparison)
-        comparing = Comparing(comparison, self.layout, None, None, {}, watch, self.said.append, asked)
+        comparing = Comparing(comparison, self.layout, None, None, {}, self.watch, self.said.append, asked)
         compare(comparing, more)
         return gathered(comparison, self.layout)
+
+    def watch(self, *_: object, labels: Sequence[str], has_best: bool) -> Any:
+        self.labels.append(labels[0])
+        self.have_best.append(has_best)
 
 
 def _curve(config: TrialConfig) -> list[Metrics]:
@@ -359,6 +362,65 @@ def test_another_file_is_refused_with_what_changed(
     with pytest.raises(UserError) as error:
         world.compare(read(tmp_path, override), resume=True)
     assert line in str(error.value)
+
+
+FILES = {
+    "train_data": "train.jsonl",
+    "validation_data": "validation.jsonl",
+    "test_data": "test.jsonl",
+    "retention_data": "texts.jsonl",
+}
+
+
+def files_in(folder: Path, changed: str = "") -> Comparison:
+    """A comparison of files in `folder`, one of which is another than it is elsewhere."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("train", "validation", "test", "texts"):
+        rows = [{"prompt": f"{name} {n}", "completion": "yes", "text": f"{name} {n}"} for n in range(9)]
+        rows = rows[1:] if name == changed else rows
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    found = [f"{key}={folder / name}" for key, name in FILES.items()]
+    return read(folder, "model_name_or_path=builtin:quickstart/model", "max_length=64", *found)
+
+
+def of_files(world: World, comparison: Comparison, **asked: bool) -> Outcome | None:
+    """As a person asks for it, whose data are files; None of a dry run."""
+    checks = check_comparison(comparison, Asked(world.layout, **asked))  # type: ignore[arg-type]
+    return None if checks.asked.dry_run else run_comparison(checks, world.watch, world.said.append)
+
+
+def test_what_has_begun_in_a_job_goes_on_in_another_one(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparing_told, "tell_outcome", lambda *_: None)
+
+    def job(name: str, changed: str = "") -> Comparison:
+        return files_in(tmp_path / f"_ray_pkg_{name}", changed)
+
+    of_files(world, job("a0"), dry_run=True)
+    assert not world.layout.storage_path.exists()
+    world.dies_at = 16
+    with pytest.raises(KeyboardInterrupt):
+        of_files(world, job("a1"))
+    kept = sorted((world.layout.storage_path / "inputs").rglob("*"))
+    world.dies_at = None
+    for name in ("train", "test", "texts"):
+        with pytest.raises(UserError, match=f"{name}.jsonl', is '"):
+            of_files(world, job(f"b{len(name)}", changed=name), resume=True)
+    of_files(world, job("c1"), resume=True, dry_run=True)
+    outcome = of_files(world, job("c2"), resume=True)
+    assert outcome is not None
+    assert len(outcome.runs) == 15
+    assert sorted((world.layout.storage_path / "inputs").rglob("*")) == kept
+
+
+@pytest.mark.parametrize("changed", ["train", "test", "texts"])
+def test_other_content_at_the_same_path_is_refused(tmp_path: Path, world: World, changed: str) -> None:
+    world.dies_at = 3
+    with pytest.raises(KeyboardInterrupt):
+        of_files(world, files_in(tmp_path / "mine"))
+    with pytest.raises(UserError, match=rf"study 'c-tune-lora' began with other data: .*{changed}.jsonl was"):
+        of_files(world, files_in(tmp_path / "mine", changed), resume=True)
 
 
 def test_who_forgets_to_resume_or_has_nothing_to_is_told(tmp_path: Path, world: World) -> None:

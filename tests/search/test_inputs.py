@@ -68,6 +68,14 @@ def test_a_job_on_another_cluster_finds_its_files_under_the_same_path(tmp_path: 
     assert len(list((storage / "inputs").iterdir())) == 5
 
 
+def test_where_copies_would_be_is_known_without_one(tmp_path: Path) -> None:
+    folder, storage = job(tmp_path, "1"), tmp_path / "runs"
+    known = {str(folder / "held-out.jsonl"): "d"}
+    found = keep_inputs(space_in(folder), known, storage, copied=False)
+    assert not storage.exists()
+    assert keep_inputs(space_in(folder), known, storage) == found
+
+
 def test_other_content_has_another_path(tmp_path: Path) -> None:
     folder, storage = job(tmp_path, "1"), tmp_path / "runs"
     before, _ = keep_inputs(space_in(folder), {}, storage)

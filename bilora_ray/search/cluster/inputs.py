@@ -23,7 +23,9 @@ JOB_FOLDER = re.compile(r"/_ray_pkg_[0-9a-f]+/")
 DIGEST_LENGTH = 16
 
 
-def keep_inputs(space: Space, digests: Mapping[str, str], storage_path: Path) -> tuple[Space, dict[str, str]]:
+def keep_inputs(
+    space: Space, digests: Mapping[str, str], storage_path: Path, copied: bool = True
+) -> tuple[Space, dict[str, str]]:
     """Copy the model and data files that came with this job into the storage path, and the images that tables name.
 
     The copy is named after its content, so a job that resumes the study, on another cluster and with other files
@@ -33,6 +35,7 @@ def keep_inputs(space: Space, digests: Mapping[str, str], storage_path: Path) ->
         space: the space, with absolute sources.
         digests: source -> digest of its content.
         storage_path: a folder that all nodes share.
+        copied: whether they are copied; else nothing is written, and a copy may be there or not.
 
     Returns:
         Both, with the paths of the copies.
@@ -48,7 +51,7 @@ def keep_inputs(space: Space, digests: Mapping[str, str], storage_path: Path) ->
             return value
         if value not in copies:
             images = image_files(value, config, key) if SOURCES[key] == "data" else []
-            copies[value] = str(_copy(Path(value), images, storage_path / "inputs"))
+            copies[value] = str(_copy(Path(value), images, storage_path / "inputs", copied))
         return copies[value]
 
     try:
@@ -63,7 +66,7 @@ def keep_inputs(space: Space, digests: Mapping[str, str], storage_path: Path) ->
     return space, kept_digests
 
 
-def _copy(source: Path, images: Iterable[Path], inputs: Path) -> Path:
+def _copy(source: Path, images: Iterable[Path], inputs: Path, copied: bool) -> Path:
     """The copy of a file, of a folder, or of all that a pattern matches, below the folder in which that begins.
 
     The `images` of a table that came with the job are as far from it as they were.
@@ -72,7 +75,7 @@ def _copy(source: Path, images: Iterable[Path], inputs: Path) -> Path:
     files = sorted({*files_of(source), *(image for image in named if JOB_FOLDER.search(str(image)))})
     base = Path(os.path.commonpath([root(source), *(file.parent for file in files)]))
     target = inputs / _digest(files, base)
-    if not target.is_dir():
+    if copied and not target.is_dir():
         inputs.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=inputs) as scratch:
             fresh = Path(scratch, target.name)
