@@ -103,7 +103,7 @@ class Section:
         key: of its anchor.
         title: its heading.
         drawn: what a study shows in it.
-        of_search: whether it shows what a search has tried.
+        of_search: whether it shows what a search has tried. Finalists search nothing, nor do the runs of a comparison.
     """
 
     key: str

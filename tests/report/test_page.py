@@ -238,7 +238,11 @@ def test_finalists_give_the_score_its_interval(tmp_path: Path) -> None:
     own = read(load_study(layout, told.finals.study.space.study.name))
     assert headline(own).value == ""
     assert "finalists of study 'simulated'" in headline(own).lines[0]
-    assert Read(page([own])).ids[0] == "trials"
+    shown = Read(page([own])).ids
+    assert shown[0] == "trials"
+    # It searches nothing.
+    assert {"history", "slices"} <= set(Read(page([told])).ids)
+    assert {"history", "mattered", "slices", "maps", "parallel"}.isdisjoint(shown)
 
 
 def test_what_it_gains_over_no_training_is_said(searched: Found) -> None:
