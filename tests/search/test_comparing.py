@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -579,14 +580,25 @@ def test_the_runs_are_shown_as_those_of_a_comparison(after: tuple[World, Outcome
     assert "Best: trial" in typed(world, "show", "c-tune-lora").stdout
 
 
-def test_mlflow_is_handed_no_adapter_of_the_runs(after: tuple[World, Outcome]) -> None:
-    runs = runs_of(after[0])
-    assert runs.best() is None
-    assert session.served_of(runs, runs.best()) is None
-    assert to_compare(runs) is None
-    assert session.told_of(runs) == [
-        "These are the runs of comparison 'c': its outcome is among metrics and artifacts",
-    ]
+def test_mlflow_is_handed_no_adapter_of_the_runs(after: tuple[World, Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "served_of", lambda study, best: best)
+    part, runs = closed(after[0], "c-tune-lora"), closed(after[0], "c-runs")
+    best = load_study(after[0].layout, "c-tune-lora").best()
+    assert best is not None
+    assert (part.best, part.served) == (best.number, best)
+    assert (runs.best, runs.served, len(runs.trials)) == (None, None, 15)
+    assert to_compare(runs_of(after[0])) is None
+    assert runs.told == ["These are the runs of comparison 'c': its outcome is among metrics and artifacts"]
+
+
+def closed(world: World, name: str) -> Any:
+    """What the tracker gets at the end of a study's session."""
+    told, names = list[Any](), ("trials", "best", "interrupted", "others", "front", "told", "served")
+    tracking = Future[Any]()
+    tracking.set_result(SimpleNamespace(close=lambda *values: told.append(values)))
+    study = open_study(load_study(world.layout, name).space, world.layout, {})
+    session.Session(study, SimpleNamespace(say=world.said.append), tracking).close()  # type: ignore[arg-type]
+    return SimpleNamespace(**dict(zip(names, *told, strict=True)))
 
 
 def typed(world: World, *words: str) -> Result:
