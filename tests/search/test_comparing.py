@@ -598,7 +598,8 @@ def closed(world: World, name: str) -> Any:
     tracking.set_result(SimpleNamespace(close=lambda *values: told.append(values)))
     study = open_study(load_study(world.layout, name).space, world.layout, {})
     session.Session(study, SimpleNamespace(say=world.said.append), tracking).close()  # type: ignore[arg-type]
-    return SimpleNamespace(**dict(zip(names, *told, strict=True)))
+    (values,) = told
+    return SimpleNamespace(**dict(zip(names, values, strict=True)))
 
 
 def typed(world: World, *words: str) -> Result:
