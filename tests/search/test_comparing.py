@@ -386,7 +386,7 @@ def files_in(folder: Path, changed: str = "") -> Comparison:
 
 def of_files(world: World, comparison: Comparison, **asked: bool) -> Outcome | None:
     """As a person asks for it, whose data are files; None of a dry run."""
-    checks = check_comparison(comparison, Asked(world.layout, **asked))  # type: ignore[arg-type]
+    checks = check_comparison(comparison, Asked(layout=world.layout, **asked))  # type: ignore[arg-type]
     return None if checks.asked.dry_run else run_comparison(checks, world.watch, world.said.append)
 
 
