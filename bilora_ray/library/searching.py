@@ -115,14 +115,16 @@ def rehearse(search: Search) -> Rehearsal:
     """Whatever can be tried of a search before it begins, but for a cluster that is elsewhere."""
     from bilora_ray.quiet import quiet
     from bilora_ray.search.cluster.cluster import capacity, check_address, is_own, this_machine
+    from bilora_ray.search.cluster.inputs import keep_inputs
     from bilora_ray.search.study.control.finalists import check_finalists
     from bilora_ray.search.study.storage import naming_the_database
     from bilora_ray.search.study.studies import check_study
 
     space, asked = search.space, search.asked
+    kept, digests = keep_inputs(space, search.checked.digests, asked.layout.storage_path, copied=False)
     with naming_the_database(asked.layout, then=""):
-        check_study(space, asked.layout, asked.resume, search.checked.digests)
-        check_finalists(space, asked.layout)
+        check_study(kept, asked.layout, asked.resume, digests)
+        check_finalists(kept, asked.layout)
     check_address(asked.ray_address)
     here = is_own(asked.ray_address)
     if here:

@@ -9,11 +9,15 @@ from typing import Any
 import pytest
 
 from bilora_ray.errors import UserError
+from bilora_ray.library.asked import Asked
+from bilora_ray.library.searching import check_search, rehearse
 from bilora_ray.paths import SourcesElsewhere, data_files
 from bilora_ray.search.cluster.inputs import keep_inputs
 from bilora_ray.search.cluster.upload import check_upload, read_upload
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
+from bilora_ray.search.study.layout import Layout
+from bilora_ray.search.study.studies import open_study
 
 
 def job(folder: Path, package: str) -> Path:
@@ -203,3 +207,19 @@ def test_an_upload_that_leaves_an_image_of_a_table_out_is_told(tmp_path: Path) -
         f"{where}: the image {tmp_path / 'tables' / 'imgs' / 'a.png'} is outside the upload or ignored; put it below "
         f"--working-dir {tmp_path}, or the table and its images on storage that all nodes share, with an absolute path"
     )
+
+
+def test_a_dry_run_in_another_job_asks_whether_the_study_may_go_on(tmp_path: Path) -> None:
+    asked, model = Asked(layout=Layout(tmp_path / "runs"), resume=True), "builtin:quickstart/model"
+    spaces = [
+        space_in(job(tmp_path, package), model_name_or_path=model, max_length=64) for package in ("0123abcd", "fe")
+    ]
+    begun = check_search(spaces[0], asked, counted=False)
+    space, digests = keep_inputs(begun.space, begun.checked.digests, asked.layout.storage_path)
+    open_study(space, asked.layout, digests).next_trials()
+    rehearse(check_search(spaces[1], asked, counted=False))
+    (tmp_path / "session" / "working_dir_files" / "_ray_pkg_fe" / "held-out.jsonl").write_text(
+        '{"prompt": "other", "completion": "x"}\n'
+    )
+    with pytest.raises(UserError, match="validation_data"):
+        rehearse(check_search(spaces[1], asked, counted=False))
