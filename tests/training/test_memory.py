@@ -21,7 +21,6 @@ from bilora_ray.config import TrialConfig
 from bilora_ray.errors import OutOfMemory
 from bilora_ray.measures import Task
 from bilora_ray.training import evaluate as evaluation
-from bilora_ray.training import model as models
 from bilora_ray.training.compute import gradients, memory
 from bilora_ray.training.compute.cutting import Proven
 from bilora_ray.training.compute.memory import Room, Shortage, failure, in_parts, is_out_of_memory
@@ -29,6 +28,7 @@ from bilora_ray.training.distributed.parallel import Network
 from bilora_ray.training.distributed.workers import ALONE, Workers
 from bilora_ray.training.folder import TENSORS, TrialFolder
 from bilora_ray.training.loop import Run, fit
+from bilora_ray.training.model import base
 
 ON_A_GPU = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 512.00 MiB is "
@@ -229,7 +229,7 @@ def traceback_of(error: BaseException) -> Iterator[Any]:
 def test_a_model_that_has_no_room_is_told_in_a_line(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "load_base", lambda *_: too_large())
+    monkeypatch.setattr(base, "load_base", lambda *_: too_large())
     with pytest.raises(OutOfMemory, match=r"^out of memory while the model was loaded: 134217728.00 GiB more w"):
         run_fit(tiny.config("causal-lm"), tmp_path / "0")
 
