@@ -188,6 +188,41 @@ def test_a_folder_without_room_for_rays_files_is_named(monkeypatch: pytest.Monke
     assert str(caught.value) == f"{line}; free some, or name another folder in TMPDIR"
 
 
+@pytest.mark.parametrize(("slow", "starts"), [(2, 3), (9, 3)])
+def test_a_node_that_is_slow_to_start_is_started_again(slow: int, starts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def init(**_: object) -> None:
+        tried.append(1)
+        if len(tried) <= slow:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    if slow < starts:
+        with cluster(None):
+            pass
+    else:
+        with pytest.raises(UserError, match=r"^Ray does not start here \(The current node timed out"), cluster(None):
+            pass
+    assert len(tried) == starts
+
+
+def test_a_cluster_that_is_slow_to_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def init(**_: object) -> None:
+        tried.append(1)
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(UserError, match="no Ray cluster answers"), cluster("127.0.0.1:6379"):
+        pass
+    assert len(tried) == 1
+
+
 @pytest.mark.parametrize(("runs", "killed"), [({"monitor": []}, [False]), ({"raylet": []}, [])])
 def test_what_would_ask_a_cloud_for_nodes_is_killed_without_waiting(
     runs: dict[str, list[object]], killed: list[bool], monkeypatch: pytest.MonkeyPatch

@@ -23,6 +23,8 @@ from bilora_ray.search.space import ResourceConfig
 
 PORT = 6379
 PROBE_TIMEOUT_S = 5.0
+# Ray gives a node of its own half a minute to start, which a busy machine may not do in time: so often it is tried.
+STARTS, SLOW_START = 3, "timed out during startup"
 TUNE_ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -78,15 +80,7 @@ def cluster(address: str | None, nested: bool = False) -> Iterator[None]:
             stack.enter_context(private_ray())
             stack.enter_context(ends_with_us())
         try:
-            ray.init(
-                # Without an address Ray would join any cluster that it finds on this machine.
-                address="local" if own else address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                include_dashboard=nested if own else None,
-                job_config=_WithoutCurrentFolder(),
-                runtime_env=deepcopy(NESTED) if nested else None,  # Ray writes into it
-            )
+            _init(address, own, nested)
         except Exception as error:  # Ray's node raises no other kind, where its folder cannot be written
             ray.shutdown()  # of a cluster of our own some processes may run already
             if AuthenticationError.__name__ in f"{error!r} {error.__context__!r}":
@@ -100,6 +94,24 @@ def cluster(address: str | None, nested: bool = False) -> Iterator[None]:
             yield
         finally:
             disconnect()
+
+
+def _init(address: str | None, own: bool, nested: bool, starts: int = STARTS) -> None:
+    try:
+        ray.init(
+            # Without an address Ray would join any cluster that it finds on this machine.
+            address="local" if own else address,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=nested if own else None,
+            job_config=_WithoutCurrentFolder(),
+            runtime_env=deepcopy(NESTED) if nested else None,  # Ray writes into it
+        )
+    except Exception as error:
+        if not own or starts == 1 or SLOW_START not in str(error):
+            raise
+        ray.shutdown()
+        _init(address, own, nested, starts - 1)
 
 
 def disconnect() -> None:
