@@ -176,7 +176,8 @@ def test_the_studies_database_is_not_offered_to_mlflow(database: Server, tiny: T
     assert process.wait(PATIENCE_S) == 2
     shown = database.url.replace("://", "+psycopg://").replace(PASSWORD, "***")
     line = f"Error: --mlflow-uri {shown}: holds the studies; MLflow needs a database of its own\n"
-    assert (tmp_path / "log").read_text() == line
+    # On a slow machine it is said before what takes seconds.
+    assert (tmp_path / "log").read_text().endswith(line)
     assert study_names(Layout(tmp_path / "runs", database.url)) == []
 
 
