@@ -107,7 +107,7 @@ def _init(address: str | None, own: bool, nested: bool, starts: int = STARTS) ->
             job_config=_WithoutCurrentFolder(),
             runtime_env=deepcopy(NESTED) if nested else None,  # Ray writes into it
         )
-    except Exception as error:
+    except Exception as error:  # Ray says a plain Exception of a node that is late; any other is raised again
         if not own or starts == 1 or SLOW_START not in str(error):
             raise
         ray.shutdown()
