@@ -287,6 +287,11 @@ def test_eval_steps_is_a_number_of_steps_or_a_share(value: Any, taken: float) ->
         ("lr", "`bilora-ray settings` lists the keys"),
         ("num_epochs", "did you mean 'num_train_epochs'?"),
         ("Rho", "did you mean 'rho'?"),
+        (
+            "batch_size",
+            "did you mean 'per_device_eval_batch_size' or 'per_device_generation_batch_size' or "
+            "'per_device_train_batch_size'?",
+        ),
     ],
 )
 def test_an_unknown_key_comes_with_the_nearest_or_who_lists_all(key: str, hint: str) -> None:
