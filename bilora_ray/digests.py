@@ -178,7 +178,7 @@ def changed(config: TrialConfig, before: Mapping[str, str], now: Mapping[str, st
 
 
 def check_base(config: TrialConfig, recipe: Mapping[str, Any]) -> str | None:
-    """Whether the base model of `config` is the one that an adapter was trained on, as far as its `recipe` tells.
+    """Whether the base model of `config` is the one that a training began with, as far as its `recipe` tells.
 
     Returns:
         A line for who named another one; None if all is well.
@@ -190,8 +190,8 @@ def check_base(config: TrialConfig, recipe: Mapping[str, Any]) -> str | None:
     if before is None or now is None or before == now or len(before) != len(now):
         return None
     if config.model_name_or_path == recipe["settings"][BASE] and not COMMIT.fullmatch(now):
-        raise UserError(f"{BASE}: {_changed(config, BASE, 'the adapter was trained on it', before, now)}")
-    return f"{BASE}: {config.model_name_or_path} is another model than the one that the adapter was trained on"
+        raise UserError(f"{BASE}: {_changed(config, BASE, 'the training', before, now)}")
+    return f"{BASE}: {config.model_name_or_path} is another model than that of the training"
 
 
 def check_template(config: TrialConfig, before: Mapping[str, str]) -> Iterator[str]:

@@ -169,10 +169,10 @@ def test_an_adapter_belongs_to_the_base_of_its_training(base: Path, tmp_path: Pa
     trained("up")(Path(copy))
     with pytest.raises(UserError) as caught:
         check_base(config(model_name_or_path=name), recipe)
-    changed = f"{name} has changed since the adapter was trained on it: its digest was {before}, is {digest(base)}"
+    changed = f"{name} has changed since the training: its digest was {before}, is {digest(base)}"
     assert str(caught.value) == f"model_name_or_path: {changed}"
     other = check_base(config(model_name_or_path=copy), recipe)
-    assert other == f"model_name_or_path: {copy} is another model than the one that the adapter was trained on"
+    assert other == f"model_name_or_path: {copy} is another model than that of the training"
     # What 0.1.0 wrote says nothing, and a commit says nothing of a folder.
     assert check_base(config(model_name_or_path=name), {"settings": recipe["settings"]}) is None
     assert check_base(config(model_name_or_path="a/b", model_revision=COMMIT), recipe) is None

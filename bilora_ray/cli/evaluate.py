@@ -48,8 +48,9 @@ def command(
     adapter: Path, data: str | None, base_model: bool, examples: int, overrides: tuple[str, ...], as_json: bool
 ) -> None:
     """Measure the adapter in folder ADAPTER, or a merged model, with the metrics that it was trained with."""
-    base, own = (None, overrides) if base_model else _base_of(adapter, overrides)
+    base, own, other = (None, overrides, []) if base_model else _base_of(adapter, overrides)
     config, notes = asked(adapter, data, own, base_model)
+    notes = other + notes
     measured = _measured(None if base_model else adapter, config, examples, base)
     notes += measured.notes
     if as_json:
@@ -98,8 +99,8 @@ def asked(adapter: Path, data: str | None, overrides: Sequence[str], base_model:
     return config, _compared(config, before, data, "validation_data" in given, base_model)
 
 
-def _base_of(adapter: Path, overrides: Sequence[str]) -> tuple[TrialConfig | None, Sequence[str]]:
-    """Where a whole model is to tell what it has forgotten, the settings of its base, and the `overrides` of its own.
+def _base_of(adapter: Path, overrides: Sequence[str]) -> tuple[TrialConfig | None, Sequence[str], list[str]]:
+    """Where a whole model is to tell what it has forgotten: settings of its base, its own `overrides`, and a note.
 
     UserError if its base is not here, or has changed since.
     """
@@ -107,11 +108,12 @@ def _base_of(adapter: Path, overrides: Sequence[str]) -> tuple[TrialConfig | Non
 
     settings, _ = _settings(None, overrides)
     if settings.get("retention_data") is None or not is_whole(adapter):
-        return None, overrides
+        return None, overrides, []
     base = evaluation_config(adapter, settings, base_model=True)
     _check_here(base, ("model_name_or_path",))
-    check_base(base, known_of(adapter))
-    return base, [override for override in overrides if parse_override(override)[1] not in OF_BASE]
+    other = check_base(base, known_of(adapter))
+    own = [override for override in overrides if parse_override(override)[1] not in OF_BASE]
+    return base, own, [other] if other else []
 
 
 def on_rows(adapter: Path, config: TrialConfig, rows: int, base_model: bool) -> str:

@@ -210,7 +210,7 @@ def test_an_adapter_is_not_measured_nor_merged_on_a_base_that_was_trained_since(
     shutil.copytree(here / "base", here / "same")
     weights = load_file(here / "base" / "model.safetensors")
     save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, here / "base" / "model.safetensors")
-    told = f"model_name_or_path: {here / 'base'} has changed since the adapter was trained on it: its digest was "
+    told = f"model_name_or_path: {here / 'base'} has changed since the training: its digest was "
     assert error(f"evaluate {adapter}").startswith(told)
     assert error(f"evaluate {adapter} --data own.jsonl --examples 1").startswith(told)
     with pytest.raises(UserError, match=re.escape(told)):
@@ -218,7 +218,7 @@ def test_an_adapter_is_not_measured_nor_merged_on_a_base_that_was_trained_since(
     assert not (here / "merged").exists()
     assert "notes" not in json.loads(ran(f"evaluate {adapter} --set model_name_or_path=same --json"))
     (here / "base").rename(here / "other")
-    note = f"model_name_or_path: {here / 'other'} is another model than the one that the adapter was trained on"
+    note = f"model_name_or_path: {here / 'other'} is another model than that of the training"
     assert json.loads(ran(f"evaluate {adapter} --set model_name_or_path=other --json"))["notes"] == [note]
     ran(f"evaluate {adapter} --base-model --set model_name_or_path=other")
 
@@ -260,6 +260,10 @@ def test_a_whole_model_tells_what_it_has_forgotten(method: str, tiny: Tiny, here
     moved = f"evaluate {whole} --json {texts} --set model_name_or_path=moved"
     assert json.loads(ran(moved))["forgetting"] == found["forgetting"]
     assert "says nothing" in error(f"evaluate {whole} --set model_name_or_path=moved")
+    weights = load_file(here / "moved" / "model.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, here / "moved" / "model.safetensors")
+    note = f"model_name_or_path: {here / 'moved'} is another model than that of the training"
+    assert note in json.loads(ran(moved))["notes"]
     (here / "moved").rename(here / "base")
     weights = load_file(here / "base" / "model.safetensors")
     save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, here / "base" / "model.safetensors")
