@@ -169,11 +169,21 @@ def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -
         runs = "These are the runs" if compared_in(found.study) is not None else "It is a part"
         line = f"{runs} of comparison '{comparison}', which `bilora-ray compare` and --resume tell of"
         console.print(line, markup=False, soft_wrap=True)
+        _print_outcome(console, layout.study(study))
     best = None if found.best() is None else print_best(console, found, records)
     if (finals := finals_of(found)) is not None:
         best = print_finalists(console, found, finals) or best
     if best is not None:
         print_next(study, storage_path, layout.study_database, where_adapter_is(found, best))
+
+
+def _print_outcome(console: Console, folder: Path) -> None:
+    """What a comparison came to, where its scored runs are this study's."""
+    from bilora_ray.evidence.kept import kept_in
+
+    if (kept := kept_in(folder)) is not None:
+        for line in (*kept.sentences, *(f"Note: {note}" for note in kept.notes)):
+            console.print(line, markup=False, soft_wrap=True)
 
 
 def _print_limits(console: Console, records: Sequence[TrialRecord]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from bilora_ray.evidence.kept import Kept, kept_in
 from bilora_ray.records import Objective, Status, TrialRecord
 from bilora_ray.search.space import Space, setting_of
 from bilora_ray.search.study.control.disk import used_by
@@ -32,6 +33,7 @@ class Found:
         finals: what fresh seeds said of the best.
         search: the search whose finalists these trials are.
         comparison: the comparison whose runs they are.
+        outcome: what that comparison came to, once its runs are scored.
         end: which budget ended the search, one line.
         space_file: the text of a space file that says what was searched.
         disk: bytes of the study's folder.
@@ -50,6 +52,7 @@ class Found:
     finals: Finals | None = None
     search: str | None = None
     comparison: str | None = None
+    outcome: Kept | None = None
     end: str | None = None
     space_file: str = ""
     disk: int = 0
@@ -122,6 +125,7 @@ def read(study: StudyView, ended: Collection[int] = ()) -> Found:
         ended: trials that are running in the database, and that this process, which has them, runs no more.
     """
     records, end, finals = study.records_now(), study.end(), finals_of(study)
+    comparison = compared_in(study.study)
     records = [
         replace(one, status=Status.INTERRUPTED) if one.status is Status.RUNNING and one.number in ended else one
         for one in records
@@ -135,7 +139,8 @@ def read(study: StudyView, ended: Collection[int] = ()) -> Found:
         importances=study.importances(),
         finals=finals,
         search=search_of(study.study),
-        comparison=compared_in(study.study),
+        comparison=comparison,
+        outcome=None if comparison is None else kept_in(study.layout.study(study.space.study.name)),
         end=None if end is None else end.line,
         space_file=written(study.space),
         disk=used_by(study),

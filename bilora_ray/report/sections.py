@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -62,6 +63,25 @@ class Drawn:
 
 
 @dataclass(frozen=True)
+class Image:
+    """A picture that is drawn already.
+
+    Attributes:
+        png: its bytes.
+        told: what it shows, for who does not see it.
+    """
+
+    png: bytes
+    told: str
+    kind: str = "image"
+
+    @property
+    def address(self) -> str:
+        """The picture itself, so that the page asks for nothing."""
+        return f"data:image/png;base64,{base64.b64encode(self.png).decode('ascii')}"
+
+
+@dataclass(frozen=True)
 class Pictures:
     """Charts beside one another, where there is room."""
 
@@ -92,7 +112,7 @@ class Table:
         return bool(cells) and all(isinstance(cell, int | float) and not isinstance(cell, bool) for cell in cells)
 
 
-Block = Text | Code | Drawn | Pictures | Table
+Block = Text | Code | Image | Drawn | Pictures | Table
 
 
 @dataclass(frozen=True)
@@ -165,8 +185,8 @@ def headline(found: Found) -> Headline:
 
 def _trained_anew(found: Found) -> str:
     if found.comparison is not None:
-        told = "`bilora-ray compare` and --resume tell what they say"
-        return f"These are the runs of comparison '{found.comparison}', of which none is the best; {told}."
+        told = "" if found.outcome else "; `bilora-ray compare` and --resume tell what they say"
+        return f"These are the runs of comparison '{found.comparison}', of which none is the best{told}."
     return f"These are the finalists of study '{found.search}', on fresh seeds; its page judges them."
 
 
@@ -200,6 +220,17 @@ def _trained(found: Found) -> float:
             inherited = record.parent.seconds if record.parent is not None else 0.0
             total += record.history[-1].get("train_runtime", 0.0) - inherited
     return total
+
+
+def _comparison(found: Found) -> Iterator[Block]:
+    if found.outcome is None:
+        return
+    if found.outcome.picture is not None:
+        yield Image(found.outcome.picture, "Each entry's difference to the baseline with its interval, and its runs")
+    for line in found.outcome.sentences:
+        yield Text(f"{line}.")
+    for line in found.outcome.notes:
+        yield Text(f"Note: {line}.")
 
 
 def _leaderboard(found: Found) -> Iterator[Block]:
@@ -376,6 +407,7 @@ def _commands(found: Found) -> Iterator[Block]:
 
 
 SECTIONS = (
+    Section("comparison", "Comparison", _comparison),
     Section("trials", "Trials", _leaderboard),
     Section("history", "Search history", _history, of_search=True),
     Section("finalists", "Finalists", _finalists),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +22,8 @@ from ray.exceptions import RayActorError
 from bilora_ray.cli.main import main
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import CommonCause, MachineError, UserError
-from bilora_ray.evidence.outcome import Outcome, notes
+from bilora_ray.evidence.kept import PICTURE, TEXT
+from bilora_ray.evidence.outcome import Outcome, notes, sentences
 from bilora_ray.library.asked import Asked
 from bilora_ray.library.comparing import check_comparison, run_comparison
 from bilora_ray.records import TrialRecord
@@ -32,7 +35,7 @@ from bilora_ray.search.comparing import told as comparing_told
 from bilora_ray.search.comparing.file import Comparison, load_comparison
 from bilora_ray.search.comparing.gathered import gathered, step_seconds
 from bilora_ray.search.comparing.run import Comparing, asked_of, check_begun, compare
-from bilora_ray.search.comparing.told import PICTURE, TEXT, tell_outcome
+from bilora_ray.search.comparing.told import tell_outcome
 from bilora_ray.search.simulated import Metrics
 from bilora_ray.search.space import Space, StudyConfig
 from bilora_ray.search.space.order import check_settings
@@ -561,8 +564,10 @@ def test_none_of_the_runs_is_taken_for_the_best(
 
 
 def test_the_runs_are_shown_as_those_of_a_comparison(after: tuple[World, Outcome]) -> None:
-    world, _ = after
+    world, outcome = after
+    tell_outcome(outcome, runs_of(world), None, world.said.append)
     shown = typed(world, "show", "c-runs").stdout
+    assert "\n".join(sentences(outcome)) in shown
     assert "These are the runs of comparison 'c', which `bilora-ray compare` and --resume tell of" in shown
     assert "Best" not in shown
     assert "What mattered" not in shown
@@ -611,6 +616,17 @@ def test_what_was_found_is_kept_as_text_and_picture(after: tuple[World, Outcome]
     folder = tell_outcome(outcome, runs_of(world), None, said.append)
     assert json.loads((folder / TEXT).read_text(encoding="utf-8"))["entries"][1]["verdict"] == "better"
     assert (folder / PICTURE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_of_the_runs_says_what_was_found(after: tuple[World, Outcome]) -> None:
+    (world, outcome), text = after, "none is the best; `bilora-ray compare`"
+    assert text in html.unescape(page([read_page(runs_of(world))]))
+    kept = tell_outcome(outcome, runs_of(world), None, world.said.append)
+    told = html.unescape(world.layout.report("c-runs").read_text(encoding="utf-8"))
+    assert text not in told
+    for line in (*sentences(outcome), *notes(outcome)):
+        assert f"{line}." in told
+    assert base64.b64encode((kept / PICTURE).read_bytes()).decode("ascii") in told
 
 
 def test_mlflow_is_told_of_what_was_kept_by_whoever_could_not_tell_it(

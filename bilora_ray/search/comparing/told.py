@@ -1,4 +1,4 @@
-"""What a comparison found, beside its runs: as JSON, as a picture, and in the run of its study in MLflow."""
+"""What a comparison found, beside its runs: as JSON, as a picture, on their page, and in their run in MLflow."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bilora_ray.errors import first_line
+from bilora_ray.evidence.kept import FOLDER, PICTURE, TEXT
 from bilora_ray.evidence.outcome import Outcome, as_json
 from bilora_ray.files import atomic_file, atomic_folder
-from bilora_ray.search.session import tell_result
+from bilora_ray.search.session import tell_result, write_page
 from bilora_ray.search.study.view import StudyView
 from bilora_ray.words import finite
 
 logger = logging.getLogger(__name__)
-FOLDER, TEXT, PICTURE = "comparison", "comparison.json", "comparison.png"
 
 
 def tell_outcome(outcome: Outcome, runs: StudyView, mlflow_uri: str | None, say: Callable[[str], None]) -> Path:
@@ -39,6 +39,7 @@ def tell_outcome(outcome: Outcome, runs: StudyView, mlflow_uri: str | None, say:
             with atomic_file(unfinished / TEXT) as file:
                 file.write(text)
             _draw(outcome, unfinished / PICTURE, say)
+    write_page(runs, say)
     tell_result(runs, mlflow_uri, dict(_metrics(outcome)), say, files=sorted(folder.iterdir()))
     return folder
 
