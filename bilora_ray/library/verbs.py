@@ -24,7 +24,7 @@ from bilora_ray.search.study.layout import Layout
 
 if TYPE_CHECKING:
     from bilora_ray.evidence.outcome import Outcome
-    from bilora_ray.records import Moving, Objective, TrialRecord
+    from bilora_ray.records import Moving, TrialRecord
     from bilora_ray.search.session import Watch
 
 
@@ -250,14 +250,7 @@ def _watch(progress: bool) -> Watch:
 class _Silent:
     """A watcher that shows nothing."""
 
-    def __init__(
-        self,
-        num_trials: int,
-        objective: Objective,
-        notes: Sequence[str] = (),
-        labels: Sequence[str] = (),
-        has_best: bool = True,
-    ) -> None:
+    def __init__(self, *_: object, **__: object) -> None:
         pass
 
     def __enter__(self) -> _Silent:
