@@ -52,7 +52,7 @@ def main() -> None:
         picture = arguments.storage_path / "studies" / f"{found[task]['name']}-runs" / "comparison" / "comparison.png"
         shutil.copy(picture, arguments.output / f"method_quality_{task}.png")
     page = arguments.output / "method_quality.md"
-    page.write_text(in_words(found), encoding="utf-8")
+    page.write_text(in_words(found, arguments.sst2 is not None), encoding="utf-8")
     print(page.read_text(encoding="utf-8"))
 
 
@@ -67,18 +67,20 @@ def compared(task: str, overrides: Sequence[str], storage: Path) -> dict[str, An
     return dict(json.loads(output.read_text(encoding="utf-8")))
 
 
-def in_words(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page: a table, the sentences and the notes of each comparison."""
+def in_words(found: Mapping[str, Mapping[str, Any]], local: bool) -> str:
+    """The page: a table, the sentences and the notes of each comparison; `local` is whether SST-2 is of a folder."""
     today, machine = datetime.now(UTC).date(), f"{os.cpu_count()} CPU cores, {platform.machine()}"
     lines = [
         "# Does a method beat plain LoRA, tuned alike?",
         "",
-        f"`python benchmarks/method_quality.py`, {today}, {machine}. Each method is tuned with as many trials over its",
-        "own space, the learning rate always among it; its best settings on the validation rows are trained on fresh",
-        "seeds and scored once on test rows that chose nothing. Each trial's best evaluation counts, so that stopping",
-        "early is allowed to all. Sharpness is the rise of the validation loss along its gradient, over all adapted",
+        f"`python benchmarks/method_quality.py{' --sst2 FOLDER' if local else ''}`, {today}, {machine}.",
+        "Each method is tuned with as many trials over its own space, the learning rate always among it; its best",
+        "settings on the validation rows are trained on fresh seeds and scored once on test rows that chose nothing.",
+        "Each trial's best evaluation counts, so that stopping early is allowed to all. Sharpness is the rise of the",
+        "validation loss along its gradient, over all adapted",
         "weights, at the radius that the file says. Step times are of trials beside each other on a machine that did",
         "other work too: ratios, and no benchmark. Hours are of training, the tuning's too.",
+        *(["SST-2's validation rows are those of the folder's dev.tsv, its test rows test.tsv's."] if local else []),
     ]
     for task, outcome in found.items():
         count, kind = len(outcome["seeds"]), outcome["budget"]

@@ -45,7 +45,7 @@ ADVERSITY = {
     "captured_sharpness_held_out": "the same on a batch of validation rows, the same ones each time",
     "stale_cosine": "cosine of the gradients of the last batch and the next one at W",
     "stale_captured_sharpness": "what such a move along the last batch's whole gradient captures of the next batch's "
-    "sharpness: as much as a rule that knows the last batch alone can hope for",
+    "sharpness: what the last batch alone tells, of any rank",
     "stale_captured_sharpness_held_out": "the same on the batch of validation rows",
     "subspace_overlap": "mean squared cosine of the principal angles between the rows of A1 and A2, and the columns of "
     "B1 and B2, over all layers: 1 where they span the same; of LoRA-SAM, between A1 and B1 and their moves",

@@ -1,7 +1,7 @@
 """Whether a perturbation of the adapted weights is adversarial: how much of the next batch's sharpness it captures.
 
-Beside it is what a rule can have at the most that knows the batch before and not the next one: the *stale* direction,
-the whole gradient of that batch at W, without a limit on its rank. SAM, which knows the next batch, has 1.
+Beside it is what the batch before tells of the next one, without a limit on its rank: the *stale* direction, that
+batch's whole gradient at W. Who remembers several batches may have more. SAM, which knows the next batch, has 1.
 
 Pure functions of a space, passes and factors. All is computed in evaluation mode, so without dropout, and no weight is
 written: see `sharpness`. Gradients lie in host memory, two at a time, and are on the device one layer at a time.
