@@ -9,10 +9,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from bilora_ray.config import TrialConfig
 from bilora_ray.errors import OutOfMemory
@@ -38,7 +36,7 @@ class Cost:
 
     Attributes:
         start: until the first step, in a process that has had a trial of this base before.
-        step: a training step, the median; of a method with two passes in some of them, as many as it has on average.
+        step: a training step, the median; of a method with costly steps among cheap ones, their mean.
         evaluation: with its checkpoint and the adapter that is written.
         step_rows: training rows of a step of all workers.
         train_rows: those that there are.
@@ -99,7 +97,8 @@ def _measured(run: Run, start: float) -> Cost:
     run.step_rows = run.config.step_rows(1)  # of a step the rows that are one worker's
     for _ in range(WARM_UP):
         run.train_step()
-    step = run.optimizer.passes_per_step * statistics.median(_timed_pass(run) for _ in range(TIMED))
+    cycles = -(-TIMED // run.optimizer.steps_per_cycle)
+    step = statistics.median(_timed_cycle(run) for _ in range(cycles))
     evaluation = _timed(run.evaluate)
     if evaluation < SHORT_S:
         run.train_step()
@@ -118,21 +117,10 @@ def _measured(run: Run, start: float) -> Cost:
     )
 
 
-def _timed_pass(run: Run) -> float:
-    """Seconds of a step, by each pass over its rows that its method asks for."""
-    gradients: Any = run.gradients
-    passes, compute = 0, gradients.of
-
-    def counted(*arguments: Any) -> Tensor:
-        nonlocal passes
-        passes += 1
-        return compute(*arguments)
-
-    gradients.of = counted
-    try:
-        return _timed(run.train_step) / passes
-    finally:
-        gradients.of = compute
+def _timed_cycle(run: Run) -> float:
+    """Seconds of a step, of as many as make a cycle of the method: it may have a costly one among cheap ones."""
+    cycle = run.optimizer.steps_per_cycle
+    return sum(_timed(run.train_step) for _ in range(cycle)) / cycle
 
 
 def _timed(work: Callable[[], object]) -> float:
