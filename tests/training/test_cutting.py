@@ -16,6 +16,7 @@ from tiny_trials import TASKS, Tiny
 from bilora_ray.measures import Task
 from bilora_ray.training.compute import cutting
 from bilora_ray.training.compute.cutting import Budget, Sides, cut, positions
+from bilora_ray.training.distributed.workers import random_states, set_random_states
 from bilora_ray.training.folder import TrialFolder
 from bilora_ray.training.loop import Run
 from bilora_ray.training.metrics import IGNORED
@@ -192,6 +193,23 @@ def test_rows_one_by_one_add_up_to_the_step(
     assert some == pytest.approx(float(run.gradients.closure([rows[4], rows[1]])()), rel=1e-6)
     for found, expected in zip(gradients_of(run), chosen, strict=True):
         assert (found - expected).norm() <= 1e-12 * max(1.0, float(expected.norm()))
+
+
+def test_a_row_has_its_dropout_whichever_others_are_asked_for(tiny: Tiny, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"per_device_train_batch_size": 6, "lora_dropout": 0.5, "method": "esam"}
+    run = Run(tiny.config("sequence-classification", **settings), TrialFolder(tmp_path))
+    for module in run.model.modules():  # 0 at first, of which dropout would show nothing
+        if hasattr(module, "lora_B"):
+            torch.nn.init.normal_(module.lora_B["default"].weight)
+    run.model.train()
+    before = random_states()
+    closure = run.gradients.closure(run._next_rows())
+    parts, once_more, some = closure.by_row(), closure.by_row(gradient=False), closure.by_row([4, 1], gradient=False)
+    assert torch.equal(once_more, parts)
+    assert torch.allclose(some * 2, parts[[4, 1]] * 6)
+    set_random_states(before)
+    assert torch.equal(run.gradients.closure(closure._examples).by_row(), parts)
+    assert not torch.allclose(run.gradients.closure(closure._examples).by_row(), parts)
 
 
 def test_rows_weigh_as_their_classes_do(tiny: Tiny, tmp_path: Path) -> None:

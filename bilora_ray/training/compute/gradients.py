@@ -77,10 +77,15 @@ class Gradients:
         self.network.share_gradients()
         return self.workers.total(found)
 
-    def by_row(self, examples: list[Any], gradient: bool) -> Tensor:
+    def by_row(self, examples: Sequence[Any], gradient: bool, seeds: Sequence[int]) -> Tensor:
         """What each of `examples` has in their mean loss, (examples,), computed one by one.
 
-        With `gradient` that of the mean is what the parameters have then. There is no smaller pass than of one row.
+        There is no smaller pass than of one row.
+
+        Args:
+            examples: the rows.
+            gradient: whether that of the mean is what the parameters have then.
+            seeds: of what each row draws, whichever worker computes it.
         """
         if gradient:
             self.optimizer.zero_grad()
@@ -90,6 +95,7 @@ class Gradients:
         for number, (row, counts) in enumerate(own, start=1):
             self.network.accumulating(last=number == len(own))
             weight = self.task.target_count([examples[row]]) / targets if counts and targets else 0.0
+            torch.manual_seed(seeds[row])
             with torch.set_grad_enabled(gradient):
                 part = self._pass([examples[row]], weight, gradient)
             if counts:
@@ -165,7 +171,8 @@ class Gradients:
 class StepClosure:
     """The loss of the rows of one step, as often as a method asks for it: a `RowClosure`.
 
-    Each call sees the same dropout, and none waits for a number.
+    Each call sees the same dropout, and none waits for a number. Row by row that is another one than of all of them,
+    and the same of each row, whichever others are asked for.
 
     Args:
         gradients: compute it.
@@ -177,6 +184,7 @@ class StepClosure:
         self._examples = examples
         self._before = random_states()
         self._called = False
+        self._seeds: list[int] | None = None
 
     def __call__(self) -> Tensor:
         """The mean loss, with its gradient."""
@@ -184,8 +192,13 @@ class StepClosure:
 
     def by_row(self, rows: Sequence[int] | None = None, gradient: bool = True) -> Tensor:
         """See `RowClosure`: a pass for each row."""
-        examples = self._examples if rows is None else [self._examples[row] for row in rows]
-        return self._drawn(lambda: self._gradients.by_row(examples, gradient))
+        if self._seeds is None:
+            workers, device = self._gradients.workers, self._gradients.device
+            self._seeds = workers.same_seeds(len(self._examples), device)
+        places = range(len(self._examples)) if rows is None else rows
+        examples, seeds = [self._examples[row] for row in places], [self._seeds[row] for row in places]
+        with drawing_again(random_states()):
+            return self._gradients.by_row(examples, gradient, seeds)
 
     def _drawn(self, compute: Callable[[], Tensor]) -> Tensor:
         if self._called:

@@ -68,6 +68,13 @@ class Workers:
         dist.all_gather_object(values, value)
         return values
 
+    def same_seeds(self, count: int, device: torch.device) -> list[int]:
+        """So many seeds, drawn from torch's generator: the first worker's, which all others get. All call it."""
+        seeds = torch.randint(2**62, (count,))
+        if self.world_size > 1:  # alone no device is waited for
+            seeds = self.total((seeds if self.is_first else torch.zeros_like(seeds)).to(device))
+        return [int(seed) for seed in seeds.tolist()]
+
     def total(self, value: Tensor) -> Tensor:
         """The sum of each worker's `value`, in place."""
         if self.world_size > 1:
