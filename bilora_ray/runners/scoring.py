@@ -29,6 +29,8 @@ def score(adapter: str, settings: Mapping[str, Any]) -> dict[str, float]:
         known, base, whole = {"label_names", "format", "metric"}, set[str](), is_whole(Path(adapter))
         if whole:  # which is its own base model
             base = {"model_name_or_path", "model_revision"}
+        # How flat it is, is asked apart, of the rows that the others are asked of.
+        settings = {**settings, "sharpness_radius": None}
         tested = TrialConfig(**settings).on_test().model_dump(exclude=known | base)
         config = evaluation_config(Path(adapter), tested)
         model, data, _ = load_adapted(Path(adapter), config)

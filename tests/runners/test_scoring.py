@@ -38,6 +38,15 @@ def test_it_is_as_flat_as_its_own_evaluation_says(method: Any, tiny: Tiny, tmp_p
     assert found["eval_loss"] == pytest.approx(told["eval_loss"], rel=1e-6)
 
 
+def test_it_is_told_how_flat_it_is_where_that_is_asked_for_and_nowhere_else(
+    tiny: Tiny, tmp_path: Path, scorer: Scorer
+) -> None:
+    config = tiny.config("causal-lm", max_steps=1, eval_steps=1)
+    run_fit(config, tmp_path)
+    told = {**config.model_dump(), "test_data": config.validation_data, "sharpness_radius": RADIUS}
+    assert "sharpness" not in scorer.score(str(TrialFolder(tmp_path).best_adapter()), told, None)
+
+
 def test_a_whole_model_is_as_flat_in_the_same_weights_as_an_adapter(tiny: Tiny, tmp_path: Path, scorer: Scorer) -> None:
     """Of trainings that hardly move, both measure the base model."""
     still: dict[str, Any] = {"learning_rate": 1e-12, "max_steps": 1, "eval_steps": 1}

@@ -103,6 +103,9 @@ def test_overrides_are_of_all_or_of_one_entry(tmp_path: Path) -> None:
         ("max_steps={choice: [1, 2]}", "FILE: trial.max_steps: must have one value"),
         ("per_device_train_batch_size={choice: [1, 2]}", "needs trial.max_steps"),
         ("methods.lora.gradient_accumulation_steps=2", "needs trial.max_steps"),
+        ("methods.lora.early_stopping_patience=2", "methods.lora.early_stopping_patience: is for all entries alike"),
+        ("early_stopping_patience={choice: [1, 2]}", "FILE: trial.early_stopping_patience: must have one value"),
+        ("metric=sharpness", "FILE: trial.metric: sharpness is of validation rows, which choose"),
         ("test_data=null", "FILE: trial: test_data is missing"),
         ("methods.bilora.method=bilra", "FILE: methods.bilora.method: 'bilra' is no method; did you mean 'bilora'?"),
         ("methods.bilora.method={choice: [lora, bilora]}", "must be one method; of several make an entry each"),
@@ -118,6 +121,22 @@ def test_overrides_are_of_all_or_of_one_entry(tmp_path: Path) -> None:
 )
 def test_a_wrong_override_is_one_line(tmp_path: Path, override: str, line: str) -> None:
     assert line in refused(tmp_path, override)
+
+
+def test_a_batch_of_an_entry_needs_the_steps_that_are_asked_for_in_the_end(tmp_path: Path) -> None:
+    batch = "methods.bilora.per_device_train_batch_size=4"
+    found = read(tmp_path, batch, "max_steps=60")
+    assert found.spaces["bilora"].first_config().per_device_train_batch_size == 4
+    line = refused(tmp_path, batch, "max_steps=null", old="trial:", new="trial:\n  max_steps: 60")
+    assert line.startswith("FILE: methods.bilora.per_device_train_batch_size: needs trial.max_steps")
+
+
+@pytest.mark.parametrize("key", ["precision", "quantization"])
+def test_other_numbers_than_an_entry_s_are_noted(key: str, tmp_path: Path) -> None:
+    value = {"precision": "bf16", "quantization": "nf4"}[key]
+    line = f"{key}: entries differ in it, so that a difference is one of that too, as are step time and memory"
+    assert line in read(tmp_path, f"methods.bilora.{key}={value}").notes
+    assert not any(note.startswith(key) for note in read(tmp_path, f"{key}={value}").notes)
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from bilora_ray.checking import Float, Int, Settings, build, nearest_setting
 from bilora_ray.config import TEST_SETTINGS, TrialConfig
 from bilora_ray.errors import UserError, nearest
 from bilora_ray.facts import METHOD_NAMES, MethodName
+from bilora_ray.measures import SHARPNESS
 from bilora_ray.paths import Locate, locate_here
 from bilora_ray.search.space import RUNS_OF, STUDY_NAME, ResourceConfig, Space, setting_of
 from bilora_ray.search.space.study import StudyName
@@ -40,7 +41,7 @@ BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 ALL_SHARE = frozenset(
     {key for key, facts in FACTS.items() if not facts.searched}
     | {key for key, facts in FACTS.items() if facts.decides in ("rows", "training rows", "model", "evaluation")}
-    | {*STEPS, "variant"}
+    | {*STEPS, "early_stopping_patience", "early_stopping_threshold", "variant"}
 )
 RATE = "learning_rate"
 
@@ -167,16 +168,18 @@ def checked_comparison(
     said = {key: override_value(text)[1] for key, text in given.pop("comparison", {}).items()}
     config = build(ComparisonConfig, {**sections["comparison"], **said}, f"{path}: comparison", said)
     _check_names(path, config, entries)
-    shared = {key: value for key, value in sections["trial"].items() if key not in given.get("trial", {})}
-    _check_shared(path, {**shared, **{key: override_value(text)[1] for key, text in given.get("trial", {}).items()}})
+    told = {key: override_value(text)[1] for key, text in given.get("trial", {}).items()}
+    shared = {**sections["trial"], **told}
+    _check_shared(path, shared)
     first = config.baseline or next(iter(entries))
     spaces = {
-        entry: _space(_Entry(path, entry, config, entries[entry], sections, given), locate)
+        entry: _space(_Entry(path, entry, config, entries[entry], sections, given, shared), locate)
         for entry in (first, *(other for other in entries if other != first))
     }
     _check_read(path, sections["trial"], given, spaces, entries)
     notes = [f"{entry}: {note}" for entry, space in spaces.items() for note in space.notes]
     notes += _of_sharpness(config, spaces)
+    notes += _of_numbers(spaces)
     if config.seeds < FEW_SEEDS:
         notes.append(f"seeds: of {config.seeds} little can be told; {FEW_SEEDS} or more tell apart what differs much")
     return Comparison(path, config, spaces, tuple(notes))
@@ -231,13 +234,16 @@ def _check_shared(path: Path, trial: Mapping[str, Any]) -> None:
             raise UserError(f"{where}.{key}: must have one value, or the entries could not be compared")
         if key in BATCH and _is_drawn(key, value) and trial.get("max_steps") is None:
             raise UserError(f"{where}.{key}: needs trial.max_steps, or trials would differ in their number of steps")
+    if trial.get("metric") == SHARPNESS:
+        hint = "comparison.sharpness_radius has it measured beside what the test rows say"
+        raise UserError(f"{where}.metric: {SHARPNESS} is of validation rows, which choose; {hint}")
     if not any(trial.get(key) is not None for key in TEST_SETTINGS[:2]):
         raise UserError(f"{where}: test_data is missing: rows that all are scored on once, and that choose nothing")
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """What there is to read of an entry of methods."""
+    """What there is to read of an entry of methods; `shared` is what all have, with what `given` says of that."""
 
     path: Path
     name: str
@@ -245,6 +251,7 @@ class _Entry:
     own: Mapping[str, Any]
     sections: Mapping[str, Mapping[str, Any]]
     given: Mapping[str, Mapping[str, str]]
+    shared: Mapping[str, Any]
 
     @property
     def where(self) -> str:
@@ -303,7 +310,7 @@ def _check_own(entry: _Entry, key: str, method: str) -> None:
         raise UserError(f"{entry.where}: unknown key '{key}'; {nearest_setting(key, TrialConfig)}")
     if key in ALL_SHARE and key != "method":
         raise UserError(f"{entry.where}.{key}: is for all entries alike; write trial.{key}")
-    if key in BATCH and entry.sections["trial"].get("max_steps") is None:
+    if key in BATCH and entry.shared.get("max_steps") is None:
         raise UserError(f"{entry.where}.{key}: needs trial.max_steps, or entries would differ in their number of steps")
     if not applies(key, method):
         raise UserError(f"{entry.where}.{key}: method {method} does not read it")
@@ -343,6 +350,14 @@ def _of_sharpness(config: ComparisonConfig, spaces: Mapping[str, Space]) -> Iter
     varied = any("target_modules" in space.varied for space in spaces.values())
     if config.sharpness_radius is not None and (varied or len(adapted) > 1):
         yield "target_modules: entries differ in them, so the sharpness of each is in other weights: do not compare it"
+
+
+def _of_numbers(spaces: Mapping[str, Space]) -> Iterator[str]:
+    """A line where entries compute with other numbers than others."""
+    firsts = [space.first_config() for space in spaces.values()]
+    for key in ("precision", "quantization"):
+        if len({getattr(one, key) for one in firsts}) > 1 or any(key in space.varied for space in spaces.values()):
+            yield f"{key}: entries differ in it, so that a difference is one of that too, as are step time and memory"
 
 
 def _is_drawn(key: str, value: Any) -> bool:
