@@ -73,7 +73,8 @@ def check_comparison(comparison: Comparison, asked: Asked) -> Checks:
     from bilora_ray.search.preflight import check_kernels, pinned, preflight
 
     resumed_in = asked.layout if asked.goes_on else None
-    spaces = {entry: pinned(space, resumed_in) for entry, space in comparison.spaces.items()}
+    parts = [space.study.name for space in comparison.spaces.values()]
+    spaces = {entry: pinned(space, resumed_in, beside=parts) for entry, space in comparison.spaces.items()}
     comparison = comparison.mapped(spaces)
     # The data is the same for all.
     checked = preflight(spaces[comparison.baseline], asked.dry_run)
@@ -116,6 +117,7 @@ def run_comparison(checks: Checks, watch: Watch, say: Callable[[str], None]) -> 
     from bilora_ray.search.comparing.gathered import gathered
     from bilora_ray.search.comparing.run import Comparing, asked_of, compare
     from bilora_ray.search.comparing.told import tell_outcome
+    from bilora_ray.search.study.storage import naming_the_database
 
     asked = checks.asked
     comparison, digests = _kept(checks.comparison, checks.checked.digests, asked.layout, copied=True)
@@ -125,7 +127,8 @@ def run_comparison(checks: Checks, watch: Watch, say: Callable[[str], None]) -> 
         comparison, asked.layout, asked.ray_address, asked.mlflow_uri, digests, watch, say, asked_of(comparison)
     )
     runs = compare(comparing, asked.extend)
-    outcome = gathered(comparison, asked.layout)
+    with naming_the_database(asked.layout):
+        outcome = gathered(comparison, asked.layout)
     tell_outcome(outcome, runs, asked.mlflow_uri, say)
     return outcome
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import inf
@@ -310,7 +310,7 @@ def _new_head(config: TrialConfig, label_names: tuple[str, ...] | None) -> Itera
         yield f"label_names: the base model has a head for {of_base} labels; one for {len(label_names)} is trained anew"
 
 
-def pinned(space: Space, resumed_in: Layout | None) -> Space:
+def pinned(space: Space, resumed_in: Layout | None, beside: Iterable[str] = ()) -> Space:
     """`space` with the commits of its Hub model and data: all trials get the same, those of a resumed study too.
 
     A branch or tag is looked up each time, so a study that named one is not resumed once it has moved. Where the space
@@ -321,13 +321,18 @@ def pinned(space: Space, resumed_in: Layout | None) -> Space:
     Args:
         space: the space.
         resumed_in: where its study is, if that is to be resumed.
+        beside: studies of the same model, data and machines: where its own has not begun, what those have.
 
     Raises:
         UserError: there is no such model, or trials would be measured on different rows.
     """
     config = space.first_config()
     before = None if resumed_in is None else _settings_before(resumed_in, space.study.name)
-    newer, found = _newer_settings(space, before), {}
+    newer, found = _newer_settings(space, before), dict[str, Any]()
+    if before is None and resumed_in is not None:
+        before = next(filter(None, (_settings_before(resumed_in, name) for name in beside)), None)
+        if before is not None and (space.fixed | newer).get("precision") == "auto":
+            newer["precision"] = before["precision"]
     for source, revision in REVISIONS.items():
         name, given = getattr(config, source), getattr(config, revision)
         if name is None or not space.varied.isdisjoint({source, revision}):

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from optuna.exceptions import StorageInternalError
 from ray.exceptions import RayActorError
 
 from bilora_ray.cli.main import main
@@ -29,13 +30,14 @@ from bilora_ray.library.comparing import check_comparison, run_comparison
 from bilora_ray.records import TrialRecord
 from bilora_ray.report.found import read as read_page
 from bilora_ray.report.page import page
-from bilora_ray.search import session, simulated
+from bilora_ray.search import preflight, session, simulated
 from bilora_ray.search.comparing import run as comparing_run
 from bilora_ray.search.comparing import told as comparing_told
-from bilora_ray.search.comparing.file import Comparison, load_comparison
-from bilora_ray.search.comparing.gathered import gathered, step_seconds
+from bilora_ray.search.comparing.file import Comparison, load_comparison, tuned_without_test
+from bilora_ray.search.comparing.gathered import edges, gathered, step_seconds
 from bilora_ray.search.comparing.run import Comparing, asked_of, check_begun, compare
 from bilora_ray.search.comparing.told import tell_outcome
+from bilora_ray.search.preflight import pinned
 from bilora_ray.search.simulated import Metrics
 from bilora_ray.search.space import Space, StudyConfig
 from bilora_ray.search.space.order import check_settings
@@ -49,7 +51,7 @@ from bilora_ray.search.study.control.comparisons import (
 )
 from bilora_ray.search.study.control.untrained import to_compare
 from bilora_ray.search.study.layout import Layout
-from bilora_ray.search.study.studies import load_study, open_study, summarise
+from bilora_ray.search.study.studies import check_study, load_study, open_study, summarise
 from bilora_ray.search.study.study import SearchStudy
 from bilora_ray.search.study.view import StudyView
 
@@ -106,8 +108,17 @@ class World:
         yield
 
     def search(
-        self, space: Space, layout: Layout, *, part: Mapping[str, Any], digests: Mapping[str, str], **_: object
+        self,
+        space: Space,
+        layout: Layout,
+        *,
+        part: Mapping[str, Any],
+        digests: Mapping[str, str],
+        resume: bool,
+        **_: object,
     ) -> StudyView:
+        check_study(space, layout, resume, digests)
+        assert space.fixed.get("precision") != "auto"
         study = open_study(space, layout, digests, part)
         try:
             while numbers := study.next_trials():
@@ -418,6 +429,41 @@ def test_what_has_begun_in_a_job_goes_on_in_another_one(
     assert sorted((world.layout.storage_path / "inputs").rglob("*")) == kept
 
 
+def test_all_entries_compute_with_the_numbers_of_the_first_machine(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparing_told, "tell_outcome", lambda *_: None)
+    machines = iter(["fp32", "bf16"])
+
+    def decided(space: Space, own: bool) -> Space:
+        return replace(space, fixed={**space.fixed, "precision": next(machines)})
+
+    monkeypatch.setattr(comparing_run, "decided", decided)
+    world.dies_at = 5
+    with pytest.raises(KeyboardInterrupt):
+        of_files(world, files_in(tmp_path))
+    world.dies_at = None
+    of_files(world, files_in(tmp_path), resume=True)
+    studies = [load_study(world.layout, name) for name in ("c-tune-lora", "c-tune-bilora", "c-tune-halved", "c-runs")]
+    found = [study.config(record.number).precision for study in studies for record in study.records()]
+    assert found == ["fp32"] * (3 * 4 + 15)
+
+
+def test_what_has_not_begun_has_the_commits_of_what_has(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spaces, parts = read(tmp_path).spaces, ["c-tune-lora", "c-tune-bilora"]
+    for commit in ("a" * 40, "b" * 40):
+        monkeypatch.setattr(preflight, "_hub_commit", lambda *_, now=commit: now)
+        monkeypatch.setattr(preflight, "_dataset_commit", lambda *_, now=commit: now)
+        found = [pinned(spaces[entry], world.layout, beside=parts) for entry in ("lora", "bilora")]
+        pins = [(one.fixed["model_revision"], one.fixed["train_revision"]) for one in found]
+        assert pins == [("a" * 40, "a" * 40)] * 2
+        if commit[0] == "a":
+            first = replace(found[0], fixed={**found[0].fixed, "precision": "fp32"})
+            world.search(tuned_without_test(first), world.layout, part={}, digests={}, resume=False)
+
+
 @pytest.mark.parametrize("changed", ["train", "test", "texts"])
 def test_other_content_at_the_same_path_is_refused(tmp_path: Path, world: World, changed: str) -> None:
     world.dies_at = 3
@@ -657,6 +703,30 @@ def test_mlflow_is_told_anew_once_a_score_has_come_late(
     assert told[0]["step"] < told[1]["step"]
 
 
+DECAYS = "[{low: 1e-4, high: 0.1, log: true, when: {rank: 4}}, {choice: [0.0], when: {rank: 16}}]"
+RATES = "[{low: 1e-4, high: 1e-2, log: true, when: {rank: 4}}, {low: 1e-3, high: 0.1, log: true, when: {rank: 16}}]"
+
+
+def test_the_edge_of_a_part_is_that_of_the_trials_that_were_asked_for_it(tmp_path: Path, world: World) -> None:
+    world.compare(read(tmp_path, f"methods.bilora.weight_decay={DECAYS}"))
+    study = load_study(world.layout, "c-tune-bilora")
+    records = study.records()
+    assert {record.sampled["rank"] for record in records} == {4, 16}
+    for record in records:
+        assert set(edges(study, record, records)) <= {"weight_decay", "learning_rate", "rho"}
+
+
+def test_parts_of_a_setting_have_one_coordinate(tmp_path: Path) -> None:
+    spaces = read(tmp_path, "lora_dropout={low: 0.0, high: 0.5}", f"methods.bilora.learning_rate={RATES}").spaces
+    shared = ("learning_rate", "lora_dropout")
+    found = {entry: tuning_points(spaces[entry], 4, 4, shared) for entry in ("lora", "bilora")}
+    dropouts = [[point["lora_dropout"] for point in points] for points in found.values()]
+    assert dropouts[0] == dropouts[1]
+    rates = zip(found["lora"], found["bilora"], strict=True)
+    for one, other in rates:
+        assert other["learning_rate"] == pytest.approx(one["learning_rate"] * (10 if other["rank"] == 16 else 1))
+
+
 def test_a_distribution_shared_by_all_is_drawn_alike(tmp_path: Path) -> None:
     comparison = read(tmp_path, "lora_dropout={low: 0.0, high: 0.5}")
     most = max(len(space.distributions) for space in comparison.spaces.values())
@@ -675,6 +745,15 @@ def test_entries_of_distinct_ranks_keep_them(tmp_path: Path) -> None:
     assert {entry: config.rank for entry, config in found.items()} == {"lora": 8, "bilora": 4, "halved": 4}
     assert found["halved"].auxiliary_rank == 2
     assert isinstance(runs.study, StudyConfig)
+
+
+def test_a_database_that_is_gone_is_one_line(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object) -> None:
+        raise StorageInternalError("the database is gone")
+
+    monkeypatch.setattr(comparing_run, "scores_of", gone)
+    with pytest.raises(MachineError, match=r"^study database of .*: the database is gone"):
+        world.compare(read(tmp_path))
 
 
 def test_a_machine_that_fails_ends_it(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,8 @@ def edges(study: StudyView, best: TrialRecord, records: Sequence[TrialRecord]) -
         if not isinstance(part, Range):
             continue
         place = _place(part, float(best.sampled[key]))
-        tried = [_place(part, float(record.sampled[key])) for record in records if key in record.sampled]
+        asked = (record.sampled for record in records if name in study.space.parameters(record.sampled))
+        tried = [_place(part, float(sampled[key])) for sampled in asked]
         if (place <= EDGE and place <= min(tried)) or (place >= 1 - EDGE and place >= max(tried)):
             found.append(key)
     return found

@@ -150,10 +150,11 @@ def compare(comparing: Comparing, more: int | None = None) -> StudyView:
         The study of its runs. Entries of which no trial of the tuning is complete have none.
 
     Raises:
-        UserError: as `search`; or none of the baseline's trials is complete, or of all but one entry none is.
+        UserError: as `search`; or none of the baseline's trials is complete, or of all but one entry none is; or the
+            study database is gone.
         KeyboardInterrupt: as `search`.
     """
-    with ExitStack() as stack:
+    with naming_the_database(comparing.layout), ExitStack() as stack:
         began = False
 
         def begin(space: Space) -> None:
@@ -162,12 +163,31 @@ def compare(comparing: Comparing, more: int | None = None) -> StudyView:
                 stack.enter_context(joined(space, comparing.layout, comparing.ray_address))
                 began = True
 
+        comparing = _of_one_precision(comparing, begin)
         if comparing.comparison.config.budget == "seconds":
             comparing = _of_equal_seconds(comparing, begin)
         tuned = {entry: _tuned(comparing, entry, space, begin) for entry, space in comparing.comparison.spaces.items()}
         runs = _run(comparing, tuned, begin, more)
         _score(comparing, runs, begin)
-    return load_study(comparing.layout, comparing.comparison.runs)
+        return load_study(comparing.layout, comparing.comparison.runs)
+
+
+def _of_one_precision(comparing: Comparing, begin: Callable[[Space], None]) -> Comparing:
+    """The same with the precision that all of its trials compute in: decided once, whichever machines come later.
+
+    What has begun has it, and what has not has that of the others: see `preflight.pinned`.
+    """
+    spaces = comparing.comparison.spaces
+    auto = {entry: space for entry, space in spaces.items() if space.fixed.get("precision") == "auto"}
+    if not auto:
+        return comparing
+    first = next(iter(auto.values()))
+    begin(first)
+    precision = decided(first, is_own(comparing.ray_address)).fixed["precision"]
+    if first.resources.gpus_per_worker:
+        comparing.say(f"precision: auto is {precision} on these GPUs, for all trials")
+    known = {entry: replace(space, fixed={**space.fixed, "precision": precision}) for entry, space in auto.items()}
+    return replace(comparing, comparison=comparing.comparison.mapped({**spaces, **known}))
 
 
 def _of_equal_seconds(comparing: Comparing, begin: Callable[[Space], None]) -> Comparing:
@@ -179,23 +199,15 @@ def _of_equal_seconds(comparing: Comparing, begin: Callable[[Space], None]) -> C
         space = comparison.spaces[comparison.baseline]
         begin(space)
         count = at_once(space, comparing.say) * space.resources.workers
-        steps = measured_steps(_decided(comparison, is_own(comparing.ray_address)), count, comparing.say)
+        steps = measured_steps(comparison, count, comparing.say)
     return replace(comparing, comparison=with_steps(comparison, steps), steps=steps)
-
-
-def _decided(comparison: Comparison, own: bool) -> Comparison:
-    """The comparison with the precision that its trials will compute in."""
-    auto = {entry: space.fixed.get("precision") == "auto" for entry, space in comparison.spaces.items()}
-    return comparison.mapped(
-        {entry: decided(space, own) if auto[entry] else space for entry, space in comparison.spaces.items()}
-    )
 
 
 def _tuned(comparing: Comparing, entry: str, space: Space, begin: Callable[[Space], None]) -> StudyView:
     """The study that tunes an entry, which has ended."""
     comparison, layout = comparing.comparison, comparing.layout
     space, name = tuned_without_test(space), space.study.name
-    most = max(len(one.distributions) for one in comparison.spaces.values())
+    most = max(len({*map(setting_of, one.distributions)}) for one in comparison.spaces.values())
     points = tuning_points(space, comparison.config.tune, most, comparison.searched_by_all)
     space = replace(space, points_to_evaluate=points)
     place = f"{[*comparison.spaces].index(entry) + 1} of {len(comparison.spaces)}"

@@ -81,15 +81,14 @@ def tuning_points(space: Space, count: int, dimensions: int, shared: Sequence[st
     Args:
         space: of the entry.
         count: of trials.
-        dimensions: of the sequence: as many as the entry has that searches the most.
+        dimensions: of the sequence: as many as the entry has settings that searches the most.
         shared: the settings that all entries search, which have the first coordinates, in this order.
     """
-    places = {key: place for place, key in enumerate(shared)}
-    names = sorted(space.distributions, key=lambda name: places.get(setting_of(name), len(places)))
-    ordered = replace(space, distributions={name: space.distributions[name] for name in names})
+    order = [*shared, *(key for key in map(setting_of, space.distributions) if key not in shared)]
+    places = {key: place for place, key in enumerate(dict.fromkeys(order))}
     found = []
     for index in range(count):
-        values, sampled = point(ordered, index, dimensions), dict[str, Value]()
+        values, sampled = point(space, index, dimensions, places), dict[str, Value]()
         for name in space.distributions:  # in their own order: what comes first decides what is asked then
             if space.asked(name, sampled):
                 sampled[name] = values[name]

@@ -6,6 +6,8 @@ the points on either side of it fill the rest evenly still.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import optuna
 from optuna.samplers import BaseSampler
 
@@ -28,22 +30,28 @@ def sampler(study: optuna.Study, space: Space, number: int) -> BaseSampler:
     return Planned(point(space, index), rest)
 
 
-def point(space: Space, index: int, dimensions: int | None = None) -> dict[str, Value]:
+def point(
+    space: Space, index: int, dimensions: int | None = None, places: Mapping[str, int] | None = None
+) -> dict[str, Value]:
     """The values of all settings at point `index` of the study's sequence.
 
     Args:
         space: of the study.
         index: of the point.
-        dimensions: of the sequence, whose first coordinates are those of the space; None: as many as it has.
+        dimensions: of the sequence; None: as many as the space has distributions.
+        places: setting -> its coordinate, which all of its parts have, of which a trial is asked for one; None: each
+            distribution has its own, in their order.
     """
     from scipy.stats.qmc import Sobol  # takes half a second to import
 
     sequence = Sobol(dimensions or len(space.distributions), scramble=True, seed=space.study.seed)
     if index:
         sequence.fast_forward(index)
-    places = map(float, sequence.random(1)[0])
-    parts = space.distributions.items()
-    return {key: _value(key, part, place) for (key, part), place in zip(parts, places, strict=dimensions is None)}
+    coordinates = sequence.random(1)[0]
+    return {
+        key: _value(key, part, float(coordinates[own if places is None else places[setting_of(key)]]))
+        for own, (key, part) in enumerate(space.distributions.items())
+    }
 
 
 def _value(key: str, distribution: Distribution, place: float) -> Value:
