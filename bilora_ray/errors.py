@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 # So many names are listed in a line.
 MOST_NAMES = 20
-# So many names that hold the one that was typed are all offered.
+# So many names that end with the one that was typed are all offered.
 MOST_LONGER = 3
 # What is said to whom a machine has stopped amid a study.
 GO_ON = "; mend that and go on with --resume"
@@ -104,12 +104,12 @@ class NonFiniteLoss(TrialFailure):
 def nearest(name: str, allowed: Iterable[str], otherwise: str = "none has a name like it") -> str:
     """A hint for a misspelt `name`.
 
-    That is the nearest of `allowed`, or those that hold it as a word, or their list; `otherwise` if a line cannot
+    That is the nearest of `allowed`, or those that end with it, or their list; `otherwise` if a line cannot
     hold that.
     """
     names = sorted(allowed)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    longer = [one for one in names if f"_{name}_" in f"_{one}_"]
+    longer = [one for one in names if one.endswith(f"_{name}")]
     if close or 0 < len(longer) <= MOST_LONGER:
         return f"did you mean {' or '.join(repr(one) for one in close or longer)}?"
     if len(names) > MOST_NAMES:

@@ -221,7 +221,7 @@ def sentences(outcome: Outcome) -> list[str]:
 
 def notes(outcome: Outcome) -> list[str]:
     """What there is to know before the outcome is believed: lines without an end."""
-    return [*_of_tuning(outcome), *_of_failures(outcome), *_of_pairs(outcome)]
+    return [*_of_tuning(outcome), *_of_choices(outcome), *_of_failures(outcome), *_of_pairs(outcome)]
 
 
 def _sentence(outcome: Outcome, entry: str) -> str:
@@ -257,6 +257,18 @@ def _of_tuning(outcome: Outcome) -> Iterator[str]:
     if len({one.trials for one in outcome.tuned}) > 1:
         counts = ", ".join(f"{one.entry} {one.trials}" for one in outcome.tuned)
         yield f"not all were tuned with as many complete trials: {counts}"
+
+
+def _of_choices(outcome: Outcome) -> Iterator[str]:
+    """A line where a difference may be one of what both have searched, and not of the methods."""
+    chosen = {one.entry: one.settings for one in outcome.tuned}
+    base = chosen.get(outcome.baseline, {})
+    for entry, own in chosen.items():
+        others = [key for key in base if own.get(key, base[key]) != base[key]]
+        if others and outcome.verdict(entry) in (BETTER, WORSE):
+            told = [", ".join(f"{key} {setting_in_short(kept[key])}" for key in others) for kept in (own, base)]
+            draw = "what tuning chose is one draw, which no interval knows; a range of that value alone tells more"
+            yield f"{entry}: has {told[0]}, {outcome.baseline} {told[1]}: {draw}"
 
 
 def _of_failures(outcome: Outcome) -> Iterator[str]:

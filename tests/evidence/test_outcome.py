@@ -140,6 +140,15 @@ def test_edges_unequal_tuning_and_earlier_looks_are_noted() -> None:
     ]
 
 
+def test_a_difference_that_may_be_of_another_rate_is_noted() -> None:
+    other = {"learning_rate": 1.3e-3, "rho": 0.46}
+    told = (tuned("lora"), tuned("bilora", settings=other), tuned("nbar", settings=other))
+    assert list(notes(outcome(tuned=told))) == [  # nbar is not told apart
+        "bilora: has learning_rate 0.0013, lora learning_rate 0.0003: what tuning chose is one draw, which no interval "
+        "knows; a range of that value alone tells more"
+    ]
+
+
 def test_the_same_scores_on_each_seed_are_noted() -> None:
     found = outcome(runs=runs("lora", LORA) + runs("again", LORA), tuned=())
     assert sentences(found)[1].startswith("again: not distinguishable from lora (+0.000; ")

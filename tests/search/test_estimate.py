@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -25,7 +23,6 @@ from bilora_ray.search.readiness.estimate import Interval, Measured, ends, estim
 from bilora_ray.search.space import Space
 from bilora_ray.search.space_file import load_space
 from bilora_ray.settings import FACTS
-from bilora_ray.training.probe import cost as probe
 from bilora_ray.training.probe.cost import Cost, cost
 
 GIB = 2**30
@@ -228,23 +225,3 @@ def test_a_trial_is_measured_by_some_of_its_steps(tmp_path: Path) -> None:
     assert found.memory > 2**27
     assert found.adapter > 0
     assert found.passes == ()
-
-
-def test_a_step_of_two_passes_is_timed_by_the_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-    gradients = SimpleNamespace(of=lambda rows, states: asked.append(rows))
-    passes = itertools.cycle([2, 1, 1, 1, 1])  # LookSAM's, of which most have one
-
-    def train_step() -> None:
-        for _ in range(next(passes)):
-            gradients.of("rows", None)
-
-    def timed(work: Any) -> float:
-        before = len(asked)
-        work()
-        return 3.0 * (len(asked) - before)
-
-    monkeypatch.setattr(probe, "_timed", timed)
-    run = cast(Any, SimpleNamespace(gradients=gradients, train_step=train_step))
-    assert [probe._timed_pass(run) for _ in range(7)] == [3.0] * 7
-    assert len(asked) == 9
