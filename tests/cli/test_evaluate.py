@@ -231,7 +231,7 @@ def test_a_merged_model_knows_what_its_adapter_was_trained_on(tiny: Tiny, here: 
     assert error("evaluate merged").startswith("train_data: ./own.jsonl is not what it was in the training")
 
 
-@pytest.mark.parametrize("method", ["full", "bilora"])
+@pytest.mark.parametrize("method", ["full", pytest.param("bilora", marks=pytest.mark.slow)])
 def test_a_whole_model_tells_what_it_has_forgotten(method: str, tiny: Tiny, here: Path) -> None:
     trained = trained_on_a_file(tiny, here, method=method, learning_rate=1e-2, max_steps=4)
     texts = "--set retention_data=texts.jsonl"

@@ -48,6 +48,7 @@ def train_a_part(rank, folder, cases):
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_parts_of_a_model_move_as_the_whole_one(tmp_path):
     cases: list = [*((name, {"looksam_every": 2}) for name in METHODS if name not in OF_WHOLE_WEIGHTS)]
     cases += [("bilora", {"clip": "per-layer", "rho": 0.005})]

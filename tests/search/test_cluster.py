@@ -34,6 +34,7 @@ def tune(tiny: Tiny, folder: Path, address: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_cluster_without_a_dashboard_runs_no_trials_of_several_workers(tiny: Tiny, tmp_path: Path) -> None:
     with Nodes(dashboard=False) as nodes:
         result = tune(tiny, tmp_path, nodes.address)

@@ -97,6 +97,7 @@ def test_every_trial_completes_and_observers_hear_of_it_in_order(tiny: Tiny, tmp
     assert (best.adapter / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_ended_trials_leave_their_adapter_and_history_but_no_heavy_checkpoint(tiny: Tiny, tmp_path: Path) -> None:
     study = run(space(tiny, {"num_trials": 1}), tmp_path)
     folder = study.folder(0)
@@ -125,6 +126,7 @@ def test_a_trial_whose_loss_explodes_fails_with_its_reason_and_the_others_go_on(
     assert failed.error.startswith("loss is ")
 
 
+@pytest.mark.slow
 def test_bad_input_that_only_a_trial_can_see_ends_the_search_with_its_line(tiny: Tiny, tmp_path: Path) -> None:
     spy = Spy()
     with pytest.raises(UserError) as error:
@@ -159,6 +161,7 @@ def with_code(tiny: Tiny, folder: Path, name: str, line: str = "") -> Path:
     return model
 
 
+@pytest.mark.slow
 def test_an_error_that_would_be_the_same_again_is_met_once(tiny: Tiny, tmp_path: Path) -> None:
     model = with_code(tiny, tmp_path, "that_fails")
     study = run(space(tiny, {"num_trials": 1}, model_name_or_path=model, trust_remote_code="true"), tmp_path)
@@ -182,6 +185,7 @@ class Mine(LlamaForCausalLM):
 """
 
 
+@pytest.mark.slow
 def test_trials_that_run_out_of_memory_go_on_in_smaller_passes_and_show_says_so(tiny: Tiny, tmp_path: Path) -> None:
     model = with_code(tiny, tmp_path, "that_is_large")
     (model / "that_is_large.py").write_text(SHORT_OF_MEMORY.format(log=str(tmp_path / "log")))
@@ -196,6 +200,7 @@ def test_trials_that_run_out_of_memory_go_on_in_smaller_passes_and_show_says_so(
     assert f"In 2 trials: training passes of at most {min(limits)} positions: larger ones ran out of memory." in shown
 
 
+@pytest.mark.slow
 def test_a_package_that_a_model_misses_ends_the_search_with_its_line(tiny: Tiny, tmp_path: Path) -> None:
     model = with_code(tiny, tmp_path, "that_misses_a_package", "import no_such_package")
     spy = Spy()
@@ -204,6 +209,7 @@ def test_a_package_that_a_model_misses_ends_the_search_with_its_line(tiny: Tiny,
     assert spy.told == [("started", 0), ("ended", 0)]
 
 
+@pytest.mark.slow
 def test_a_machine_that_fails_ends_the_search_and_leaves_the_trial_to_a_resume(tiny: Tiny, tmp_path: Path) -> None:
     study = open_study(space(tiny, {"num_trials": 2}), Layout(tmp_path / "runs"), {})
     study.folder(0).path.mkdir(parents=True)
@@ -219,6 +225,7 @@ def test_a_machine_that_fails_ends_the_search_and_leaves_the_trial_to_a_resume(t
     assert [record.status for record in again.records()] == [Status.COMPLETE] * 2
 
 
+@pytest.mark.slow
 def test_a_study_database_that_cannot_be_written_ends_the_search_with_its_line(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -237,6 +244,7 @@ def test_a_study_database_that_cannot_be_written_ends_the_search_with_its_line(
     assert run(space(tiny, {"num_trials": 1}), tmp_path).record(0).status is Status.COMPLETE
 
 
+@pytest.mark.slow
 def test_an_observer_that_raises_is_told_no_more_and_the_search_goes_on(tiny: Tiny, tmp_path: Path) -> None:
     broken, spy = Broken(), Spy()
     study = run(space(tiny, {"num_trials": 2}), tmp_path, broken, spy)
@@ -264,6 +272,7 @@ def test_ctrl_c_is_an_interruption_although_tune_takes_it(tiny: Tiny, tmp_path: 
     assert study.record(0).status is Status.RUNNING
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_given_back_after_trials_that_nobody_interrupted(tiny: Tiny, tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     assert run(space(tiny, {"num_trials": 1}), tmp_path).finished()
@@ -295,6 +304,7 @@ def test_weak_trials_are_stopped_early(tiny: Tiny, tmp_path: Path) -> None:
     assert [metrics["step"] for metrics in weak.history] == [2]
 
 
+@pytest.mark.slow
 def test_trials_that_are_out_of_patience_are_complete(tiny: Tiny, tmp_path: Path) -> None:
     # No evaluation is better than the first by so much.
     patient = space(tiny, {"num_trials": 2}, early_stopping_patience=1, early_stopping_threshold=100.0)
@@ -323,6 +333,7 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(tiny: Tiny,
     assert [what for what, _ in killer.told].count("ended") == 1
 
 
+@pytest.mark.slow
 def test_a_trial_waits_for_the_orphan_that_still_holds_its_folder(tiny: Tiny, tmp_path: Path) -> None:
     study = open_study(space(tiny, {"num_trials": 1}), Layout(tmp_path / "runs"), {})
     seen: list[float] = []

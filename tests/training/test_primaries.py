@@ -84,7 +84,8 @@ def test_a_resumed_trial_ends_as_an_uninterrupted_one(primary: str, method: str,
 
 
 @pytest.mark.parametrize(
-    ("primary", "sharded"), [("dora", True), ("lora-ga", False), pytest.param("dora", False, marks=pytest.mark.slow)]
+    ("primary", "sharded"),
+    [("dora", True), *(pytest.param(one, False, marks=pytest.mark.slow) for one in ("lora-ga", "dora"))],
 )
 def test_two_workers_train_it_as_one_does(primary: str, sharded: bool, tiny: Tiny, tmp_path: Path) -> None:
     length: dict[str, Any] = {"primary": primary, "rho": 0.2, "max_steps": 4, "eval_steps": 2, "learning_rate": 2e-3}

@@ -126,6 +126,7 @@ def fit_flat(settings: dict[str, Any], path: str) -> Any:
     return fit_together(settings, path, 2, False)
 
 
+@pytest.mark.slow
 def test_two_workers_are_one(tiny: Tiny, tmp_path: Path) -> None:
     shared = {"attn_implementation": "varlen", "max_steps": 4}
     one, _ = run_fit(tiny.config("causal-lm", per_device_train_batch_size=6, **shared), tmp_path / "one")

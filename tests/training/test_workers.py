@@ -158,6 +158,7 @@ def test_two_workers_equal_one(task: Task, sharded: bool, tiny: Tiny, tmp_path: 
     check_alike(one, two[0], tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", PARTED)
 def test_interrupted_workers_go_on_exactly_and_generate_what_one_generates(
     sharded: bool, tiny: Tiny, tmp_path: Path
@@ -302,6 +303,7 @@ def test_only_the_first_worker_keeps_what_is_written(tiny: Tiny, tmp_path: Path)
     assert most == 1
 
 
+@pytest.mark.slow
 def test_one_worker_goes_on_where_two_were(tiny: Tiny, tmp_path: Path) -> None:
     one, _ = run_fit(tiny.config("causal-lm", per_device_train_batch_size=6), tmp_path / "one")
     settings, path = settings_of(tiny, "causal-lm", rows=3), str(tmp_path / "two")
@@ -384,6 +386,7 @@ def norms_in_parts(seed: int) -> list[float]:
     return norms
 
 
+@pytest.mark.slow
 def test_the_radius_of_sharded_factors_is_that_of_whole_ones() -> None:
     for norms in together(2, norms_in_parts, 0):
         assert norms[1] == pytest.approx(norms[0])

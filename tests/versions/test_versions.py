@@ -112,6 +112,7 @@ def test_a_fit_goes_on_from_its_checkpoint(fixture: Fixture) -> None:
         assert {key: report[key] for key in whole} == pytest.approx(whole, **CLOSE)
 
 
+@pytest.mark.slow
 def test_its_search_goes_on_and_is_extended(fixture: Fixture) -> None:
     before = fixture.facts["trials"]
     step = trial_folder(fixture.storage_path, KILLED).state()["step"]
