@@ -159,6 +159,7 @@ def _show_study(study: str, layout: Layout, storage_path: Path, as_json: bool) -
     _print_disk(console, found, records)
     if any(record.status is Status.INTERRUPTED for record in records):
         verb = "tune" if found.space.distributions else "train"
+        verb = "compare" if comparison_of(found.study) is not None else verb
         console.print(f"What is interrupted goes on with `bilora-ray {verb}`, as it was begun, and --resume.")
     console.print()
     if (search := search_of(found.study)) is not None:

@@ -14,7 +14,7 @@ from bilora_ray.words import in_short, setting_in_short
 
 HOUR_S = 3600.0
 BASELINE, BETTER, WORSE = "baseline", "better", "worse"
-SAME, FEW = "not distinguishable", "too few pairs"
+SAME, FEW, NONE = "not distinguishable", "too few pairs", "no runs"
 # Of a table: cells, and the settings of an entry.
 Row = tuple[tuple[str, ...], dict[str, Any]]
 
@@ -157,9 +157,11 @@ class Outcome:
         return of(known) if known else None
 
     def verdict(self, entry: str) -> str:
-        """What is to be said of an entry, in one of five words: see the constants of this module."""
+        """What is to be said of an entry, in one of six words: see the constants of this module."""
         if entry == self.baseline:
             return BASELINE
+        if not self.of(entry):
+            return NONE
         found = self.differences[entry]
         if found is None or found.pairs < LEAST_PAIRS:
             return FEW
@@ -226,6 +228,8 @@ def notes(outcome: Outcome) -> list[str]:
 
 def _sentence(outcome: Outcome, entry: str) -> str:
     found, verdict = outcome.differences[entry], outcome.verdict(entry)
+    if verdict == NONE:
+        return f"{entry}: has no runs: no trial of its tuning is complete"
     if found is None:
         return f"{entry}: not compared with {outcome.baseline}: fewer than two pairs of runs have scores"
     sure = f"Holm p {_probability(found.p_holm)}"

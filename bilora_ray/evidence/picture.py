@@ -6,10 +6,10 @@ from typing import Any
 
 import altair as alt
 
-from bilora_ray.evidence.outcome import BETTER, FEW, SAME, WORSE, Outcome
+from bilora_ray.evidence.outcome import BETTER, FEW, NONE, SAME, WORSE, Outcome
 from bilora_ray.pictures import BLUE, ORANGE, SOFT, png
 
-COLOURS = {BETTER: BLUE, WORSE: ORANGE, SAME: SOFT, FEW: SOFT}
+COLOURS = {BETTER: BLUE, WORSE: ORANGE, SAME: SOFT, FEW: SOFT, NONE: SOFT}
 SEEDS = "#b9c0ca"
 # Of a panel, of an entry's row in it, and between the two, where the verdicts stand.
 WIDTH, ROW, BETWEEN = 285, 34, 135

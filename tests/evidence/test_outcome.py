@@ -140,6 +140,12 @@ def test_edges_unequal_tuning_and_earlier_looks_are_noted() -> None:
     ]
 
 
+def test_an_entry_without_a_run_is_said_to_have_none() -> None:
+    found = outcome(tuned=(tuned("lora"), tuned("bilora"), tuned("nbar"), tuned("boom", trials=0, settings={})))
+    assert sentences(found)[-1] == "boom: has no runs: no trial of its tuning is complete"
+    assert found.verdict("boom") == as_json(found)["entries"][-1]["verdict"] == "no runs"
+
+
 def test_a_difference_that_may_be_of_another_rate_is_noted() -> None:
     other = {"learning_rate": 1.3e-3, "rho": 0.46}
     told = (tuned("lora"), tuned("bilora", settings=other), tuned("nbar", settings=other))

@@ -30,6 +30,7 @@ from bilora_ray.library.comparing import check_comparison, run_comparison
 from bilora_ray.records import TrialRecord
 from bilora_ray.report.found import read as read_page
 from bilora_ray.report.page import page
+from bilora_ray.runners import measuring
 from bilora_ray.search import preflight, session, simulated
 from bilora_ray.search.comparing import run as comparing_run
 from bilora_ray.search.comparing import told as comparing_told
@@ -745,6 +746,46 @@ def test_entries_of_distinct_ranks_keep_them(tmp_path: Path) -> None:
     assert {entry: config.rank for entry, config in found.items()} == {"lora": 8, "bilora": 4, "halved": 4}
     assert found["halved"].auxiliary_rank == 2
     assert isinstance(runs.study, StudyConfig)
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
+    """Have a step of each entry take so long."""
+
+    def measured(settings: Sequence[object], *_: object) -> list[tuple[float, SimpleNamespace]]:
+        entries = list(seconds) * (len(settings) // len(seconds))
+        return [(0.0, SimpleNamespace(step=seconds[entry], train_rows=64, step_rows=8)) for entry in entries]
+
+    monkeypatch.setattr(measuring, "measured", measured)
+
+
+def test_entries_of_equal_seconds_have_the_steps_that_these_leave_them(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed(monkeypatch, lora=1.0, bilora=2.0, halved=0.5)
+    comparison = read(tmp_path, "comparison.budget=seconds", "max_steps=12")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparing_run, "measured_steps", killed)
+        with pytest.raises(KeyboardInterrupt):
+            world.compare(comparison)
+    world.compare(comparison, resume=True)
+    monkeypatch.setattr(comparing_run, "measured_steps", killed)  # which nobody asks for again
+    world.compare(comparison, resume=True)
+    runs = runs_of(world)
+    configs = [(record.sampled["variant"], runs.config(record.number).max_steps) for record in runs.records()]
+    assert set(configs) == {("lora", 12), ("bilora", 6), ("halved", 24)}
+
+
+def test_an_entry_that_is_left_no_step_that_trains_is_refused(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed(monkeypatch, lora=1.0, bilora=9.0, halved=1.0)
+    line = "methods.bilora: the seconds of 6 steps of lora leave it 1, all of them warm-up; give more max_steps or"
+    with pytest.raises(UserError, match=f"^{line} num_train_epochs$"):
+        world.compare(read(tmp_path, "comparison.budget=seconds", "max_steps=6"))
 
 
 def test_a_database_that_is_gone_is_one_line(tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,10 @@ def test_overrides_are_of_all_or_of_one_entry(tmp_path: Path) -> None:
         ("methods.lora.rho=1", "FILE: methods.lora.rho: method lora does not read it"),
         ("methods.lroa.rank=1", "unknown section 'methods.lroa'; did you mean 'lora'?"),
         ("method.lora.rank=1", "unknown section 'method.lora'; did you mean 'methods'?"),
+        (
+            "methods.lroa=1",
+            "--set methods.lroa=1: write methods.ENTRY.KEY=VALUE, of the entries bilora, lora, wide, halved",
+        ),
         ("tune=2", "--set tune=2: write comparison.tune"),
         ("comparison.tune=0", "--set comparison: tune: should be greater than or equal to 1, got 0"),
         ("comparison.seeds=1", "seeds: should be greater than or equal to 2, got 1"),

@@ -200,6 +200,8 @@ def _by_section(overrides: Sequence[str], entries: Mapping[str, Any]) -> dict[st
             for other, kind in (("comparison", ComparisonConfig), ("resources", ResourceConfig)):
                 if key in kind.model_fields and key not in TrialConfig.model_fields:
                     raise UserError(f"--set {text}: write {other}.{key}")
+        if section == "methods":
+            raise UserError(f"--set {text}: write methods.ENTRY.KEY=VALUE, of the entries {', '.join(entries)}")
         entry = section.removeprefix("methods.")
         if section not in ("comparison", "trial", "resources") and (section == entry or entry not in entries):
             hint = nearest(entry, entries) if section != entry else nearest(section, SECTIONS)

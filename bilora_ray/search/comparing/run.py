@@ -125,7 +125,8 @@ def check_begun(
         if begun and not resume:
             line = f"comparison '{comparison.name}' exists in {layout.database}"
             raise UserError(f"{line}: go on with --resume, or give this one another name")
-        if resume and not begun:
+        # Who was interrupted while steps were measured has a folder, and no study yet.
+        if resume and not begun and not layout.study(names[0]).is_dir():
             raise UserError(f"comparison '{comparison.name}': nothing to resume in {layout.database}")
         for study in begun.values():
             check_asked(study, asked_of(comparison))
@@ -197,9 +198,10 @@ def _of_equal_seconds(comparing: Comparing, begin: Callable[[Space], None]) -> C
     steps = steps_of(begun_parts(comparing.layout, names, comparison.name).values())
     if steps is None:
         space = comparison.spaces[comparison.baseline]
-        begin(space)
-        count = at_once(space, comparing.say) * space.resources.workers
-        steps = measured_steps(comparison, count, comparing.say)
+        with running_study(comparing.layout, space.study.name):
+            begin(space)
+            count = at_once(space, comparing.say) * space.resources.workers
+            steps = measured_steps(comparison, count, comparing.say)
     return replace(comparing, comparison=with_steps(comparison, steps), steps=steps)
 
 

@@ -40,8 +40,11 @@ def measured_steps(comparison: Comparison, at_once: int, say: Callable[[str], No
         say: shows one line to a person.
 
     Raises:
-        UserError: a trial of an entry cannot be measured.
+        UserError: a trial of an entry cannot be measured, or would have no step that trains.
     """
+    from bilora_ray.quiet import quiet
+
+    quiet()
     from bilora_ray.runners.measuring import measured
     from bilora_ray.training.loop import share_of
 
@@ -65,4 +68,8 @@ def measured_steps(comparison: Comparison, at_once: int, say: Callable[[str], No
     told_steps = {entry: max(1, round(steps / ratio)) for entry, ratio in ratios.items()}
     words = ", ".join(f"{entry} {told_steps[entry]} ({ratio:.2f} x)" for entry, ratio in ratios.items())
     say(f"steps of equal seconds: {words}")
+    for entry, count in told_steps.items():
+        if count <= share_of(comparison.spaces[entry].first_config().warmup_ratio, count):
+            left = f"the seconds of {steps} steps of {comparison.baseline} leave it {count}, all of them warm-up"
+            raise UserError(f"methods.{entry}: {left}; give more max_steps or num_train_epochs")
     return told_steps
