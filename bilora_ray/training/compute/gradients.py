@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -188,7 +188,11 @@ class StepClosure:
 
     def __call__(self) -> Tensor:
         """The mean loss, with its gradient."""
-        return self._drawn(lambda: self._gradients.of(self._examples, self._before))
+        if self._called:
+            with drawing_again(self._before):
+                return self._gradients.of(self._examples, self._before)
+        self._called = True
+        return self._gradients.of(self._examples, self._before)
 
     def by_row(self, rows: Sequence[int] | None = None, gradient: bool = True) -> Tensor:
         """See `RowClosure`: a pass for each row."""
@@ -199,13 +203,6 @@ class StepClosure:
         examples, seeds = [self._examples[row] for row in places], [self._seeds[row] for row in places]
         with drawing_again(random_states()):
             return self._gradients.by_row(examples, gradient, seeds)
-
-    def _drawn(self, compute: Callable[[], Tensor]) -> Tensor:
-        if self._called:
-            with drawing_again(self._before):
-                return compute()
-        self._called = True
-        return compute()
 
 
 class LateLosses:
