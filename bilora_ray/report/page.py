@@ -16,9 +16,10 @@ from markupsafe import Markup
 from bilora_ray import __version__
 from bilora_ray.files import atomic_file
 from bilora_ray.report import charts, marks
+from bilora_ray.report.blocks import Block, Drawn, Pictures
 from bilora_ray.report.found import Found, read
 from bilora_ray.report.rows import evaluation_rows, trial_rows
-from bilora_ray.report.sections import SECTIONS, Block, Drawn, Pictures, headline
+from bilora_ray.report.sections import SECTIONS, headline
 from bilora_ray.search.study.view import StudyView
 from bilora_ray.words import in_short, setting_in_short
 
